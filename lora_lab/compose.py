@@ -1,0 +1,342 @@
+"""Hydra composes: from group choices, recipes and `key=value` overrides to one plain tree, then one `RunConfig`.
+
+hydra and omegaconf live here and in `cli.py` only. Interpolations are resolved here, once; a configuration that names
+code (`_target_`) or reads a secret from the environment is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lab.config import MISSING, SCHEMA_VERSION, RunConfig, keys, parse, rule
+from lora_lab.errors import ConfigError, LoraLabError, nearest
+
+GROUPS = (
+    "model quant adapter task data optim train hardware tracker export recipe".split()
+)  # folders of conf/, in the order of a run
+_SECRET = re.compile(r"\$\{\s*oc\.env\s*:\s*\w*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*", re.IGNORECASE)
+_TRUSTED_TARGETS = ("hydra._internal.", "hydra_plugins.")  # Hydra's own launchers, sweepers and plugins
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped groups and recipes: inside an installed wheel, or beside the package in a checkout."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def choices(group: str, config_dir: str | None = None) -> list[str]:
+    """Names that `group=NAME` accepts, the user's own folder included."""
+    folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
+    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+def prepare(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Overrides in the form that Hydra is given.
+
+    A value override becomes `++key=value`, so that an unknown key reaches the schema, which names all of them at once,
+    instead of stopping Hydra at the first. Group choices are checked here, because Hydra's own message is a page long.
+
+    Raises:
+        ConfigError: an override that cannot be parsed, an unknown group choice, a missing `--config-dir`.
+    """
+    prepared, problems = [], []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            problems.append(f"{text}: not an override. Write key=value, such as adapter.r=8 ({_first_line(error)}).")
+            continue
+        if not override.key_or_group:
+            problems.append(f"{text}: not an override. Write key=value, such as adapter.r=8.")
+            continue
+        if override.key_or_group in GROUPS and not override.is_delete():
+            problems += _unknown_choices(override, config_dir)
+            prepared.append(text)
+        elif override.key_or_group.startswith("hydra") or override.type is not OverrideType.CHANGE:
+            prepared.append(text)
+        else:
+            prepared.append(f"++{text}")
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            problems.append(f"--config-dir {config_dir}: no such folder.")
+        prepared.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
+    _raise(problems)
+    return prepared
+
+
+def _unknown_choices(override: Override, config_dir: str | None) -> list[str]:
+    group, known = override.key_or_group, choices(override.key_or_group, config_dir)
+    values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    return [
+        f"{group}={value}: no such {group}.{nearest(value, known)} There are: {', '.join(known) or 'none'}."
+        for value in values
+        if value not in known and value is not None
+    ]
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None, multirun: bool = False) -> RunConfig:
+    """Compose the configuration of one run and check it.
+
+    Args:
+        overrides: `key=value` and `group=choice`, as typed.
+        config_dir: a folder with the user's own groups and recipes (`DIR/recipe/NAME.yaml`).
+        multirun: the overrides hold sweeps; check the first point of each.
+    """
+    prepared = prepare(overrides, config_dir)
+    if multirun:
+        prepared = [_first_point(text) for text in prepared]
+    with _composed(prepared) as tree:
+        return to_run_config(tree)
+
+
+def _first_point(text: str) -> str:
+    override = OverridesParser.create().parse_override(text)
+    if not override.is_sweep_override():
+        return text
+    return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+
+
+@contextlib.contextmanager
+def _composed(prepared: Sequence[str]) -> Iterator[DictConfig]:
+    """The composed tree; Hydra's state stands inside the block, and Hydra's errors become `ConfigError`."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="lora_lab"):
+        try:
+            tree = hydra.compose("run", overrides=list(prepared), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"The configuration cannot be composed: {_explain(error)}") from error
+        yield tree
+
+
+def to_run_config(tree: DictConfig) -> RunConfig:
+    """Resolve a composed tree and hand it to the schema.
+
+    Raises:
+        ConfigError: interpolations that do not resolve, a `_target_`, a secret, or any problem the schema finds.
+    """
+    refuse_code(tree)
+    tree = tree.copy()
+    with open_dict(tree):
+        tree.pop("hydra", None)
+    return parse(_resolved(tree))
+
+
+def _resolved(tree: DictConfig) -> dict[str, Any]:
+    secrets = _SECRET.findall(OmegaConf.to_yaml(tree, resolve=False))
+    if secrets:
+        raise ConfigError(
+            "The configuration reads a secret from the environment, and configurations are saved with the run. Remove "
+            "the ${oc.env:...}; libraries read HF_TOKEN, WANDB_API_KEY and the like from the environment themselves."
+        )
+    try:
+        return _without_missing(OmegaConf.to_container(tree, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The configuration does not resolve: {_explain(error)}") from error
+
+
+def _without_missing(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_missing(value) for key, value in node.items() if value != MISSING}
+
+
+def refuse_code(tree: DictConfig) -> None:
+    """Refuse `_target_` keys: Hydra would call what they name. Only Hydra's own plugins may carry one.
+
+    Raises:
+        ConfigError: naming the key and its value.
+    """
+    for key, value in leaves(OmegaConf.to_container(tree, resolve=False)):
+        trusted = key.startswith("hydra.") and str(value).startswith(_TRUSTED_TARGETS)
+        if key.rpartition(".")[2] == "_target_" and not trusted:
+            raise ConfigError(f"{key}={value}: a configuration never names code to run. Remove the key.")
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree with its dotted key; an empty dict counts as a value."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), node
+
+
+def _explain(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        " ".join(line for line in lines if not line.startswith(("object_type=", "reference_type=", "full_key:"))) + "."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n  ".join(["The command line cannot be used:", *problems]))
+
+
+# -- sweeps and completion --------------------------------------------------------------------------------------------
+
+
+def multirun(
+    overrides: Sequence[str], config_dir: str | None, job: Callable[[RunConfig], Any]
+) -> list[tuple[str, LoraLabError]]:
+    """Ordinary Hydra multirun: call `job` for each point of the sweep, in `hydra.sweep.dir`.
+
+    Returns:
+        The folder and error of each job that failed; the others ran to their end.
+
+    Raises:
+        ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
+    """
+    compose(overrides, config_dir, multirun=True)
+    if any(text.startswith("run_dir=") for text in overrides):
+        raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
+    failures = []
+
+    def task(tree: DictConfig) -> None:
+        folder = HydraConfig.get().runtime.output_dir
+        try:
+            with open_dict(tree):
+                tree.run_dir = folder
+            job(to_run_config(tree))
+        except LoraLabError as error:
+            failures.append((folder, error))
+
+    _hydra_main(["-m", *prepare(overrides, config_dir)], "run", task)
+    return failures
+
+
+def complete(arguments: Sequence[str], verb: str | None) -> None:
+    """Answer a shell's question about the rest of a line, through Hydra's completion plugins."""
+    defaults = {
+        key: None if info.is_required() else info.get_default(call_default_factory=True) for key, info in keys().items()
+    }
+    node = OmegaConf.create({"defaults": ["_self_", "run"]})
+    for key, value in defaults.items():
+        OmegaConf.update(node, key, value, force_add=True)
+    ConfigStore.instance().store(name="completion", node=node)
+    if verb is not None:
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb}", "", 1)
+    _hydra_main(arguments, "completion", lambda tree: None)
+
+
+def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], None]) -> None:
+    GlobalHydra.instance().clear()
+    before, sys.argv = sys.argv, ["lora-lab", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    finally:
+        sys.argv = before
+
+
+def key_rows() -> list[tuple[str, str, str, str]]:
+    """Every key with its default, its type and limits, and its meaning, for `lora-lab config --keys`."""
+    return [
+        (
+            key,
+            rule(info),
+            "???" if info.is_required() else as_override(info.get_default(call_default_factory=True)),
+            info.description,
+        )
+        for key, info in keys().items()
+    ]
+
+
+def as_override(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# -- saved configurations ---------------------------------------------------------------------------------------------
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, with the version of the schema it was written for."""
+    tree = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(config)}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's `config.yaml` and apply `key=value` overrides to it.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, from a newer lora_lab, or the result does not fit the schema.
+    """
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({_first_line(error)}).") from error
+    version = tree.pop("schema_version", None) if isinstance(tree, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{file}: schema_version={version}, and this lora_lab reads {SCHEMA_VERSION}. Install the lora_lab that wrote it."
+        )
+    node, problems = OmegaConf.create(tree), []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            problems.append(f"{text}: not a value override ({_first_line(error)}).")
+    _raise(problems)
+    return to_run_config(node)
+
+
+# -- provenance -------------------------------------------------------------------------------------------------------
+
+
+def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
+    """The composed configuration, and for each key the file or override that set its value (or 'default')."""
+    prepared = prepare(overrides, config_dir)
+    with _composed(prepared) as tree:
+        config = to_run_config(tree)
+        loader = GlobalHydra.instance().config_loader()
+        chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
+        folders = [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
+    origins = {}
+    for default in chosen:
+        file = next(
+            (f / f"{default.config_path}.yaml" for f in folders if (f / f"{default.config_path}.yaml").is_file()), None
+        )
+        if file is not None:
+            origins.update(_origins_in(file, default.package))
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        if override.key_or_group not in GROUPS:
+            origins.update({key: f"override {text}" for key, _ in _under(override.key_or_group, override.value())})
+    values = dict(leaves(dataclasses.asdict(config)))
+    return config, {key: origins.get(key, "default") for key in values}
+
+
+def _origins_in(file: Path, package: str | None) -> Iterable[tuple[str, str]]:
+    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    tree.pop("defaults", None)
+    shown = os.path.relpath(file, conf_dir().parent) if file.is_relative_to(conf_dir().parent) else str(file)
+    return [(key, shown) for key, _ in _under(package or "", tree)]
+
+
+def _under(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    return leaves(value, f"{prefix}." if prefix else "")

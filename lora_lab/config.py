@@ -1,0 +1,347 @@
+"""The one schema: what a run can be told, what each value means, and which values contradict each other.
+
+Hydra composes (see `compose.py`), these dataclasses decide. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.errors import ConfigError, nearest
+from lora_lab.schema import section
+
+SCHEMA_VERSION = 1
+MISSING = "???"  # Hydra's mark for "the user must say"
+
+
+@section
+class ModelConfig:
+    """The frozen base model."""
+
+    path: Annotated[str, Field(description="folder, .gguf file, hub id (owner/name) or package:<import name>/<path>")]
+    revision: Annotated[str | None, Field(description="branch, tag or commit on the hub")] = None
+    dtype: Annotated[Literal["bfloat16", "float32"], Field(description="type of the unquantized weights")] = "bfloat16"
+
+
+@section
+class QuantConfig:
+    """How the frozen base is stored (bitsandbytes)."""
+
+    method: Annotated[Literal["none", "nf4", "fp4", "int8"], Field(description="bitsandbytes format")] = "none"
+    double_quant: Annotated[bool, Field(description="quantize the scales too (nf4, fp4 only)")] = False
+    skip_modules: Annotated[list[str] | None, Field(description="modules left unquantized; null: the output head")] = (
+        None
+    )
+
+
+@section
+class TaskConfig:
+    """What is learned and how it is measured."""
+
+    name: Annotated[Literal["causal_lm"], Field(description="objective")] = "causal_lm"
+    answer_format: Annotated[
+        Literal["text", "json"],
+        Field(description="json: answers are compared as parsed JSON and valid_json is reported"),
+    ] = "text"
+    generate_rows: Annotated[
+        int, Field(ge=0, description="held-out rows whose answers are generated for exact_match; 0: none")
+    ] = 0
+    max_new_tokens: Annotated[int, Field(ge=1, description="longest generated answer, in tokens")] = 128
+
+
+@section
+class DataConfig:
+    """Rows for training and held-out rows."""
+
+    train: Annotated[str | list[str], Field(description="JSONL, JSON, CSV or Parquet files (paths or package:...)")]
+    eval: Annotated[str | list[str] | None, Field(description="held-out rows, same kinds of file")] = None
+    format: Annotated[
+        Literal["auto", "messages", "prompt_completion", "alpaca"],
+        Field(description="row format; auto looks at the columns and says what it found"),
+    ] = "auto"
+    max_tokens: Annotated[int, Field(ge=8, description="longest row, in tokens")] = 1024
+    too_long: Annotated[
+        Literal["error", "drop", "truncate_prompt"], Field(description="what happens to rows above max_tokens")
+    ] = "error"
+    supervise: Annotated[
+        Literal["answer", "all"], Field(description="loss on the assistant's turns, or on every token")
+    ] = "answer"
+    max_train_rows: Annotated[int | None, Field(ge=1, description="use only the first so many rows")] = None
+    max_eval_rows: Annotated[int | None, Field(ge=1, description="use only the first so many held-out rows")] = None
+
+
+@section
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Field(description="torch AdamW, or bitsandbytes' 8-bit")
+    ] = "adamw"
+    lr: Annotated[float, Field(gt=0, le=0.1, description="peak learning rate")] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="decoupled weight decay")] = 0.0
+    betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2, description="AdamW betas")
+    ] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    eps: Annotated[float, Field(gt=0, description="AdamW epsilon")] = 1e-8
+    schedule: Annotated[Literal["linear", "cosine", "constant"], Field(description="after the warm-up")] = "linear"
+    warmup_steps: Annotated[float, Field(ge=0, description="steps; below 1: share of all steps")] = 0.03
+    max_grad_norm: Annotated[float | None, Field(gt=0, description="clip the gradient's norm; null: do not clip")] = 1.0
+
+
+@section
+class TrainConfig:
+    """Length of the run, batches, evaluation and checkpoints."""
+
+    epochs: Annotated[int, Field(ge=1, description="passes over the rows, at most")] = 1
+    max_steps: Annotated[int | None, Field(ge=1, description="optimizer steps, at most (whichever ends first)")] = None
+    batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] = 8
+    micro_batch_size: Annotated[
+        int | None, Field(ge=1, description="sequences per forward pass; less needs less memory; null: batch_size")
+    ] = None
+    packing: Annotated[bool, Field(description="one padding-free row per micro-batch; false: a forward per row")] = True
+    gradient_checkpointing: Annotated[bool, Field(description="recompute activations: slower, far less memory")] = False
+    eval_steps: Annotated[
+        int | None, Field(ge=1, description="held-out loss every so many steps; null: each epoch")
+    ] = None
+    save_steps: Annotated[int | None, Field(ge=1, description="checkpoint every so many steps; null: each epoch")] = (
+        None
+    )
+    keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep, beside the best")] = 2
+    keep_best: Annotated[bool, Field(description="end with the adapter of the lowest held-out loss, not the last")] = (
+        True
+    )
+    early_stopping_patience: Annotated[
+        int | None, Field(ge=1, description="stop after so many evaluations without a better held-out loss")
+    ] = None
+
+
+@section
+class HardwareConfig:
+    """Where it runs."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")] = "auto"
+    threads: Annotated[int | None, Field(ge=1, description="CPU threads; null: torch's choice")] = None
+
+
+@section
+class TrackerConfig:
+    """Where curves go beside `metrics.jsonl`, through accelerate's trackers."""
+
+    name: Annotated[
+        Literal[
+            "auto",
+            "none",
+            "tensorboard",
+            "wandb",
+            "trackio",
+            "mlflow",
+            "swanlab",
+            "comet_ml",
+            "clearml",
+            "aim",
+            "dvclive",
+        ],
+        Field(description="auto: tensorboard when it is installed"),
+    ] = "auto"
+    project: Annotated[str, Field(min_length=1, description="project name shown by the tracker")] = "lora_lab"
+
+
+@section
+class ExportConfig:
+    """What is made of the adapter after training."""
+
+    targets: Annotated[list[Literal["hf"]], Field(description="hf: a merged transformers folder, verified")] = (
+        dataclasses.field(default_factory=list)
+    )
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Field(description="type of the merged weights")] = (
+        "bfloat16"
+    )
+    max_shard_size: Annotated[
+        str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$", description="largest safetensors file, such as 500MB or 5GB")
+    ] = "2GB"
+
+
+@section
+class MergeConfig:
+    """When a merged checkpoint is refused (see `merge/parity.py`)."""
+
+    parity_rows: Annotated[int, Field(ge=1, description="held-out rows to compare on")] = 32
+    max_logit_diff: Annotated[
+        float, Field(gt=0, description="float32 only: largest |logit difference| to base+adapter")
+    ] = 1e-3
+    max_kl: Annotated[float, Field(gt=0, description="largest mean KL divergence to base+adapter, in nats")] = 0.01
+    min_top1_agreement: Annotated[float, Field(gt=0, le=1, description="least share of equal top-1 tokens")] = 0.97
+    max_loss_increase: Annotated[
+        float, Field(gt=0, description="most loss the merge may add to the model as trained (quantized base), in nats")
+    ] = 0.1
+
+
+@section
+class RunConfig:
+    """Everything one run is told: the sections, its name, its folder and its seed."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\x00\n]{1,100}$", description="name of the run")] = "run"
+    run_dir: Annotated[str, Field(min_length=1, description="folder of the run; must not hold another run")]
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="adapter initialization, row order and dropout")] = 0
+    model: ModelConfig
+    data: DataConfig
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    adapter: LoraAdapter = dataclasses.field(default_factory=LoraAdapter)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
+    tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+
+
+def keys(of: type = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key of the schema (such as `adapter.r`) with its pydantic description, in order."""
+    found = {}
+    for name, info in of.__pydantic_fields__.items():
+        if dataclasses.is_dataclass(info.annotation):
+            found.update(keys(info.annotation, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = info
+    return found
+
+
+def parse(tree: dict[str, Any]) -> RunConfig:
+    """Turn a composed tree of plain values into a `RunConfig`.
+
+    Raises:
+        ConfigError: every unknown key, wrong type, out-of-range and contradictory value, all in one message.
+    """
+    config, errors = _validate(tree)
+    # Past the bad values, the good ones must still not contradict each other: name those problems as well.
+    readable = config or _validate(_repaired(tree, errors))[0]
+    problems = _describe(errors) + (contradictions(readable) if readable else [])
+    if problems:
+        count = "One problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n  ".join([f"{count} in the configuration:", *problems]))
+    return config
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Values that are fine alone but not together; also options that the others would leave without effect."""
+    quant, data, train, task = config.quant, config.data, config.train, config.task
+    found = []
+    if quant.double_quant and quant.method not in ("nf4", "fp4"):
+        found.append(
+            f"quant.double_quant=true: no effect with quant.method={quant.method}. Use nf4 or fp4, or set it false."
+        )
+    if quant.skip_modules and quant.method == "none":
+        found.append("quant.skip_modules: no effect with quant.method=none. Drop it or choose a method.")
+    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+        found.append(
+            f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
+            f"the sequences of a whole step. Did you mean train.batch_size={train.micro_batch_size}?"
+        )
+    if data.eval is None:
+        needs_eval = {
+            "train.eval_steps": train.eval_steps,
+            "train.early_stopping_patience": train.early_stopping_patience,
+            "task.generate_rows": task.generate_rows or None,
+            "data.max_eval_rows": data.max_eval_rows,
+        }
+        found += [
+            f"{key}={value}: needs held-out rows. Set data.eval=FILE, or {key}={0 if 'rows' in key and 'task' in key else 'null'}."
+            for key, value in needs_eval.items()
+            if value is not None
+        ]
+    return found
+
+
+def _validate(tree: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
+    try:
+        return _ADAPTER.validate_json(json.dumps(tree)), []  # strict dataclasses are built from JSON, not from dicts
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
+
+
+def _key(error: ErrorDetails) -> str:
+    """The configuration key of an error: its location up to the schema's own key (unions add parts behind it)."""
+    parts = [str(part) for part in error["loc"]]
+    known = keys()
+    return next((".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) in known), ".".join(parts))
+
+
+def _describe(errors: list[ErrorDetails]) -> list[str]:
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        by_key.setdefault(_key(error), []).append(error)
+    return [_sentence(key, found) for key, found in by_key.items()]
+
+
+def _sentence(key: str, errors: list[ErrorDetails]) -> str:
+    first, known = errors[0], keys()
+    value = "null" if first["input"] is None else json.dumps(first["input"], ensure_ascii=False, default=str)
+    if first["type"] == "unexpected_keyword_argument":
+        if key.rpartition(".")[2] == "_target_":
+            return f"{key}={value}: a configuration never names code to run. Remove the key."
+        namesakes = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+        return f"{key}={value}: unknown key.{nearest(key, namesakes or known) or nearest(key, known, cutoff=0.4)}"
+    if first["type"] in ("missing", "missing_argument") or first["input"] == MISSING:
+        return f"{key}: must be set. It is: {known[key].description if key in known else 'a section'}."
+    rules = "; or ".join(dict.fromkeys(error["msg"].removeprefix("Input ").removeprefix("should ") for error in errors))
+    choices = re.findall(r"'([^']+)'", first["msg"]) if first["type"] == "literal_error" else []
+    if key in known and known[key].annotation in _NUMBERS:
+        rules = f"be {rule(known[key])}"
+    return f"{key}={value}: must {rules}.{nearest(first['input'], choices) if choices else ''}"
+
+
+def rule(info: FieldInfo) -> str:
+    """What a key accepts, in words: 'an integer, at least 1 (or null)'."""
+    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+    limits = [
+        f"{word} {getattr(mark, name)}"
+        for mark in info.metadata
+        for name, word in words.items()
+        if getattr(mark, name, None) is not None
+    ]
+    optional = " (or null)" if type(None) in typing.get_args(info.annotation) else ""
+    return ", ".join([_words(info.annotation), *limits]) + optional
+
+
+def _words(kind: Any) -> str:
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, parts))
+    if typing.get_origin(kind) is list:
+        return "a list"
+    if typing.get_origin(kind) is dict:
+        return "a mapping"
+    if parts:
+        return " or ".join(_words(part) for part in parts if part is not type(None))
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def _repaired(tree: dict[str, Any], errors: list[ErrorDetails]) -> dict[str, Any]:
+    """A copy without the offending values, so that their defaults stand in (required keys are texts: any text does)."""
+    tree = copy.deepcopy(tree)
+    for error in errors:
+        *parents, last = _key(error).split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else {}
+        if isinstance(node, dict):
+            node.pop(last, None)
+            if _key(error) in _REQUIRED:
+                node[last] = MISSING
+    return tree
+
+
+_ADAPTER = TypeAdapter(RunConfig)
+_NUMBERS = (int, float, bool, int | None, float | None)
+_REQUIRED = {key for key, info in keys().items() if info.is_required()}

@@ -1,0 +1,87 @@
+"""What a person sees: tables and a progress bar in a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PIPED_WIDTH = 160  # for tables; lines of text keep their length
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(topic: str, text: object) -> None:
+    """One line about what was decided or done: a topic of at most 9 letters and a sentence."""
+    out.print(f"[bold cyan]{topic:>9}[/]  ", end="")
+    out.print(str(text), markup=False)
+
+
+def setting(key: str, value: str, note: str) -> None:
+    """One `key=value` line, ready to be copied as an override, with a note behind it."""
+    out.print(f"[bold]{key}[/]=", end="")
+    out.print(f"{value:<{max(0, 44 - len(key))}}", markup=False, end="")
+    out.print(f"  # {note}", style="dim", markup=False)
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers_from: int = 1) -> None:
+    """Print a table under a line of text; columns from `numbers_from` on are aligned right."""
+    out.print(title, style="bold", markup=False)
+    table = Table()
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index >= numbers_from else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    out.print(table, soft_wrap=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e-3 and value else f"{value:.4f}"
+    return "" if value is None else str(value).replace("[", r"\[")
+
+
+class Steps:
+    """Progress over a known number of steps; `advance(**fields)` shows the newest values."""
+
+    def __init__(self, progress: Progress | None, title: str, total: int, done: int):
+        self.progress, self.title, self.total, self.done = progress, title, total, done
+        self.task = progress.add_task(title, total=total, completed=done, values="") if progress else None
+        self.last_print = time.monotonic()
+
+    def advance(self, count: int = 1, **fields: str) -> None:
+        """So many more steps are done."""
+        self.done += count
+        text = "  ".join(f"{name} {value}" for name, value in fields.items())
+        if self.progress is not None:
+            self.progress.update(self.task, completed=self.done, values=text)
+        elif self.done == self.total or time.monotonic() - self.last_print > 10:
+            self.last_print = time.monotonic()
+            say(self.title, f"{self.done}/{self.total}  {text}")
+
+
+@contextlib.contextmanager
+def steps(title: str, total: int, done: int = 0) -> Iterator[Steps]:
+    """A progress bar with time left in a terminal; a line now and then when piped."""
+    if not out.is_terminal:
+        yield Steps(None, title, total, done)
+        return
+    columns = (
+        TextColumn(f"[bold cyan]{title:>9}[/] "), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=out, transient=False) as progress:
+        yield Steps(progress, title, total, done)
+
+
+def metrics_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Metrics side by side, one column for each model."""
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    show_table(title, ["", *columns], [[name, *(metrics.get(name) for metrics in columns.values())] for name in names])

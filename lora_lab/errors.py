@@ -1,0 +1,78 @@
+"""Every error that is meant for a user's eyes, and the exit code that each one ends the process with.
+
+    LoraLabError            2   something the user can mend: the message names key, value, rule and way out
+    ├── ConfigError         2   keys and values (all problems at once)
+    ├── DataError           2   rows, columns, files of data
+    ├── BaseModelError      2   finding, reading or quantizing the base model
+    ├── AdapterError        2   target modules, adapter files, an adapter on the wrong base
+    ├── RunError            2   run folders: existing, missing, locked, read-only
+    ├── CheckpointError     2   a checkpoint or artifact that fails its checksums
+    ├── TrainingError       3   training stopped before a bad update (non-finite loss or gradient)
+    └── MergeError          4   the merged checkpoint is not the model that was trained
+    Interrupted             130 (Ctrl-C) or 143 (SIGTERM), after the state was saved
+
+Anything else is a bug of ours: exit code 1 and a stack trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraLabError(Exception):
+    """A problem that the user can mend; printed as one paragraph, without a stack trace."""
+
+    exit_code = 2
+
+
+class ConfigError(LoraLabError):
+    """One or more keys or values of the configuration are wrong; all of them are in the message."""
+
+
+class DataError(LoraLabError):
+    """A data file, column or row cannot be used."""
+
+
+class BaseModelError(LoraLabError):
+    """The base model cannot be found, read or trusted."""
+
+
+class AdapterError(LoraLabError):
+    """Adapter settings or files do not fit the base model."""
+
+
+class RunError(LoraLabError):
+    """A run folder exists already, is missing, is in use, or cannot be written."""
+
+
+class CheckpointError(LoraLabError):
+    """A saved folder does not match its manifest."""
+
+
+class TrainingError(LoraLabError):
+    """Training stopped before an update that would have destroyed the adapter."""
+
+    exit_code = 3
+
+
+class MergeError(LoraLabError):
+    """The merged checkpoint differs from the trained model by more than the allowed margin."""
+
+    exit_code = 4
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` can swallow it."""
+
+    run: object = None  # folder of the run that was stopped, once there is one
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.5) -> str:
+    """' Did you mean X?' for the most similar choice, or '' when nothing is similar."""
+    match = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=cutoff)
+    return f" Did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,106 @@
+"""Merge an adapter into its unquantized base, save the result, reload it elsewhere, compare, and only then publish it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_lab import console, storage
+from lora_lab.adapters import files
+from lora_lab.adapters.attach import attach
+from lora_lab.base.load import BaseFiles, load_model
+from lora_lab.base.tokenizer import save_tokenizer
+from lora_lab.config import QuantConfig, RunConfig
+from lora_lab.data.encode import end_tokens
+from lora_lab.errors import MergeError
+from lora_lab.merge import parity
+from lora_lab.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def merge(
+    run: RunDir,
+    config: RunConfig,
+    base: BaseFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: parity.Probe,
+    trained_logits: torch.Tensor,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Merge the run's adapter at `export.dtype` into `merged/`, which appears only if it passes.
+
+    Args:
+        rows: what to compare on.
+        trained_logits: logits [S, V] of the model as trained (its own base, quantized or not) on those rows.
+
+    Returns:
+        The report, which is also in `merge_report.json`.
+
+    Raises:
+        MergeError: the merged checkpoint differs by more than the `merge` section allows; nothing is published.
+    """
+    files.check_base(run.adapter, base)
+    model = load_model(base, config.export.dtype, QuantConfig(), device)
+    model = attach(model, config.adapter, "default", "CAUSAL_LM", config.seed).eval()
+    files.read_into(run.adapter, model, "default")
+    reference = parity.logits(model, rows)
+    merged = model.merge_and_unload(safe_merge=True)
+    _carry_along(merged, tokenizer)
+    report: dict[str, Any] = {}
+    with storage.new_folder(run.merged, {"base": base.fingerprint}) as temporary:
+        merged.save_pretrained(temporary, max_shard_size=config.export.max_shard_size)
+        save_tokenizer(tokenizer, temporary)
+        del model, merged
+        report = _verify(temporary, config, rows, reference, trained_logits, device)
+        storage.write_text(run.merge_report, storage.dump_json(report))
+        _show(report)
+        if report["refused"]:
+            raise MergeError(
+                f"{run.merged}: not published, because {'; '.join(report['refused'])}. The adapter is untouched; see "
+                f"{run.merge_report}. Merge at export.dtype=float32, or raise the limit if the gap is acceptable."
+            )
+    return report
+
+
+def _carry_along(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Deployments stop where training taught the model to stop."""
+    generation = merged.generation_config
+    known = generation.eos_token_id
+    known = [known] if isinstance(known, int) else list(known or [])
+    generation.eos_token_id = sorted({*known, *end_tokens(tokenizer)})
+    generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _verify(
+    folder: Path,
+    config: RunConfig,
+    rows: parity.Probe,
+    reference: torch.Tensor,
+    trained: torch.Tensor,
+    device: torch.device,
+) -> dict[str, Any]:
+    reloaded = parity.reloaded_logits(folder, rows, device)
+    arithmetic, as_trained = parity.compare(reference, reloaded, rows), parity.compare(trained, reloaded, rows)
+    return {
+        "dtype": config.export.dtype,
+        "trained_on": config.quant.method,
+        "rows": len(rows.examples),
+        "positions": len(rows.targets),
+        "merged_vs_full_precision_base_and_adapter": dataclasses.asdict(arithmetic),
+        "merged_vs_model_as_trained": dataclasses.asdict(as_trained),
+        "refused": parity.judge(arithmetic, as_trained, config.merge, config.export.dtype),
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    columns = {
+        f"base ({report['dtype']}) + adapter": report["merged_vs_full_precision_base_and_adapter"],
+        f"as trained ({report['trained_on']} base)": report["merged_vs_model_as_trained"],
+    }
+    title = f"merged checkpoint, reloaded by plain transformers, against ({report['positions']} positions)"
+    console.metrics_table(title, columns)

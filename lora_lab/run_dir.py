@@ -1,0 +1,160 @@
+"""The folder of a run: what lies where, how it is made, and who may work in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_lab import __version__, compose, storage
+from lora_lab.base.load import BaseFiles
+from lora_lab.config import RunConfig
+from lora_lab.errors import RunError
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def merge_report(self) -> Path:
+        return self.path / "merge_report.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process at a time works in a run folder."""
+        with storage.locked(self.path):
+            yield
+
+
+def check_free(config: RunConfig) -> RunDir:
+    """The run folder that the configuration names, still to be made; called before any long work.
+
+    Raises:
+        RunError: it holds something already, is a file, or its parent cannot be written.
+    """
+    run = RunDir(Path(config.run_dir).expanduser())
+    if run.path.is_dir() and any(run.path.iterdir()):
+        raise RunError(
+            f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "
+            f"with it: lora-lab resume run={run.path}"
+        )
+    if run.path.exists() and not run.path.is_dir():
+        raise RunError(f"run_dir={run.path}: a file of that name exists. Choose another run_dir.")
+    parent = next(folder for folder in [run.path.absolute(), *run.path.absolute().parents] if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise RunError(f"run_dir={run.path}: {parent} is read-only. Choose another run_dir.")
+    return run
+
+
+def create(config: RunConfig) -> RunDir:
+    """Make the run folder and save the resolved configuration in it.
+
+    Raises:
+        RunError: as `check_free`, or the system refuses to make it.
+    """
+    run = check_free(config)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"run_dir={run.path}: cannot be made ({error.strerror}). Choose another run_dir.") from error
+    storage.write_text(run.config, compose.to_yaml(config))
+    return run
+
+
+def open_existing(path: str) -> RunDir:
+    """The run folder that `run=DIR` names.
+
+    Raises:
+        RunError: there is no run in it.
+    """
+    run = RunDir(Path(path).expanduser())
+    if not run.config.is_file():
+        raise RunError(f"run={path}: no run there (no config.yaml). Name a folder that lora-lab train made.")
+    return run
+
+
+def write_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
+    """Record what the run is made of: versions, the base's fingerprint, the data's hashes, the code's commit."""
+    manifest = {
+        "base": {"name": base.name, "folder": str(base.folder), "fingerprint": base.fingerprint},
+        "data": data,
+        "versions": versions(),
+        "git_commit": _git_commit(),
+    }
+    storage.write_text(run.manifest, storage.dump_json(manifest))
+
+
+def check_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
+    """Refuse to go on when the base or the data are not what the run was started with.
+
+    Raises:
+        RunError: naming what changed.
+    """
+    if not run.manifest.exists():
+        return
+    saved: dict[str, Any] = json.loads(run.manifest.read_text(encoding="utf-8"))
+    if saved["base"]["fingerprint"] != base.fingerprint:
+        raise RunError(
+            f"{run.path}: the base {base.name} has other weights than at the start. Restore it, or start anew."
+        )
+    for key, files in data.items():
+        if sorted(saved["data"][key].values()) != sorted(files.values()):
+            raise RunError(f"{run.path}: the files of {key} changed since the start. Restore them, or start anew.")
+
+
+def versions() -> dict[str, str]:
+    """Versions of lora_lab, Python and the libraries that decide results."""
+    return {
+        "lora_lab": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that the code runs from, '-dirty' with uncommitted changes; None for an installed wheel."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "pyproject.toml").is_file():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,137 @@
+"""Learn to answer: next-token loss on the supervised tokens of chats, measured by loss and by generated answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lora_lab import console
+from lora_lab.config import TaskConfig
+from lora_lab.data.collate import PackedBatch, pack
+from lora_lab.data.encode import Dataset, Example, end_tokens, render
+from lora_lab.train import packing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_EVAL_TOKENS = 2048  # tokens of one forward pass in evaluation
+_GENERATE_ROWS = 32  # prompts generated together
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSum:
+    """A sum over supervised tokens and how many there were, so that any split of a step adds up to the same."""
+
+    loss: torch.Tensor  # scalar, float32, the sum (not the mean)
+    num_tokens: int
+    num_correct: int  # top-1 hits
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A generated answer beside the reference."""
+
+    question: str  # the last message before the answer
+    reference: str
+    text: str
+
+
+class CausalLM:
+    """`task=causal_lm`."""
+
+    peft_task_type = "CAUSAL_LM"
+
+    def __init__(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase):
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def loss(self, model: PeftModel, batch: PackedBatch) -> LossSum:
+        """Summed cross-entropy of a packed batch, in float32."""
+        logits = packing.logits(model, batch).float()
+        loss = cross_entropy(logits, batch.targets, reduction="sum")
+        correct = int((logits.detach().argmax(-1) == batch.targets).sum())
+        return LossSum(loss, len(batch.targets), correct)
+
+    @torch.no_grad()
+    def measure(self, model: PeftModel, data: Dataset, packed: bool) -> dict[str, float]:
+        """Teacher-forced loss (mean over supervised tokens), perplexity and token accuracy."""
+        loss, tokens, correct = 0.0, 0, 0
+        for examples in _by_tokens(data.examples, _EVAL_TOKENS if packed else 0):
+            part = self.loss(model, pack(examples, model.device))
+            loss, tokens, correct = loss + part.loss.item(), tokens + part.num_tokens, correct + part.num_correct
+        mean = loss / tokens
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": correct / tokens}
+
+    def answers(self, model: PeftModel, data: Dataset, title: str) -> list[Answer]:
+        """Greedy answers to the first `task.generate_rows` rows, each prompted up to its last answer."""
+        rows = data.examples[: self.config.generate_rows]
+        prompts = [render(_question(row), self.tokenizer, row.origin, add_generation_prompt=True) for row in rows]
+        texts: dict[int, str] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+        with console.steps(title, len(rows)) as progress:
+            for start in range(0, len(order), _GENERATE_ROWS):
+                chunk = order[start : start + _GENERATE_ROWS]
+                texts.update(zip(chunk, self.generate(model, [prompts[i] for i in chunk]), strict=True))
+                progress.advance(len(chunk))
+        return [
+            Answer(_question(row)[-1]["content"], row.messages[-1]["content"], texts[i]) for i, row in enumerate(rows)
+        ]
+
+    @torch.no_grad()
+    def generate(self, model: PeftModel, prompts: list[str], **options: Any) -> list[str]:
+        """Answers to rendered prompts (greedy unless `options`, transformers' own, say otherwise)."""
+        self.tokenizer.padding_side = "left"
+        batch = self.tokenizer(prompts, add_special_tokens=False, return_tensors="pt", padding=True).to(model.device)
+        settings = {"do_sample": False, "max_new_tokens": self.config.max_new_tokens, **options}
+        done = model.generate(
+            **batch, eos_token_id=end_tokens(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id, **settings
+        )
+        return self.tokenizer.batch_decode(done[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def score(self, answers: list[Answer]) -> dict[str, float]:
+        """Share of exact answers; for `answer_format=json`, equality as parsed JSON, and the share of valid JSON."""
+        if not answers:
+            return {}
+        if self.config.answer_format == "text":
+            return {"exact_match": _share(answer.text.strip() == answer.reference.strip() for answer in answers)}
+        parsed = [(_parse(answer.text), _parse(answer.reference)) for answer in answers]
+        return {
+            "exact_match": _share(text is not None and text == reference for text, reference in parsed),
+            "valid_json": _share(text is not None for text, _ in parsed),
+        }
+
+
+def _question(row: Example) -> list[dict[str, Any]]:
+    return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
+
+
+def _by_tokens(examples: list[Example], limit: int) -> list[list[Example]]:
+    """Neighbouring examples of like length, as many as fit into `limit` tokens (at least one)."""
+    batches: list[list[Example]] = []
+    room = 0
+    for example in sorted(examples, key=lambda example: len(example.input_ids)):
+        size = len(example.input_ids)
+        if size > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(example)
+        room -= size
+    return batches
+
+
+def _share(hits) -> float:
+    hits = list(hits)
+    return sum(hits) / len(hits)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,71 @@
+"""The members that train together on one frozen base. A single run is a cohort of one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lora_lab import tracking
+from lora_lab.adapters.attach import trainable
+from lora_lab.base.load import BaseFiles
+from lora_lab.config import RunConfig
+from lora_lab.run_dir import RunDir
+from lora_lab.train.batches import BatchPlan
+from lora_lab.train.optim import build_optimizer, build_schedule
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+
+@dataclasses.dataclass
+class State:
+    """Where a member stands; plain numbers, saved with every checkpoint."""
+
+    step: int = 0  # finished optimizer steps
+    tokens: int = 0  # real tokens seen
+    supervised_tokens: int = 0
+    best_loss: float | None = None  # lowest held-out loss
+    best_step: int | None = None
+    worse_evaluations: int = 0  # in a row
+    stopped_early: bool = False
+
+
+class Member:
+    """One adapter with everything that is its own: optimizer, schedule, row order, randomness, metrics.
+
+    Nothing here depends on other members, so a member trains in a cohort exactly as it would alone.
+    """
+
+    def __init__(self, name: str, config: RunConfig, run: RunDir, base: BaseFiles, model: PeftModel, num_examples: int):
+        """`model` holds a freshly attached adapter `name`, which must be the active one."""
+        self.name = name
+        self.config = config
+        self.run = run
+        self.base = base
+        self.model = model
+        self.parameters: dict[str, torch.nn.Parameter] = trainable(model)
+        self.plan = BatchPlan(
+            num_examples, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size, config.seed
+        )
+        self.total_steps = self.plan.total_steps(config.train.epochs, config.train.max_steps)
+        self.optimizer = build_optimizer(config.optim, self.parameters.values())
+        self.schedule = build_schedule(config.optim, self.optimizer, self.total_steps)
+        self.state = State()
+        self.log = tracking.open_log(run.path, config.tracker)
+
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.total_steps or self.state.stopped_early
+
+    def due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps (None: every epoch), and at the end, is due now."""
+        return self.done or self.state.step % (every or self.plan.steps_per_epoch) == 0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside the block this member's adapter is the active one."""
+        self.model.set_adapter(self.name)
+        yield

@@ -1,0 +1,199 @@
+"""The only training loop. It trains a cohort: members take turns on one frozen base, step by step.
+
+Order within a step: forward and backward over the micro-batches, check, clip, update, log, evaluate, save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_lab import console, signals
+from lora_lab.adapters import files
+from lora_lab.data.collate import pack
+from lora_lab.data.encode import Dataset
+from lora_lab.errors import Interrupted, TrainingError
+from lora_lab.tasks.causal_lm import CausalLM
+from lora_lab.train import checkpoint, packing
+from lora_lab.train.cohort import Member
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_WARM_UP_STEPS = 2  # left out of tokens_per_second
+
+
+@dataclasses.dataclass
+class Clock:
+    """Speed of this session's steps, evaluation and saving left out."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.steps += 1
+        if self.steps > _WARM_UP_STEPS:
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+
+def fit(
+    members: list[Member], train: Dataset, held_out: Dataset | None, task: CausalLM, accelerator: Accelerator
+) -> Clock:
+    """Train every member to its end; each is left with its best or last adapter loaded (`train.keep_best`).
+
+    Raises:
+        TrainingError: a non-finite loss or gradient; the last good state is saved.
+        Interrupted: Ctrl-C or SIGTERM; the last finished step is saved.
+    """
+    clock = Clock()
+    _prepare(members, train, accelerator)
+    with (
+        signals.held() as arrived,
+        _attention(members),
+        console.steps("train", sum(m.total_steps for m in members), sum(m.state.step for m in members)) as progress,
+    ):
+        while running := [member for member in members if not member.done]:
+            for member in running:
+                with member.turn():
+                    finished = _train_step(member, train, task, accelerator, clock, progress, arrived)
+                    if finished:
+                        _evaluate_and_save(member, held_out, task, accelerator)
+                if arrived:
+                    _save_all(members)
+                    raise Interrupted(arrived[0])
+    for member in members:
+        _load_best(member)
+        member.log.close()
+    return clock
+
+
+def _prepare(members: list[Member], train: Dataset, accelerator: Accelerator) -> None:
+    model = members[0].model
+    if any(member.config.train.gradient_checkpointing for member in members):
+        # not reentrant: that needs no gradient on the inputs, so backward still stops at the lowest adapted layer
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    if any(member.config.train.packing for member in members):
+        model.eval()
+        with members[0].turn(), accelerator.autocast():
+            packing.check_isolation(model, train.examples)
+
+
+def _attention(members: list[Member]) -> contextlib.AbstractContextManager:
+    packed = any(member.config.train.packing for member in members)
+    return packing.segment_attention(members[0].model) if packed else contextlib.nullcontext()
+
+
+def _train_step(
+    member: Member,
+    train: Dataset,
+    task: CausalLM,
+    accelerator: Accelerator,
+    clock: Clock,
+    progress: console.Steps,
+    arrived: list[int],
+) -> bool:
+    """One optimizer step. False when a signal arrived before the update: then nothing has changed."""
+    state, config = member.state, member.config
+    started = time.perf_counter()
+    micro_batches = [[train.examples[i] for i in chosen] for chosen in member.plan.step(state.step)]
+    total = sum(int(example.supervised.sum()) for examples in micro_batches for example in examples)
+    torch.manual_seed(member.plan.dropout_seed(state.step))
+    member.model.train()
+
+    # forward and backward: the step's loss is the mean over all of its supervised tokens, however it is split
+    loss_sum, tokens = 0.0, 0
+    for examples in micro_batches:
+        for part in [examples] if config.train.packing else [[example] for example in examples]:
+            if arrived:
+                member.optimizer.zero_grad()
+                return False
+            batch = pack(part, accelerator.device)
+            with accelerator.autocast():
+                out = task.loss(member.model, batch)
+            accelerator.backward(out.loss / total)
+            loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
+
+    # check, clip, update
+    limit = math.inf if config.optim.max_grad_norm is None else config.optim.max_grad_norm
+    grad_norm = float(accelerator.clip_grad_norm_(list(member.parameters.values()), limit))
+    if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        member.optimizer.zero_grad()
+        _stop_non_finite(member, loss_sum / total, grad_norm, micro_batches)
+    lr = member.schedule.get_last_lr()[0]
+    member.optimizer.step()
+    member.schedule.step()
+    member.optimizer.zero_grad()
+
+    # log
+    state.step += 1
+    state.tokens += tokens
+    state.supervised_tokens += total
+    clock.add(time.perf_counter() - started, tokens)
+    speed = tokens / (time.perf_counter() - started)
+    member.log.write(state.step, loss=loss_sum / total, grad_norm=grad_norm, lr=lr, tokens=state.tokens)
+    progress.advance(
+        loss=f"{loss_sum / total:.4f}",
+        lr=f"{lr:.2e}",
+        **{"tok/s": f"{clock.tokens_per_second or speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
+    )
+    return True
+
+
+def _stop_non_finite(member: Member, loss: float, grad_norm: float, micro_batches: list) -> None:
+    saved = checkpoint.save(member)
+    rows = ", ".join(example.origin for examples in micro_batches for example in examples)
+    raise TrainingError(
+        f"Step {member.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the update was not made. "
+        f"Rows of the step: {rows}. Lower optim.lr, set optim.max_grad_norm, or look at the rows. The state before the "
+        f"step is in {saved}."
+    )
+
+
+def _evaluate_and_save(member: Member, held_out: Dataset | None, task: CausalLM, accelerator: Accelerator) -> None:
+    state, config = member.state, member.config.train
+    better = False
+    if held_out is not None and member.due(config.eval_steps):
+        member.model.eval()
+        with accelerator.autocast():
+            metrics = task.measure(member.model, held_out, config.packing)
+        member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
+        better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
+        if better:
+            state.best_loss, state.best_step, state.worse_evaluations = metrics["loss"], state.step, 0
+        else:
+            state.worse_evaluations += 1
+            state.stopped_early = state.worse_evaluations == config.early_stopping_patience
+    if better or member.due(config.save_steps):
+        checkpoint.save(member)
+
+
+def _save_all(members: list[Member]) -> None:
+    for member in members:
+        with member.turn():
+            checkpoint.save(member)
+
+
+def _load_best(member: Member) -> None:
+    best = member.state.best_step
+    if member.config.train.keep_best and best is not None and best != member.state.step:
+        files.read_into(member.run.checkpoints / f"step-{best}", member.model, member.name)
+
+
+def peak_memory_gib() -> float:
+    """Most memory used so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

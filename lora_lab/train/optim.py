@@ -1,0 +1,40 @@
+"""Optimizers and learning-rate schedules: torch's, bitsandbytes' and transformers', chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lora_lab.config import OptimConfig
+from lora_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` names, over the adapter's parameters."""
+    import bitsandbytes
+    import torch
+
+    classes = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return classes[config.name](
+        list(parameters), lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def build_schedule(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up, then the schedule that `optim.schedule` names, over `total_steps` optimizer steps."""
+    from transformers import get_scheduler
+
+    warmup = int(config.warmup_steps) if config.warmup_steps >= 1 else round(config.warmup_steps * total_steps)
+    if warmup > total_steps:
+        raise ConfigError(f"optim.warmup_steps={config.warmup_steps:g}: must be at most the run's {total_steps} steps.")
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -1,0 +1,226 @@
+"""The command line: light to start, clear when something is wrong, documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_lab import cli
+from tests.conftest import make_base, make_rows, write_jsonl
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in cli.VERBS), ["train", "recipe=nope"]])
+def test_starts_without_torch(arguments):
+    code = f"""
+import sys
+from lora_lab.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+heavy = sorted({{'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'numpy'}} & set(sys.modules))
+print('heavy:', heavy)
+"""
+    assert "heavy: []" in run_python(code)
+
+
+def test_every_verb_helps_with_examples(capsys):
+    for verb in cli.VERBS:
+        with pytest.raises(SystemExit) as done:
+            cli.main([verb, "--help"])
+        text = capsys.readouterr().out
+        assert done.value.code == 0
+        assert f"lora-lab {verb}" in text
+        assert "exit codes" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("lora-lab ", "train"),
+        ("lora-lab ev", "evaluate"),
+        ("lora-lab train recipe=de", "recipe=demo"),
+        ("lora-lab train quant=", "quant=nf4"),
+        ("lora-lab train adapter.lora_al", "adapter.lora_alpha="),
+        ("lora-lab config optim.sch", "optim.schedule="),
+    ],
+)
+def test_tab_completion(line, offers, monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert cli.main(["-sc", "query=bash"]) == 0
+    assert offers in capsys.readouterr().out.split()
+
+
+def test_config_shows_values_and_origins(capsys):
+    assert cli.main(["config", "recipe=demo", "adapter.r=4"]) == 0
+    text = capsys.readouterr().out
+    assert "# override adapter.r=4" in text
+    assert cli.main(["config", "--keys"]) == 0
+    assert "train.batch_size=8" in capsys.readouterr().out
+
+
+def fails(arguments: list[str], capsys, code: int = 2) -> str:
+    """The message of a command that must fail as a user mistake: one paragraph, no stack trace."""
+    assert cli.main(arguments) == code
+    message = capsys.readouterr().err
+    assert message.startswith("lora-lab: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_unknown_option_and_missing_run(capsys):
+    assert "run: must be set" in fails(["merge"], capsys)
+    assert "no run there" in fails(["evaluate", "run=/nowhere"], capsys)
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", "--rank", "3"])
+    assert done.value.code == 2
+
+
+# file name, content, what the message must say
+BAD_DATA = [
+    ("empty.jsonl", "", ["the file is empty"]),
+    ("blank.jsonl", "\n\n", ["the file is empty"]),
+    ("list.jsonl", "[]\n", ["line 1 is not a JSON object"]),
+    ("broken.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', ["line 2 is not valid JSON"]),
+    ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "b"}\n', ["line 1 is not valid UTF-8"]),
+    (
+        "columns.jsonl",
+        '{"question": "a", "answer": "b"}\n',
+        ["columns question, answer fit no format", "prompt, completion"],
+    ),
+    ("null.jsonl", '{"prompt": "a", "completion": null}\n', ["null.jsonl row 1", "must be text"]),
+    ("number.csv", "prompt,completion\na,b\nc,\n", ["number.csv row 2", "must be text"]),
+    (
+        "masked.jsonl",
+        '{"messages": [{"role": "user", "content": "a"}]}\n',
+        ["masked.jsonl row 1", "every label is masked"],
+    ),
+    ("silent.jsonl", '{"prompt": "a", "completion": " "}\n', ["silent.jsonl row 1", "the answer is empty"]),
+    ("role.jsonl", '{"messages": [{"role": "bot", "content": "a"}]}\n', ["role 'bot'", "assistant"]),
+    ("rows.txt", "a\n", ["not a data file"]),
+    ("long.jsonl", json.dumps({"prompt": "red " * 90, "completion": "b"}), ["long.jsonl row 1", "data.max_tokens=64"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "says"), BAD_DATA, ids=[name for name, _, _ in BAD_DATA])
+def test_bad_data_stops_before_the_model(name, content, says, overrides, tmp_path, capsys, monkeypatch):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr("lora_lab.base.load.load_model", lambda *_: pytest.fail("weights were loaded"))
+    message = fails(["train", *overrides, f"data.train={file}", "data.max_tokens=64"], capsys)
+    for text in says:
+        assert text in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_suggest_what_is_there(overrides, rows_file, capsys):
+    message = fails(["train", *overrides, f"data.train={rows_file.with_name('trian.jsonl')}"], capsys)
+    assert f"Did you mean '{rows_file}'?" in message
+    assert "package 'no_such_package' is not installed" in fails(
+        ["train", *overrides, "data.train=package:no_such_package/x.jsonl"], capsys
+    )
+    assert "no 'x.jsonl' in the package 'lora_lab'" in fails(
+        ["train", *overrides, "data.train=package:lora_lab/x.jsonl"], capsys
+    )
+    assert "the hub did not give it" in fails(["train", *overrides, "model.path=nobody/nothing"], capsys)
+
+
+def test_named_format_with_missing_column(overrides, capsys):
+    message = fails(["train", *overrides, "data.format=alpaca"], capsys)
+    assert "needs column 'instruction', and the file has prompt, completion" in message
+
+
+def test_target_modules_that_match_nothing(overrides, capsys):
+    message = fails(["train", *overrides, "adapter.target_modules=[q_proj,kproj]"], capsys)
+    assert "kproj matches no linear layer. Did you mean 'k_proj'?" in message
+    assert "the model's layers are 0 to 3" in fails(["train", *overrides, "adapter.layers_to_transform=[9]"], capsys)
+    assert "adapter.rank_pattern" in fails(["train", *overrides, "adapter.rank_pattern={qproj: 8}"], capsys)
+
+
+def test_tied_head_is_refused(overrides, tied_base, capsys):
+    message = fails(["train", *overrides, f"model.path={tied_base}", "adapter.target_modules=[lm_head]"], capsys)
+    assert "shares its weights with the input embeddings" in message
+
+
+def test_existing_run_folder_is_untouched(overrides, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/precious.txt").write_text("mine")
+    assert "exists and is not empty" in fails(["train", *overrides], capsys)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_folders_that_cannot_be_written(overrides, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "a file of that name exists" in fails(["train", *overrides, f"run_dir={tmp_path}/file"], capsys)
+    assert "cannot be made" in fails(["train", *overrides, "train.max_steps=1", "run_dir=/proc/lora_lab"], capsys)
+
+
+def test_damaged_base_is_refused(overrides, base, tmp_path, capsys):
+    import shutil
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(base, tmp_path / name))
+
+    cut = copy("cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "truncated" in fails(["train", *overrides, f"model.path={cut}"], capsys)
+
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "a pickle" in fails(["train", *overrides, f"model.path={pickled}"], capsys)
+
+    code = copy("code")
+    config = json.loads((code / "config.json").read_text())
+    (code / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    assert "names code to run" in fails(["train", *overrides, f"model.path={code}"], capsys)
+
+    outside = copy("outside")
+    (outside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    assert "outside the folder" in fails(["train", *overrides, f"model.path={outside}"], capsys)
+
+    assert "no config.json" in fails(["train", *overrides, f"model.path={tmp_path}"], capsys)
+
+
+def test_adapter_on_another_base_is_refused(overrides, tmp_path, capsys, eval_file):
+    assert cli.main(["train", *overrides, "train.max_steps=1"]) == 0
+    other = make_base(tmp_path / "other", seed=5)
+    capsys.readouterr()
+    for verb in ("evaluate", "merge", "chat"):
+        message = fails([verb, f"run={tmp_path}/run", f"model.path={other}", f"data.eval={eval_file}"], capsys)
+        assert "Name the base that it was trained on" in message
+
+
+def test_damaged_adapter_is_refused(overrides, tmp_path, capsys):
+    assert cli.main(["train", *overrides, "train.max_steps=1"]) == 0
+    weights = tmp_path / "run/adapter/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert "SHA-256 differs" in fails(["merge", f"run={tmp_path}/run"], capsys)
+
+
+def test_sweep_runs_each_point_and_lists_failures(overrides, tmp_path, capsys):
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    long_row = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "red " * 400, "completion": "b"}, *make_rows(3)])
+    sweep = [
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        "train.max_steps=1",
+        "data.max_tokens=64,1024",
+        f"data.train={long_row}",
+    ]
+    assert cli.main(["train", "-m", *points, *sweep]) == 2
+    captured = capsys.readouterr()
+    assert "long.jsonl row 1" in captured.err
+    assert "1 of its runs failed" in captured.out
+    assert (tmp_path / "sweep/1/result.json").exists()
+    assert not (tmp_path / "sweep/0/result.json").exists()

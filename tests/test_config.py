@@ -1,0 +1,138 @@
+"""The schema refuses what is wrong, all of it at once, and says what would be right."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_lab import compose
+from lora_lab.config import keys, parse
+from lora_lab.errors import ConfigError
+
+GOOD = {"run_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}}
+
+# override -> what the message must say
+REFUSED = [
+    ("adapter.rnak=8", ["adapter.rnak=8: unknown key", "Did you mean 'adapter.r'"]),
+    ("learning_rate=1e-4", ["learning_rate=0.0001: unknown key"]),
+    ("lr=1e-4", ["Did you mean 'optim.lr'"]),
+    ("adapter.r=0", ["adapter.r=0: must be an integer, at least 1"]),
+    ("adapter.r=-4", ["adapter.r=-4", "at least 1"]),
+    ("adapter.r=1.5", ["adapter.r=1.5", "an integer"]),
+    ("adapter.r=true", ["adapter.r=true", "an integer"]),
+    ("optim.lr=0", ["optim.lr=0", "greater than 0"]),
+    ("optim.lr=5.0", ["optim.lr=5.0", "at most 0.1"]),
+    ("optim.lr=nan", ["optim.lr"]),
+    ("optim.lr=1e-4x", ['optim.lr="1e-4x"', "a number"]),
+    ("adapter.lora_alpha=0", ["adapter.lora_alpha=0", "greater than 0"]),
+    ("adapter.lora_dropout=1.0", ["adapter.lora_dropout=1.0", "less than 1"]),
+    ("data.format=alpacca", ["'alpaca'", "Did you mean 'alpaca'"]),
+    ("data.too_long=truncate", ["truncate_prompt"]),
+    ("quant.method=nf5", ["Did you mean 'nf4'"]),
+    ("model.dtype=bf16", ["Did you mean 'bfloat16'"]),
+    ("hardware.device=gpu", ["hardware.device"]),
+    ("export.max_shard_size=5gb", ["export.max_shard_size"]),
+    ("train._target_=os.system", ["train._target_=os.system", "never names code"]),
+    ("name=${nope}", ["nope"]),
+    ("name=${oc.env:HF_TOKEN}", ["secret"]),
+    ("train.micro_batch_size=16", ["train.micro_batch_size=16", "at most train.batch_size=8"]),
+    ("train.early_stopping_patience=2", ["needs held-out rows", "data.eval"]),
+    ("task.generate_rows=4", ["needs held-out rows"]),
+]
+
+
+@pytest.mark.parametrize(("override", "says"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_refuses(override, says):
+    with pytest.raises(ConfigError) as caught:
+        compose.compose(["data.train=t.jsonl", override])
+    for text in says:
+        assert text in str(caught.value)
+
+
+def test_contradictory_quantization():
+    with pytest.raises(ConfigError, match=r"quant\.double_quant=true: no effect with quant\.method=int8"):
+        compose.compose(["data.train=t.jsonl", "quant=int8", "quant.double_quant=true"])
+
+
+def test_all_problems_in_one_message():
+    with pytest.raises(ConfigError) as caught:
+        compose.compose(["adapter.rnak=3", "optim.lr=-1", "train.batch_size=2", "train.micro_batch_size=4"])
+    message = str(caught.value)
+    assert "4 problems" in message
+    for key in ("data.train: must be set", "adapter.rnak", "optim.lr", "train.micro_batch_size"):
+        assert key in message
+
+
+def test_unknown_choice_lists_the_choices():
+    with pytest.raises(ConfigError, match=r"recipe=dmeo: no such recipe\. Did you mean 'demo'\? There are: .*demo"):
+        compose.compose(["recipe=dmeo"])
+
+
+@pytest.mark.parametrize("text", ["adapter.r", "=3", "x=y="])
+def test_refuses_what_is_not_an_override(text):
+    with pytest.raises(ConfigError, match="not an override"):
+        compose.compose(["recipe=demo", text])
+
+
+def test_recipe_overrides_base_and_command_line_overrides_recipe():
+    plain, changed = compose.compose(["recipe=demo"]), compose.compose(["recipe=demo", "adapter.r=4", "name=mine"])
+    assert (plain.name, plain.adapter.r, plain.quant.method) == ("demo", 16, "nf4")
+    assert (changed.name, changed.adapter.r, changed.optim.lr) == ("mine", 4, plain.optim.lr)
+
+
+def test_every_shipped_choice_composes():
+    for group in compose.GROUPS:
+        for choice in compose.choices(group):
+            extra = ["model.path=m"] if group == "model" else []
+            config = compose.compose(["data.train=t.jsonl", f"{group}={choice}", *extra])
+            assert config.data.train
+
+
+def test_user_folder(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe/own.yaml").write_text(
+        "# @package _global_\nname: own\nadapter: {r: 3}\ndata: {train: a.jsonl}\n"
+    )
+    config = compose.compose(["recipe=own"], str(tmp_path))
+    assert (config.name, config.adapter.r) == ("own", 3)
+    with pytest.raises(ConfigError, match="no such folder"):
+        compose.compose(["recipe=own"], str(tmp_path / "nowhere"))
+
+
+def test_a_recipe_cannot_run_code(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe/evil.yaml").write_text(
+        "# @package _global_\ndata: {train: a.jsonl}\nhydra:\n  callbacks:\n    x: {_target_: os.system, command: id}\n"
+    )
+    for multirun in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"hydra\.callbacks\.x\._target_=os\.system: a configuration never names code"
+        ):
+            compose.compose(["recipe=evil"], str(tmp_path), multirun=multirun)
+
+
+def test_origins_name_the_file_or_override():
+    _, origins = compose.explain(["recipe=demo", "adapter.r=4"])
+    assert origins["adapter.r"] == "override adapter.r=4"
+    assert origins["adapter.lora_alpha"].endswith("recipe/demo.yaml")
+    assert origins["quant.method"].endswith("quant/nf4.yaml")
+    assert origins["optim.eps"] == "default"
+    assert set(keys()) <= set(origins) | {"adapter.rank_pattern", "adapter.alpha_pattern"}
+
+
+def test_saved_configuration_reads_back_equal(tmp_path):
+    config = compose.compose(["recipe=demo", "adapter.rank_pattern={q_proj: 8}", "optim.lr=3e-4"])
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(config))
+    assert compose.load(tmp_path / "config.yaml") == config
+    assert compose.load(tmp_path / "config.yaml", ["adapter.r=2"]).adapter.r == 2
+
+
+def test_newer_configuration_is_refused(tmp_path):
+    text = compose.to_yaml(compose.compose(["recipe=demo"])).replace("schema_version: 1", "schema_version: 99")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="schema_version=99"):
+        compose.load(tmp_path / "config.yaml")
+
+
+def test_every_key_has_a_meaning_and_good_values_pass():
+    assert all(info.description for info in keys().values())
+    assert parse(GOOD).adapter.r == 16

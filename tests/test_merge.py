@@ -1,0 +1,158 @@
+"""The merged checkpoint is the model that was trained, or it is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_lab import cli, run
+from lora_lab.config import MergeConfig
+from lora_lab.errors import MergeError
+from lora_lab.merge import parity
+
+
+@pytest.fixture
+def trained(config_of, tmp_path, eval_file):
+    def start(*more: str):
+        return run.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
+
+    return start
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_float32_merge_equals_base_and_adapter(trained, base, tied_base, tied):
+    """Reloaded by plain transformers in a process of its own: logits equal to 1e-4."""
+    folder = trained(f"model.path={tied_base if tied else base}", "export=merged", "export.dtype=float32").path
+    report = json.loads((folder / "merge_report.json").read_text())
+    gap = report["merged_vs_full_precision_base_and_adapter"]
+    assert gap["max_logit_diff"] <= 1e-4
+    assert gap["top1_agreement"] == 1.0
+    assert report["merged_vs_model_as_trained"]["max_logit_diff"] <= 1e-4  # trained on float32 as well
+    assert json.loads((folder / "merged/config.json").read_text())["tie_word_embeddings"] is tied
+    assert report["refused"] == []
+
+
+PLAIN_LOAD = """
+import builtins, sys
+real = builtins.__import__
+def guard(name, *rest):
+    if name.split(".")[0] in ("peft", "bitsandbytes", "lora_lab"):
+        raise ImportError(name)
+    return real(name, *rest)
+builtins.__import__ = guard
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer.apply_chat_template([{"role": "user", "content": "red cat"}], add_generation_prompt=True, return_tensors="pt")
+print(model.generate(**ids, max_new_tokens=4, do_sample=False).shape[0], model.dtype, model.generation_config.eos_token_id)
+"""
+
+
+def test_quantized_training_sharded_merge_and_plain_loading(trained):
+    # random weights feel quantization far more than trained ones do
+    loose = ("merge.max_loss_increase=9", "merge.min_top1_agreement=0.5", "merge.max_kl=1")
+    folder = trained("quant=nf4", "model.dtype=bfloat16", "export=merged", "export.max_shard_size=100KB", *loose).path
+    merged = folder / "merged"
+    assert len(list(merged.glob("model-*.safetensors"))) > 1
+    assert (merged / "chat_template.jinja").exists()
+    done = subprocess.run([sys.executable, "-c", PLAIN_LOAD, str(merged)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "torch.bfloat16", "2"], done.stderr[-2000:]
+    report = json.loads((folder / "merge_report.json").read_text())
+    assert report["trained_on"] == "nf4"
+    # quantization is what the two gaps differ by
+    assert report["merged_vs_model_as_trained"]["kl"] > report["merged_vs_full_precision_base_and_adapter"]["kl"]
+
+
+def test_a_refused_merge_keeps_the_trained_run(trained, tmp_path):
+    with pytest.raises(MergeError, match="loss"):
+        trained("quant=nf4", "model.dtype=bfloat16", "export=merged", "merge.max_loss_increase=1e-9")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["tuned"]["loss"] < result["base"]["loss"]
+    assert result["merge"]["refused"]
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert not (tmp_path / "run/merged").exists()
+
+
+def test_a_merge_that_differs_is_refused_and_not_published(trained, tmp_path, capsys, monkeypatch):
+    folder = trained().path
+    real = parity.reloaded_logits
+    monkeypatch.setattr(parity, "reloaded_logits", lambda *args: real(*args) * 1.5)
+    assert cli.main(["merge", f"run={folder}", "export.dtype=float32"]) == 4
+    message = capsys.readouterr().err
+    assert "not published, because max |logit difference|" in message
+    assert not (folder / "merged").exists()
+    assert json.loads((folder / "merge_report.json").read_text())["refused"]
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    monkeypatch.undo()
+    assert cli.main(["merge", f"run={folder}", "export.dtype=float32"]) == 0
+    assert (folder / "merged/config.json").exists()
+
+
+def test_checkpoint_that_does_not_load_is_refused(tmp_path, base):
+    import shutil
+
+    from lora_lab.merge.parity import Probe
+
+    broken = shutil.copytree(base, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(MergeError, match="plain transformers cannot load .*does not load cleanly"):
+        parity.reloaded_logits(broken, Probe([], torch.zeros(0)), torch.device("cpu"))
+
+
+def gap(**changes) -> parity.Gap:
+    values = {"max_logit_diff": 0.0, "kl": 0.0, "top1_agreement": 1.0, "reference_loss": 1.0, "loss": 1.0}
+    return parity.Gap(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "trained", "dtype", "says"),
+    [
+        (gap(max_logit_diff=0.1), gap(), "float32", "max |logit difference|"),
+        (gap(max_logit_diff=float("nan")), gap(), "float32", "max |logit difference|"),
+        (gap(kl=0.5), gap(), "bfloat16", "KL"),
+        (gap(kl=float("nan")), gap(), "bfloat16", "KL"),
+        (gap(top1_agreement=0.5), gap(), "bfloat16", "top-1"),
+        (gap(), gap(loss=1.2), "bfloat16", "loss +0.2"),
+        (gap(), gap(loss=float("nan")), "bfloat16", "loss"),
+    ],
+)
+def test_each_limit_refuses(arithmetic, trained, dtype, says):
+    assert parity.judge(gap(), gap(), MergeConfig(), dtype) == []
+    assert says in " ".join(parity.judge(arithmetic, trained, MergeConfig(), dtype))
+
+
+def test_compare_measures_what_it_says():
+    rows = parity.Probe([], torch.tensor([0, 1]))
+    reference = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    same = parity.compare(reference, reference + 5.0, rows)  # a shift of all logits changes no distribution
+    assert (same.kl, same.top1_agreement, same.max_logit_diff) == (pytest.approx(0, abs=1e-6), 1.0, 5.0)
+    other = torch.tensor([[2.0, 0.0, 0.0], [3.0, 1.0, 0.0]])
+    p, q = reference.softmax(-1), other.softmax(-1)
+    different = parity.compare(reference, other, rows)
+    assert different.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert different.top1_agreement == 0.5
+    assert different.loss == pytest.approx(-q.log()[[0, 1], [0, 1]].mean().item(), rel=1e-5)
+
+
+def test_adapter_folder_is_plain_peft(trained, base, eval_file):
+    """peft alone loads it, without a warning, and gives the same logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = trained().path
+    mine = run._trained(
+        run.run_dir.open_existing(str(folder)), run.prepare(run._config_of(run.run_dir.open_existing(str(folder))))
+    )
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "adapter"
+    ).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, mine.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
+        with plain.disable_adapter():
+            assert not torch.allclose(plain(input_ids=ids).logits, mine(input_ids=ids).logits, atol=1e-2)
