@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,30 +40,39 @@ def test_float32_merge_equals_base_and_adapter(trained, base, tied_base, tied):
 
 
 PLAIN_LOAD = """
-import builtins, sys
-real = builtins.__import__
-def guard(name, *rest):
-    if name.split(".")[0] in ("peft", "bitsandbytes", "lora_lab"):
-        raise ImportError(name)
-    return real(name, *rest)
-builtins.__import__ = guard
-import torch
+import importlib.util, sys
+missing = [name for name in ("peft", "bitsandbytes", "accelerate", "lora_lab") if importlib.util.find_spec(name) is None]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
-ids = tokenizer.apply_chat_template([{"role": "user", "content": "red cat"}], add_generation_prompt=True, return_tensors="pt")
-print(model.generate(**ids, max_new_tokens=4, do_sample=False).shape[0], model.dtype, model.generation_config.eos_token_id)
+chat = [{"role": "user", "content": "red cat"}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+generated = model.generate(**ids, max_new_tokens=4, do_sample=False)
+print(len(missing), generated.shape[0], model.dtype, model.generation_config.eos_token_id)
 """
 
 
-def test_quantized_training_sharded_merge_and_plain_loading(trained):
+def python_without(packages: tuple[str, ...], folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run code where the named packages are not installed: a folder of links to all the others stands in for site-packages."""
+    folder.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.lower().startswith((*packages, "_editable", "__editable")) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-S", "-P", "-c", code, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_quantized_training_sharded_merge_and_plain_loading(trained, tmp_path):
     # random weights feel quantization far more than trained ones do
     loose = ("merge.max_loss_increase=9", "merge.min_top1_agreement=0.5", "merge.max_kl=1")
     folder = trained("quant=nf4", "model.dtype=bfloat16", "export=merged", "export.max_shard_size=100KB", *loose).path
     merged = folder / "merged"
     assert len(list(merged.glob("model-*.safetensors"))) > 1
     assert (merged / "chat_template.jinja").exists()
-    done = subprocess.run([sys.executable, "-c", PLAIN_LOAD, str(merged)], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["1", "torch.bfloat16", "2"], done.stderr[-2000:]
+    absent = ("peft", "bitsandbytes", "accelerate", "lora_lab", "datasets", "hydra", "pydantic")
+    done = python_without(absent, tmp_path / "site", PLAIN_LOAD, str(merged))
+    assert done.stdout.split() == ["4", "1", "torch.bfloat16", "2"], done.stderr[-2000:]
     report = json.loads((folder / "merge_report.json").read_text())
     assert report["trained_on"] == "nf4"
     # quantization is what the two gaps differ by

@@ -25,12 +25,12 @@ LAST_NAMES = {
 CITIES = {
     "train": """Lisbon Graz Oslo Accra Kyoto Porto Brno Tunis Leipzig Lyon Malmo Pune Turin Ghent Cork Split Lagos Basel
         Riga Quito Hanoi Perth Leeds Parma Aarhus Tampere Valencia Krakow Montreal Denver Bogota Izmir""".split(),
-    "eval": "Bergen Nairobi Seville Dresden Sofia Osaka Bologna Utrecht".split(),
+    "eval": "Bergen Madrid Seville Vienna Sofia Osaka Bologna Prague".split(),
 }
 MATERIALS = {
     "train": """oak steel walnut ceramic linen bamboo copper leather marble pine silver cotton maple plastic iron wool cedar
         wicker bronze paper""".split(),
-    "eval": "birch glass granite velvet brass".split(),
+    "eval": "stone glass granite velvet brass".split(),
 }
 PRODUCTS = {
     "train": """table,desk lamp,bookshelf,chair,teapot,cutting board,mirror,bench,vase,coat rack,tray,stool,clock,door
@@ -62,6 +62,12 @@ PATTERNS = {
         "{number} {item}s for {customer}, {city}. Our number: {reference}.",
         "Dear shop, could you ship {number} {item}s to our office in {city}? Quote {reference}. Regards, {customer}",
         "As discussed on the phone ({reference}), {customer} takes {words} {item}s, to be sent to {city}.",
+        "Request {reference}: {words} {item}s to {city}, please. Signed, {customer}",
+        "Our {city} branch needs {number} {item}s. Bill them to {customer} under {reference}.",
+        "Under {reference} we ask for {number} {item}s. Ship to {customer} in {city}.",
+        "{customer} ({city}) would be glad to receive {words} {item}s. Booking code {reference}.",
+        "Re: {reference}. Kindly prepare {number} {item}s for pick-up in {city} by {customer}.",
+        "This is {customer}. Is it possible to have {words} {item}s brought to {city}? Code: {reference}",
     ],
     "eval": [
         "Hey, {customer} again! Can I get {words} {item}s sent over to {city}? Please put {reference} on the parcel.",

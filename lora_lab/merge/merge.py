@@ -72,7 +72,8 @@ def _carry_along(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) ->
     generation = merged.generation_config
     known = generation.eos_token_id
     known = [known] if isinstance(known, int) else list(known or [])
-    generation.eos_token_id = sorted({*known, *end_tokens(tokenizer)})
+    ends = sorted({*known, *end_tokens(tokenizer)})
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     generation.pad_token_id = tokenizer.pad_token_id
 
 
