@@ -50,14 +50,11 @@ def choices(group: str, config_dir: str | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
 
 
-def prepare(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """Overrides in the form that Hydra is given.
+def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[list[str], list[str]]:
+    """Overrides in the form that Hydra is given, and a sentence for each that it cannot be given.
 
     A value override becomes `++key=value`, so that an unknown key reaches the schema, which names all of them at once,
     instead of stopping Hydra at the first. Group choices are checked here, because Hydra's own message is a page long.
-
-    Raises:
-        ConfigError: an override that cannot be parsed, an unknown group choice, a missing `--config-dir`.
     """
     prepared, problems = [], []
     for text in overrides:
@@ -66,26 +63,27 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> list[str
         except HydraException as error:
             problems.append(f"{text}: not an override. Write key=value, such as adapter.r=8 ({_first_line(error)}).")
             continue
+        unknown = _unknown_choices(override, config_dir)
+        problems += unknown
         if not override.key_or_group:
             problems.append(f"{text}: not an override. Write key=value, such as adapter.r=8.")
-            continue
-        if override.key_or_group in GROUPS and not override.is_delete():
-            problems += _unknown_choices(override, config_dir)
-            prepared.append(text)
+        elif override.key_or_group in GROUPS:
+            prepared += [] if unknown else [text]
         elif override.key_or_group.startswith("hydra") or override.type is not OverrideType.CHANGE:
             prepared.append(text)
         else:
             prepared.append(f"++{text}")
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            problems.append(f"--config-dir {config_dir}: no such folder.")
+    if config_dir is not None and not Path(config_dir).is_dir():
+        problems.append(f"--config-dir {config_dir}: no such folder.")
+    elif config_dir is not None:
         prepared.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
-    _raise(problems)
-    return prepared
+    return prepared, problems
 
 
 def _unknown_choices(override: Override, config_dir: str | None) -> list[str]:
     group, known = override.key_or_group, choices(override.key_or_group, config_dir)
+    if group not in GROUPS or override.is_delete():
+        return []
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     return [
         f"{group}={value}: no such {group}.{nearest(value, known)} There are: {', '.join(known) or 'none'}."
@@ -102,11 +100,22 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, multirun: b
         config_dir: a folder with the user's own groups and recipes (`DIR/recipe/NAME.yaml`).
         multirun: the overrides hold sweeps; check the first point of each.
     """
-    prepared = prepare(overrides, config_dir)
-    if multirun:
-        prepared = [_first_point(text) for text in prepared]
-    with _composed(prepared) as tree:
-        return to_run_config(tree)
+    return _compose(overrides, config_dir, multirun)[0]
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None, multirun: bool = False) -> tuple[RunConfig, list[str]]:
+    """The checked configuration, and the prepared overrides; every problem of either kind is in one error."""
+    prepared, problems = prepare(overrides, config_dir)
+    single = [_first_point(text) for text in prepared] if multirun else prepared
+    try:
+        with _composed(single) as tree:
+            config = to_run_config(tree)
+    except ConfigError as error:
+        # without the choices that are missing, keys that they would have set are not the user's mistake
+        problems += [text for text in error.problems if not problems or "must be set" not in text]
+    if problems:
+        raise ConfigError(*problems)
+    return config, prepared
 
 
 def _first_point(text: str) -> str:
@@ -192,11 +201,6 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".")
 
 
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError("\n  ".join(["The command line cannot be used:", *problems]))
-
-
 # -- sweeps and completion --------------------------------------------------------------------------------------------
 
 
@@ -211,7 +215,7 @@ def multirun(
     Raises:
         ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
     """
-    compose(overrides, config_dir, multirun=True)
+    _, prepared = _compose(overrides, config_dir, multirun=True)
     if any(text.startswith("run_dir=") for text in overrides):
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
     failures = []
@@ -225,7 +229,7 @@ def multirun(
         except LoraLabError as error:
             failures.append((folder, error))
 
-    _hydra_main(["-m", *prepare(overrides, config_dir)], "run", task)
+    _hydra_main(["-m", *prepared], "run", task)
     return failures
 
 
@@ -301,7 +305,8 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
             OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
         except (HydraException, OmegaConfBaseException) as error:
             problems.append(f"{text}: not a value override ({_first_line(error)}).")
-    _raise(problems)
+    if problems:
+        raise ConfigError(*problems)
     return to_run_config(node)
 
 
@@ -310,9 +315,8 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
     """The composed configuration, and for each key the file or override that set its value (or 'default')."""
-    prepared = prepare(overrides, config_dir)
-    with _composed(prepared) as tree:
-        config = to_run_config(tree)
+    config, prepared = _compose(overrides, config_dir)
+    with _composed(prepared):
         loader = GlobalHydra.instance().config_loader()
         chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
         folders = [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]

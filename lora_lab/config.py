@@ -228,8 +228,7 @@ def parse(tree: dict[str, Any]) -> RunConfig:
     readable = config or _validate(_repaired(tree, errors))[0]
     problems = _describe(errors) + (contradictions(readable) if readable else [])
     if problems:
-        count = "One problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{count} in the configuration:", *problems]))
+        raise ConfigError(*problems)
     return config
 
 

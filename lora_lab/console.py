@@ -6,22 +6,45 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_lab.errors import Interrupted, LoraLabError
+
 _PIPED_WIDTH = 160  # for tables; lines of text keep their length
+_LINE_SECONDS = 10  # between lines of progress where no bar can be drawn
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_log: list[Console] = []  # the run's log.txt, while a run is open
+
+
+@contextlib.contextmanager
+def logged_to(file: Path) -> Iterator[None]:
+    """Inside the block, everything that is said and shown goes into a file as well (progress bars as lines)."""
+    with open(file, "a", encoding="utf-8") as stream:
+        _log.append(Console(file=stream, width=_PIPED_WIDTH, highlight=False, soft_wrap=True))
+        try:
+            yield
+        except (LoraLabError, Interrupted) as error:
+            _say(_log[-1], "stopped", error)
+            raise
+        finally:
+            _log.pop()
 
 
 def say(topic: str, text: object) -> None:
     """One line about what was decided or done: a topic of at most 9 letters and a sentence."""
-    out.print(f"[bold cyan]{topic:>9}[/]  ", end="")
-    out.print(str(text), markup=False)
+    for console in (out, *_log):
+        _say(console, topic, text)
+
+
+def _say(console: Console, topic: str, text: object) -> None:
+    console.print(f"[bold cyan]{topic:>9}[/]  ", end="")
+    console.print(str(text), markup=False)
 
 
 def setting(key: str, value: str, note: str) -> None:
@@ -33,13 +56,14 @@ def setting(key: str, value: str, note: str) -> None:
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers_from: int = 1) -> None:
     """Print a table under a line of text; columns from `numbers_from` on are aligned right."""
-    out.print(title, style="bold", markup=False)
     table = Table()
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index >= numbers_from else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    out.print(table, soft_wrap=False)
+    for console in (out, *_log):
+        console.print(title, style="bold", markup=False)
+        console.print(table, soft_wrap=False)
 
 
 def _cell(value: Any) -> str:
@@ -54,7 +78,7 @@ class Steps:
     def __init__(self, progress: Progress | None, title: str, total: int, done: int):
         self.progress, self.title, self.total, self.done = progress, title, total, done
         self.task = progress.add_task(title, total=total, completed=done, values="") if progress else None
-        self.last_print = time.monotonic()
+        self.last_line = time.monotonic()
 
     def advance(self, count: int = 1, **fields: str) -> None:
         """So many more steps are done."""
@@ -62,9 +86,10 @@ class Steps:
         text = "  ".join(f"{name} {value}" for name, value in fields.items())
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done, values=text)
-        elif self.done == self.total or time.monotonic() - self.last_print > 10:
-            self.last_print = time.monotonic()
-            say(self.title, f"{self.done}/{self.total}  {text}")
+        if self.done == self.total or time.monotonic() - self.last_line > _LINE_SECONDS:
+            self.last_line = time.monotonic()
+            for console in _log if self.progress is not None else (out, *_log):
+                _say(console, self.title, f"{self.done}/{self.total}  {text}")
 
 
 @contextlib.contextmanager

@@ -29,6 +29,12 @@ class LoraLabError(Exception):
 class ConfigError(LoraLabError):
     """One or more keys or values of the configuration are wrong; all of them are in the message."""
 
+    def __init__(self, *problems: str):
+        """`problems`: one sentence each, naming key, value, rule and way out."""
+        self.problems = list(problems)
+        count = f"{len(problems)} problems in the configuration:\n  " if len(problems) > 1 else ""
+        super().__init__(count + "\n  ".join(problems))
+
 
 class DataError(LoraLabError):
     """A data file, column or row cannot be used."""

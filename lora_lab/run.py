@@ -332,14 +332,16 @@ def _show_samples(base: list[Answer], tuned: list[Answer], count: int = 3) -> No
     if not base:
         return
     rows = [
-        [_shorten(before.question), before.reference, _shorten(before.text), after.text]
+        [_shorten(before.question), before.reference, _shorten(before.text), _shorten(after.text)]
         for before, after in list(zip(base, tuned, strict=True))[:count]
     ]
     console.show_table("held-out answers", ["question", "expected", "base", "tuned"], rows, numbers_from=9)
 
 
-def _shorten(text: str, limit: int = 300) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} ..."
+def _shorten(text: str, limit: int = 240) -> str:
+    """One line, so that a rambling answer does not fill the screen."""
+    line = " ⏎ ".join(part.strip() for part in text.splitlines() if part.strip())
+    return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
 def _show_end(run: RunDir, result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lab import __version__, compose, storage
+from lora_lab import __version__, compose, console, storage
 from lora_lab.base.load import BaseFiles
 from lora_lab.config import RunConfig
 from lora_lab.errors import RunError
@@ -57,8 +57,8 @@ class RunDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process at a time works in a run folder."""
-        with storage.locked(self.path):
+        """Only one process at a time works in a run folder; what it says goes into `log.txt` as well."""
+        with storage.locked(self.path), console.logged_to(self.path / "log.txt"):
             yield
 
 

@@ -59,7 +59,11 @@ def python_without(packages: tuple[str, ...], folder: Path, code: str, *argument
             (folder / entry.name).symlink_to(entry)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     return subprocess.run(
-        [sys.executable, "-S", "-P", "-c", code, *arguments], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-S", "-P", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
 
 

@@ -119,7 +119,7 @@ def _train_step(
             if arrived:
                 member.optimizer.zero_grad()
                 return False
-            batch = pack(part, accelerator.device)
+            batch = pack(part, member.model.device)
             with accelerator.autocast():
                 out = task.loss(member.model, batch)
             accelerator.backward(out.loss / total)
