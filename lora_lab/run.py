@@ -58,7 +58,7 @@ class Stages:
 
 @dataclasses.dataclass
 class Prepared:
-    """A run after everything that can be checked without loading weights."""
+    """A run after everything that can be checked without loading weights; then its model, as long as it is needed."""
 
     config: RunConfig
     base: BaseFiles
@@ -69,6 +69,7 @@ class Prepared:
     device: torch.device
     accelerator: Accelerator
     stages: Stages
+    model: PeftModel | None = None
 
 
 def prepare(config: RunConfig, need_train: bool = True) -> Prepared:
@@ -109,13 +110,13 @@ def _dataset(key: str, names: Any, limit: int | None, config: RunConfig, tokeniz
 
 
 def load_adapted(prepared: Prepared) -> PeftModel:
-    """Load the (quantized) base and put a fresh adapter on it."""
+    """Load the (quantized) base and put a fresh adapter on it; `prepared.model` holds it."""
     config = prepared.config
     with prepared.stages("load_base"):
         model = load.load_model(prepared.base, config.model.dtype, config.quant, prepared.device)
-        model = attach(model, config.adapter, ADAPTER, prepared.task.peft_task_type, config.seed)
-    console.say("adapter", coverage(model, ADAPTER))
-    return model
+        prepared.model = attach(model, config.adapter, ADAPTER, prepared.task.peft_task_type, config.seed)
+    console.say("adapter", coverage(prepared.model, ADAPTER))
+    return prepared.model
 
 
 # -- verbs ------------------------------------------------------------------------------------------------------------
@@ -125,13 +126,13 @@ def train(config: RunConfig) -> RunDir:
     """`lora-lab train`: the whole walk in a new run folder."""
     run_dir.check_free(config)
     prepared = prepare(config)
-    model = load_adapted(prepared)
+    load_adapted(prepared)
     run = run_dir.create(config)
     with run.locked():
         run_dir.write_manifest(run, prepared.base, _data_hashes(prepared))
         console.say("run", run.path)
         with _stoppable(run):
-            _walk(run, prepared, model, resume_from=None)
+            _walk(run, prepared, resume_from=None)
     return run
 
 
@@ -151,7 +152,8 @@ def resume(path: str, overrides: list[str]) -> RunDir:
             console.say("skipped", line)
         console.say("resume", f"from {found}" if found else "no valid checkpoint: from the first step")
         with _stoppable(run):
-            _walk(run, prepared, load_adapted(prepared), resume_from=found)
+            load_adapted(prepared)
+            _walk(run, prepared, resume_from=found)
     return run
 
 
@@ -165,32 +167,32 @@ def _stoppable(run: RunDir) -> Iterator[None]:
         raise
 
 
-def _walk(run: RunDir, prepared: Prepared, model: PeftModel, resume_from: Path | None) -> None:
+def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
     """evaluate the base -> fit -> evaluate -> merge -> result.json"""
     config, held_out, stages = prepared.config, prepared.held_out, prepared.stages
-    member = Member(ADAPTER, config, run, prepared.base, model, len(prepared.train))
+    member = Member(ADAPTER, config, run, prepared.base, prepared.model, len(prepared.train))
     console.say("steps", _describe_steps(member, config))
     if resume_from is not None:
         checkpoint.restore(member, resume_from)
     member.log.rewind(member.state.step)
     before, base_answers, after, tuned_answers, merged, refused = None, [], None, [], None, None
     if held_out is not None:
-        with stages("evaluate_base"), model.disable_adapter():
-            before, base_answers = _measure(prepared, model, "base")
+        with stages("evaluate_base"):
+            before, base_answers = _measure_base(prepared)
     with stages("train"):
         clock = fit([member], prepared.train, held_out, prepared.task, prepared.accelerator)
     train_peak_gib = peak_memory_gib()
     with storage.new_folder(run.adapter, {"step": member.state.step, "best_step": member.state.best_step}) as temporary:
-        files.write(temporary, model, ADAPTER, config, prepared.base)
+        files.write(temporary, prepared.model, ADAPTER, config, prepared.base)
     if held_out is not None:
         with stages("evaluate"):
-            after, tuned_answers = _measure(prepared, model, "tuned")
+            after, tuned_answers = _measure(prepared, "tuned")
         console.metrics_table(f"{len(held_out)} held-out rows", {"base": before, "tuned": after})
-    where = coverage(model, ADAPTER)
+    where = coverage(prepared.model, ADAPTER)
     if "hf" in config.export.targets:
         with stages("merge"):
-            rows, trained_logits = _probe(prepared, model)
-            del model, member.model, member.optimizer, member.parameters  # room for the unquantized base
+            rows, trained_logits = _probe(prepared)
+            prepared.model = member.model = member.optimizer = member.parameters = None  # room for the unquantized base
             try:
                 merged = merge_adapter(
                     run, config, prepared.base, prepared.tokenizer, rows, trained_logits, prepared.device
@@ -230,10 +232,9 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
-    model = _trained(run, prepared)
-    with model.disable_adapter():
-        before, base_answers = _measure(prepared, model, "base")
-    after, tuned_answers = _measure(prepared, model, "tuned")
+    _load_trained(run, prepared)
+    before, base_answers = _measure_base(prepared)
+    after, tuned_answers = _measure(prepared, "tuned")
     console.metrics_table(f"{len(prepared.held_out)} held-out rows", {"base": before, "tuned": after})
     _show_samples(base_answers, tuned_answers)
     result = {"data": prepared.held_out.files, "rows": len(prepared.held_out), "base": before, "tuned": after}
@@ -247,7 +248,9 @@ def merge(path: str, overrides: list[str]) -> dict[str, Any]:
     config = _config_of(run, overrides)
     with run.locked():
         prepared = prepare(config, need_train=config.data.eval is None)
-        rows, trained_logits = _probe(prepared, _trained(run, prepared))
+        _load_trained(run, prepared)
+        rows, trained_logits = _probe(prepared)
+        prepared.model = None  # room for the unquantized base
         report = merge_adapter(run, config, prepared.base, prepared.tokenizer, rows, trained_logits, prepared.device)
     console.say("merged", f"{run.merged}: AutoModelForCausalLM.from_pretrained({str(run.merged)!r})")
     return report
@@ -259,7 +262,7 @@ def chat(path: str, overrides: list[str]) -> None:
     run = run_dir.open_existing(path)
     config = _config_of(run, [text for text in overrides if not text.startswith("prompt=")])
     prepared = prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None)), need_train=False)
-    model = _trained(run, prepared)
+    model = _load_trained(run, prepared)
     streamer = TextStreamer(prepared.tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
     for text in prompts or _typed():
@@ -303,7 +306,7 @@ def _describe_steps(member: Member, config: RunConfig) -> str:
     return text + ")"
 
 
-def _trained(run: RunDir, prepared: Prepared) -> PeftModel:
+def _load_trained(run: RunDir, prepared: Prepared) -> PeftModel:
     """The run's base with its trained adapter, checked to belong together."""
     files.check_base(run.adapter, prepared.base)
     model = load_adapted(prepared).eval()
@@ -311,21 +314,25 @@ def _trained(run: RunDir, prepared: Prepared) -> PeftModel:
     return model
 
 
-def _measure(prepared: Prepared, model: PeftModel, title: str) -> tuple[dict[str, float], list[Answer]]:
-    model.eval()
+def _measure_base(prepared: Prepared) -> tuple[dict[str, float], list[Answer]]:
+    with prepared.model.disable_adapter():
+        return _measure(prepared, "base")
+
+
+def _measure(prepared: Prepared, title: str) -> tuple[dict[str, float], list[Answer]]:
+    model = prepared.model.eval()
     with prepared.accelerator.autocast():
         metrics = prepared.task.measure(model, prepared.held_out, prepared.config.train.packing)
         answers = prepared.task.answers(model, prepared.held_out, title)
     return {**metrics, **prepared.task.score(answers)}, answers
 
 
-def _probe(prepared: Prepared, model: PeftModel) -> tuple[parity.Probe, torch.Tensor]:
+def _probe(prepared: Prepared) -> tuple[parity.Probe, torch.Tensor]:
     """The rows that a merge is judged on, and the trained model's logits there."""
     data = prepared.held_out or prepared.train
     rows = parity.probe(data.examples, prepared.config.merge.parity_rows)
-    model.eval()
     with prepared.accelerator.autocast():
-        return rows, parity.logits(model, rows)
+        return rows, parity.logits(prepared.model.eval(), rows)
 
 
 def _show_samples(base: list[Answer], tuned: list[Answer], count: int = 3) -> None:

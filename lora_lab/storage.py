@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lora_lab.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
@@ -71,8 +73,9 @@ def new_folder(path: Path, meta: dict[str, Any] | None = None) -> Iterator[Path]
         yield temporary
         _seal(temporary, meta or {})
         _replace_folder(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}). Free space or choose another folder.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path}: cannot be written ({reason}). Free space or choose another folder.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -161,7 +161,7 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
     from transformers import AutoModelForCausalLM
 
     folder = trained().path
-    mine = run._trained(
+    mine = run._load_trained(
         run.run_dir.open_existing(str(folder)), run.prepare(run._config_of(run.run_dir.open_existing(str(folder))))
     )
     plain = PeftModel.from_pretrained(

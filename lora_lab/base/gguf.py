@@ -10,9 +10,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from lora_lab import storage
+from lora_lab.base.fingerprint import remembered_sha256
 from lora_lab.base.resolve import cache_dir
 from lora_lab.base.tokenizer import save_tokenizer
-from lora_lab.errors import BaseModelError, CheckpointError
+from lora_lab.errors import BaseModelError
 
 _FORMAT = 1  # raised when the conversion changes, so that older cache entries are not used
 
@@ -29,22 +30,12 @@ def to_safetensors(file: Path) -> Path:
     with open(file, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise BaseModelError(f"model.path={file}: not a GGUF file (its first bytes are not 'GGUF').")
-    folder = cache_dir() / "gguf" / f"{storage.sha256(file)[:32]}-{_FORMAT}"
+    folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{_FORMAT}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _is_whole(folder):
+        if not folder.exists():  # it appears whole or not at all
             _convert(file, folder)
     return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        storage.verify(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -23,7 +23,7 @@ class BaseFiles:
 
     name: str  # as the user named it
     folder: Path
-    fingerprint: str  # SHA-256 of the weights' bytes
+    fingerprint: str  # see `fingerprint.py`
 
 
 def find(model: ModelConfig) -> BaseFiles:
@@ -39,7 +39,7 @@ def find(model: ModelConfig) -> BaseFiles:
                 f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
             )
         folder = gguf.to_safetensors(folder)
-    return BaseFiles(model.path, folder, fingerprint(inspect.weight_files(folder)))
+    return BaseFiles(model.path, folder, fingerprint(folder, inspect.weight_files(folder)))
 
 
 def _download(model: ModelConfig) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from lora_lab import console, storage
 from lora_lab.adapters import files
@@ -45,6 +46,7 @@ def merge(
         MergeError: the merged checkpoint differs by more than the `merge` section allows; nothing is published.
     """
     files.check_base(run.adapter, base)
+    clear_device_cache(garbage_collection=True)  # models hold cycles: the trained one is still here otherwise
     model = load_model(base, config.export.dtype, QuantConfig(), device)
     model = attach(model, config.adapter, "default", "CAUSAL_LM", config.seed).eval()
     files.read_into(run.adapter, model, "default")
@@ -56,6 +58,7 @@ def merge(
         merged.save_pretrained(temporary, max_shard_size=config.export.max_shard_size)
         save_tokenizer(tokenizer, temporary)
         del model, merged
+        clear_device_cache(garbage_collection=True)
         report = _verify(temporary, config, rows, reference, trained_logits, device)
         storage.write_text(run.merge_report, storage.dump_json(report))
         _show(report)
