@@ -143,9 +143,9 @@ def _train(args: argparse.Namespace) -> int:
 def _multirun(args: argparse.Namespace) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
     _quiet_libraries()
-    from lora_lab import compose, console, run
+    from lora_lab import console, hydra_app, run
 
-    failures = compose.multirun(args.overrides, args.config_dir, run.train)
+    failures = hydra_app.multirun(args.overrides, args.config_dir, run.train)
     for folder, error in failures:
         print(f"lora-lab: {folder}: {error}", file=sys.stderr)
     console.say("sweep", f"{len(failures)} of its runs failed" if failures else "all runs finished")
@@ -158,25 +158,28 @@ def _on_run(args: argparse.Namespace) -> int:
     if len(named) != 1 or not named[0]:
         raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
     _quiet_libraries()
-    from lora_lab import run
+    from lora_lab import chat, run
 
-    getattr(run, args.verb)(named[0], [text for text in args.overrides if not text.startswith("run=")])
+    verbs = {"resume": run.resume, "evaluate": run.evaluate, "merge": run.merge, "chat": chat.chat}
+    verbs[args.verb](named[0], [text for text in args.overrides if not text.startswith("run=")])
     return 0
 
 
 def _config(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from lora_lab import compose, console
+    from lora_lab import console
+    from lora_lab.compose import leaves
+    from lora_lab.explain import as_override, explain, key_rows
 
     if args.keys:
-        for key, kind, default, meaning in compose.key_rows():
+        for key, kind, default, meaning in key_rows():
             console.setting(key, default, f"{kind}. {meaning}")
         return 0
-    config, origins = compose.explain(args.overrides, args.config_dir)
-    values = dict(compose.leaves(dataclasses.asdict(config)))
+    config, origins = explain(args.overrides, args.config_dir)
+    values = dict(leaves(dataclasses.asdict(config)))
     for key, origin in origins.items():
-        console.setting(key, compose.as_override(values[key]), origin)
+        console.setting(key, as_override(values[key]), origin)
     return 0
 
 
@@ -199,9 +202,9 @@ def _complete(argv: Sequence[str]) -> int:
     if any("query" in word for word in argv) and (len(words) < 2 or words[1] not in VERBS or line.endswith(words[1])):
         print(" ".join(VERBS))
         return 0
-    from lora_lab import compose
+    from lora_lab import hydra_app
 
-    compose.complete(argv, verb=words[1] if len(words) > 1 else None)
+    hydra_app.complete(argv, verb=words[1] if len(words) > 1 else None)
     return 0
 
 

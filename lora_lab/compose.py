@@ -1,6 +1,6 @@
 """Hydra composes: from group choices, recipes and `key=value` overrides to one plain tree, then one `RunConfig`.
 
-hydra and omegaconf live here and in `cli.py` only. Interpolations are resolved here, once; a configuration that names
+hydra and omegaconf live here, in `hydra_app.py` and in `explain.py` only. Interpolations are resolved here, once; a configuration that names
 code (`_target_`) or reads a secret from the environment is refused.
 """
 
@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.config import MISSING, SCHEMA_VERSION, RunConfig, keys, parse, rule
-from lora_lab.errors import ConfigError, LoraLabError, nearest
+from lora_lab.config import SCHEMA_VERSION, RunConfig, parse
+from lora_lab.errors import ConfigError, nearest
+from lora_lab.schema import MISSING
 
 GROUPS = (
     "model quant adapter task data optim train hardware tracker export recipe".split()
@@ -100,15 +95,17 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, multirun: b
         config_dir: a folder with the user's own groups and recipes (`DIR/recipe/NAME.yaml`).
         multirun: the overrides hold sweeps; check the first point of each.
     """
-    return _compose(overrides, config_dir, multirun)[0]
+    return compose_prepared(overrides, config_dir, multirun)[0]
 
 
-def _compose(overrides: Sequence[str], config_dir: str | None, multirun: bool = False) -> tuple[RunConfig, list[str]]:
+def compose_prepared(
+    overrides: Sequence[str], config_dir: str | None, multirun: bool = False
+) -> tuple[RunConfig, list[str]]:
     """The checked configuration, and the prepared overrides; every problem of either kind is in one error."""
     prepared, problems = prepare(overrides, config_dir)
     single = [_first_point(text) for text in prepared] if multirun else prepared
     try:
-        with _composed(single) as tree:
+        with composed(single) as tree:
             config = to_run_config(tree)
     except ConfigError as error:
         # without the choices that are missing, keys that they would have set are not the user's mistake
@@ -126,7 +123,7 @@ def _first_point(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _composed(prepared: Sequence[str]) -> Iterator[DictConfig]:
+def composed(prepared: Sequence[str]) -> Iterator[DictConfig]:
     """The composed tree; Hydra's state stands inside the block, and Hydra's errors become `ConfigError`."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="lora_lab"):
@@ -201,82 +198,6 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".")
 
 
-# -- sweeps and completion --------------------------------------------------------------------------------------------
-
-
-def multirun(
-    overrides: Sequence[str], config_dir: str | None, job: Callable[[RunConfig], Any]
-) -> list[tuple[str, LoraLabError]]:
-    """Ordinary Hydra multirun: call `job` for each point of the sweep, in `hydra.sweep.dir`.
-
-    Returns:
-        The folder and error of each job that failed; the others ran to their end.
-
-    Raises:
-        ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
-    """
-    _, prepared = _compose(overrides, config_dir, multirun=True)
-    if any(text.startswith("run_dir=") for text in overrides):
-        raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
-    failures = []
-
-    def task(tree: DictConfig) -> None:
-        folder = HydraConfig.get().runtime.output_dir
-        try:
-            with open_dict(tree):
-                tree.run_dir = folder
-            job(to_run_config(tree))
-        except LoraLabError as error:
-            failures.append((folder, error))
-
-    _hydra_main(["-m", *prepared], "run", task)
-    return failures
-
-
-def complete(arguments: Sequence[str], verb: str | None) -> None:
-    """Answer a shell's question about the rest of a line, through Hydra's completion plugins."""
-    defaults = {
-        key: None if info.is_required() else info.get_default(call_default_factory=True) for key, info in keys().items()
-    }
-    node = OmegaConf.create({"defaults": ["_self_", "run"]})
-    for key, value in defaults.items():
-        OmegaConf.update(node, key, value, force_add=True)
-    ConfigStore.instance().store(name="completion", node=node)
-    if verb is not None:
-        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb}", "", 1)
-    _hydra_main(arguments, "completion", lambda tree: None)
-
-
-def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], None]) -> None:
-    GlobalHydra.instance().clear()
-    before, sys.argv = sys.argv, ["lora-lab", *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
-    finally:
-        sys.argv = before
-
-
-def key_rows() -> list[tuple[str, str, str, str]]:
-    """Every key with its default, its type and limits, and its meaning, for `lora-lab config --keys`."""
-    return [
-        (
-            key,
-            rule(info),
-            "???" if info.is_required() else as_override(info.get_default(call_default_factory=True)),
-            info.description,
-        )
-        for key, info in keys().items()
-    ]
-
-
-def as_override(value: Any) -> str:
-    """A value as one would type it on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-# -- saved configurations ---------------------------------------------------------------------------------------------
-
-
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML, with the version of the schema it was written for."""
     tree = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(config)}
@@ -308,39 +229,3 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if problems:
         raise ConfigError(*problems)
     return to_run_config(node)
-
-
-# -- provenance -------------------------------------------------------------------------------------------------------
-
-
-def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
-    """The composed configuration, and for each key the file or override that set its value (or 'default')."""
-    config, prepared = _compose(overrides, config_dir)
-    with _composed(prepared):
-        loader = GlobalHydra.instance().config_loader()
-        chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
-        folders = [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
-    origins = {}
-    for default in chosen:
-        file = next(
-            (f / f"{default.config_path}.yaml" for f in folders if (f / f"{default.config_path}.yaml").is_file()), None
-        )
-        if file is not None:
-            origins.update(_origins_in(file, default.package))
-    for text in overrides:
-        override = OverridesParser.create().parse_override(text)
-        if override.key_or_group not in GROUPS:
-            origins.update({key: f"override {text}" for key, _ in _under(override.key_or_group, override.value())})
-    values = dict(leaves(dataclasses.asdict(config)))
-    return config, {key: origins.get(key, "default") for key in values}
-
-
-def _origins_in(file: Path, package: str | None) -> Iterable[tuple[str, str]]:
-    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    tree.pop("defaults", None)
-    shown = os.path.relpath(file, conf_dir().parent) if file.is_relative_to(conf_dir().parent) else str(file)
-    return [(key, shown) for key, _ in _under(package or "", tree)]
-
-
-def _under(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    return leaves(value, f"{prefix}." if prefix else "")

@@ -5,23 +5,17 @@ Hydra composes (see `compose.py`), these dataclasses decide. Nothing here import
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
-import re
-import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from lora_lab.adapters.lora import LoraAdapter
-from lora_lab.errors import ConfigError, nearest
-from lora_lab.schema import section
+from lora_lab.errors import ConfigError
+from lora_lab.schema import describe, keys, repaired, section, validate
 
 SCHEMA_VERSION = 1
-MISSING = "???"  # Hydra's mark for "the user must say"
 
 
 @section
@@ -206,15 +200,12 @@ class RunConfig:
     merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)
 
 
-def keys(of: type = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key of the schema (such as `adapter.r`) with its pydantic description, in order."""
-    found = {}
-    for name, info in of.__pydantic_fields__.items():
-        if dataclasses.is_dataclass(info.annotation):
-            found.update(keys(info.annotation, f"{prefix}{name}."))
-        else:
-            found[prefix + name] = info
-    return found
+_ADAPTER = TypeAdapter(RunConfig)
+
+
+def all_keys() -> dict[str, FieldInfo]:
+    """Every key of the configuration (such as `adapter.r`) with its pydantic description, in order."""
+    return keys(RunConfig)
 
 
 def parse(tree: dict[str, Any]) -> RunConfig:
@@ -223,10 +214,10 @@ def parse(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: every unknown key, wrong type, out-of-range and contradictory value, all in one message.
     """
-    config, errors = _validate(tree)
+    config, errors = validate(_ADAPTER, tree)
     # Past the bad values, the good ones must still not contradict each other: name those problems as well.
-    readable = config or _validate(_repaired(tree, errors))[0]
-    problems = _describe(errors) + (contradictions(readable) if readable else [])
+    readable = config or validate(_ADAPTER, repaired(tree, errors, all_keys()))[0]
+    problems = describe(errors, all_keys()) + (contradictions(readable) if readable else [])
     if problems:
         raise ConfigError(*problems)
     return config
@@ -260,87 +251,3 @@ def contradictions(config: RunConfig) -> list[str]:
             if value is not None
         ]
     return found
-
-
-def _validate(tree: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
-    try:
-        return _ADAPTER.validate_json(json.dumps(tree)), []  # strict dataclasses are built from JSON, not from dicts
-    except ValidationError as error:
-        return None, error.errors(include_url=False)
-
-
-def _key(error: ErrorDetails) -> str:
-    """The configuration key of an error: its location up to the schema's own key (unions add parts behind it)."""
-    parts = [str(part) for part in error["loc"]]
-    known = keys()
-    return next((".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) in known), ".".join(parts))
-
-
-def _describe(errors: list[ErrorDetails]) -> list[str]:
-    by_key: dict[str, list[ErrorDetails]] = {}
-    for error in errors:
-        by_key.setdefault(_key(error), []).append(error)
-    return [_sentence(key, found) for key, found in by_key.items()]
-
-
-def _sentence(key: str, errors: list[ErrorDetails]) -> str:
-    first, known = errors[0], keys()
-    value = "null" if first["input"] is None else json.dumps(first["input"], ensure_ascii=False, default=str)
-    if first["type"] == "unexpected_keyword_argument":
-        if key.rpartition(".")[2] == "_target_":
-            return f"{key}={value}: a configuration never names code to run. Remove the key."
-        namesakes = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
-        return f"{key}={value}: unknown key.{nearest(key, namesakes or known) or nearest(key, known, cutoff=0.4)}"
-    if first["type"] in ("missing", "missing_argument") or first["input"] == MISSING:
-        return f"{key}: must be set. It is: {known[key].description if key in known else 'a section'}."
-    rules = "; or ".join(dict.fromkeys(error["msg"].removeprefix("Input ").removeprefix("should ") for error in errors))
-    choices = re.findall(r"'([^']+)'", first["msg"]) if first["type"] == "literal_error" else []
-    if key in known and known[key].annotation in _NUMBERS:
-        rules = f"be {rule(known[key])}"
-    return f"{key}={value}: must {rules}.{nearest(first['input'], choices) if choices else ''}"
-
-
-def rule(info: FieldInfo) -> str:
-    """What a key accepts, in words: 'an integer, at least 1 (or null)'."""
-    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-    limits = [
-        f"{word} {getattr(mark, name)}"
-        for mark in info.metadata
-        for name, word in words.items()
-        if getattr(mark, name, None) is not None
-    ]
-    optional = " (or null)" if type(None) in typing.get_args(info.annotation) else ""
-    return ", ".join([_words(info.annotation), *limits]) + optional
-
-
-def _words(kind: Any) -> str:
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(map(str, parts))
-    if typing.get_origin(kind) is list:
-        return "a list"
-    if typing.get_origin(kind) is dict:
-        return "a mapping"
-    if parts:
-        return " or ".join(_words(part) for part in parts if part is not type(None))
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
-
-
-def _repaired(tree: dict[str, Any], errors: list[ErrorDetails]) -> dict[str, Any]:
-    """A copy without the offending values, so that their defaults stand in (required keys are texts: any text does)."""
-    tree = copy.deepcopy(tree)
-    for error in errors:
-        *parents, last = _key(error).split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else {}
-        if isinstance(node, dict):
-            node.pop(last, None)
-            if _key(error) in _REQUIRED:
-                node[last] = MISSING
-    return tree
-
-
-_ADAPTER = TypeAdapter(RunConfig)
-_NUMBERS = (int, float, bool, int | None, float | None)
-_REQUIRED = {key for key, info in keys().items() if info.is_required()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lora_lab import compose
-from lora_lab.config import keys, parse
+from lora_lab.config import all_keys, parse
 from lora_lab.errors import ConfigError
+from lora_lab.explain import explain
 
 GOOD = {"run_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}}
 
@@ -111,12 +112,12 @@ def test_a_recipe_cannot_run_code(tmp_path):
 
 
 def test_origins_name_the_file_or_override():
-    _, origins = compose.explain(["recipe=demo", "adapter.r=4"])
+    _, origins = explain(["recipe=demo", "adapter.r=4"])
     assert origins["adapter.r"] == "override adapter.r=4"
     assert origins["adapter.lora_alpha"].endswith("recipe/demo.yaml")
     assert origins["quant.method"].endswith("quant/nf4.yaml")
     assert origins["optim.eps"] == "default"
-    assert set(keys()) <= set(origins) | {"adapter.rank_pattern", "adapter.alpha_pattern"}
+    assert set(all_keys()) <= set(origins) | {"adapter.rank_pattern", "adapter.alpha_pattern"}
 
 
 def test_saved_configuration_reads_back_equal(tmp_path):
@@ -134,5 +135,5 @@ def test_newer_configuration_is_refused(tmp_path):
 
 
 def test_every_key_has_a_meaning_and_good_values_pass():
-    assert all(info.description for info in keys().values())
+    assert all(info.description for info in all_keys().values())
     assert parse(GOOD).adapter.r == 16

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from lora_lab import run as stages
+from lora_lab import prepared as stages
 from lora_lab import run_dir
 from lora_lab.adapters.attach import attach, coverage, trainable
 from lora_lab.base import load

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lab import cli, run
+from lora_lab import cli, compose, run
 from lora_lab.config import MergeConfig
 from lora_lab.errors import MergeError
 from lora_lab.merge import parity
@@ -173,9 +173,7 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
     from transformers import AutoModelForCausalLM
 
     folder = trained().path
-    mine = run._load_trained(
-        run.run_dir.open_existing(str(folder)), run.prepare(run._config_of(run.run_dir.open_existing(str(folder))))
-    )
+    mine = run.load_trained(run.run_dir.open_existing(str(folder)), run.prepare(compose.load(folder / "config.yaml")))
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "adapter"
     ).eval()

@@ -20,12 +20,13 @@ from lora_lab.adapters import files
 from lora_lab.data.collate import pack
 from lora_lab.data.encode import Dataset
 from lora_lab.errors import Interrupted, TrainingError
-from lora_lab.tasks.causal_lm import CausalLM
 from lora_lab.train import checkpoint, packing
 from lora_lab.train.cohort import Member
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from lora_lab.tasks.causal_lm import CausalLM
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
 

@@ -1,0 +1,41 @@
+"""`lora-lab chat`: talk to the base with its trained adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from transformers import TextStreamer
+
+from lora_lab import compose, console, run_dir
+from lora_lab.data.encode import render
+from lora_lab.prepared import load_trained, prepare
+
+
+def chat(path: str, overrides: list[str]) -> None:
+    """`lora-lab chat`: talk to the base with its trained adapter, in turns or with one `prompt=...`."""
+    prompts = [text.partition("=")[2] for text in overrides if text.startswith("prompt=")]
+    run = run_dir.open_existing(path)
+    config = compose.load(run.config, [text for text in overrides if not text.startswith("prompt=")])
+    prepared = prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None)), need_train=False)
+    model = load_trained(run, prepared)
+    streamer = TextStreamer(prepared.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = []
+    for text in prompts or _typed():
+        messages.append({"role": "user", "content": text})
+        rendered = render(messages, prepared.tokenizer, "prompt", add_generation_prompt=True)
+        with prepared.accelerator.autocast():
+            answer = prepared.task.generate(model, [rendered], streamer=streamer)[0]
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _typed() -> Iterator[str]:
+    console.say("chat", "type a message; an empty line or Ctrl-D ends")
+    while True:
+        try:
+            text = console.out.input("[bold green]> [/]")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        yield text

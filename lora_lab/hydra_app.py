@@ -1,0 +1,71 @@
+"""What Hydra does as an application: sweeps (`train -m`) and tab completion."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lora_lab.compose import compose_prepared, conf_dir, to_run_config
+from lora_lab.config import RunConfig, all_keys
+from lora_lab.errors import ConfigError, LoraLabError
+
+
+def multirun(
+    overrides: Sequence[str], config_dir: str | None, job: Callable[[RunConfig], Any]
+) -> list[tuple[str, LoraLabError]]:
+    """Ordinary Hydra multirun: call `job` for each point of the sweep, in `hydra.sweep.dir`.
+
+    Returns:
+        The folder and error of each job that failed; the others ran to their end.
+
+    Raises:
+        ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
+    """
+    _, prepared = compose_prepared(overrides, config_dir, multirun=True)
+    if any(text.startswith("run_dir=") for text in overrides):
+        raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
+    failures = []
+
+    def task(tree: DictConfig) -> None:
+        folder = HydraConfig.get().runtime.output_dir
+        try:
+            with open_dict(tree):
+                tree.run_dir = folder
+            job(to_run_config(tree))
+        except LoraLabError as error:
+            failures.append((folder, error))
+
+    _hydra_main(["-m", *prepared], "run", task)
+    return failures
+
+
+def complete(arguments: Sequence[str], verb: str | None) -> None:
+    """Answer a shell's question about the rest of a line, through Hydra's completion plugins."""
+    defaults = {
+        key: None if info.is_required() else info.get_default(call_default_factory=True)
+        for key, info in all_keys().items()
+    }
+    node = OmegaConf.create({"defaults": ["_self_", "run"]})
+    for key, value in defaults.items():
+        OmegaConf.update(node, key, value, force_add=True)
+    ConfigStore.instance().store(name="completion", node=node)
+    if verb is not None:
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb}", "", 1)
+    _hydra_main(arguments, "completion", lambda tree: None)
+
+
+def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], None]) -> None:
+    GlobalHydra.instance().clear()
+    before, sys.argv = sys.argv, ["lora-lab", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    finally:
+        sys.argv = before
