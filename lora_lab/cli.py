@@ -54,7 +54,11 @@ compares it with the trained model on held-out rows, and keeps it only if it agr
 """,
     "chat": """\
   lora-lab chat run=DIR
-  lora-lab chat run=DIR prompt="Two oak tables to Graz, please."
+  lora-lab chat run=DIR prompt="Extract the order as JSON with the keys customer, city, item, quantity, reference.
+
+  Order R-2041 for Graz: two oak tables. Name on the invoice is Maria Keller."
+
+The prompt is rendered by the chat template that the model was trained with; data.train shows how prompts were worded.
 """,
 }
 

@@ -173,8 +173,8 @@ class MergeConfig:
     max_logit_diff: Annotated[
         float, Field(gt=0, description="float32 only: largest |logit difference| to base+adapter")
     ] = 1e-3
-    max_kl: Annotated[float, Field(gt=0, description="largest mean KL divergence to base+adapter, in nats")] = 0.01
-    min_top1_agreement: Annotated[float, Field(gt=0, le=1, description="least share of equal top-1 tokens")] = 0.97
+    max_kl: Annotated[float, Field(gt=0, description="largest mean KL divergence to base+adapter, in nats")] = 0.02
+    min_top1_agreement: Annotated[float, Field(gt=0, le=1, description="least share of equal top-1 tokens")] = 0.95
     max_loss_increase: Annotated[
         float, Field(gt=0, description="most loss the merge may add to the model as trained (quantized base), in nats")
     ] = 0.1
