@@ -45,6 +45,31 @@ def choices(group: str, config_dir: str | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
 
 
+def parse_override(text: str) -> Override:
+    """Parse `key=value` by Hydra's grammar.
+
+    That grammar knows only ASCII letters and a few signs outside quotes, and paths hold more than that (`数据.jsonl`):
+    a value that it cannot read is taken as the text that it is.
+
+    Raises:
+        ConfigError: there is no `=` or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text}: not an override. Write key=value, such as adapter.r=8.")
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(text)
+    except HydraException:
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    try:
+        return parser.parse_override(f"{key}='{quoted}'")
+    except HydraException as error:
+        raise ConfigError(
+            f"{text}: not an override ({_first_line(error)}). Write key=value, such as adapter.r=8."
+        ) from error
+
+
 def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[list[str], list[str]]:
     """Overrides in the form that Hydra is given, and a sentence for each that it cannot be given.
 
@@ -54,24 +79,22 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
     prepared, problems = [], []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            problems.append(f"{text}: not an override. Write key=value, such as adapter.r=8 ({_first_line(error)}).")
+            override = parse_override(text)
+        except ConfigError as error:
+            problems += error.problems
             continue
         unknown = _unknown_choices(override, config_dir)
         problems += unknown
-        if not override.key_or_group:
-            problems.append(f"{text}: not an override. Write key=value, such as adapter.r=8.")
-        elif override.key_or_group in GROUPS:
-            prepared += [] if unknown else [text]
+        if override.key_or_group in GROUPS:
+            prepared += [] if unknown else [override.input_line]
         elif override.key_or_group.startswith("hydra") or override.type is not OverrideType.CHANGE:
-            prepared.append(text)
+            prepared.append(override.input_line)
         else:
-            prepared.append(f"++{text}")
+            prepared.append(f"++{override.input_line}")
     if config_dir is not None and not Path(config_dir).is_dir():
         problems.append(f"--config-dir {config_dir}: no such folder.")
     elif config_dir is not None:
-        prepared.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
+        prepared.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")
     return prepared, problems
 
 
@@ -116,7 +139,7 @@ def compose_prepared(
 
 
 def _first_point(text: str) -> str:
-    override = OverridesParser.create().parse_override(text)
+    override = parse_override(text)
     if not override.is_sweep_override():
         return text
     return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
@@ -222,8 +245,10 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     node, problems = OmegaConf.create(tree), []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = parse_override(text)
             OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
+        except ConfigError as error:
+            problems += error.problems
         except (HydraException, OmegaConfBaseException) as error:
             problems.append(f"{text}: not a value override ({_first_line(error)}).")
     if problems:

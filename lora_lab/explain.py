@@ -11,10 +11,9 @@ from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from lora_lab.compose import GROUPS, compose_prepared, composed, conf_dir, leaves
+from lora_lab.compose import GROUPS, compose_prepared, composed, conf_dir, leaves, parse_override
 from lora_lab.config import RunConfig, all_keys
 from lora_lab.schema import rule
 
@@ -34,7 +33,7 @@ def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[Ru
         if file is not None:
             origins.update(_origins_in(file, default.package))
     for text in overrides:
-        override = OverridesParser.create().parse_override(text)
+        override = parse_override(text)
         if override.key_or_group not in GROUPS:
             origins.update({key: f"override {text}" for key, _ in _under(override.key_or_group, override.value())})
     values = dict(leaves(dataclasses.asdict(config)))

@@ -20,8 +20,8 @@ class MetricsLog:
         self.tracker = tracker
 
     def write(self, step: int, **values: float | int | None) -> None:
-        """Append one line; `step` counts finished optimizer steps."""
-        line = json.dumps({"step": step, **values}, allow_nan=False)
+        """Append one line; `step` counts finished optimizer steps. What is not finite is written as null."""
+        line = json.dumps(storage.finite({"step": step, **values}), allow_nan=False)
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         if self.tracker is not None:

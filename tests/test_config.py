@@ -68,10 +68,30 @@ def test_unknown_choice_lists_the_choices():
         compose.compose(["recipe=dmeo"])
 
 
-@pytest.mark.parametrize("text", ["adapter.r", "=3", "x=y="])
+@pytest.mark.parametrize("text", ["adapter.r", "=3", "a b=3"])
 def test_refuses_what_is_not_an_override(text):
     with pytest.raises(ConfigError, match="not an override"):
         compose.compose(["recipe=demo", text])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/数据/订单.jsonl",
+        "été.jsonl",
+        "~/x.jsonl",
+        "my file (1).jsonl",
+        "a=b.jsonl",
+        "it's.jsonl",
+        "a#b{1}.jsonl",
+        r"a\b.jsonl",
+    ],
+)
+def test_paths_of_any_language(path, tmp_path):
+    config = compose.compose(["recipe=demo", f"data.train={path}", f"run_dir={path}"])
+    assert (config.data.train, config.run_dir) == (path, path)
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(config), encoding="utf-8")
+    assert compose.load(tmp_path / "config.yaml", [f"data.eval={path}"]).data.eval == path
 
 
 def test_recipe_overrides_base_and_command_line_overrides_recipe():

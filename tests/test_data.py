@@ -133,6 +133,16 @@ def test_every_file_kind_gives_the_same_rows(suffix, tmp_path):
     assert [row.values for row in sources.read("data.train", str(file)).rows] == rows
 
 
+@pytest.mark.parametrize(
+    "name", ["订单 (1).jsonl", "a[1].jsonl", "a*b.jsonl", "a::b.jsonl", "p{1,2}.jsonl", "it's#%20.jsonl"]
+)
+def test_a_file_name_is_not_a_pattern(name, tmp_path):
+    write_jsonl(tmp_path / "axb.jsonl", make_rows(9))
+    file = write_jsonl(tmp_path / name, make_rows(2))
+    rows = sources.read("data.train", str(file)).rows
+    assert [row.origin for row in rows] == [f"{name} row 1", f"{name} row 2"]
+
+
 def test_a_changed_file_is_read_anew(tmp_path):
     import os
 

@@ -73,8 +73,11 @@ def _read_file(key: str, file: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         # A cache of its own: `datasets` would find an older copy again by name and time of change.
         with tempfile.TemporaryDirectory(prefix="lora_lab_") as cache:
+            # `datasets` takes names for patterns (`a[1].jsonl`, `a*.jsonl`) and URLs (`a::b.jsonl`); this one is plain.
+            link = Path(cache) / f"rows{file.suffix.lower()}"
+            link.symlink_to(file.resolve())
             table = datasets.load_dataset(
-                reader, data_files=[str(file)], split="train", cache_dir=cache, keep_in_memory=True
+                reader, data_files=[str(link)], split="train", cache_dir=cache, keep_in_memory=True
             )
             return table.to_list(), table.column_names
     except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
