@@ -1,4 +1,4 @@
-"""Small real modules to test on: a tiny Llama with a real tokenizer, made once per session, offline."""
+"""Small real modules to test on: a tiny Llama with a real tokenizer, made once, offline."""
 
 from __future__ import annotations
 

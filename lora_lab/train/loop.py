@@ -33,7 +33,7 @@ _WARM_UP_STEPS = 2  # left out of tokens_per_second
 
 @dataclasses.dataclass
 class Clock:
-    """Speed of this session's steps, evaluation and saving left out."""
+    """Speed of the steps since the start or the resume, evaluation and saving left out."""
 
     steps: int = 0
     seconds: float = 0.0
