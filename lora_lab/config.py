@@ -111,7 +111,7 @@ class TrainConfig:
         None
     )
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep, beside the best")] = 2
-    keep_best: Annotated[bool, Field(description="end with the adapter of the lowest held-out loss, not the last")] = (
+    keep_best: Annotated[bool, Field(description="with held-out rows: end with the adapter of the lowest loss, not the last")] = (
         True
     )
     early_stopping_patience: Annotated[

@@ -142,7 +142,14 @@ def test_target_modules_that_match_nothing(overrides, capsys):
     message = fails(["train", *overrides, "adapter.target_modules=[q_proj,kproj]"], capsys)
     assert "kproj matches no linear layer. Did you mean 'k_proj'?" in message
     assert "the model's layers are 0 to 3" in fails(["train", *overrides, "adapter.layers_to_transform=[9]"], capsys)
-    assert "adapter.rank_pattern" in fails(["train", *overrides, "adapter.rank_pattern={qproj: 8}"], capsys)
+    for setting in (
+        "adapter.rank_pattern={v_proj: 8}",
+        "adapter.alpha_pattern={v_proj: 8}",
+        "adapter.exclude_modules=[v_proj]",
+    ):
+        message = fails(["train", *overrides, "adapter.target_modules=[q_proj]", setting], capsys)
+        assert "v_proj matches no linear layer" in message  # it exists, but is not adapted: no effect
+        assert "Adapted are: q_proj" in message
 
 
 def test_tied_head_is_refused(overrides, tied_base, capsys):
@@ -186,6 +193,14 @@ def test_damaged_base_is_refused(overrides, base, tmp_path, capsys):
     outside = copy("outside")
     (outside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
     assert "outside the folder" in fails(["train", *overrides, f"model.path={outside}"], capsys)
+
+    partial = copy("partial")
+    config = json.loads((partial / "config.json").read_text())
+    (partial / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    assert "would fill them with random numbers" in fails(["train", *overrides, f"model.path={partial}"], capsys)
+
+    (partial / "config.json").write_text(json.dumps({**config, "model_type": "tomorrows_model"}))
+    assert "cannot build a causal language model" in fails(["train", *overrides, f"model.path={partial}"], capsys)
 
     assert "no config.json" in fails(["train", *overrides, f"model.path={tmp_path}"], capsys)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.adapters.lora import LoraAdapter
-from lora_lab.errors import AdapterError, nearest
+from lora_lab.errors import AdapterError, BaseModelError, nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,28 +37,42 @@ def check_targets(folder: Path, adapter: LoraAdapter) -> None:
     """Check every name in the adapter's settings against the model's layers, before any weight is loaded.
 
     Raises:
-        AdapterError: a name in `target_modules`, `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches
-            nothing (even if others match), a layer number that does not exist, or a tied output head.
+        AdapterError: a name in `target_modules` that matches no layer (even if others match); a name in
+            `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches no targeted layer; a layer number that does
+            not exist; a tied output head.
+        BaseModelError: transformers does not know the architecture as a causal language model.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = linear_layers(model)
-    targets = adapter.target_modules
-    if targets != "all-linear":
-        _check_names("adapter.target_modules", targets, layers)
-    _check_names("adapter.exclude_modules", adapter.exclude_modules or [], layers)
+    model = _skeleton(folder)
+    layers, head = linear_layers(model), model.get_output_embeddings()
+    if adapter.target_modules == "all-linear":  # peft leaves out the output head
+        targeted = [name for name in layers if model.get_submodule(name) is not head]
+    else:
+        targeted = _matching("adapter.target_modules", adapter.target_modules, layers)
+        _refuse_tied_head(model, targeted)
+    excluded = _matching("adapter.exclude_modules", adapter.exclude_modules or [], targeted)
+    targeted = [name for name in targeted if name not in excluded]
     for key in ("rank_pattern", "alpha_pattern"):
         for name in getattr(adapter, key) or {}:
-            _check_names(f"adapter.{key}", rf"(.*\.)?({name})", layers, shown=name)
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+            _matching(f"adapter.{key}", rf"(.*\.)?({name})", targeted, shown=name)
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for number in adapter.layers_to_transform or []:
         if depth is not None and not 0 <= number < depth:
             raise AdapterError(f"adapter.layers_to_transform={number}: the model's layers are 0 to {depth - 1}.")
-    _refuse_tied_head(model, config, targets, layers)
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The model without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseModelError(
+            f"{folder}/config.json: transformers {__version__} cannot build a causal language model from it ({reason})."
+        ) from error
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -69,39 +83,36 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
-def _check_names(key: str, names: str | list[str], layers: list[str], shown: str | None = None) -> None:
-    """peft's rule: a list holds exact names or endings after a dot, a single text is a regular expression."""
+def _matching(key: str, names: str | list[str], layers: list[str], shown: str | None = None) -> list[str]:
+    """The layers that names match, by peft's rule: a list holds exact names or endings after a dot, a single text is a
+    regular expression. Every name must match some layer."""
     if isinstance(names, str):
         try:
-            matched = any(re.fullmatch(names, layer) for layer in layers)
+            found = {shown or names: [layer for layer in layers if re.fullmatch(names, layer)]}
         except re.error as error:
             raise AdapterError(f"{key}={shown or names}: not a regular expression ({error}).") from error
-        missing = [] if matched else [shown or names]
     else:
-        missing = [n for n in names if not any(layer == n or layer.endswith(f".{n}") for layer in layers)]
-    if missing or (not names and key == "adapter.target_modules"):
+        found = {name: [layer for layer in layers if layer == name or layer.endswith(f".{name}")] for name in names}
+    missing = [name for name, matched in found.items() if not matched]
+    if missing or (not found and key == "adapter.target_modules"):
         endings = sorted({layer.rpartition(".")[2] for layer in layers})
-        found = f"{', '.join(missing)} matches no linear layer" if missing else "the list is empty"
-        raise AdapterError(
-            f"{key}: {found}.{nearest(missing[0], endings) if missing else ''} The model has: {', '.join(endings)}."
-        )
+        reason = f"{', '.join(missing)} matches no linear layer" if missing else "the list is empty"
+        where = "The model has" if key == "adapter.target_modules" else "Adapted are"
+        hint = nearest(missing[0], endings) if missing else ""
+        raise AdapterError(f"{key}: {reason}.{hint} {where}: {', '.join(endings)}.")
+    return [layer for layer in layers if any(layer in matched for matched in found.values())]
 
 
-def _refuse_tied_head(model: PreTrainedModel, config, targets: str | list[str], layers: list[str]) -> None:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not config.get_text_config().tie_word_embeddings or targets == "all-linear":
+def _refuse_tied_head(model: PreTrainedModel, targeted: list[str]) -> None:
+    head = model.get_output_embeddings()
+    if not model.config.get_text_config().tie_word_embeddings:
         return
-    name = next(name for name, module in model.named_modules() if module is head)
-    hit = (
-        re.fullmatch(targets, name)
-        if isinstance(targets, str)
-        else any(name == t or name.endswith(f".{t}") for t in targets)
-    )
-    if hit and embedding is not None:
-        raise AdapterError(
-            f"adapter.target_modules: '{name}' shares its weights with the input embeddings, so merging would change "
-            "both. Leave it out."
-        )
+    for name in targeted:
+        if model.get_submodule(name) is head:
+            raise AdapterError(
+                f"adapter.target_modules: '{name}' shares its weights with the input embeddings, so merging would change "
+                "both. Leave it out."
+            )
 
 
 def attach(model: PreTrainedModel | PeftModel, adapter: LoraAdapter, name: str, task_type: str, seed: int) -> PeftModel:

@@ -91,17 +91,24 @@ def load_model(files: BaseFiles, dtype: str, quant: QuantConfig, device: torch.d
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             files.folder,
             dtype=getattr(torch, dtype),
             quantization_config=_bitsandbytes_config(quant, dtype),
             device_map={"": device},
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise BaseModelError(
             f"model.path={files.name}: cannot be loaded with quant.method={quant.method} ({error})."
         ) from error
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise BaseModelError(
+            f"model.path={files.name}: no weights for {absent[0]} ({len(absent)} tensors): transformers would fill them "
+            f"with random numbers. The folder does not hold a whole {type(model).__name__}."
+        )
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights in place at the first evaluation, and gradients are lost after
         # that. A frozen base stays as it is.
