@@ -111,9 +111,9 @@ class TrainConfig:
         None
     )
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep, beside the best")] = 2
-    keep_best: Annotated[bool, Field(description="with held-out rows: end with the adapter of the lowest loss, not the last")] = (
-        True
-    )
+    keep_best: Annotated[
+        bool, Field(description="with held-out rows: end with the adapter of the lowest loss, not the last")
+    ] = True
     early_stopping_patience: Annotated[
         int | None, Field(ge=1, description="stop after so many evaluations without a better held-out loss")
     ] = None

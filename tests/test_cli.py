@@ -76,6 +76,11 @@ def fails(arguments: list[str], capsys, code: int = 2) -> str:
     return message
 
 
+def test_debug_shows_the_stack_trace(capsys):
+    assert cli.main(["train", "recipe=nope", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_unknown_option_and_missing_run(capsys):
     assert "run: must be set" in fails(["merge"], capsys)
     assert "no run there" in fails(["evaluate", "run=/nowhere"], capsys)

@@ -114,6 +114,13 @@ def test_fingerprint_knows_weights_not_names(base, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_a_cache_that_cannot_be_written(base, monkeypatch):
+    monkeypatch.setenv("LORA_LAB_CACHE", "/proc/lora_lab")
+    assert load.find(ModelConfig(path=str(base))).fingerprint
+    with pytest.raises(BaseModelError, match="Set LORA_LAB_CACHE to a folder that can be written"):
+        load.find(ModelConfig(path=SMOLLM2))
+
+
 def test_not_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
     with pytest.raises(BaseModelError, match="not a GGUF file"):

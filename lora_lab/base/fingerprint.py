@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 
 from lora_lab import storage
 from lora_lab.base.resolve import cache_dir
+from lora_lab.errors import RunError
 
 # Notes that transformers keeps in config.json about where and with what a copy was made.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
@@ -32,6 +34,7 @@ def remembered_sha256(file: Path) -> str:
     if note.is_file():
         return note.read_text(encoding="utf-8")
     digest = storage.sha256(file)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_text(note, digest)
+    with contextlib.suppress(OSError, RunError):  # a read-only cache costs time, nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_text(note, digest)
     return digest

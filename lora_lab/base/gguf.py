@@ -31,9 +31,16 @@ def to_safetensors(file: Path) -> Path:
         if stream.read(4) != b"GGUF":
             raise BaseModelError(f"model.path={file}: not a GGUF file (its first bytes are not 'GGUF').")
     folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{_FORMAT}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():  # it appears whole or not at all
+    if folder.exists():  # it appears whole or not at all
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BaseModelError(
+            f"{folder.parent}: cannot be made ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be written."
+        ) from error
+    with FileLock(f"{folder}.lock"):  # another process may be converting the same file
+        if not folder.exists():
             _convert(file, folder)
     return folder
 

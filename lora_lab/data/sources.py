@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def read(key: str, names: str | list[str], limit: int | None = None) -> Rows:
 
 def _read_file(key: str, file: Path) -> tuple[list[dict[str, Any]], list[str]]:
     reader = READERS.get(file.suffix.lower())
-    if reader is None or not file.is_file():
+    if reader is None or not file.is_file() or not os.access(file, os.R_OK):
         raise DataError(f"{key}={file}: not a data file that can be read. Use one of {', '.join(READERS)}.")
     with open(file, "rb") as stream:
         if not stream.read(4096).strip():
