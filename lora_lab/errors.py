@@ -74,7 +74,7 @@ class Interrupted(BaseException):
     run: object = None  # folder of the run that was stopped, once there is one
 
     def __init__(self, signum: int):
-        super().__init__(signum)
+        super().__init__(f"by signal {signum}")
         self.exit_code = 128 + signum
 
 

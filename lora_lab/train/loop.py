@@ -84,7 +84,10 @@ def _prepare(members: list[Member], train: Dataset, accelerator: Accelerator) ->
     model = members[0].model
     if any(member.config.train.gradient_checkpointing for member in members):
         # not reentrant: that needs no gradient on the inputs, so backward still stops at the lowest adapted layer
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        base = model.get_base_model()
+        # transformers renamed it on the way to 5.23
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if any(member.config.train.packing for member in members):
         model.eval()
         with members[0].turn(), accelerator.autocast():
