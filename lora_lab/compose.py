@@ -1,7 +1,7 @@
 """Hydra composes: from group choices, recipes and `key=value` overrides to one plain tree, then one `RunConfig`.
 
-hydra and omegaconf live here, in `hydra_app.py` and in `explain.py` only. Interpolations are resolved here, once; a configuration that names
-code (`_target_`) or reads a secret from the environment is refused.
+hydra and omegaconf live here, in `hydra_app.py` and in `explain.py` only. Interpolations are resolved here, once; a
+configuration that names code (`_target_`) or reads a secret from the environment is refused.
 """
 
 from __future__ import annotations

@@ -261,6 +261,21 @@ def test_early_stopping_and_best_adapter(config_of, tmp_path, eval_file):
     )
 
 
+def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file):
+    from lora_lab.errors import CheckpointError
+    from lora_lab.train.loop import _load_best
+
+    config = config_of(f"data.eval={eval_file}", "train.max_steps=3", "train.eval_steps=1", f"run_dir={tmp_path}/r")
+    prepared, model = prepared_and_model(config)
+    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    member.state.best_step, member.state.step = member.state.step, 99
+    weights = member.run.checkpoints / f"step-{member.state.best_step}" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        _load_best(member)
+
+
 def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatch):
     from lora_lab.errors import TrainingError
     from lora_lab.train import checkpoint

@@ -192,7 +192,9 @@ def _save_all(members: list[Member]) -> None:
 def _load_best(member: Member) -> None:
     best = member.state.best_step
     if member.config.train.keep_best and best is not None and best != member.state.step:
-        files.read_into(member.run.checkpoints / f"step-{best}", member.model, member.name)
+        folder = member.run.checkpoints / f"step-{best}"
+        files.check_base(folder, member.base)  # it may have been written days ago
+        files.read_into(folder, member.model, member.name)
 
 
 def peak_memory_gib() -> float:
