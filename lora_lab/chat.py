@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from transformers import TextStreamer
 
 from lora_lab import compose, console, run_dir
-from lora_lab.data.encode import render
 from lora_lab.prepared import load_trained, prepare
 
 
@@ -17,13 +16,15 @@ def chat(path: str, overrides: list[str]) -> None:
     prompts = [text.partition("=")[2] for text in overrides if text.startswith("prompt=")]
     run = run_dir.open_existing(path)
     config = compose.load(run.config, [text for text in overrides if not text.startswith("prompt=")])
-    prepared = prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None)), need_train=False)
+    prepared = prepare(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None, eval_ratio=None)), need_train=False
+    )
     model = load_trained(run, prepared)
-    streamer = TextStreamer(prepared.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(prepared.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
     for text in prompts or _typed():
         messages.append({"role": "user", "content": text})
-        rendered = render(messages, prepared.tokenizer, "prompt", add_generation_prompt=True)
+        rendered = prepared.encoder.prompt(messages)
         with prepared.accelerator.autocast():
             answer = prepared.task.generate(model, [rendered], streamer=streamer)[0]
         messages.append({"role": "assistant", "content": answer})

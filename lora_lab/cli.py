@@ -12,7 +12,7 @@ from lora_lab import __version__, signals
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
 
 _COMMON = """
-exit codes: 0 done; 1 a bug in lora-lab; 2 something to mend (the message says what); 3 training stopped before a
+exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
 non-finite update; 4 a merge refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
 
 _TRAIN = """\
@@ -34,6 +34,15 @@ _EXAMPLES = {
     "config": """\
   lora-lab config recipe=demo adapter.r=4     resolved values, each with the file or override that set it
   lora-lab config --keys                      every key: type and limits, default, meaning
+""",
+    "data": """\
+  lora-lab data recipe=demo                       rows as the model sees them, lengths, labels, checks; and as a page
+  lora-lab data recipe=demo data.train=my.jsonl   the same for your rows
+  lora-lab data recipe=demo --rows 10 --html look.html
+
+Trained-on text is green (between brackets when piped). Exit code 1 if a check finds an error: rows that cannot be used,
+answers that do not end, prompts that differ between training and inference. lora-lab train makes the same checks first
+(data.check=error, warn or off).
 """,
     "resume": """\
   lora-lab resume run=runs/demo/2026-01-31_12-00-00
@@ -64,6 +73,7 @@ The prompt is rendered by the chat template that the model was trained with; dat
 
 VERBS = {
     "train": "train an adapter; evaluate; merge if the recipe says so",
+    "data": "show rows as the model sees them, and check them",
     "resume": "go on with an interrupted run",
     "evaluate": "measure base and adapter on held-out rows",
     "merge": "fold the adapter into its base, and prove it",
@@ -80,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     signals.install()
     try:
-        return {"train": _train, "config": _config}.get(args.verb, _on_run)(args)
+        return {"train": _train, "data": _data, "config": _config}.get(args.verb, _on_run)(args)
     except LoraLabError as error:
         if args.debug:
             traceback.print_exc()
@@ -109,10 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
         verb.add_argument("--debug", action="store_true", help="show stack traces")
-        if name in ("train", "config"):
+        if name in ("train", "data", "config"):
             verb.add_argument("--config-dir", metavar="DIR", help="a folder with your own groups and recipes")
         if name == "train":
             verb.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of values")
+        if name == "data":
+            verb.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print of each data set")
+            verb.add_argument("--html", metavar="FILE", help="where the page goes (default: data.html beside the runs)")
         if name == "config":
             verb.add_argument("--keys", action="store_true", help="list every key with its meaning")
     return parser
@@ -142,6 +155,16 @@ def _train(args: argparse.Namespace) -> int:
 
     run.train(config)
     return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from lora_lab import compose
+
+    config = compose.compose(args.overrides, args.config_dir)
+    _quiet_libraries()
+    from lora_lab import look
+
+    return 0 if look.data(config, args.rows, args.html) else 1
 
 
 def _multirun(args: argparse.Namespace) -> int:
@@ -192,7 +215,7 @@ def _quiet_libraries() -> None:
     import logging
     import warnings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are tokenized on all cores
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

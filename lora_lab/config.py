@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.data.clean import Language, Step
 from lora_lab.errors import ConfigError
 from lora_lab.schema import describe, keys, repaired, section, validate
 
@@ -53,25 +54,106 @@ class TaskConfig:
     max_new_tokens: Annotated[int, Field(ge=1, description="longest generated answer, in tokens")] = 128
 
 
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "preference",
+    "prompt_completion",
+    "alpaca",
+    "question_answering",
+    "source_target",
+    "token_labels",
+    "text_label",
+    "pair_label",
+    "text",
+]
+
+
+@section
+class Source:
+    """One of several places that rows come from."""
+
+    path: Annotated[str, Field(min_length=1, description="file, folder, pattern, package:... or hub:owner/name")]
+    weight: Annotated[
+        float | None, Field(gt=0, description="share of this source among the rows of an epoch, relative to the others")
+    ] = None
+    format: Annotated[FormatName | None, Field(description="row format; null: data.format")] = None
+    columns: Annotated[dict[str, str] | None, Field(description="as data.columns, which null means")] = None
+    subset: Annotated[str | None, Field(description="configuration of a hub data set")] = None
+    split: Annotated[str, Field(min_length=1, description="split of a hub data set")] = "train"
+
+
 @section
 class DataConfig:
     """Rows for training and held-out rows."""
 
-    train: Annotated[str | list[str], Field(description="JSONL, JSON, CSV or Parquet files (paths or package:...)")]
-    eval: Annotated[str | list[str] | None, Field(description="held-out rows, same kinds of file")] = None
-    format: Annotated[
-        Literal["auto", "messages", "prompt_completion", "alpaca"],
-        Field(description="row format; auto looks at the columns and says what it found"),
-    ] = "auto"
+    train: Annotated[
+        str | list[str | Source],
+        Field(
+            description="JSONL, JSON, CSV, TSV, Parquet, text or CoNLL (also .gz): file, folder, pattern, package:..., "
+            "hub:owner/name, or a list of these or of {path: ..., weight: ...}"
+        ),
+    ]
+    eval: Annotated[str | list[str | Source] | None, Field(description="held-out rows, named in the same ways")] = None
+    eval_ratio: Annotated[
+        float | None, Field(gt=0, lt=1, description="hold this share of data.train out instead of naming data.eval")
+    ] = None
+    stratify: Annotated[
+        str | None, Field(description="column whose values keep their shares on both sides of eval_ratio")
+    ] = None
+    split_seed: Annotated[int, Field(ge=0, lt=2**32, description="which rows eval_ratio holds out")] = 0
+    format: Annotated[FormatName, Field(description="row format; auto looks at the columns and says what it found")] = (
+        "auto"
+    )
+    columns: Annotated[
+        dict[str, str] | None,
+        Field(description="our column name to yours, such as {prompt: question, completion: answer}"),
+    ] = None
+    label_names: Annotated[
+        list[str] | None, Field(min_length=2, description="names of the classes 0, 1, ... of a label column")
+    ] = None
+    sample_by: Annotated[
+        Literal["line", "paragraph", "document"], Field(description="what a row of a text file is")
+    ] = "line"
+    streaming: Annotated[
+        bool, Field(description="read and tokenize rows of JSONL files as they are needed, not all beforehand")
+    ] = False
     max_tokens: Annotated[int, Field(ge=8, description="longest row, in tokens")] = 1024
     too_long: Annotated[
         Literal["error", "drop", "truncate_prompt"], Field(description="what happens to rows above max_tokens")
     ] = "error"
+    unusable: Annotated[
+        Literal["error", "drop"],
+        Field(description="what happens to rows that cannot be read or leave nothing to learn"),
+    ] = "error"
+    duplicates: Annotated[
+        Literal["keep", "drop"], Field(description="what happens to rows that an earlier row equals")
+    ] = "keep"
+    shared: Annotated[
+        Literal["keep", "drop"], Field(description="what happens to training rows that are held-out rows as well")
+    ] = "keep"
+    check: Annotated[
+        Literal["error", "warn", "off"],
+        Field(description="checks of the whole data set before training: refuse errors, only say them, or skip them"),
+    ] = "error"
     supervise: Annotated[
-        Literal["answer", "all"], Field(description="loss on the assistant's turns, or on every token")
-    ] = "answer"
-    max_train_rows: Annotated[int | None, Field(ge=1, description="use only the first so many rows")] = None
-    max_eval_rows: Annotated[int | None, Field(ge=1, description="use only the first so many held-out rows")] = None
+        Literal["answers", "last_answer", "all"],
+        Field(description="loss on every assistant turn, on the last one, or on every token"),
+    ] = "answers"
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Field(description="variables of the chat template, such as {enable_thinking: false}, everywhere it is used"),
+    ] = None
+    clean: Annotated[
+        list[Step],
+        Field(
+            description="changes to input texts (never to answers), made in chat too; see data/clean.py for the order"
+        ),
+    ] = dataclasses.field(default_factory=list)
+    clean_language: Annotated[Language, Field(description="language of stop words and stems")] = "en"
+    max_train_rows: Annotated[int | None, Field(ge=1, description="read only the first so many rows")] = None
+    max_eval_rows: Annotated[int | None, Field(ge=1, description="read only the first so many held-out rows")] = None
 
 
 @section
@@ -238,7 +320,8 @@ def contradictions(config: RunConfig) -> list[str]:
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
             f"the sequences of a whole step. Did you mean train.batch_size={train.micro_batch_size}?"
         )
-    if data.eval is None:
+    found += _data_contradictions(data)
+    if data.eval is None and data.eval_ratio is None:
         needs_eval = {
             "train.eval_steps": train.eval_steps,
             "train.early_stopping_patience": train.early_stopping_patience,
@@ -246,8 +329,56 @@ def contradictions(config: RunConfig) -> list[str]:
             "data.max_eval_rows": data.max_eval_rows,
         }
         found += [
-            f"{key}={value}: needs held-out rows. Set data.eval=FILE, or {key}={0 if 'rows' in key and 'task' in key else 'null'}."
+            f"{key}={value}: needs held-out rows. Set data.eval=FILE or data.eval_ratio=0.1, or {key}={0 if 'rows' in key and 'task' in key else 'null'}."
             for key, value in needs_eval.items()
+            if value is not None
+        ]
+    return found
+
+
+_NOT_VARIABLES = (
+    "messages",
+    "conversation",
+    "tools",
+    "tokenize",
+    "add_generation_prompt",
+    "chat_template",
+    "documents",
+)
+
+
+def _data_contradictions(data: DataConfig) -> list[str]:
+    found = []
+    if data.eval is not None and data.eval_ratio is not None:
+        found.append(
+            f"data.eval_ratio={data.eval_ratio:g}: data.eval names held-out rows already. Drop one of the two."
+        )
+    if data.stratify and data.eval_ratio is None:
+        found.append(f"data.stratify={data.stratify}: no effect without data.eval_ratio. Drop it or set the ratio.")
+    if data.eval_ratio is not None and data.max_eval_rows is not None:
+        found.append("data.max_eval_rows: no effect with data.eval_ratio. Drop it, or lower the ratio.")
+    for name in ("train", "eval"):
+        sources = getattr(data, name)
+        weights = [s.weight for s in sources if isinstance(s, Source)] if isinstance(sources, list) else []
+        if any(weight is not None for weight in weights) and (None in weights or len(weights) != len(sources)):
+            found.append(f"data.{name}: some sources have a weight and others none. Give every source one, or none.")
+        if name == "eval" and any(weight is not None for weight in weights):
+            found.append("data.eval: held-out rows are all measured once, so weights have no effect. Drop them.")
+    for name in data.chat_template_kwargs or {}:
+        if name in _NOT_VARIABLES:
+            found.append(
+                f"data.chat_template_kwargs.{name}: not a variable of the template but set by the rows. Drop it."
+            )
+    if data.streaming:
+        refused = {
+            "data.eval_ratio": data.eval_ratio,
+            "data.duplicates=drop": data.duplicates == "drop" or None,
+            "data.shared=drop": data.shared == "drop" or None,
+            "data.max_train_rows": data.max_train_rows,
+        }
+        found += [
+            f"{key}: needs all rows beforehand, and data.streaming=true reads them as they come. Drop one of the two."
+            for key, value in refused.items()
             if value is not None
         ]
     return found

@@ -54,11 +54,14 @@ def setting(key: str, value: str, note: str) -> None:
     out.print(f"  # {note}", style="dim", markup=False)
 
 
-def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers_from: int = 1) -> None:
-    """Print a table under a line of text; columns from `numbers_from` on are aligned right."""
+def show_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: slice = slice(1, None)
+) -> None:
+    """Print a table under a line of text; the columns in `numbers` are aligned right."""
     table = Table()
+    right = range(len(header))[numbers]
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index >= numbers_from else "left", overflow="fold")
+        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     for console in (out, *_log):

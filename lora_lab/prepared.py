@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -14,20 +14,22 @@ from accelerate.state import AcceleratorState
 
 from lora_lab import console, tracking
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, check_targets, coverage
+from lora_lab.adapters.attach import attach, check_targets, coverage, skeleton
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from lora_lab.config import RunConfig
-from lora_lab.data import sources
-from lora_lab.data.encode import Dataset, encode
+from lora_lab.data import build, check
+from lora_lab.data.dataset import Dataset, Stream
+from lora_lab.data.encode import Encoder
+from lora_lab.errors import DataError
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.causal_lm import Answer, CausalLM
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"  # peft's name for the adapter of a single run
 
@@ -59,9 +61,9 @@ class Prepared:
 
     config: RunConfig
     base: BaseFiles
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     task: CausalLM
-    train: Dataset | None
+    train: Dataset | Stream | None
     held_out: Dataset | None
     device: torch.device
     accelerator: Accelerator
@@ -86,6 +88,60 @@ class Prepared:
             return self.measure("base")
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The base model as far as it is known without its weights, and what encodes rows for it."""
+
+    base: BaseFiles
+    model: PreTrainedModel  # on the meta device: shapes only
+    targets: list[str]  # layers that will be adapted
+    encoder: Encoder
+
+
+def find_base(config: RunConfig) -> Found:
+    """Find the base, check its files and the adapter's target names, and load its tokenizer."""
+    base = load.find(config.model)
+    model = skeleton(base.folder)
+    targets = check_targets(model, config.adapter)
+    tokenizer = load_tokenizer(base.folder)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    return Found(base, model, targets, Encoder(config.data, tokenizer, vocab_size))
+
+
+def build_data(config: RunConfig, found: Found, need_train: bool = True) -> build.Data:
+    """Read, encode and check the rows of a run.
+
+    Raises:
+        DataError: rows that cannot be used, a failed check (`data.check=error`), or rows beyond the model's positions.
+    """
+    data = build.build(config.data, found.encoder, need_train)
+    for part in (data.train, data.held_out):
+        if part is not None:
+            console.say(part.key.removeprefix("data."), part)
+            _check_positions(part, found.model)
+    if config.data.check == "off":
+        return data
+    findings = check.check(data, config.data, found.encoder)
+    errors = [finding for finding in findings if finding.level == "error"]
+    for finding in findings:
+        if finding.level != "error" or config.data.check == "warn":
+            console.say("check", finding)
+    if errors and config.data.check == "error":
+        more = f" ({len(errors) - 1} more errors: lora-lab data shows all.)" if len(errors) > 1 else ""
+        raise DataError(f"{errors[0].key}: {errors[0].sentence}{more} To train nevertheless: data.check=warn.")
+    return data
+
+
+def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(data.lengths.max()) if isinstance(data, Dataset) else data.encoder.config.max_tokens
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"{data.key}: a row has {longest} tokens, and the model has {positions} positions. Set data.max_tokens={positions} "
+            "or less, and data.too_long."
+        )
+
+
 def prepare(config: RunConfig, need_train: bool = True) -> Prepared:
     """Find the base, read and encode the data, and check all of it against the configuration; loads no weights."""
     stages = Stages()
@@ -94,33 +150,18 @@ def prepare(config: RunConfig, need_train: bool = True) -> Prepared:
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     with stages("find_base"):
-        base = load.find(config.model)
-        check_targets(base.folder, config.adapter)
-        tokenizer = load_tokenizer(base.folder)
-    console.say("base", f"{base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
-    if tokenizer.chat_template == PLAIN_TEMPLATE:
+        found = find_base(config)
+    console.say("base", f"{found.base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
+    if found.encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
         console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
     with stages("data"):
-        train = (
-            _dataset("data.train", config.data.train, config.data.max_train_rows, config, tokenizer)
-            if need_train
-            else None
-        )
-        held_out = None
-        if config.data.eval is not None:
-            held_out = _dataset("data.eval", config.data.eval, config.data.max_eval_rows, config, tokenizer)
-    task = TASKS[config.task.name](config.task, tokenizer)
+        data = build_data(config, found, need_train)
+    task = TASKS[config.task.name](config.task, found.encoder)
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no"
     )
-    return Prepared(config, base, tokenizer, task, train, held_out, device, accelerator, stages)
-
-
-def _dataset(key: str, names: Any, limit: int | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    data = encode(sources.read(key, names, limit), config.data, tokenizer)
-    console.say(key.removeprefix("data."), data)
-    return data
+    return Prepared(config, found.base, found.encoder, task, data.train, data.held_out, device, accelerator, stages)
 
 
 def load_adapted(prepared: Prepared) -> PeftModel:

@@ -17,6 +17,7 @@ from lora_lab import compose, console, run_dir, storage
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config import RunConfig
+from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError, Interrupted, MergeError
 from lora_lab.merge import parity
 from lora_lab.merge.merge import merge as merge_adapter
@@ -76,7 +77,7 @@ def _stoppable(run: RunDir) -> Iterator[None]:
 def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
     """evaluate the base -> fit -> evaluate -> merge -> result.json"""
     config, held_out, stages = prepared.config, prepared.held_out, prepared.stages
-    member = Member(ADAPTER, config, run, prepared.base, prepared.model, len(prepared.train))
+    member = Member(ADAPTER, config, run, prepared.base, prepared.model, prepared.train)
     console.say("steps", summary.describe_steps(member, config))
     if resume_from is not None:
         checkpoint.restore(member, resume_from)
@@ -174,11 +175,11 @@ def merge(path: str, overrides: list[str]) -> dict[str, Any]:
 
 def _probe(prepared: Prepared) -> tuple[parity.Probe, torch.Tensor]:
     """The rows that a merge is judged on, and the trained model's logits there."""
-    data = prepared.held_out or prepared.train
-    rows = parity.probe(data.examples, prepared.config.merge.parity_rows)
+    data, count = prepared.held_out or prepared.train, prepared.config.merge.parity_rows
+    rows = parity.probe(first_examples(data, count), count)
     with prepared.accelerator.autocast():
         return rows, parity.logits(prepared.model.eval(), rows)
 
 
 def _merge(run: RunDir, prepared: Prepared, rows: parity.Probe, trained_logits: torch.Tensor) -> dict[str, Any]:
-    return merge_adapter(run, prepared.config, prepared.base, prepared.tokenizer, rows, trained_logits, prepared.device)
+    return merge_adapter(run, prepared.config, prepared.base, prepared.encoder, rows, trained_logits, prepared.device)

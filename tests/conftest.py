@@ -46,24 +46,31 @@ def cache(tmp_path_factory) -> Path:
     return folder
 
 
-def make_tokenizer(folder: Path, chat_template: str | None = CHATML):
-    """A byte-level BPE tokenizer of about 300 tokens, saved in `folder`."""
+def make_tokenizer(
+    folder: Path,
+    chat_template: str | None = CHATML,
+    special: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    added: tuple[str, ...] = (),
+    bos_token: str | None = "<|im_start|>",
+    eos_token: str = "<|im_end|>",
+):
+    """A byte-level BPE tokenizer of about 300 tokens, saved in `folder`; `added` tokens are whole but not special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    core.add_tokens(list(added))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
+        tokenizer_object=core, bos_token=bos_token, eos_token=eos_token, unk_token=special[0]
     )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)

@@ -89,43 +89,6 @@ def test_unknown_option_and_missing_run(capsys):
     assert done.value.code == 2
 
 
-# file name, content, what the message must say
-BAD_DATA = [
-    ("empty.jsonl", "", ["the file is empty"]),
-    ("blank.jsonl", "\n\n", ["the file is empty"]),
-    ("list.jsonl", "[]\n", ["line 1 is not a JSON object"]),
-    ("broken.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', ["line 2 is not valid JSON"]),
-    ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "b"}\n', ["line 1 is not valid UTF-8"]),
-    (
-        "columns.jsonl",
-        '{"question": "a", "answer": "b"}\n',
-        ["columns question, answer fit no format", "prompt, completion"],
-    ),
-    ("null.jsonl", '{"prompt": "a", "completion": null}\n', ["null.jsonl row 1", "must be text"]),
-    ("number.csv", "prompt,completion\na,b\nc,\n", ["number.csv row 2", "must be text"]),
-    (
-        "masked.jsonl",
-        '{"messages": [{"role": "user", "content": "a"}]}\n',
-        ["masked.jsonl row 1", "every label is masked"],
-    ),
-    ("silent.jsonl", '{"prompt": "a", "completion": " "}\n', ["silent.jsonl row 1", "the answer is empty"]),
-    ("role.jsonl", '{"messages": [{"role": "bot", "content": "a"}]}\n', ["role 'bot'", "assistant"]),
-    ("rows.txt", "a\n", ["not a data file"]),
-    ("long.jsonl", json.dumps({"prompt": "red " * 90, "completion": "b"}), ["long.jsonl row 1", "data.max_tokens=64"]),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "says"), BAD_DATA, ids=[name for name, _, _ in BAD_DATA])
-def test_bad_data_stops_before_the_model(name, content, says, overrides, tmp_path, capsys, monkeypatch):
-    file = tmp_path / name
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.setattr("lora_lab.base.load.load_model", lambda *_: pytest.fail("weights were loaded"))
-    message = fails(["train", *overrides, f"data.train={file}", "data.max_tokens=64"], capsys)
-    for text in says:
-        assert text in message
-    assert not (tmp_path / "run").exists()
-
-
 def test_missing_files_suggest_what_is_there(overrides, rows_file, capsys):
     message = fails(["train", *overrides, f"data.train={rows_file.with_name('trian.jsonl')}"], capsys)
     assert f"Did you mean '{rows_file}'?" in message

@@ -9,11 +9,12 @@ import pytest
 
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE
 from lora_lab.config import DataConfig
-from lora_lab.data import formats, sources
+from lora_lab.data import build, formats, sources
 from lora_lab.data.collate import pack
-from lora_lab.data.encode import encode, encode_messages, end_tokens, render
+from lora_lab.data.encode import Encoder, Example
+from lora_lab.data.sources import Row
 from lora_lab.errors import DataError
-from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
+from tests.conftest import make_rows, make_tokenizer, write_jsonl
 
 SYSTEM = {"role": "system", "content": "one two"}
 USER, ANSWER = {"role": "user", "content": "red cat"}, {"role": "assistant", "content": "blue 你好 dog"}
@@ -23,6 +24,27 @@ USER2, ANSWER2 = {"role": "user", "content": "green"}, {"role": "assistant", "co
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def encode_messages(messages, tokenizer, **config) -> Example:
+    """The one example of a conversation."""
+    [outcome] = Encoder(DataConfig(train="-", **config), tokenizer).encode(
+        [Row(1, {"messages": messages})], "row", "messages"
+    )
+    assert outcome.problem is None, outcome.sentence
+    [example] = outcome.examples
+    return example
+
+
+def load(tokenizer, *files, **config):
+    """The training rows of some files."""
+    config = DataConfig(train=[str(file) for file in files], **config)
+    return build.build(config, Encoder(config, tokenizer)).train
+
+
+def rows_of(file) -> list[Row]:
+    [found] = sources.find("data.train", str(file))
+    return list(found.rows())
 
 
 def supervised_text(example, tokenizer) -> str:
@@ -39,58 +61,42 @@ def supervised_text(example, tokenizer) -> str:
     ],
 )
 def test_answers_and_their_end_tokens_are_supervised(messages, text, tokenizer):
-    example = encode_messages(messages, "row", tokenizer)
+    example = encode_messages(messages, tokenizer)
     assert supervised_text(example, tokenizer) == text
-    assert tokenizer.decode(example.input_ids) == render(messages, tokenizer, "row")
+    assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_supervise_all(tokenizer):
-    example = encode_messages([USER, ANSWER], "row", tokenizer, supervise="all")
+    example = encode_messages([USER, ANSWER], tokenizer, supervise="all")
     assert example.supervised[1:].all()
     assert not example.supervised[0]
-
-
-def test_prompt_tokens_are_those_of_inference(tokenizer):
-    """The tokens before the answer are exactly what chat feeds the model."""
-    for row in make_rows(50):
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        example = encode_messages(messages, "row", tokenizer)
-        prompt = render(messages[:1], tokenizer, "row", add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert example.input_ids[: len(ids)].tolist() == ids
-        assert not example.supervised[: len(ids)].any()
-        assert example.supervised[len(ids)]
 
 
 def test_template_without_end_token_gets_one(tmp_path):
     tokenizer = make_tokenizer(tmp_path, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
     # no generation prompt: what inference would see ends with the question's line
-    example = encode_messages([USER, ANSWER], "row", tokenizer)
+    example = encode_messages([USER, ANSWER], tokenizer)
     assert supervised_text(example, tokenizer).endswith("blue 你好 dog<|im_end|>")
-    assert end_tokens(tokenizer) == [tokenizer.eos_token_id]
+    assert Encoder(DataConfig(train="-"), tokenizer).end_tokens() == [tokenizer.eos_token_id]
 
 
 def test_plain_template_supervises_the_end(tmp_path):
     tokenizer = make_tokenizer(tmp_path, PLAIN_TEMPLATE)
-    example = encode_messages([SYSTEM, USER, ANSWER], "row", tokenizer)
+    example = encode_messages([SYSTEM, USER, ANSWER], tokenizer)
     assert supervised_text(example, tokenizer) == "blue 你好 dog<|im_end|>"
-
-
-def test_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    template = CHATML.replace("message['content'] +", "(message['content'] if loop.last else 'cut') +")
-    tokenizer = make_tokenizer(tmp_path, template)
-    with pytest.raises(DataError, match="row: the model's chat template renders turn 2 differently"):
-        encode_messages([USER, ANSWER, USER2, ANSWER2], "row", tokenizer)
 
 
 def test_template_that_raises_names_the_row(tmp_path):
     tokenizer = make_tokenizer(tmp_path, "{{ raise_exception('no system role') }}")
-    with pytest.raises(DataError, match="row 7: the model's chat template cannot render it .*no system role"):
-        encode_messages([SYSTEM, USER, ANSWER], "row 7", tokenizer)
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [SYSTEM, USER, ANSWER]}])
+    with pytest.raises(
+        DataError, match="rows.jsonl row 1: the model's chat template cannot render it .*no system role"
+    ):
+        load(tokenizer, file)
 
 
 def test_pack_shifts_targets_within_each_example(tokenizer):
-    examples = [encode_messages([USER, ANSWER], "a", tokenizer), encode_messages([USER2, ANSWER2], "b", tokenizer)]
+    examples = [encode_messages([USER, ANSWER], tokenizer), encode_messages([USER2, ANSWER2], tokenizer)]
     batch = pack(examples)
     assert batch.lengths == [len(e.input_ids) for e in examples]
     assert batch.input_ids.shape == (1, sum(batch.lengths))
@@ -112,11 +118,10 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("row", "name", "expected"), FORMATS)
-def test_formats_are_detected(row, name, expected, tmp_path):
-    rows = sources.read("data.train", str(write_jsonl(tmp_path / "a.jsonl", [row])))
-    assert formats.detect(rows, "auto") == [name]
+def test_formats_are_detected(row, name, expected):
+    assert formats.detect("rows", list(row), "auto") == name
     expected = [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in expected]
-    assert formats.conversation(rows.rows[0], name) == expected
+    assert formats.read(row, name).messages == expected
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -130,7 +135,7 @@ def test_every_file_kind_gives_the_same_rows(suffix, tmp_path):
         file.write_text(json.dumps(rows), encoding="utf-8")
     else:
         getattr(pandas.DataFrame(rows), f"to_{suffix}")(file, index=False)
-    assert [row.values for row in sources.read("data.train", str(file)).rows] == rows
+    assert [row.values for row in rows_of(file)] == rows
 
 
 @pytest.mark.parametrize(
@@ -139,27 +144,17 @@ def test_every_file_kind_gives_the_same_rows(suffix, tmp_path):
 def test_a_file_name_is_not_a_pattern(name, tmp_path):
     write_jsonl(tmp_path / "axb.jsonl", make_rows(9))
     file = write_jsonl(tmp_path / name, make_rows(2))
-    rows = sources.read("data.train", str(file)).rows
-    assert [row.origin for row in rows] == [f"{name} row 1", f"{name} row 2"]
-
-
-def test_a_changed_file_is_read_anew(tmp_path):
-    import os
-
-    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-    stamp = os.stat(file)
-    assert sources.read("data.train", str(file)).rows[0].values["completion"] == "b"
-    write_jsonl(file, [{"prompt": "a", "completion": "c"}])
-    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert sources.read("data.train", str(file)).rows[0].values["completion"] == "c"
+    [found] = sources.find("data.train", str(file))
+    assert found.name == name
+    assert [row.number for row in found.rows()] == [1, 2]
 
 
 def test_files_of_unlike_formats_and_like_names(tmp_path, tokenizer):
     (tmp_path / "x").mkdir()
     first = write_jsonl(tmp_path / "rows.jsonl", make_rows(3))
     second = write_jsonl(tmp_path / "x/rows.jsonl", [ALPACA])
-    data = encode(sources.read("data.train", [str(first), str(second)]), DataConfig(train="-"), tokenizer)
-    assert data.formats == ["prompt_completion", "alpaca"]
+    data = load(tokenizer, first, second)
+    assert [report.format for report in data.reports] == ["prompt_completion", "alpaca"]
     assert len(data) == 4
     assert len(data.files) == 2
 
@@ -167,21 +162,19 @@ def test_files_of_unlike_formats_and_like_names(tmp_path, tokenizer):
 def long_rows(tmp_path, tokenizer, policy: str):
     rows = [*make_rows(4), {"prompt": "red " * 100 + "lamp", "completion": "dog"}]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    return encode(
-        sources.read("data.train", str(file)), DataConfig(train="-", max_tokens=60, too_long=policy), tokenizer
-    )
+    return load(tokenizer, file, max_tokens=60, too_long=policy)
 
 
 def test_too_long_drop_counts(tmp_path, tokenizer):
     data = long_rows(tmp_path, tokenizer, "drop")
-    assert (data.rows_read, len(data), data.dropped, data.truncated) == (5, 4, 1, 0)
-    assert "1 dropped" in str(data)
+    assert (data.rows_read, data.rows_used, len(data), data.rows_dropped) == (5, 4, 4, {"too long": 1})
+    assert "4 used, 1 too long" in str(data)
 
 
 def test_too_long_truncate_keeps_answer_and_template(tmp_path, tokenizer):
     data = long_rows(tmp_path, tokenizer, "truncate_prompt")
-    cut = data.examples[-1]
-    assert (len(data), data.truncated) == (5, 1)
+    [cut] = data[4]
+    assert (len(data), data.reports[0].truncated) == (5, 1)
     assert 50 <= len(cut.input_ids) <= 60
     assert supervised_text(cut, tokenizer) == "dog<|im_end|>"
     text = tokenizer.decode(cut.input_ids)
@@ -190,18 +183,17 @@ def test_too_long_truncate_keeps_answer_and_template(tmp_path, tokenizer):
 
 
 def test_too_long_error_and_hopeless_rows(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"rows\.jsonl row 5 has \d+ tokens, more than data\.max_tokens=60"):
+    with pytest.raises(DataError, match=r"rows\.jsonl row 5: \d+ tokens, more than data\.max_tokens=60"):
         long_rows(tmp_path, tokenizer, "error")
     file = write_jsonl(tmp_path / "answer.jsonl", [{"prompt": "red", "completion": "dog " * 100}])
-    rows = sources.read("data.train", str(file))
     with pytest.raises(DataError, match="its answers and template alone need more"):
-        encode(rows, DataConfig(train="-", max_tokens=60, too_long="truncate_prompt"), tokenizer)
-    with pytest.raises(DataError, match="all 1 rows have more than data.max_tokens=60"):
-        encode(rows, DataConfig(train="-", max_tokens=60, too_long="drop"), tokenizer)
+        load(tokenizer, file, max_tokens=60, too_long="truncate_prompt")
+    with pytest.raises(DataError, match="none of the 1 rows is left: 1 too long"):
+        load(tokenizer, file, max_tokens=60, too_long="drop")
 
 
 def test_supervised_positions_survive_any_unicode(tokenizer):
     for content in ["é", "你好世界", "a\u0301", "😀 ok", "tab\tend", "  spaces  ", "ñ" * 30]:
-        example = encode_messages([USER, {"role": "assistant", "content": content}], "row", tokenizer)
+        example = encode_messages([USER, {"role": "assistant", "content": content}], tokenizer)
         assert supervised_text(example, tokenizer) == f"{content}<|im_end|>"
         assert example.supervised.dtype == np.bool_

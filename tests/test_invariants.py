@@ -14,6 +14,7 @@ from lora_lab.adapters.attach import attach, coverage, trainable
 from lora_lab.base import load
 from lora_lab.config import QuantConfig
 from lora_lab.data.collate import pack
+from lora_lab.data.dataset import first_examples
 from lora_lab.train import packing
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit
@@ -33,7 +34,7 @@ def train_once(config, tmp_path):
     """Train in a fresh folder; the adapter and the losses of each step."""
     config = dataclasses.replace(config, run_dir=str(tmp_path))
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     return adapter_of(model), [line["loss"] for line in member.log.read() if "loss" in line]
 
@@ -44,10 +45,8 @@ def gradients(config) -> tuple[dict[str, torch.Tensor], float]:
     torch.manual_seed(1)
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.1)
-    plan = Member(
-        "default", config, run_dir.RunDir(prepared.base.folder), prepared.base, model, len(prepared.train)
-    ).plan
-    chosen = [[prepared.train.examples[i] for i in part] for part in plan.step(0)]
+    plan = Member("default", config, run_dir.RunDir(prepared.base.folder), prepared.base, model, prepared.train).plan
+    chosen = [[prepared.train[i][0] for i in part] for part in plan.step(0)]
     total = sum(int(example.supervised.sum()) for part in chosen for example in part)
     loss = 0.0
     for part in chosen:
@@ -93,7 +92,7 @@ def test_gradient_checkpointing_changes_nothing(config_of, tmp_path):
 
 def test_supervised_logits_equal_full_logits(config_of):
     prepared, model = prepared_and_model(config_of())
-    batch = pack(prepared.train.examples[:1])
+    batch = pack(prepared.train[0])
     full = model(input_ids=batch.input_ids).logits[0, batch.logit_positions]
     torch.testing.assert_close(packing.logits(model, batch), full, rtol=1e-6, atol=1e-6)
 
@@ -126,14 +125,14 @@ def test_isolation_check_catches_a_leak(config_of, monkeypatch):
     from lora_lab.errors import TrainingError
 
     prepared, model = prepared_and_model(config_of())
-    packing.check_isolation(model, prepared.train.examples)
+    packing.check_isolation(model, first_examples(prepared.train, 2))
 
     def leaky(module, query, key, value, mask, segment_lengths, **kwargs):
         return packing._segment_attention(module, query, key, value, mask, [sum(segment_lengths)], **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.IMPLEMENTATION, leaky)
     with pytest.raises(TrainingError, match="rows would see each other. Set train.packing=false"):
-        packing.check_isolation(model, prepared.train.examples)
+        packing.check_isolation(model, first_examples(prepared.train, 2))
 
 
 def reference_losses(config, steps: int) -> list[float]:
@@ -148,12 +147,10 @@ def reference_losses(config, steps: int) -> list[float]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=round(0.03 * steps), num_training_steps=steps)
-    plan = Member(
-        "default", config, run_dir.RunDir(prepared.base.folder), prepared.base, model, len(prepared.train)
-    ).plan
+    plan = Member("default", config, run_dir.RunDir(prepared.base.folder), prepared.base, model, prepared.train).plan
     losses = []
     for step in range(steps):
-        rows = [prepared.train.examples[i] for part in plan.step(step) for i in part]
+        rows = [prepared.train[i][0] for part in plan.step(step) for i in part]
         width = max(len(row.input_ids) for row in rows)
         ids, mask, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width), None
         labels = torch.full_like(ids, -100)
@@ -212,7 +209,7 @@ def test_quantized_base_is_frozen_to_the_byte(config_of, tmp_path, eval_file, me
     before = {name: tensor.clone() for name, tensor in frozen.items()}
     assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in frozen.values())
     start = adapter_of(model)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     after = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     assert before.keys() == after.keys()
@@ -233,7 +230,7 @@ def test_members_of_a_cohort_train_as_if_alone(config_of, tmp_path, eval_file):
     model, members = load.load_model(prepared.base, "float32", QuantConfig(), torch.device("cpu")), []
     for i, config in enumerate(configs):
         model = attach(model, config.adapter, f"member{i}", "CAUSAL_LM", config.seed)
-        members.append(Member(f"member{i}", config, run_dir.create(config), prepared.base, model, len(prepared.train)))
+        members.append(Member(f"member{i}", config, run_dir.create(config), prepared.base, model, prepared.train))
     fit(members, prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     for i, (config, member) in enumerate(zip(configs, members, strict=True)):
         alone, losses = train_once(config, tmp_path / f"solo{i}")
@@ -250,7 +247,7 @@ def test_early_stopping_and_best_adapter(config_of, tmp_path, eval_file):
         "optim.lr=0.1", "optim.schedule=constant", "optim.max_grad_norm=null", f"run_dir={tmp_path}/r", "optim.warmup_steps=0",
     )  # fmt: skip
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     evals = {line["step"]: line["eval_loss"] for line in member.log.read() if "eval_loss" in line}
     assert member.state.stopped_early
@@ -267,7 +264,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file)
 
     config = config_of(f"data.eval={eval_file}", "train.max_steps=3", "train.eval_steps=1", f"run_dir={tmp_path}/r")
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     member.state.best_step, member.state.step = member.state.step, 99
     weights = member.run.checkpoints / f"step-{member.state.best_step}" / "adapter_model.safetensors"
@@ -282,7 +279,7 @@ def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatc
 
     config = config_of(f"run_dir={tmp_path}/r", "train.max_steps=4")
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
     real, seen = prepared.task.loss, []
 
     def poisoned(model, batch):
@@ -306,11 +303,11 @@ def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
         f"optim={name}", "train.max_steps=5", f"run_dir={tmp_path}/r", "train.save_steps=2", "adapter.r=64"
     )
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, len(prepared.train))
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
     fit([member], prepared.train, None, prepared.task, prepared.accelerator)
     finished = adapter_of(model)
     prepared, model = prepared_and_model(config)
-    again = Member("default", config, member.run, prepared.base, model, len(prepared.train))
+    again = Member("default", config, member.run, prepared.base, model, prepared.train)
     checkpoint.restore(again, member.run.checkpoints / "step-4")
     fit([again], prepared.train, None, prepared.task, prepared.accelerator)
     assert relative_gap(adapter_of(model), finished) == 0

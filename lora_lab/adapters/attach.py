@@ -33,16 +33,17 @@ class Coverage:
         )
 
 
-def check_targets(folder: Path, adapter: LoraAdapter) -> None:
-    """Check every name in the adapter's settings against the model's layers, before any weight is loaded.
+def check_targets(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
+    """Check every name in the adapter's settings against the layers of a model without weights (see `skeleton`).
+
+    Returns:
+        The names of the layers that will be adapted.
 
     Raises:
         AdapterError: a name in `target_modules` that matches no layer (even if others match); a name in
             `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches no targeted layer; a layer number that does
             not exist; a tied output head.
-        BaseModelError: transformers does not know the architecture as a causal language model.
     """
-    model = _skeleton(folder)
     layers, head = linear_layers(model), model.get_output_embeddings()
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
         targeted = [name for name in layers if model.get_submodule(name) is not head]
@@ -58,10 +59,15 @@ def check_targets(folder: Path, adapter: LoraAdapter) -> None:
     for number in adapter.layers_to_transform or []:
         if depth is not None and not 0 <= number < depth:
             raise AdapterError(f"adapter.layers_to_transform={number}: the model's layers are 0 to {depth - 1}.")
+    return targeted
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model without its weights."""
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model without its weights.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture as a causal language model.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, __version__
 

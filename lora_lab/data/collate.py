@@ -21,6 +21,7 @@ class PackedBatch:
     lengths: list[int]  # tokens of each example; they sum to T
     logit_positions: torch.Tensor  # [S] int64: where in the row the logits of each target stand
     targets: torch.Tensor  # [S] int64: the tokens to predict there
+    weights: torch.Tensor | None  # [S] float32: how much each counts in the loss; None: all one
     origins: list[str]
 
     @property
@@ -33,12 +34,15 @@ def pack(examples: list[Example], device: torch.device | str = "cpu") -> PackedB
     lengths = [len(example.input_ids) for example in examples]
     ids = np.concatenate([example.input_ids for example in examples])
     positions = np.concatenate([np.arange(length) for length in lengths])
-    where = np.flatnonzero(np.concatenate([example.supervised for example in examples]))
+    weights = np.concatenate([example.weights for example in examples])
+    where = np.flatnonzero(weights)
+    weights = weights[where]
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None].to(device),
         position_ids=torch.from_numpy(positions)[None].to(device),
         lengths=lengths,
         logit_positions=torch.from_numpy(where - 1).to(device),
         targets=torch.from_numpy(ids[where]).to(device),
+        weights=None if (weights == 1).all() else torch.from_numpy(weights).to(device),
         origins=[example.origin for example in examples],
     )

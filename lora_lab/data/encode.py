@@ -1,182 +1,292 @@
-"""From a conversation to token ids and an exact mask of the tokens that are trained on.
-
-The text is the model's own chat template, rendered once for the whole conversation. What is supervised follows from
-rendered prefixes: the template rendered up to an answer, with its generation prompt, is exactly what the model will
-see before it answers; what the full text adds after that prefix, up to and including the end-of-turn token, is the
-answer. Each prefix must really be a prefix of the full text, or the row is refused.
-"""
+"""From rows to token ids and an exact weight for each token: what is trained on, and what becomes of every other row."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_lab.config import DataConfig
 from lora_lab.data import formats
-from lora_lab.data.formats import Message
-from lora_lab.data.sources import Rows
-from lora_lab.errors import DataError
+from lora_lab.data.clean import clean
+from lora_lab.data.formats import Message, Record, RowError
+from lora_lab.data.sources import Row
+from lora_lab.data.template import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOO_LONG = "too long"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One row as the model sees it."""
+    """One training example as the model sees it."""
 
     input_ids: np.ndarray  # [T] int64
-    supervised: np.ndarray  # [T] bool: this token is a target (never the first one)
-    messages: list[Message]
-    origin: str
+    weights: np.ndarray  # [T] float32: how much each token counts in the loss; 0: not trained on (always so the first)
+    origin: str  # 'orders.jsonl row 3', counted from 1; for messages to the user
+    conversation: str = ""  # JSON of {"messages", "tools"}: what the text was rendered from; '' for plain text
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """[T] bool: this token is a target."""
+        return self.weights > 0
+
+    @property
+    def messages(self) -> list[Message]:
+        return json.loads(self.conversation)["messages"] if self.conversation else []
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        return json.loads(self.conversation)["tools"] if self.conversation else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """All examples of `data.train` or `data.eval`, and what became of the rows that are not among them."""
+class Outcome:
+    """What became of one row: its examples, or the kind of problem that keeps it from being used."""
 
-    key: str
-    examples: list[Example]
-    rows_read: int
-    formats: list[str]  # of each file
-    dropped: int  # rows above data.max_tokens under too_long=drop
-    truncated: int  # rows whose prompt was cut under too_long=truncate_prompt
-    files: dict[str, str]  # file -> SHA-256
+    row: int
+    examples: list[Example] = dataclasses.field(default_factory=list)
+    problem: str | None = None  # kind: 'too long', 'empty', 'masked', 'role', ...
+    sentence: str = ""
+    truncated: bool = False
+    cut_at_border: bool = False  # prompt and answer are tokenized apart
+    label: Any = None
+    digest: int = 0  # of the row's content, 64 bits: equal rows have equal digests
 
-    def __len__(self) -> int:
-        return len(self.examples)
 
-    def __str__(self) -> str:
-        tokens = sum(len(example.input_ids) for example in self.examples)
-        supervised = sum(int(example.supervised.sum()) for example in self.examples)
-        longest = max(len(example.input_ids) for example in self.examples)
-        return (
-            f"{self.rows_read} rows read as {', '.join(dict.fromkeys(self.formats))}: {len(self.examples)} used, "
-            f"{self.dropped} dropped and {self.truncated} prompts truncated as too long; {tokens:,} tokens, longest row "
-            f"{longest}, {100 * supervised / tokens:.0f} % supervised"
+class Encoder:
+    """Encodes rows by one configuration, with one tokenizer."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None):
+        """`vocab_size`: rows of the model's embedding, which no token id may reach."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, config.chat_template_kwargs)
+        self.vocab_size = vocab_size
+        self._alone = functools.lru_cache(maxsize=4096)(self._ids_alone)
+        self._special_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def encode(self, rows: Sequence[Row], name: str, format_name: str) -> list[Outcome]:
+        """Encode some rows together; texts are tokenized on all cores.
+
+        Args:
+            name: of the file, for messages.
+            format_name: a key of `formats.FORMATS`.
+        """
+        outcomes: list[Outcome | None] = []
+        waiting: list[tuple[int, Record, int, list[Rendered]]] = []  # (place, record, digest, renderings)
+        for place, row in enumerate(rows):
+            outcomes.append(None)
+            digest = 0
+            try:
+                if row.problem:
+                    raise RowError("unreadable", row.problem)
+                record = formats.read(row.values, format_name, self.config.label_names)
+                digest = _digest(record)
+                waiting.append((place, record, digest, self._rendered(record)))
+            except RowError as error:
+                outcomes[place] = Outcome(row.number, problem=error.kind, sentence=str(error), digest=digest)
+        texts = [rendered for _, _, _, renderings in waiting for rendered in renderings]
+        tokenized = iter(self._tokenized(texts))
+        for place, record, digest, renderings in waiting:
+            parts = [next(tokenized) for _ in renderings]
+            outcomes[place] = self._outcome(rows[place].number, name, record, digest, parts)
+        return outcomes
+
+    def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """What the model is given to answer a conversation that was typed, not read from rows."""
+        return self.template.text(cleaned(messages, self.config), tools, add_generation_prompt=True)
+
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer: the token that training puts there, and the end of sequence."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [outcome] = self.encode([Row(1, {"messages": probe})], "probe", "messages")
+        ends = {self.tokenizer.eos_token_id}
+        for example in outcome.examples:
+            ends.add(int(example.input_ids[example.supervised][-1]))
+        return sorted(ends)
+
+    def _rendered(self, record: Record) -> list[Rendered]:
+        if record.tokens is not None:
+            raise RowError("task", "rows with a label for each word are not for task=causal_lm.")
+        if record.text is not None:
+            text = clean(record.text, self.config.clean, self.config.clean_language)
+            if not text.strip():
+                raise RowError("empty", "nothing is left of the text after cleaning.")
+            return [Rendered(text, [(0, len(text), 1.0)], end_missing=True, plain=True)]
+        messages = cleaned(record.messages, self.config)
+        return self.template.examples(dataclasses.replace(record, messages=messages), self.config.supervise)
+
+    def _tokenized(self, texts: list[Rendered]) -> list[_Tokens | RowError]:
+        found: list[_Tokens | RowError] = [None] * len(texts)
+        for plain in (False, True):
+            places = [i for i, rendered in enumerate(texts) if rendered.plain is plain]
+            if not places:
+                continue
+            encoded = self.tokenizer(
+                [texts[i].text for i in places], add_special_tokens=plain, return_offsets_mapping=True, verbose=False
+            )
+            for i, ids, offsets in zip(places, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                try:
+                    found[i] = self._weighted(texts[i], ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
+                except RowError as error:
+                    found[i] = error
+        return found
+
+    def _weighted(self, rendered: Rendered, ids: list[int], offsets: np.ndarray) -> _Tokens:
+        """Give every token its weight. Where a prompt alone would be tokenized otherwise than within the text, the text
+        is tokenized in two pieces, so that training sees the ids that inference sees."""
+        borders = [] if rendered.plain else self._borders(rendered, ids, offsets)
+        if borders:
+            whole = self.tokenizer.decode(ids)
+            ids, offsets = self._in_pieces(rendered.text, borders)
+            if self.tokenizer.decode(ids) != whole:
+                raise RowError(
+                    "border", "prompt and answer share a token that cannot be parted as inference would part it."
+                )
+        weights = np.zeros(len(ids), dtype=np.float32)
+        for start, end, weight in rendered.spans:
+            weights[(offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = weight
+        if rendered.plain:  # what the tokenizer adds around a text has no place in it, and is learned as well
+            weights[:] = 1.0
+        if rendered.end_missing and ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids, weights = [*ids, self.tokenizer.eos_token_id], np.append(weights, rendered.spans[-1][2])
+        weights[:1] = 0  # nothing predicts the first token
+        return _Tokens(rendered, np.asarray(ids, dtype=np.int64), weights.astype(np.float32), bool(borders))
+
+    def _borders(self, rendered: Rendered, ids: list[int], offsets: np.ndarray) -> list[int]:
+        """Starts of answers before which the prompt's tokens are not those of the prompt alone.
+
+        Special tokens part a text for good, so only what follows the last of them is compared.
+        """
+        found = []
+        for start, _, _ in rendered.spans:
+            if start == 0:
+                continue
+            first = int(np.searchsorted(offsets[:, 1], start, side="right"))  # first token that ends behind the border
+            anchor = next((i for i in range(first - 1, -1, -1) if ids[i] in self._special_ids), 0)
+            begin = int(offsets[anchor, 0]) if ids else 0
+            if tuple(ids[anchor:first]) != self._alone(rendered.text[begin:start]):
+                found.append(start)
+        return found
+
+    def _ids_alone(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _in_pieces(self, text: str, borders: list[int]) -> tuple[list[int], np.ndarray]:
+        ids: list[int] = []
+        offsets: list[np.ndarray] = []
+        for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
+            piece = self.tokenizer(
+                text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            ids += piece["input_ids"]
+            offsets.append(np.asarray(piece["offset_mapping"], dtype=np.int64).reshape(-1, 2) + start)
+        return ids, np.concatenate(offsets)
+
+    def _outcome(self, row: int, name: str, record: Record, digest: int, parts: list[_Tokens | RowError]) -> Outcome:
+        origin = f"{name} row {row}"
+        try:
+            truncated, examples = False, []
+            for part in parts:
+                if isinstance(part, RowError):
+                    raise part
+                tokens = self._fitted(part)
+                truncated |= tokens is not part
+                examples.append(self._example(tokens, origin))
+        except RowError as error:
+            return Outcome(row, problem=error.kind, sentence=str(error), label=record.label, digest=digest)
+        return Outcome(
+            row, examples, None, "", truncated, any(part.cut_at_border for part in parts), record.label, digest
         )
 
-
-def encode(rows: Rows, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Encode all rows; what is too long is treated as `data.too_long` says, and counted.
-
-    Raises:
-        DataError: a row that cannot be used, or no row left.
-    """
-    names = formats.detect(rows, config.format)
-    examples, dropped, truncated = [], 0, 0
-    for row in rows.rows:
-        messages = formats.conversation(row, names[row.file])
-        example = encode_messages(messages, row.origin, tokenizer, config.supervise)
-        if len(example.input_ids) <= config.max_tokens:
-            examples.append(example)
-        elif config.too_long == "drop":
-            dropped += 1
-        elif config.too_long == "truncate_prompt":
-            examples.append(_truncate_prompt(example, config, tokenizer))
-            truncated += 1
-        else:
-            raise DataError(
-                f"{rows.key}: {row.origin} has {len(example.input_ids)} tokens, more than data.max_tokens="
-                f"{config.max_tokens}. Raise data.max_tokens, or choose data.too_long=drop or truncate_prompt."
+    def _example(self, tokens: _Tokens, origin: str) -> Example:
+        if not (tokens.weights > 0).any():
+            raise RowError("masked", "every label is masked, so there is nothing to learn. Remove the row.")
+        highest = int(tokens.ids.max())
+        if self.vocab_size is not None and highest >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise RowError(
+                "vocabulary",
+                f"token {token!r} has id {highest}, and the model's embedding has {self.vocab_size} rows: the tokenizer does "
+                "not belong to this model, or the model must be resized first.",
             )
-    if not examples:
-        raise DataError(
-            f"{rows.key}: all {dropped} rows have more than data.max_tokens={config.max_tokens} tokens and were dropped. "
-            "Raise data.max_tokens."
-        )
-    return Dataset(rows.key, examples, len(rows.rows), names, dropped, truncated, rows.files)
+        rendered = tokens.rendered
+        conversation = "" if rendered.plain else _json({"messages": rendered.messages, "tools": rendered.tools})
+        return Example(tokens.ids, tokens.weights, origin, conversation)
 
-
-def encode_messages(
-    messages: list[Message], origin: str, tokenizer: PreTrainedTokenizerBase, supervise: str = "answer"
-) -> Example:
-    """Encode one conversation.
-
-    Args:
-        supervise: 'answer' (the assistant's turns, each with its end-of-turn token) or 'all'.
-
-    Raises:
-        DataError: the template cannot render the row, renders an answer differently once later turns follow, or
-            leaves no token to train on.
-    """
-    text = render(messages, tokenizer, origin)
-    spans = [(0, len(text))] if supervise == "all" else _answer_spans(messages, text, tokenizer, origin)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], np.asarray(encoded["offset_mapping"]).reshape(-1, 2)
-    supervised = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        supervised |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > start)
-    if messages[-1]["role"] == "assistant" and not _ends_with_eos(ids, supervised, tokenizer):
-        ids, supervised = [*ids, tokenizer.eos_token_id], np.append(supervised, True)  # a template without an end token
-    supervised[:1] = False  # nothing predicts the first token
-    if not supervised.any():
-        raise DataError(f"{origin}: every label is masked, so there is nothing to learn. Remove the row.")
-    return Example(np.asarray(ids, dtype=np.int64), supervised, messages, origin)
-
-
-def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, origin: str, add_generation_prompt: bool = False
-) -> str:
-    """The conversation as text by the model's template: the only way to text for training, evaluation and chat."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"{origin}: the model's chat template cannot render it ({error}).") from error
-
-
-def _answer_spans(
-    messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, origin: str
-) -> list[tuple[int, int]]:
-    """Character spans [start, end) of the answers in the rendered text, each up to its end-of-turn token."""
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prefix = render(messages[:turn], tokenizer, origin, add_generation_prompt=True)
-        through = render(messages[: turn + 1], tokenizer, origin)
-        if not (text.startswith(prefix) and text.startswith(through) and through.startswith(prefix)):
-            raise DataError(
-                f"{origin}: the model's chat template renders turn {turn + 1} differently once later turns follow, so "
-                "training would not see what inference sees. Split the conversation so that this answer comes last."
+    def _fitted(self, tokens: _Tokens) -> _Tokens:
+        """The tokens as they are, or of the conversation with its longest prompts cut (`data.too_long`)."""
+        limit, count = self.config.max_tokens, len(tokens.ids)
+        if count <= limit:
+            return tokens
+        if self.config.too_long != "truncate_prompt" or tokens.rendered.plain:
+            raise RowError(
+                TOO_LONG,
+                f"{count} tokens, more than data.max_tokens={limit}. Raise data.max_tokens, or choose data.too_long=drop"
+                + ("." if tokens.rendered.plain else " or truncate_prompt."),
             )
-        spans.append((len(prefix), len(through.rstrip())))
-    return spans
+        return self._truncate_prompt(tokens)
+
+    def _truncate_prompt(self, tokens: _Tokens) -> _Tokens:
+        """Cut the start of the longest message that is no answer until all fits; template and answers stay whole."""
+        rendered, limit = tokens.rendered, self.config.max_tokens
+        messages = [dict(message) for message in rendered.messages]
+        cuttable = [m for m in messages if m["role"] != "assistant" and isinstance(m.get("content"), str)]
+        while len(tokens.ids) > limit:
+            longest = max(cuttable, key=lambda message: len(message["content"]), default={"content": ""})
+            content = self.tokenizer(longest["content"], add_special_tokens=False, verbose=False)["input_ids"]
+            excess = len(tokens.ids) - limit
+            if excess >= len(content):
+                raise RowError(
+                    TOO_LONG,
+                    f"its answers and template alone need more than data.max_tokens={limit} tokens. Raise data.max_tokens or "
+                    "choose data.too_long=drop.",
+                )
+            longest["content"] = self.tokenizer.decode(content[excess:]).lstrip("\ufffd")  # a cut character is none
+            record = Record(messages=messages, tools=rendered.tools)
+            again = [
+                r for r in self.template.examples(record, self.config.supervise) if len(r.messages) == len(messages)
+            ]
+            found = self._tokenized(again)[0]
+            if isinstance(found, RowError):
+                raise found
+            tokens = found
+        return tokens
 
 
-def _ends_with_eos(ids: list[int], supervised: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the last supervised token ends the turn: the end of sequence, or a special token of the template."""
-    last = np.flatnonzero(supervised)[-1:]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return bool(len(last)) and ids[last[0]] in special | {tokenizer.eos_token_id}
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    rendered: Rendered
+    ids: np.ndarray
+    weights: np.ndarray
+    cut_at_border: bool
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the token that training puts there, and the end of sequence."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    example = encode_messages(probe, "probe", tokenizer)
-    return sorted({int(example.input_ids[example.supervised][-1]), tokenizer.eos_token_id})
-
-
-def _truncate_prompt(example: Example, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Cut the start of the longest message that is not an answer until the row fits; template and answers stay whole."""
-    messages = [dict(message) for message in example.messages]
-    cuttable = [
-        message for message in messages if message["role"] != "assistant" and isinstance(message["content"], str)
+def cleaned(messages: list[Message], config: DataConfig) -> list[Message]:
+    """The conversation after `data.clean`: what the model is given is changed, what it answers never is."""
+    if not config.clean:
+        return messages
+    return [
+        {**message, "content": clean(message["content"], config.clean, config.clean_language)}
+        if message["role"] != "assistant" and isinstance(message.get("content"), str)
+        else message
+        for message in messages
     ]
-    while len(example.input_ids) > config.max_tokens:
-        longest = max(cuttable, key=lambda message: len(message["content"]), default={"content": ""})
-        tokens = tokenizer(longest["content"], add_special_tokens=False)["input_ids"]
-        excess = len(example.input_ids) - config.max_tokens
-        if excess >= len(tokens):
-            raise DataError(
-                f"{example.origin}: its answers and template alone need more than data.max_tokens={config.max_tokens} "
-                "tokens. Raise data.max_tokens or choose data.too_long=drop."
-            )
-        longest["content"] = tokenizer.decode(tokens[excess:]).lstrip("\ufffd")  # a cut character is no character
-        example = encode_messages(messages, example.origin, tokenizer, config.supervise)
-    return example
+
+
+def _digest(record: Record) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(record.canonical().encode("utf-8", "replace"), digest_size=8).digest(), "little"
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

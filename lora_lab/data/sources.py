@@ -1,100 +1,385 @@
-"""Read rows from JSONL, JSON, CSV and Parquet files, through `datasets`."""
+"""Where rows come from: local files of many kinds, one by one and row by row, and data sets on the hub.
+
+Reading never holds a whole JSONL, CSV, text or Parquet file in memory. A line that cannot be read is a row with a
+problem, so that it can be named, counted and, if the user says so, left out.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
+import gzip
 import json
-import logging
 import os
-import tempfile
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lora_lab import storage
 from lora_lab.base.resolve import local_path
+from lora_lab.config import Source
 from lora_lab.errors import DataError
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+HUB = "hub:"
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".txt": "text", ".conll": "conll", ".bio": "conll", ".iob": "conll",
+}  # fmt: skip
+MAX_LINE_BYTES = 64 * 2**20  # a longer line is no row of text; refused before it fills the memory
+NOT_UTF8 = "not valid UTF-8. Save the file as UTF-8."
+_MAX_JSON_BYTES = 2**30  # a .json file is read whole
+_MAX_RATIO = 200  # text compresses 3 to 20 times; far above that a .gz file is made to fill memory or disk
+_UNREADABLE = (OSError, EOFError, zlib.error)
+_SURROGATE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row as it stands in its file."""
+    """One row as it stands in its file; `problem` says why it cannot be read."""
 
-    values: dict[str, Any]
-    origin: str  # 'orders.jsonl row 3', counted from 1; for messages to the user
-    file: int = 0  # which of the key's files
+    number: int  # from 1; in files of lines, the line
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """All rows of one configuration key, in the order of its files."""
+class DataFile:
+    """One file of rows."""
 
-    key: str  # data.train or data.eval
-    rows: list[Row]
-    columns: list[list[str]]  # of each file
-    files: dict[str, str]  # file -> SHA-256
+    key: str  # data.train or data.eval, for messages
+    path: Path
+    kind: str  # a value of KINDS
+    source: Source
+    sample_by: str = "line"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.path.name
+
+    @property
+    def zipped(self) -> bool:
+        return self.path.suffix.lower() == ".gz"
+
+    def digest(self) -> str:
+        """SHA-256 of the file's bytes."""
+        return storage.sha256(self.path)
+
+    def rows(self, progress: Any = None) -> Iterator[Row]:
+        """The rows in order; `progress.at(bytes)` is told how far into the file they are.
+
+        Raises:
+            DataError: the file as a whole cannot be read, or a line is too long to be a row.
+        """
+        try:
+            with open(self.path, "rb") as raw:
+                stream = _Guarded(gzip.open(raw), raw, self) if self.zipped else raw
+                for row in _READERS[self.kind](stream, self):
+                    if progress is not None:
+                        progress.at(raw.tell())
+                    yield row
+        except _UNREADABLE as error:
+            reason = getattr(error, "strerror", None) or error
+            hint = " Make the archive again: it is cut or damaged." if self.zipped else ""
+            raise DataError(f"{self.key}={self.path}: cannot be read ({reason}).{hint}") from error
 
 
-def read(key: str, names: str | list[str], limit: int | None = None) -> Rows:
-    """Read the files that a configuration key names.
+@dataclasses.dataclass(frozen=True)
+class HubData:
+    """A split of a data set on the hub."""
+
+    key: str
+    path: str  # owner/name[@revision]
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def _load(self) -> Any:
+        import datasets
+
+        datasets.disable_progress_bars()
+        owner_name, _, revision = self.path.partition("@")
+        try:
+            return datasets.load_dataset(
+                owner_name, self.source.subset, split=self.source.split, revision=revision or None
+            )
+        except Exception as error:  # the hub client raises many kinds
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"{self.key}=hub:{self.path}: the hub did not give it ({type(error).__name__}: {reason}). Check owner/name, "
+                "subset and split, your HF_TOKEN and the connection, or name a local file."
+            ) from error
+
+    def digest(self) -> str:
+        return self._load()._fingerprint
+
+    def rows(self, progress: Any = None) -> Iterator[Row]:
+        for number, values in enumerate(self._load(), start=1):
+            yield Row(number, values)
+
+
+class _Guarded:
+    """A decompressed stream that refuses to grow without end."""
+
+    def __init__(self, stream: IO[bytes], raw: IO[bytes], file: DataFile):
+        self.stream, self.raw, self.file = stream, raw, file
+        self.size = os.fstat(raw.fileno()).st_size
+        self.produced = 0
+
+    def _count(self, data: bytes) -> bytes:
+        self.produced += len(data)
+        if self.produced > MAX_LINE_BYTES and self.produced > _MAX_RATIO * self.size:
+            raise DataError(
+                f"{self.file.key}={self.file.path}: {self.size} bytes unpack to more than {self.produced}, over {_MAX_RATIO} "
+                "times as much. That is no text; refused before it fills the machine."
+            )
+        return data
+
+    def readline(self, limit: int = -1) -> bytes:
+        return self._count(self.stream.readline(limit))
+
+    def read(self, size: int = -1) -> bytes:
+        if size >= 0:
+            return self._count(self.stream.read(size))
+        parts = []
+        while part := self._count(self.stream.read(2**20)):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def find(key: str, names: str | list[str | Source], sample_by: str = "line") -> list[DataFile | HubData]:
+    """The files that a configuration key names, in order.
 
     Args:
         key: `data.train` or `data.eval`, for messages.
-        names: one or more paths or `package:` names.
-        limit: keep only the first so many rows.
 
     Raises:
-        DataError: a file is missing, of an unknown kind, malformed (with the line), or without rows.
+        DataError: something is missing, of an unknown kind, or cannot be read.
     """
-    rows, columns, files = [], [], {}
-    for index, name in enumerate([names] if isinstance(names, str) else names):
-        file = local_path(name, key, DataError)
-        found, file_columns = _read_file(key, file)
-        rows += [Row(values, f"{file.name} row {number}", index) for number, values in enumerate(found, start=1)]
-        columns.append(file_columns)
-        files[str(file)] = storage.sha256(file)
-    if not rows:
-        raise DataError(f"{key}={names}: no rows. Name a file with at least one row.")
-    return Rows(key, rows[:limit], columns, files)
+    found: list[DataFile | HubData] = []
+    for name in [names] if isinstance(names, str) else names:
+        source = name if isinstance(name, Source) else Source(path=name)
+        if source.path.startswith(HUB):
+            found.append(HubData(key, source.path.removeprefix(HUB), source))
+            continue
+        if source.subset is not None:
+            raise DataError(f"{key}: subset={source.subset} has no effect on {source.path}, which is not on the hub.")
+        found += [DataFile(key, path, _kind(key, path), source, sample_by) for path in _paths(key, source.path)]
+    return found
 
 
-def _read_file(key: str, file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    reader = READERS.get(file.suffix.lower())
-    if reader is None or not file.is_file() or not os.access(file, os.R_OK):
-        raise DataError(f"{key}={file}: not a data file that can be read. Use one of {', '.join(READERS)}.")
-    with open(file, "rb") as stream:
-        if not stream.read(4096).strip():
-            raise DataError(f"{key}={file}: the file is empty. Name a file with at least one row.")
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
+def _paths(key: str, name: str) -> list[Path]:
+    if re.search(r"[*?\[]", name) and not Path(name).expanduser().exists():
+        pattern = Path(name).expanduser()
+        folder = Path(pattern.anchor) if pattern.is_absolute() else Path()
+        paths = sorted(p for p in folder.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
+        if not paths:
+            raise DataError(f"{key}={name}: no file matches (looked from {Path.cwd()}).")
+        return paths
+    path = local_path(name, key, DataError)
+    if not path.is_dir():
+        return [path]
+    paths = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in KINDS)
+    if not paths:
+        raise DataError(f"{key}={name}: the folder holds no data file. Known are {', '.join(KINDS)} (also .gz).")
+    return paths
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, once
-    try:
-        # A cache of its own: `datasets` would find an older copy again by name and time of change.
-        with tempfile.TemporaryDirectory(prefix="lora_lab_") as cache:
-            # `datasets` takes names for patterns (`a[1].jsonl`, `a*.jsonl`) and URLs (`a::b.jsonl`); this one is plain.
-            link = Path(cache) / f"rows{file.suffix.lower()}"
-            link.symlink_to(file.resolve())
-            table = datasets.load_dataset(
-                reader, data_files=[str(link)], split="train", cache_dir=cache, keep_in_memory=True
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _kind(key: str, path: Path) -> str:
+    kind = KINDS.get(_suffix(path))
+    if path.suffix.lower() == ".gz" and kind == "parquet":
+        kind = None  # compressed inside already
+    if kind is None or not path.is_file() or not os.access(path, os.R_OK):
+        raise DataError(f"{key}={path}: not a data file that can be read. Use one of {', '.join(KINDS)} (also .gz).")
+    if not path.stat().st_size:
+        raise DataError(f"{key}={path}: the file is empty. Name a file with at least one row.")
+    if kind == "json":
+        with (
+            gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as stream,
+            contextlib.suppress(OSError),
+        ):
+            if stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+                return "jsonl"  # one object a line, whatever the name says
+    return kind
+
+
+# -- readers: stream -> rows --------------------------------------------------------------------------------------------
+
+
+def _lines(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, str, str | None]]:
+    """(number, text, problem) of every line; a byte order mark and line ends are dropped."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{file.key}={file.path}: line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB, so it is no row of text. "
+                "Write one row a line."
             )
-            return table.to_list(), table.column_names
-    except (DatasetGenerationError, ValueError, OSError, TypeError) as error:
-        raise DataError(f"{key}={file}: {_reason(file, error)}") from error
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield number, line.decode("utf-8").rstrip("\r\n"), None
+        except UnicodeDecodeError:
+            yield number, "", NOT_UTF8
 
 
-def _reason(file: Path, error: Exception) -> str:
-    """The line that cannot be read, where the format lets us find it; else the reader's own words."""
-    if file.suffix.lower() == ".jsonl":
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f'line {number} is not a JSON object. Every line must be one, such as {{"prompt": ...}}.'
-            except UnicodeDecodeError:
-                return f"line {number} is not valid UTF-8. Save the file as UTF-8."
-            except ValueError as problem:
-                return f"line {number} is not valid JSON ({problem}). Every line must be one JSON object."
-    cause = error.__cause__ or error
-    return f"cannot be read ({str(cause).strip().partition(chr(10))[0]})."
+def parse_json_line(text: str) -> tuple[dict[str, Any], str | None]:
+    """The object that one line holds, and what is wrong with it."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return {}, f"not valid JSON ({error}). Every line must be one JSON object."
+    if not isinstance(values, dict):
+        return {}, 'not a JSON object. Every line must be one, such as {"prompt": ...}.'
+    return values, None
+
+
+def _read_jsonl(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
+    for number, text, problem in _lines(stream, file):
+        if problem is None and not text.strip():
+            continue
+        values, fault = ({}, problem) if problem else parse_json_line(text)
+        yield Row(number, values, fault)
+
+
+def _read_json(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
+    if file.path.stat().st_size > _MAX_JSON_BYTES:
+        raise DataError(
+            f"{file.key}={file.path}: a .json file above 1 GiB. Write one object a line into a .jsonl file."
+        )
+    try:
+        rows = json.loads(stream.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file.key}={file.path}: not valid JSON ({error}).") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{file.key}={file.path}: must hold a list of objects, or one object a line.")
+    for number, values in enumerate(rows, start=1):
+        wrong = None if isinstance(values, dict) else f"not an object but {type(values).__name__}."
+        yield Row(number, values if wrong is None else {}, wrong)
+
+
+def _read_csv(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
+    """Every value is text, as it stands in the file."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = _csv_lines(stream)
+    reader = csv.reader(lines, delimiter="\t" if file.kind == "tsv" else ",", strict=True)
+    try:
+        header = next(reader, [])
+        for fields in reader:
+            number = reader.line_num
+            if not fields:
+                continue
+            if any(map(_SURROGATE.search, fields)):
+                yield Row(number, {}, NOT_UTF8)
+            elif len(fields) != len(header):
+                yield Row(
+                    number, {}, f"{len(fields)} fields where the header has {len(header)}. Quote commas and line ends."
+                )
+            else:
+                yield Row(number, dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise DataError(
+            f"{file.key}={file.path}: line {reader.line_num}: {error}. Quote fields as CSV does."
+        ) from error
+
+
+def _csv_lines(stream: IO[bytes]) -> Iterator[str]:
+    line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
+    while line:
+        yield line.decode("utf-8", errors="surrogateescape")
+        line = stream.readline(MAX_LINE_BYTES + 1)
+
+
+def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(number, _without_nulls(values))
+    except (pyarrow.ArrowException, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{file.key}={file.path}: not a Parquet file that can be read ({reason}).") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow fills every struct of a column with all keys that any row has; a key without a value was not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _read_text(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
+    """Lines, paragraphs (parted by blank lines) or the whole file, without those that hold no text."""
+    part: list[str] = []
+    first = 1
+    for number, text, problem in _lines(stream, file):
+        if problem:
+            yield Row(number, {}, problem)
+            continue
+        if file.sample_by == "line" or (file.sample_by == "paragraph" and not text.strip()):
+            part += [text] if file.sample_by == "line" else []
+            if "\n".join(part).strip():
+                yield Row(first if part and file.sample_by == "paragraph" else number, {"text": "\n".join(part)})
+            part = []
+            continue
+        first = number if not part else first
+        part.append(text)
+    if "\n".join(part).strip():
+        yield Row(first, {"text": "\n".join(part)})
+
+
+def _read_conll(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
+    """Sentences of `token ... tag` lines, parted by blank lines: the first and the last column count."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    first, fault = 1, None
+    for number, text, problem in _lines(stream, file):
+        fields = text.split("\t" if "\t" in text else None)
+        if not text.strip() or text.startswith("-DOCSTART-"):
+            if tokens or fault:
+                yield Row(first, {"tokens": tokens, "tags": tags}, fault)
+            tokens, tags, fault = [], [], None
+            continue
+        first = number if not tokens else first
+        if problem or len(fields) < 2:
+            fault = (
+                fault or f"line {number}: {problem or 'no tag behind the token. Write token and tag in two columns.'}"
+            )
+            continue
+        tokens.append(fields[0])
+        tags.append(fields[-1])
+    if tokens or fault:
+        yield Row(first, {"tokens": tokens, "tags": tags}, fault)
+
+
+_READERS = {
+    "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet,
+    "text": _read_text, "conll": _read_conll,
+}  # fmt: skip
+
+
+def renamed(row: Row, columns: dict[str, str] | None) -> Row:
+    """The row with the user's column names replaced by ours (`data.columns`: ours to theirs)."""
+    if not columns or row.problem:
+        return row
+    missing = [theirs for theirs in columns.values() if theirs not in row.values]
+    if missing:
+        return Row(row.number, {}, f"column '{missing[0]}' is missing. The row has {', '.join(row.values) or 'none'}.")
+    kept = {name: value for name, value in row.values.items() if name not in columns.values()}
+    return Row(row.number, {**kept, **{ours: row.values[theirs] for ours, theirs in columns.items()}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -15,20 +15,17 @@ from lora_lab.adapters.attach import attach
 from lora_lab.base.load import BaseFiles, load_model
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.config import QuantConfig, RunConfig
-from lora_lab.data.encode import end_tokens
+from lora_lab.data.encode import Encoder
 from lora_lab.errors import MergeError
 from lora_lab.merge import parity
 from lora_lab.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def merge(
     run: RunDir,
     config: RunConfig,
     base: BaseFiles,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     rows: parity.Probe,
     trained_logits: torch.Tensor,
     device: torch.device,
@@ -52,11 +49,11 @@ def merge(
     files.read_into(run.adapter, model, "default")
     reference = parity.logits(model, rows)
     merged = model.merge_and_unload(safe_merge=True)
-    _carry_along(merged, tokenizer)
+    _carry_along(merged, encoder)
     report: dict[str, Any] = {}
     with storage.new_folder(run.merged, {"base": base.fingerprint}) as temporary:
         merged.save_pretrained(temporary, max_shard_size=config.export.max_shard_size)
-        save_tokenizer(tokenizer, temporary)
+        save_tokenizer(encoder.tokenizer, temporary)
         del model, merged
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, config, rows, reference, trained_logits, device)
@@ -70,14 +67,14 @@ def merge(
     return report
 
 
-def _carry_along(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _carry_along(merged: torch.nn.Module, encoder: Encoder) -> None:
     """Deployments stop where training taught the model to stop."""
     generation = merged.generation_config
     known = generation.eos_token_id
     known = [known] if isinstance(known, int) else list(known or [])
-    ends = sorted({*known, *end_tokens(tokenizer)})
+    ends = sorted({*known, *encoder.end_tokens()})
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    generation.pad_token_id = tokenizer.pad_token_id
+    generation.pad_token_id = encoder.tokenizer.pad_token_id
 
 
 def _verify(

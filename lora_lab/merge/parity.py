@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +48,10 @@ class Probe:
     targets: torch.Tensor  # [S] int64
 
 
-def probe(examples: list[Example], rows: int) -> Probe:
+def probe(examples: Iterable[Example], rows: int) -> Probe:
     """The first `rows` examples, as long as their supervised positions stay few."""
     chosen, positions = [], 0
-    for example in examples[:rows]:
+    for example in itertools.islice(examples, rows):
         positions += int(example.supervised.sum())
         if chosen and positions > _MAX_POSITIONS:
             break

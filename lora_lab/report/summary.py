@@ -31,7 +31,7 @@ def show_samples(base: list[Answer], tuned: list[Answer], count: int = 3) -> Non
         [_shorten(before.question), before.reference, _shorten(before.text), _shorten(after.text)]
         for before, after in list(zip(base, tuned, strict=True))[:count]
     ]
-    console.show_table("held-out answers", ["question", "expected", "base", "tuned"], rows, numbers_from=9)
+    console.show_table("held-out answers", ["question", "expected", "base", "tuned"], rows, numbers=slice(0, 0))
 
 
 def _shorten(text: str, limit: int = 240) -> str:

@@ -7,18 +7,19 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from lora_lab import console
 from lora_lab.config import TaskConfig
 from lora_lab.data.collate import PackedBatch, pack
-from lora_lab.data.encode import Dataset, Example, end_tokens, render
+from lora_lab.data.dataset import Dataset, first_examples
+from lora_lab.data.encode import Encoder, Example
 from lora_lab.train import packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 _EVAL_TOKENS = 2048  # tokens of one forward pass in evaluation
 _GENERATE_ROWS = 32  # prompts generated together
@@ -28,7 +29,8 @@ _GENERATE_ROWS = 32  # prompts generated together
 class LossSum:
     """A sum over supervised tokens and how many there were, so that any split of a step adds up to the same."""
 
-    loss: torch.Tensor  # scalar, float32, the sum (not the mean)
+    loss: torch.Tensor  # scalar, float32, the weighted sum (not the mean)
+    weight: float  # sum of the weights
     num_tokens: int
     num_correct: int  # top-1 hits
 
@@ -47,31 +49,37 @@ class CausalLM:
 
     peft_task_type = "CAUSAL_LM"
 
-    def __init__(self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: TaskConfig, encoder: Encoder):
         self.config = config
-        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
 
     def loss(self, model: PeftModel, batch: PackedBatch) -> LossSum:
         """Summed cross-entropy of a packed batch, in float32."""
         logits = packing.logits(model, batch).float()
-        loss = cross_entropy(logits, batch.targets, reduction="sum")
+        if batch.weights is None:
+            loss, weight = cross_entropy(logits, batch.targets, reduction="sum"), float(len(batch.targets))
+        else:
+            loss = (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+            weight = batch.weights.sum().item()
         correct = int((logits.detach().argmax(-1) == batch.targets).sum())
-        return LossSum(loss, len(batch.targets), correct)
+        return LossSum(loss, weight, len(batch.targets), correct)
 
     @torch.no_grad()
     def measure(self, model: PeftModel, data: Dataset, packed: bool) -> dict[str, float]:
-        """Teacher-forced loss (mean over supervised tokens), perplexity and token accuracy."""
-        loss, tokens, correct = 0.0, 0, 0
-        for examples in _by_tokens(data.examples, _EVAL_TOKENS if packed else 0):
-            part = self.loss(model, pack(examples, model.device))
-            loss, tokens, correct = loss + part.loss.item(), tokens + part.num_tokens, correct + part.num_correct
-        mean = loss / tokens
+        """Teacher-forced loss (weighted mean over supervised tokens), perplexity and token accuracy."""
+        loss, weight, tokens, correct = 0.0, 0.0, 0, 0
+        for places in _by_tokens(data.lengths, _EVAL_TOKENS if packed else 0):
+            part = self.loss(model, pack([example for i in places for example in data[i]], model.device))
+            loss, weight = loss + part.loss.item(), weight + part.weight
+            tokens, correct = tokens + part.num_tokens, correct + part.num_correct
+        mean = loss / weight
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "token_accuracy": correct / tokens}
 
     def answers(self, model: PeftModel, data: Dataset, title: str) -> list[Answer]:
         """Greedy answers to the first `task.generate_rows` rows, each prompted up to its last answer."""
-        rows = data.examples[: self.config.generate_rows]
-        prompts = [render(_question(row), self.tokenizer, row.origin, add_generation_prompt=True) for row in rows]
+        rows = [row for row in first_examples(data, self.config.generate_rows) if row.conversation]
+        prompts = [self.encoder.template.text(_question(row), row.tools, add_generation_prompt=True) for row in rows]
         texts: dict[int, str] = {}
         order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
         with console.steps(title, len(rows)) as progress:
@@ -79,9 +87,7 @@ class CausalLM:
                 chunk = order[start : start + _GENERATE_ROWS]
                 texts.update(zip(chunk, self.generate(model, [prompts[i] for i in chunk]), strict=True))
                 progress.advance(len(chunk))
-        return [
-            Answer(_question(row)[-1]["content"], row.messages[-1]["content"], texts[i]) for i, row in enumerate(rows)
-        ]
+        return [Answer(_shown(_question(row)[-1]), _shown(row.messages[-1]), texts[i]) for i, row in enumerate(rows)]
 
     @torch.no_grad()
     def generate(self, model: PeftModel, prompts: list[str], **options: Any) -> list[str]:
@@ -90,7 +96,7 @@ class CausalLM:
         batch = self.tokenizer(prompts, add_special_tokens=False, return_tensors="pt", padding=True).to(model.device)
         settings = {"do_sample": False, "max_new_tokens": self.config.max_new_tokens, **options}
         done = model.generate(
-            **batch, eos_token_id=end_tokens(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id, **settings
+            **batch, eos_token_id=self.encoder.end_tokens(), pad_token_id=self.tokenizer.pad_token_id, **settings
         )
         return self.tokenizer.batch_decode(done[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -111,16 +117,21 @@ def _question(row: Example) -> list[dict[str, Any]]:
     return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
 
 
-def _by_tokens(examples: list[Example], limit: int) -> list[list[Example]]:
-    """Neighbouring examples of like length, as many as fit into `limit` tokens (at least one)."""
-    batches: list[list[Example]] = []
+def _shown(message: dict[str, Any]) -> str:
+    """A message's text, or the call that it makes."""
+    return message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)
+
+
+def _by_tokens(lengths: np.ndarray, limit: int) -> list[list[int]]:
+    """Places of examples of like length together, as many as fit into `limit` tokens (at least one)."""
+    batches: list[list[int]] = []
     room = 0
-    for example in sorted(examples, key=lambda example: len(example.input_ids)):
-        size = len(example.input_ids)
+    for place in np.argsort(lengths, kind="stable"):
+        size = int(lengths[place])
         if size > room:
             batches.append([])
             room = limit
-        batches[-1].append(example)
+        batches[-1].append(int(place))
         room -= size
     return batches
 

@@ -8,15 +8,23 @@ import math
 
 import numpy as np
 
+from lora_lab.config import RunConfig
+from lora_lab.data.dataset import Dataset, Mixture, Stream
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """Shuffled epochs over `num_examples`, `batch_size` at a time; the last step of an epoch may be smaller."""
+    """Shuffled epochs over `num_examples`, `batch_size` at a time; the last step of an epoch may be smaller.
+
+    With a mixture, an epoch draws from each source as often as the mixture says, going through the source again and again
+    in fresh orders, so that within a source no example comes up twice before all have come up once.
+    """
 
     num_examples: int
     batch_size: int
     micro_batch_size: int
     seed: int
+    mixture: Mixture | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -34,13 +42,34 @@ class BatchPlan:
         return [chosen[i : i + self.micro_batch_size] for i in range(0, len(chosen), self.micro_batch_size)]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return _permutation(self.num_examples, self.seed, epoch)
+        if self.mixture is None:
+            return _permutation(self.num_examples, self.seed, epoch)
+        return _mixed(self.mixture, self.seed, epoch)
 
     def dropout_seed(self, step: int) -> int:
         """Seed of everything random inside step `step`."""
         return int(np.random.SeedSequence([self.seed, step, 1]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def plan_of(config: RunConfig, data: Dataset | Stream) -> BatchPlan:
+    """The batches of a run on its training rows."""
+    train = config.train
+    return BatchPlan(len(data), train.batch_size, train.micro_batch_size or train.batch_size, config.seed, data.mixture)
+
+
 @functools.lru_cache(maxsize=16)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+@functools.lru_cache(maxsize=16)
+def _mixed(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+    drawn, offset = [], 0
+    for source, (size, draws) in enumerate(zip(mixture.sizes, mixture.draws, strict=True)):
+        positions = np.arange(epoch * draws, (epoch + 1) * draws)  # in the endless row of this source's passes
+        for turn in np.unique(positions // size) if size else []:
+            order = np.random.default_rng([seed, source, int(turn), 2]).permutation(size)
+            drawn.append(order[positions[positions // size == turn] % size] + offset)
+        offset += size
+    every = np.concatenate(drawn)
+    return every[np.random.default_rng([seed, epoch, 3]).permutation(len(every))]

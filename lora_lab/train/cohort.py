@@ -11,8 +11,9 @@ from lora_lab import tracking
 from lora_lab.adapters.attach import trainable
 from lora_lab.base.load import BaseFiles
 from lora_lab.config import RunConfig
+from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.run_dir import RunDir
-from lora_lab.train.batches import BatchPlan
+from lora_lab.train.batches import plan_of
 from lora_lab.train.optim import build_optimizer, build_schedule
 
 if TYPE_CHECKING:
@@ -39,17 +40,17 @@ class Member:
     Nothing here depends on other members, so a member trains in a cohort exactly as it would alone.
     """
 
-    def __init__(self, name: str, config: RunConfig, run: RunDir, base: BaseFiles, model: PeftModel, num_examples: int):
-        """`model` holds a freshly attached adapter `name`, which must be the active one."""
+    def __init__(
+        self, name: str, config: RunConfig, run: RunDir, base: BaseFiles, model: PeftModel, data: Dataset | Stream
+    ):
+        """`model` holds a freshly attached adapter `name`, which must be the active one; `data` are its training rows."""
         self.name = name
         self.config = config
         self.run = run
         self.base = base
         self.model = model
         self.parameters: dict[str, torch.nn.Parameter] = trainable(model)
-        self.plan = BatchPlan(
-            num_examples, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size, config.seed
-        )
+        self.plan = plan_of(config, data)
         self.total_steps = self.plan.total_steps(config.train.epochs, config.train.max_steps)
         self.optimizer = build_optimizer(config.optim, self.parameters.values())
         self.schedule = build_schedule(config.optim, self.optimizer, self.total_steps)

@@ -18,7 +18,7 @@ import torch
 from lora_lab import console, signals
 from lora_lab.adapters import files
 from lora_lab.data.collate import pack
-from lora_lab.data.encode import Dataset
+from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import Interrupted, TrainingError
 from lora_lab.train import checkpoint, packing
 from lora_lab.train.cohort import Member
@@ -50,7 +50,7 @@ class Clock:
 
 
 def fit(
-    members: list[Member], train: Dataset, held_out: Dataset | None, task: CausalLM, accelerator: Accelerator
+    members: list[Member], train: Dataset | Stream, held_out: Dataset | None, task: CausalLM, accelerator: Accelerator
 ) -> Clock:
     """Train every member to its end; each is left with its best or last adapter loaded (`train.keep_best`).
 
@@ -80,7 +80,7 @@ def fit(
     return clock
 
 
-def _prepare(members: list[Member], train: Dataset, accelerator: Accelerator) -> None:
+def _prepare(members: list[Member], train: Dataset | Stream, accelerator: Accelerator) -> None:
     model = members[0].model
     if any(member.config.train.gradient_checkpointing for member in members):
         # not reentrant: that needs no gradient on the inputs, so backward still stops at the lowest adapted layer
@@ -91,7 +91,7 @@ def _prepare(members: list[Member], train: Dataset, accelerator: Accelerator) ->
     if any(member.config.train.packing for member in members):
         model.eval()
         with members[0].turn(), accelerator.autocast():
-            packing.check_isolation(model, train.examples)
+            packing.check_isolation(model, first_examples(train, 2))
 
 
 def _attention(members: list[Member]) -> contextlib.AbstractContextManager:
@@ -101,7 +101,7 @@ def _attention(members: list[Member]) -> contextlib.AbstractContextManager:
 
 def _train_step(
     member: Member,
-    train: Dataset,
+    train: Dataset | Stream,
     task: CausalLM,
     accelerator: Accelerator,
     clock: Clock,
@@ -111,14 +111,14 @@ def _train_step(
     """One optimizer step. False when a signal arrived before the update: then nothing has changed."""
     state, config = member.state, member.config
     started = time.perf_counter()
-    micro_batches = [[train.examples[i] for i in chosen] for chosen in member.plan.step(state.step)]
-    total = sum(int(example.supervised.sum()) for examples in micro_batches for example in examples)
+    micro_batches = [[example for i in chosen for example in train[int(i)]] for chosen in member.plan.step(state.step)]
+    total = sum(float(example.weights.sum()) for examples in micro_batches for example in examples)
     torch.manual_seed(member.plan.dropout_seed(state.step))
     member.model.train()
 
-    # forward and backward: the step's loss is the mean over all of its supervised tokens, however it is split
-    loss_sum, tokens = 0.0, 0
-    for examples in micro_batches:
+    # forward and backward: the step's loss is the weighted mean over all of its supervised tokens, however it is split
+    loss_sum, tokens, supervised = 0.0, 0, 0
+    for examples in filter(None, micro_batches):  # of a stream, policies may drop every row of one
         for part in [examples] if config.train.packing else [[example] for example in examples]:
             if arrived:
                 member.optimizer.zero_grad()
@@ -128,6 +128,14 @@ def _train_step(
                 out = task.loss(member.model, batch)
             accelerator.backward(out.loss / total)
             loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
+            supervised += out.num_tokens
+
+    if not tokens:  # nothing to learn from in this step
+        member.schedule.step()
+        state.step += 1
+        member.log.write(state.step, loss=None, tokens=state.tokens)
+        progress.advance(loss="no rows")
+        return True
 
     # check, clip, update
     limit = math.inf if config.optim.max_grad_norm is None else config.optim.max_grad_norm
@@ -143,7 +151,7 @@ def _train_step(
     # log
     state.step += 1
     state.tokens += tokens
-    state.supervised_tokens += total
+    state.supervised_tokens += supervised
     clock.add(time.perf_counter() - started, tokens)
     speed = tokens / (time.perf_counter() - started)
     member.log.write(state.step, loss=loss_sum / total, grad_norm=grad_norm, lr=lr, tokens=state.tokens)

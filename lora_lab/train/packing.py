@@ -135,7 +135,6 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
 
 def _tail(example: Example, tokens: int = 48) -> Example:
     """The last tokens of an example, the answer's end among them, as an example of their own."""
-    ids, supervised = example.input_ids[-tokens:], example.supervised[-tokens:].copy()
-    supervised[0] = False
-    supervised[-1] = True
-    return Example(ids, supervised, example.messages, example.origin)
+    ids, weights = example.input_ids[-tokens:], example.weights[-tokens:].copy()
+    weights[0], weights[-1] = 0, 1
+    return Example(ids, weights, example.origin)

@@ -1,0 +1,220 @@
+"""Checks of a whole data set: what would train a model on something else than the user believes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import pyarrow.compute as pc
+
+from lora_lab.config import DataConfig
+from lora_lab.data.build import Data
+from lora_lab.data.dataset import Dataset
+from lora_lab.data.encode import Encoder
+from lora_lab.data.store import is_error, label_counts
+
+_LOOK = 64  # examples whose prompts are rendered and tokenized once more
+_NAMED = 3  # rows named for each finding
+_OF_CLASSES = ("text_label", "pair_label", "token_labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something to know about the data. An error means that training would go wrong."""
+
+    level: Literal["error", "warning", "note"]
+    key: str  # data.train or data.eval
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.key}: {self.sentence}"
+
+
+def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
+    """Everything that is wrong or noteworthy, errors first."""
+    findings: list[Finding] = []
+    for part in (data.train, data.held_out):
+        if isinstance(part, Dataset):
+            findings += _rows(part, config)
+            if len(part):
+                for one in (_ends, _prompts, _repeated, _labels, _special_texts, _tools):
+                    findings += one(part, encoder)
+    if isinstance(data.train, Dataset) and data.held_out is not None:
+        findings += _shared(data.train, data.held_out)
+    findings += _template(encoder, config)
+    return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))
+
+
+def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
+    """Rows that are not used, by kind."""
+    found = []
+    for report in data.reports:
+        for kind, count in report.dropped.items():
+            first, *others = report.sentences[kind][:_NAMED]
+            more = ", ".join(sentence.partition(": ")[0] for sentence in others)
+            named = first + (f" Also {more}" + (" ..." if count > _NAMED else ".") if more else "")
+            level = "error" if is_error(config, kind) else "note"
+            found.append(Finding(level, data.key, f"{count} of {report.rows} rows of {report.name}: {kind}. {named}"))
+    found += [Finding("note", data.key, f"{count} rows dropped: {why}.") for why, count in data.dropped.items()]
+    for attribute, meaning in {
+        "truncated": "prompts cut to data.max_tokens (data.too_long=truncate_prompt)",
+        "split": "conversations trained as several examples, because the template rewrites earlier turns or ends no answer",
+        "bordered": "rows whose prompt and answer are tokenized apart, as inference sees them",
+    }.items():
+        count = sum(getattr(report, attribute) for report in data.reports)
+        if count:
+            found.append(Finding("note", data.key, f"{count} {meaning}."))
+    return found
+
+
+def _named(data: Dataset, which: np.ndarray) -> str:
+    """The rows of some examples, as text."""
+    places = np.flatnonzero(which)
+    origins = data.table.column("origin").take(data.chosen[places[:_NAMED]]).to_pylist()
+    return ", ".join(dict.fromkeys(origins)) + (" ..." if len(places) > _NAMED else "")
+
+
+def _ends(data: Dataset, encoder: Encoder) -> list[Finding]:
+    """The last token of every trained answer must end it, or the model never learns to stop."""
+    ends = {encoder.tokenizer.eos_token_id} | {
+        number for number, token in encoder.tokenizer.added_tokens_decoder.items() if token.special
+    }
+    table = data.table
+    lengths = pc.list_value_length(table.column("input_ids")).to_numpy()
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    runs = pc.list_value_length(table.column("spans")).to_numpy() // 3
+    spans = pc.list_flatten(table.column("spans")).to_numpy().reshape(-1, 3)
+    owner = np.repeat(np.arange(len(table)), runs)
+    last = pc.list_flatten(table.column("input_ids")).to_numpy()[starts[owner] + spans[:, 1].astype(np.int64) - 1]
+    open_ended = np.zeros(len(table), dtype=bool)
+    open_ended[owner[~np.isin(last, list(ends))]] = True
+    which = open_ended[data.chosen]
+    if not which.any():
+        return []
+    sentence = (
+        f"{which.sum()} examples hold an answer whose end token is not trained on, so the model would not learn to stop "
+        f"({_named(data, which)}). The template must close the assistant's turns with a special token."
+    )
+    return [Finding("error", data.key, sentence)]
+
+
+def _prompts(data: Dataset, encoder: Encoder) -> list[Finding]:
+    """Render and tokenize some prompts once more as chat does, and compare with what would be trained on."""
+    places = np.unique(np.linspace(0, len(data) - 1, num=min(_LOOK, len(data))).astype(int))
+    wrong = np.zeros(len(data), dtype=bool)
+    for place in places:
+        [example] = data[int(place)]
+        messages = example.messages
+        if encoder.config.supervise == "all" or not messages or messages[-1]["role"] != "assistant":
+            continue
+        prompt = encoder.template.text(messages[:-1], example.tools, add_generation_prompt=True)
+        ids = encoder.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        wrong[place] = example.input_ids[: len(ids)].tolist() != ids or not example.weights[len(ids) :].any()
+    if not wrong.any():
+        return []
+    sentence = (
+        f"{wrong.sum()} of {len(places)} prompts differ between training and inference ({_named(data, wrong)}): the template "
+        "renders them otherwise when asked for an answer."
+    )
+    return [Finding("error", data.key, sentence)]
+
+
+def _repeated(data: Dataset, _: Encoder) -> list[Finding]:
+    which = data.repeated
+    if not which.any():
+        return []
+    count = len(np.unique(data.rows[which]))
+    hint = "data.duplicates=drop leaves them out"
+    return [Finding("warning", data.key, f"{count} rows equal an earlier row ({_named(data, which)}); {hint}.")]
+
+
+def _shared(train: Dataset, held_out: Dataset) -> list[Finding]:
+    which = np.isin(train.digests, held_out.digests)
+    if not which.any():
+        return []
+    count = len(np.unique(train.rows[which]))
+    sentence = (
+        f"{count} rows are held-out rows as well ({_named(train, which)}), so the held-out figures would be too good; "
+        "data.shared=drop leaves them out of training."
+    )
+    return [Finding("warning", train.key, sentence)]
+
+
+def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
+    if not all(report.format in _OF_CLASSES for report in data.reports):
+        return []
+    counts = label_counts(data.reports)
+    found = []
+    if len(counts) == 1:
+        found.append(
+            Finding("error", data.key, f"all labels are {next(iter(counts))}: there is nothing to tell apart.")
+        )
+    names = encoder.config.label_names
+    absent = [name for name in names or [] if name not in counts]
+    if absent:
+        found.append(Finding("warning", data.key, f"no row has the label {', '.join(absent)} of data.label_names."))
+    numbers = sorted(int(label) for label in counts if label.isdecimal())
+    gaps = (
+        [n for n in range(numbers[-1] + 1) if n not in numbers]
+        if len(numbers) == len(counts) and numbers[-1] < 1000
+        else []
+    )
+    if gaps and names is None:
+        found.append(
+            Finding(
+                "warning",
+                data.key,
+                f"no row has the label {', '.join(map(str, gaps[:10]))}; labels go to {numbers[-1]}.",
+            )
+        )
+    return found
+
+
+def _special_texts(data: Dataset, encoder: Encoder) -> list[Finding]:
+    """Special tokens written out in a message become real ones, and end turns that the row did not end."""
+    which = np.zeros(len(data.table), dtype=bool)
+    for token in [token for token in encoder.template.special_tokens if len(token) > 3][:300]:
+        which |= _holds(data, token)
+    which = which[data.chosen]
+    if not which.any():
+        return []
+    sentence = f"{which.sum()} examples hold a special token in a message ({_named(data, which)}); it would count as the real one."
+    return [Finding("warning", data.key, sentence)]
+
+
+def _holds(data: Dataset, text: str) -> np.ndarray:
+    """[lines of the table] bool: the conversation holds the text somewhere."""
+    return pc.match_substring(data.table.column("conversation"), text).to_numpy()
+
+
+def _tools(data: Dataset, encoder: Encoder) -> list[Finding]:
+    which = (_holds(data, '"tools": [') | _holds(data, '"tool_calls": ['))[data.chosen]
+    if not which.any() or encoder.template.native_tools:
+        return []
+    sentence = (
+        f"{which.sum()} examples use tools, which the model's chat template leaves out: they are written as text "
+        "(<tools>, <tool_call>, <tool_response>), in chat too."
+    )
+    return [Finding("note", data.key, sentence)]
+
+
+def _template(encoder: Encoder, config: DataConfig) -> list[Finding]:
+    found = []
+    if encoder.template.dated:
+        found.append(
+            (
+                "warning",
+                "the chat template writes today's date, so training and use would differ. Fix it: "
+                "'+data.chat_template_kwargs={date_string: 26 Jul 2024}'.",
+            )
+        )
+    if config.chat_template_kwargs:
+        names = ", ".join(config.chat_template_kwargs)
+        found.append(("note", f"whoever serves the model must give the chat template the same variables: {names}."))
+    return [Finding(level, "data", sentence) for level, sentence in found]
+
+
+def counts_add_up(data: Dataset) -> bool:
+    """Whether every row that was read is used or counted under a policy."""
+    return data.rows_read == data.rows_used + sum(data.rows_dropped.values())

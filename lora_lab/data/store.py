@@ -1,0 +1,322 @@
+"""Encoded rows on disk: one Arrow file for each data file and way of encoding it, mapped into memory, never copied.
+
+The entry's name is a digest of everything that decides its content: the file's bytes, the template, the tokenizer, the
+options, the versions of the libraries and the code of this package. What has changed is not found; nothing is ever stale.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from lora_lab import console, storage
+from lora_lab.base.resolve import cache_dir
+from lora_lab.config import DataConfig
+from lora_lab.data import formats, sources
+from lora_lab.data.encode import TOO_LONG, Encoder, Example, Outcome
+from lora_lab.data.sources import DataFile, HubData, Row
+from lora_lab.errors import CheckpointError, DataError
+
+_CHUNK_ROWS = 512  # encoded together
+_LOOK_ROWS = 100  # whose columns decide the format
+_EXAMPLES, _REPORT = "examples.arrow", "report.json"
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
+_SENTENCES = 20  # kept for each kind of problem
+_LABELS = 1000  # different labels that are counted
+# Options that choose among encoded rows, or decide what is said of them, and so do not change an encoded row.
+_NOT_ENCODING = (
+    "train", "eval", "eval_ratio", "split_seed", "unusable", "duplicates", "shared", "check", "streaming",
+    "max_train_rows", "max_eval_rows", "format", "columns",
+)  # fmt: skip
+SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "digest": pa.uint64(),  # of the row's content
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.float64()),  # start, end, weight of each run of supervised tokens
+        "supervised": pa.int32(),  # how many tokens are
+        "origin": pa.string(),
+        "conversation": pa.string(),
+        "stratum": pa.string(),  # value of the column data.stratify
+    }
+)
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows of one file."""
+
+    name: str
+    format: str
+    rows: int = 0
+    used: int = 0
+    truncated: int = 0  # of the used
+    split: int = 0  # of the used: conversations that became several examples
+    bordered: int = 0  # of the used: prompt and answer tokenized apart
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # kind of problem -> rows
+    sentences: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # kind -> the first few, with their rows
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)  # label -> rows (or words)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one row."""
+        self.rows += 1
+        if outcome.problem is not None:
+            self.dropped[outcome.problem] = self.dropped.get(outcome.problem, 0) + 1
+            kept = self.sentences.setdefault(outcome.problem, [])
+            if len(kept) < _SENTENCES:
+                kept.append(f"{self.name} row {outcome.row}: {outcome.sentence}")
+            return
+        self.used += 1
+        self.truncated += outcome.truncated
+        self.split += len(outcome.examples) > 1
+        self.bordered += outcome.cut_at_border
+        for label in outcome.label if isinstance(outcome.label, list) else [outcome.label]:
+            if label is not None and (str(label) in self.labels or len(self.labels) < _LABELS):
+                self.labels[str(label)] = self.labels.get(str(label), 0) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The encoded rows of one file."""
+
+    table: pa.Table  # one line for each example; mapped, not in memory
+    report: Report
+    digest: str  # of the file's bytes
+    cached: bool  # it was there already
+
+
+def format_of(file: DataFile | HubData, config: DataConfig) -> str:
+    """The format of a file's rows, by the columns of the first of them.
+
+    Raises:
+        DataError: no rows at all, columns that fit no format, or `data.columns` names one that is not there.
+    """
+    first = list(itertools.islice(file.rows(), _LOOK_ROWS))
+    if not first:
+        raise DataError(f"{file.key}={file.path}: no rows. Name a file with at least one row.")
+    readable = [row for row in first if row.problem is None]
+    if not readable:
+        raise DataError(
+            f"{file.key}={file.path}: none of the first {len(first)} rows can be read. Row {first[0].number}: {first[0].problem}"
+        )
+    mapping = columns_of(file, config)
+    columns = list(dict.fromkeys(column for row in readable for column in row.values))
+    for ours, theirs in (mapping or {}).items():
+        if theirs not in columns:
+            raise DataError(
+                f"{file.key}={file.path}: data.columns.{ours}={theirs}: no such column. The file has {', '.join(columns)}."
+                f"{formats.nearest(theirs, columns)}"
+            )
+    renamed = [sources.renamed(row, mapping) for row in readable]
+    columns = list(dict.fromkeys(column for row in renamed for column in row.values))
+    return formats.detect(f"{file.key}={file.path}", columns, file.source.format or config.format)
+
+
+def columns_of(file: DataFile | HubData, config: DataConfig) -> dict[str, str] | None:
+    """Our column names to the file's, if they differ."""
+    return config.columns if file.source.columns is None else file.source.columns
+
+
+def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = None, refuse: bool = True) -> Entry:
+    """The encoded rows of a file, from the cache or encoded now.
+
+    Args:
+        limit: read only the first so many rows.
+        refuse: stop at the first rows that the policies call errors, without reading the rest.
+
+    Raises:
+        DataError: the file as a whole cannot be used, or with `refuse`, a row.
+    """
+    format_name = format_of(file, encoder.config)
+    digest = file.digest()
+    folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: cannot be written ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be."
+        ) from error
+    with lock:  # another process may be encoding the same file
+        try:
+            if folder.exists():
+                storage.verify(folder)
+                return Entry(*_read(folder), digest, cached=True)
+        except CheckpointError as error:
+            console.say("cache", f"{error} It is made again.")
+            shutil.rmtree(folder, ignore_errors=True)
+        with storage.new_folder(folder, {"source": file.name}) as temporary:
+            _write(temporary, file, format_name, encoder, limit, refuse)
+        return Entry(*_read(folder), digest, cached=False)
+
+
+def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:
+    options = {key: value for key, value in dataclasses.asdict(encoder.config).items() if key not in _NOT_ENCODING}
+    template = encoder.template
+    parts = {
+        "file": digest,
+        "name": file.name,  # it is part of every origin
+        "kind": getattr(file, "kind", "hub"),
+        "format": format_name,
+        "columns": columns_of(file, encoder.config),
+        "limit": limit,
+        "options": options,
+        "vocab_size": encoder.vocab_size,
+        "template": encoder.tokenizer.chat_template,
+        "day": template.text([{"role": "user", "content": "a"}]) if template.dated else None,
+        "tokenizer": tokenizer_digest(encoder.tokenizer),
+        "code": code_version(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how a text is tokenized."""
+    parts = [tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """Digest of the code and the libraries that turn rows into tokens."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
+    return hashlib.sha256("\n".join([*code, *libraries]).encode()).hexdigest()
+
+
+def _write(
+    folder: Path, file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None, refuse: bool
+) -> None:
+    report = Report(file.name, format_name)
+    stratum = encoder.config.stratify
+    with pa.OSFile(str(folder / _EXAMPLES), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for rows, outcomes in encoded(file, format_name, encoder, limit):
+            for outcome in outcomes:
+                report.add(outcome)
+            if refuse:
+                refuse_rows(file.key, report, encoder.config)
+            writer.write_batch(batch(rows, outcomes, stratum))
+    (folder / _REPORT).write_text(storage.dump_json(dataclasses.asdict(report)), encoding="utf-8")
+
+
+def refuse_rows(key: str, report: Report, config: DataConfig) -> None:
+    """Raise if there are rows that the policies call errors.
+
+    Raises:
+        DataError: naming the first row of a kind, and how many there are.
+    """
+    for kind, sentences in report.sentences.items():
+        more = report.dropped[kind] - 1
+        others = f" ({more} more like it among the first {report.rows} rows.)" if more else ""
+        check_policy(config, kind, f"{key}: {sentences[0]}{others}")
+
+
+def check_policy(config: DataConfig, kind: str, sentence: str) -> None:
+    """Raise unless `data.too_long` or `data.unusable` says to drop a row with this kind of problem.
+
+    Raises:
+        DataError: with the sentence and the way out.
+    """
+    if is_error(config, kind):
+        hint = "" if kind == TOO_LONG else " To leave such rows out and count them: data.unusable=drop."
+        raise DataError(f"{sentence}{hint}")
+
+
+def is_error(config: DataConfig, kind: str) -> bool:
+    """Whether the policies call rows with this kind of problem an error."""
+    return config.too_long != "drop" if kind == TOO_LONG else config.unusable == "error"
+
+
+def encoded(
+    file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None
+) -> Iterator[tuple[list[Row], list[Outcome]]]:
+    """Rows and what became of them, some at a time, with a progress bar."""
+    size = max(1, file.path.stat().st_size) if isinstance(file, DataFile) else 1
+    with console.steps("tokenize", 100) as progress:
+        mark = _Percent(progress, size)
+        rows = itertools.islice(file.rows(mark), limit)
+        mapping = columns_of(file, encoder.config)
+        while chunk := [sources.renamed(row, mapping) for row in itertools.islice(rows, _CHUNK_ROWS)]:
+            yield chunk, encoder.encode(chunk, file.name, format_name)
+            mark.rows += len(chunk)
+        mark.done()
+
+
+class _Percent:
+    """Progress through a file, in percent of its bytes."""
+
+    def __init__(self, progress: console.Steps, size: int):
+        self.progress, self.size, self.rows = progress, size, 0
+
+    def at(self, position: int) -> None:
+        new = min(99, 100 * position // self.size) - self.progress.done
+        if new > 0:
+            self.progress.advance(new, rows=f"{self.rows:,}")
+
+    def done(self) -> None:
+        self.progress.advance(100 - self.progress.done, rows=f"{self.rows:,}")
+
+
+def batch(rows: list[Row], outcomes: list[Outcome], stratum: str | None) -> pa.RecordBatch:
+    """The examples of some rows as lines of a table; `stratum`: the column that goes along."""
+    lines = [
+        {
+            "row": outcome.row,
+            "digest": outcome.digest,
+            "input_ids": example.input_ids,
+            "spans": _spans(example.weights),
+            "supervised": int((example.weights > 0).sum()),
+            "origin": example.origin,
+            "conversation": example.conversation,
+            "stratum": None if stratum is None else str(row.values.get(stratum)),
+        }
+        for row, outcome in zip(rows, outcomes, strict=True)
+        for example in outcome.examples
+    ]
+    return pa.RecordBatch.from_pylist(lines, schema=SCHEMA)
+
+
+def _spans(weights: np.ndarray) -> list[float]:
+    """Runs of equal positive weight as a flat list of start, end, weight."""
+    edges = np.flatnonzero(np.diff(weights, prepend=np.nan, append=np.nan))
+    runs = [(start, end, weights[start]) for start, end in itertools.pairwise(edges) if weights[start] > 0]
+    return [float(number) for run in runs for number in run]
+
+
+def _read(folder: Path) -> tuple[pa.Table, Report]:
+    table = pa.ipc.open_file(pa.memory_map(str(folder / _EXAMPLES))).read_all()
+    return table, Report(**json.loads((folder / _REPORT).read_text(encoding="utf-8")))
+
+
+def example(table: pa.Table, index: int) -> Example:
+    """One line of a table of examples."""
+    line = {name: table.column(name)[index] for name in ("input_ids", "spans", "origin", "conversation")}
+    ids = line["input_ids"].values.to_numpy().astype(np.int64)
+    weights = np.zeros(len(ids), dtype=np.float32)
+    spans = line["spans"].values.to_numpy().reshape(-1, 3)
+    for start, end, weight in spans:
+        weights[int(start) : int(end)] = weight
+    return Example(ids, weights, line["origin"].as_py(), line["conversation"].as_py())
+
+
+def label_counts(reports: list[Report]) -> dict[str, int]:
+    """Labels of several files together, most frequent first."""
+    counts = collections.Counter()
+    for report in reports:
+        counts.update(report.labels)
+    return dict(counts.most_common())

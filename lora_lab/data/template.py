@@ -1,0 +1,275 @@
+"""From a conversation to text: the model's own chat template, in training, evaluation and chat alike.
+
+What is supervised follows from rendered prefixes: the template rendered up to an answer, with its generation prompt, is
+exactly what the model will see before it answers; what the text adds after that prefix, up to and including the
+end-of-turn token, is the answer. Some templates render a turn differently once others follow (Qwen 3 drops earlier
+reasoning, Mistral moves the system message). Then the conversation becomes several examples, each as inference sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.data.formats import Message, Record, RowError, weight_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RENDER_SECONDS = 1.0  # of processor time; real conversations take a thousandth
+_NOT_FOR_TEMPLATES = ("train", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """The text of one training example and what is learned of it."""
+
+    text: str
+    spans: list[tuple[int, int, float]]  # [start, end) in characters and weight, in order
+    end_missing: bool = False  # the tokenizer's end of sequence must follow, because the template has no end token
+    plain: bool = False  # no template: the tokenizer adds what it puts around a text
+    messages: list[Message] | None = None  # the conversation up to where the text ends
+    tools: list[dict[str, Any]] | None = None
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, with its variables (`data.chat_template_kwargs`)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.kwargs = kwargs or {}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = sorted((special | {tokenizer.eos_token}) - {""}, key=len, reverse=True)
+        self._native_tools: bool | None = None
+
+    def text(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The conversation as text: the only way to text for training, evaluation and chat.
+
+        Raises:
+            RowError: the template refuses the conversation, or does not come to an end.
+        """
+        from jinja2 import TemplateError
+
+        if (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)) and not self.native_tools:
+            messages, tools = _tools_as_text(messages, tools), None
+        return self._rendered(messages, tools, add_generation_prompt, TemplateError)
+
+    def _rendered(self, messages: list[Message], tools: Any, add_generation_prompt: bool, template_error: type) -> str:
+        plain = [{k: v for k, v in message.items() if k not in _NOT_FOR_TEMPLATES} for message in messages]
+        try:
+            with _time_limit():
+                return self.tokenizer.apply_chat_template(
+                    plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs
+                )
+        except (
+            template_error,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            MemoryError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise RowError("template", f"the model's chat template cannot render it ({error}).") from error
+
+    @property
+    def native_tools(self) -> bool:
+        """Whether the template shows tools, calls and results. If not, they are written as text (see `_tools_as_text`)."""
+        if self._native_tools is None:
+            from jinja2 import TemplateError
+
+            try:
+                shown = self._rendered(_TOOL_PROBE, [_PROBED_TOOL], False, TemplateError)
+            except RowError:
+                shown = ""
+            self._native_tools = all(mark in shown for mark in ("probe_described", "probe_argument", "probe_result"))
+        return self._native_tools
+
+    @property
+    def dated(self) -> bool:
+        """Whether the text depends on the day on which it is rendered."""
+        return "strftime_now" in (self.tokenizer.chat_template or "") and "date_string" not in self.kwargs
+
+    def examples(self, record: Record, supervise: str) -> list[Rendered]:
+        """The training examples of one conversation: usually one.
+
+        Args:
+            supervise: 'answers' (the assistant's turns, each with its end-of-turn token), 'last_answer' or 'all'.
+
+        Raises:
+            RowError: the template cannot render the conversation, or shows an answer otherwise than it would be given.
+        """
+        messages, tools = record.messages, record.tools
+        if supervise == "all":
+            text = self.text(messages, tools)
+            end_missing = messages[-1]["role"] == "assistant" and not self._end(text)[1]
+            return [Rendered(text, [(0, len(text), 1.0)], end_missing, messages=messages, tools=tools)]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = answers[-1:] if supervise == "last_answer" else answers
+        wanted = [i for i in wanted if weight_of(messages[i])]
+        if not wanted:
+            raise RowError("masked", "the last answer is not to be trained on, so every label is masked.")
+        turns = _Turns(self, messages, tools)
+        found: list[Rendered] = []
+        while wanted:
+            cut, held = self._longest(turns, wanted, len(messages) if not found else wanted[-1] + 1)
+            text = turns.through(cut - 1)
+            spans = [(*turns.span(i), weight_of(messages[i])) for i in held]
+            ended = messages[cut - 1]["role"] != "assistant" or turns.ended(cut - 1)
+            found.append(Rendered(text, spans, not ended, messages=messages[:cut], tools=tools))
+            wanted = [i for i in wanted if i not in held]
+        return found[::-1]
+
+    def _longest(self, turns: _Turns, wanted: list[int], longest: int) -> tuple[int, list[int]]:
+        """How many messages the example of the last wanted answer holds, and which wanted answers are exact in it."""
+        last = wanted[-1]
+        for cut in dict.fromkeys((longest, last + 1)):
+            held = [i for i in wanted if turns.exact(i, cut)]
+            if last in held:
+                return cut, held
+        raise RowError(
+            "template",
+            f"the chat template shows message {last + 1} otherwise than a model would be asked for it: some leave the system "
+            "message out of answered turns, or contradict data.chat_template_kwargs. Write what is lost into the user's message.",
+        )
+
+    def _end(self, text: str, start: int = 0) -> tuple[int, bool]:
+        """Where the answer that starts at `start` ends: behind the first of the special tokens at the text's end, if any."""
+        text = text.rstrip()
+        end, ended = len(text), False
+        while token := next((t for t in self.special_tokens if len(text) >= start + len(t) and text.endswith(t)), None):
+            end, ended = len(text), True
+            text = text[: -len(token)].rstrip()
+        return end, ended
+
+
+class _Turns:
+    """Renderings of one conversation's beginnings, each made once."""
+
+    def __init__(self, template: ChatTemplate, messages: list[Message], tools: Any):
+        self.template, self.messages, self.tools = template, messages, tools
+        self._texts: dict[tuple[int, bool], str] = {}
+
+    def _text(self, count: int, prompt: bool) -> str:
+        if (count, prompt) not in self._texts:
+            self._texts[count, prompt] = self.template.text(self.messages[:count], self.tools, prompt)
+        return self._texts[count, prompt]
+
+    def through(self, turn: int) -> str:
+        """The text up to and including message `turn`."""
+        return self._text(turn + 1, False)
+
+    def prompt(self, turn: int) -> str:
+        """What the model sees before it gives message `turn`."""
+        return self._text(turn, True)
+
+    def ended(self, turn: int) -> bool:
+        return self.template._end(self.through(turn), len(self.prompt(turn)))[1]
+
+    def span(self, turn: int) -> tuple[int, int]:
+        start = len(self.prompt(turn))
+        return start, self.template._end(self.through(turn), start)[0]
+
+    def exact(self, turn: int, cut: int) -> bool:
+        """Whether the text of the first `cut` messages shows answer `turn` as inference would see and give it."""
+        if turn + 1 < cut and not self.ended(turn):
+            return False  # an answer without an end token would never be taught to end
+        start, end = self.span(turn)
+        through = self.through(turn)
+        return start < end and through.startswith(self.prompt(turn)) and self.through(cut - 1).startswith(through[:end])
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Stop a template that does not come to an end. Signals reach the main thread only; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise RowError(
+            "template", f"the model's chat template was stopped after {_RENDER_SECONDS:g} s; it does not end."
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _tools_as_text(messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:
+    """Tools, calls and results as ordinary messages, for templates that would leave them out without a word.
+
+    The wording of the tags is the one that Hermes and Qwen models are trained on.
+    """
+    shown: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool":
+            content = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if shown and shown[-1].get("results"):
+                shown[-1]["content"] += f"\n{content}"
+            else:
+                shown.append({"role": "user", "content": content, "results": True})
+        elif message.get("tool_calls"):
+            calls = [_json({k: c["function"].get(k, {}) for k in ("name", "arguments")}) for c in message["tool_calls"]]
+            text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+            content = f"{message['content']}\n{text}" if message.get("content") else text
+            shown.append({**{k: v for k, v in message.items() if k != "tool_calls"}, "content": content})
+        else:
+            shown.append(dict(message))
+    shown = [{k: v for k, v in message.items() if k != "results"} for message in shown]
+    if not tools:
+        return shown
+    listed = "\n".join(_json(tool) for tool in tools)
+    text = (
+        f"You can call these functions:\n<tools>\n{listed}\n</tools>\nTo call one, answer with:\n"
+        '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>'
+    )
+    if shown and shown[0]["role"] == "system":
+        return [{**shown[0], "content": f"{shown[0]['content']}\n\n{text}"}, *shown[1:]]
+    return [{"role": "system", "content": text}, *shown]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_PROBED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "probe_described",
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "string", "description": "x"}},
+            "required": ["x"],
+        },
+    },
+}
+_TOOL_PROBE: list[Message] = [
+    {"role": "user", "content": "a"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "type": "function",
+                "id": "call00001",
+                "function": {"name": "look_up", "arguments": {"x": "probe_argument"}},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "probe_result"},
+    {"role": "assistant", "content": "b"},
+]

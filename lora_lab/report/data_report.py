@@ -1,0 +1,157 @@
+"""What the rows look like to the model: for the terminal and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.text import Text
+
+from lora_lab import console, storage
+from lora_lab.config import DataConfig
+from lora_lab.data.check import Finding
+from lora_lab.data.dataset import Dataset
+from lora_lab.data.store import label_counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BINS = 12
+_LABELS = 20
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """One example as pieces of text of equal weight."""
+
+    origin: str
+    tokens: int
+    supervised: int
+    pieces: list[tuple[str, float]]  # (text, weight): 0 is not trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """Examples of like length."""
+
+    start: int  # tokens, inclusive
+    end: int
+    count: int
+    share: float  # of the largest bin
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """Everything that is shown of one data set."""
+
+    key: str
+    rows_read: int
+    rows_used: int
+    dropped: dict[str, int]
+    examples: int
+    formats: str
+    tokens: int
+    supervised_share: float
+    percentiles: dict[str, int]
+    bins: list[Bin]
+    labels: dict[str, int]
+    rows: list[Shown]
+
+
+def overview(data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> Overview:
+    """Figures of a data set, and `rows` of its examples: evenly spread, and the longest."""
+    lengths, supervised = data.lengths, data.supervised
+    count = len(lengths)
+    marks = {"shortest": 0, "median": 50, "95 %": 95, "99 %": 99, "longest": 100}
+    spread = np.linspace(0, count - 1, num=max(1, rows - 1)).astype(int) if count else []
+    places = list(dict.fromkeys([*map(int, spread), int(lengths.argmax())] if count else []))
+    return Overview(
+        key=data.key,
+        rows_read=data.rows_read,
+        rows_used=data.rows_used,
+        dropped=data.rows_dropped,
+        examples=count,
+        formats=", ".join(dict.fromkeys(report.format for report in data.reports)),
+        tokens=int(lengths.sum()),
+        supervised_share=float(supervised.sum() / max(1, lengths.sum())),
+        percentiles={name: int(np.percentile(lengths, q)) for name, q in marks.items()} if count else {},
+        bins=_bins(lengths) if count else [],
+        labels=dict(list(label_counts(data.reports).items())[:_LABELS]),
+        rows=[_shown(data, place, tokenizer) for place in places[:rows]],
+    )
+
+
+def _bins(lengths: np.ndarray) -> list[Bin]:
+    counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max(_BINS, int(lengths.max()) + 1)))
+    edges = np.ceil(edges).astype(int)
+    return [
+        Bin(int(start), int(end) - 1, int(count), count / counts.max())
+        for start, end, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def _shown(data: Dataset, place: int, tokenizer: PreTrainedTokenizerBase) -> Shown:
+    [example] = data[place]
+    edges = [0, *(np.flatnonzero(np.diff(example.weights)) + 1), len(example.input_ids)]
+    pieces = [
+        (tokenizer.decode(example.input_ids[start:end]), float(example.weights[start]))
+        for start, end in itertools.pairwise(edges)
+    ]
+    return Shown(example.origin, len(example.input_ids), int(example.supervised.sum()), pieces)
+
+
+def show(overviews: list[Overview], findings: list[Finding], config: DataConfig, rows: int) -> None:
+    """Print everything: figures, some rows, findings."""
+    for data in overviews:
+        _show_counts(data)
+        _show_lengths(data, config.max_tokens)
+        if data.labels:
+            total = sum(data.labels.values())
+            table = [[label, count, f"{100 * count / total:.1f} %"] for label, count in data.labels.items()]
+            console.show_table(f"{data.key}: labels", ["label", "rows", "share"], table)
+        for row in data.rows[:rows]:
+            _show_row(row)
+    for finding in findings:
+        console.out.print(Text(str(finding), style=_STYLES[finding.level]))
+
+
+def _show_counts(data: Overview) -> None:
+    rows = [["read", data.rows_read], ["used", data.rows_used], *([why, count] for why, count in data.dropped.items())]
+    console.show_table(f"{data.key}: rows ({data.formats})", ["", "rows"], rows)
+
+
+def _show_lengths(data: Overview, limit: int) -> None:
+    bars = [[f"{b.start}-{b.end}", b.count, "█" * round(30 * b.share) or ("▏" if b.count else "")] for b in data.bins]
+    marks = ", ".join(f"{name} {value}" for name, value in data.percentiles.items())
+    title = f"{data.key}: tokens of {data.examples} examples ({marks}; data.max_tokens={limit})"
+    console.show_table(title, ["tokens", "examples", ""], bars, numbers=slice(1, 2))
+    console.say("trained", f"{100 * data.supervised_share:.1f} % of {data.tokens:,} tokens are trained on")
+
+
+def _show_row(row: Shown) -> None:
+    """Trained text stands out: green in a terminal, between ⟦ and ⟧ elsewhere."""
+    text = Text(f"── {row.origin}: {row.tokens} tokens, {row.supervised} trained ", style="bold cyan")
+    text.append("──\n")
+    for piece, weight in row.pieces:
+        mark = "" if weight in (0, 1) else f"(weight {weight:g})"
+        if console.out.is_terminal:
+            text.append(mark + piece, style="bold green" if weight else "default")
+        else:
+            text.append(f"⟦{mark}{piece}⟧" if weight else piece)
+    console.out.print(text)
+
+
+def write_html(file: Path, overviews: list[Overview], findings: list[Finding], config: DataConfig, name: str) -> None:
+    """The same as one page that needs nothing from elsewhere. Every text of the data is escaped."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("lora_lab.report", "templates"), autoescape=True)
+    page = environment.get_template("data.html.jinja").render(
+        name=name, overviews=overviews, findings=findings, config=config
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_text(file, page)
