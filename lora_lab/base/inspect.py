@@ -7,12 +7,14 @@ may be pickles: transformers trusts some of that, we do not.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from lora_lab import storage
 from lora_lab.errors import BaseModelError, CheckpointError
 
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -23,11 +25,7 @@ def weight_files(folder: Path) -> list[Path]:
         BaseModelError: no config, no safetensors, a missing, cut or foreign shard, or a config that names code.
     """
     config = _read_json(folder / "config.json")
-    for key in ("auto_map", "_attn_implementation_internal"):
-        if key in config:
-            raise BaseModelError(
-                f"{folder}/config.json: '{key}' names code to run; lora_lab never runs code from a model."
-            )
+    _refuse_code(folder / "config.json", config)
     index = folder / _INDEX
     names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
     files = [_inside(folder, name) for name in names]
@@ -37,6 +35,16 @@ def weight_files(folder: Path) -> list[Path]:
         except CheckpointError as error:
             raise BaseModelError(str(error)) from error
     return files
+
+
+def _refuse_code(file: Path, node: Any) -> None:
+    """Refuse keys that name code, at any depth, and model types that are no plain names (some libraries build code of them)."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key in _CODE_KEYS:
+            raise BaseModelError(f"{file}: '{key}' names code to run; lora_lab never runs code from a model.")
+        if key == "model_type" and not re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", str(value)):
+            raise BaseModelError(f"{file}: model_type {value!r} is not a name. The folder is not trusted.")
+        _refuse_code(file, value)
 
 
 def _inside(folder: Path, name: Any) -> Path:

@@ -270,19 +270,19 @@ def _checked(message: Message) -> Message:
         raise RowError("role", f"role {role!r} is not one of {', '.join(_ROLES)}.{nearest(role, _ROLES)}")
     if isinstance(content, list):  # OpenAI's parts
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise RowError("not text", f"the content of a {role} message holds a part that is not text.")
+            raise RowError("not text", f"the content of {_a(role)} message holds a part that is not text.")
         content = "".join(part["text"] for part in content)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
-        raise RowError("not text", f"the content of a {role} message must be text, not {_shown(content)}.")
+        raise RowError("not text", f"the content of {_a(role)} message must be text, not {_shown(content)}.")
     if "\0" in (content or ""):
-        raise RowError("not text", f"the content of a {role} message holds a NUL character. Remove it.")
+        raise RowError("not text", f"the content of {_a(role)} message holds a NUL character. Remove it.")
     if role == "assistant" and not (content or "").strip() and not calls:
         raise RowError("empty", "the answer is empty, so there is nothing to learn. Remove or fill the row.")
     if role == "user" and not (content or "").strip():
         raise RowError("empty", "the user's message is empty. Remove or fill the row.")
     if role != "assistant" and weight_of(message, 0.0):
-        raise RowError("role", f"a {role} message asks to be trained on; only the assistant's can be.")
+        raise RowError("role", f"{_a(role)} message asks to be trained on; only the assistant's can be.")
     weight_of(message)
     checked = {**message, **({} if content is None else {"content": content})}
     if calls:
@@ -355,7 +355,9 @@ def _check_order(messages: list[Message]) -> None:
         }[role]
         if not fits:
             where = "at the start" if previous is None else f"after {previous}"
-            raise RowError("role", f"message {number}: a {role} message cannot stand {where}. Roles are out of order.")
+            raise RowError(
+                "role", f"message {number}: {_a(role)} message cannot stand {where}. Roles are out of order."
+            )
         before = message
 
 
@@ -393,3 +395,7 @@ def _decoded(value: Any, column: str) -> Any:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _a(role: str) -> str:
+    return f"an {role}" if role == "assistant" else f"a {role}"

@@ -31,7 +31,10 @@ KINDS = {
 MAX_LINE_BYTES = 64 * 2**20  # a longer line is no row of text; refused before it fills the memory
 NOT_UTF8 = "not valid UTF-8. Save the file as UTF-8."
 _MAX_JSON_BYTES = 2**30  # a .json file is read whole
-_MAX_RATIO = 200  # text compresses 3 to 20 times; far above that a .gz file is made to fill memory or disk
+_MAX_RATIO, _RATIO_FROM_BYTES = (
+    200,
+    2**22,
+)  # text compresses 3 to 20 times; far above that it is made to fill the machine
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _SURROGATE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
@@ -133,7 +136,7 @@ class _Guarded:
 
     def _count(self, data: bytes) -> bytes:
         self.produced += len(data)
-        if self.produced > MAX_LINE_BYTES and self.produced > _MAX_RATIO * self.size:
+        if self.produced > _RATIO_FROM_BYTES and self.produced > _MAX_RATIO * self.size:
             raise DataError(
                 f"{self.file.key}={self.file.path}: {self.size} bytes unpack to more than {self.produced}, over {_MAX_RATIO} "
                 "times as much. That is no text; refused before it fills the machine."

@@ -109,9 +109,7 @@ def format_of(file: DataFile | HubData, config: DataConfig) -> str:
         raise DataError(f"{file.key}={file.path}: no rows. Name a file with at least one row.")
     readable = [row for row in first if row.problem is None]
     if not readable:
-        raise DataError(
-            f"{file.key}={file.path}: none of the first {len(first)} rows can be read. Row {first[0].number}: {first[0].problem}"
-        )
+        raise DataError(f"{file.key}: {file.name} row {first[0].number}: {first[0].problem}")
     mapping = columns_of(file, config)
     columns = list(dict.fromkeys(column for row in readable for column in row.values))
     for ours, theirs in (mapping or {}).items():

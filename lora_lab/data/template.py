@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.data.formats import Message, Record, RowError, weight_of
+from lora_lab.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,8 @@ class ChatTemplate:
         """The conversation as text: the only way to text for training, evaluation and chat.
 
         Raises:
-            RowError: the template refuses the conversation, or does not come to an end.
+            RowError: the template refuses the conversation.
+        DataError: it does not come to an end.
         """
         from jinja2 import TemplateError
 
@@ -195,9 +197,7 @@ def _time_limit() -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise RowError(
-            "template", f"the model's chat template was stopped after {_RENDER_SECONDS:g} s; it does not end."
-        )
+        raise DataError(f"The model's chat template was stopped after {_RENDER_SECONDS:g} s: it does not end.")
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)

@@ -20,7 +20,7 @@ from lora_lab.adapters import files
 from lora_lab.data.collate import pack
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import Interrupted, TrainingError
-from lora_lab.train import checkpoint, packing
+from lora_lab.train import checkpoint, diagnose, packing
 from lora_lab.train.cohort import Member
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _train_step(
     grad_norm = float(accelerator.clip_grad_norm_(list(member.parameters.values()), limit))
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         member.optimizer.zero_grad()
-        _stop_non_finite(member, loss_sum / total, grad_norm, micro_batches)
+        _stop_non_finite(member, loss_sum / total, grad_norm, micro_batches, task, accelerator)
     lr = member.schedule.get_last_lr()[0]
     member.optimizer.step()
     member.schedule.step()
@@ -163,12 +163,19 @@ def _train_step(
     return True
 
 
-def _stop_non_finite(member: Member, loss: float, grad_norm: float, micro_batches: list) -> None:
+def _stop_non_finite(
+    member: Member, loss: float, grad_norm: float, micro_batches: list, task: CausalLM, accelerator: Accelerator
+) -> None:
     saved = checkpoint.save(member)
-    rows = ", ".join(example.origin for examples in micro_batches for example in examples)
+    examples = [example for part in micro_batches for example in part]
+    rows = ", ".join(example.origin for example in examples)
+    where = diagnose.first_non_finite(member.model, examples, task, accelerator)
+    first = (
+        f"First not finite: the output of {where}. " if where else "The forward pass is finite, the gradient is not. "
+    )
     raise TrainingError(
         f"Step {member.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the update was not made. "
-        f"Rows of the step: {rows}. Lower optim.lr, set optim.max_grad_norm, or look at the rows. The state before the "
+        f"{first}Rows of the step: {rows}. Lower optim.lr, set optim.max_grad_norm, or look at the rows. The state before the "
         f"step is in {saved}."
     )
 

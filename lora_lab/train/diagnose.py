@@ -1,0 +1,48 @@
+"""Where a model's numbers first stop being finite."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_lab.data.collate import pack
+from lora_lab.data.encode import Example
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+    from lora_lab.tasks.causal_lm import CausalLM
+
+
+@torch.no_grad()
+def first_non_finite(model: PeftModel, examples: list[Example], task: CausalLM, accelerator: Accelerator) -> str | None:
+    """The first module, in the order of the forward pass, whose output holds NaN or infinity, with its type; else None."""
+    found: list[str] = []
+    hooks = [
+        module.register_forward_hook(_Watch(name, found))
+        for name, module in model.get_base_model().named_modules()
+        if not any(module.children())
+    ]
+    with contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
+        for example in examples:
+            with accelerator.autocast():
+                task.loss(model, pack([example], model.device))
+            if found:
+                return f"{found[0]} in {example.origin}"
+    return None
+
+
+class _Watch:
+    """A forward hook that notes its module once the output is not finite."""
+
+    def __init__(self, name: str, found: list[str]):
+        self.name, self.found = name, found
+
+    def __call__(self, module: torch.nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.isfinite().all():
+            self.found.append(f"{self.name} ({str(output.dtype).removeprefix('torch.')})")
