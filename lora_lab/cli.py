@@ -44,6 +44,11 @@ Trained-on text is green (between brackets when piped). Exit code 1 if a check f
 answers that do not end, prompts that differ between training and inference. lora-lab train makes the same checks first
 (data.check=error, warn or off).
 """,
+    "plan": """\
+  lora-lab plan recipe=demo                             modules, steps, memory, disk: nothing is loaded
+  lora-lab plan recipe=demo train.batch_size=32 quant=none
+  lora-lab plan recipe=demo probe=true                  also loads the model, trains six steps, and says how long it takes
+""",
     "resume": """\
   lora-lab resume run=runs/demo/2026-01-31_12-00-00
 
@@ -74,6 +79,7 @@ The prompt is rendered by the chat template that the model was trained with; dat
 VERBS = {
     "train": "train an adapter; evaluate; merge if the recipe says so",
     "data": "show rows as the model sees them, and check them",
+    "plan": "what a run would train, and in how much memory, disk and time",
     "resume": "go on with an interrupted run",
     "evaluate": "measure base and adapter on held-out rows",
     "merge": "fold the adapter into its base, and prove it",
@@ -90,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     signals.install()
     try:
-        return {"train": _train, "data": _data, "config": _config}.get(args.verb, _on_run)(args)
+        return {"train": _train, "data": _data, "plan": _plan, "config": _config}.get(args.verb, _on_run)(args)
     except LoraLabError as error:
         if args.debug:
             traceback.print_exc()
@@ -119,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
         verb.add_argument("--debug", action="store_true", help="show stack traces")
-        if name in ("train", "data", "config"):
+        if name in ("train", "data", "plan", "config"):
             verb.add_argument("--config-dir", metavar="DIR", help="a folder with your own groups and recipes")
         if name == "train":
             verb.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of values")
@@ -165,6 +171,20 @@ def _data(args: argparse.Namespace) -> int:
     from lora_lab import look
 
     return 0 if look.data(config, args.rows, args.html) else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from lora_lab import compose
+
+    probe = [text.partition("=")[2] for text in args.overrides if text.startswith("probe=")]
+    if probe and probe[-1] not in ("true", "false"):
+        raise ConfigError(f"probe={probe[-1]}: must be true or false.")
+    config = compose.compose([text for text in args.overrides if not text.startswith("probe=")], args.config_dir)
+    _quiet_libraries()
+    from lora_lab.plan import plan
+
+    plan.plan(config, probe=probe[-1:] == ["true"])
+    return 0
 
 
 def _multirun(args: argparse.Namespace) -> int:

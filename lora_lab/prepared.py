@@ -156,6 +156,11 @@ def prepare(config: RunConfig, need_train: bool = True) -> Prepared:
         console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
     with stages("data"):
         data = build_data(config, found, need_train)
+    return assemble(config, found, data, device, stages)
+
+
+def assemble(config: RunConfig, found: Found, data: build.Data, device: torch.device, stages: Stages) -> Prepared:
+    """Put together what was found."""
     task = TASKS[config.task.name](config.task, found.encoder)
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
     accelerator = Accelerator(

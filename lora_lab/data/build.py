@@ -44,6 +44,7 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     elif need_train or config.eval_ratio is not None:
         train = _read("data.train", config.train, config.max_train_rows, encoder, refuse)
     if config.eval_ratio is not None:
+        refuse_empty(train)
         train, held_out = split(train, config.eval_ratio, config.split_seed)
     if config.shared == "drop" and isinstance(train, Dataset) and held_out is not None:
         train = _without(train, np.isin(train.digests, held_out.digests), "also held out")

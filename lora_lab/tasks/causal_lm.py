@@ -69,7 +69,7 @@ class CausalLM:
     def measure(self, model: PeftModel, data: Dataset, packed: bool) -> dict[str, float]:
         """Teacher-forced loss (weighted mean over supervised tokens), perplexity and token accuracy."""
         loss, weight, tokens, correct = 0.0, 0.0, 0, 0
-        for places in _by_tokens(data.lengths, _EVAL_TOKENS if packed else 0):
+        for places in eval_batches(data.lengths, packed):
             part = self.loss(model, pack([example for i in places for example in data[i]], model.device))
             loss, weight = loss + part.loss.item(), weight + part.weight
             tokens, correct = tokens + part.num_tokens, correct + part.num_correct
@@ -122,9 +122,10 @@ def _shown(message: dict[str, Any]) -> str:
     return message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)
 
 
-def _by_tokens(lengths: np.ndarray, limit: int) -> list[list[int]]:
-    """Places of examples of like length together, as many as fit into `limit` tokens (at least one)."""
+def eval_batches(lengths: np.ndarray, packed: bool) -> list[list[int]]:
+    """Places of the examples that evaluation puts together: of like length, as many as fit (at least one)."""
     batches: list[list[int]] = []
+    limit = _EVAL_TOKENS if packed else 0
     room = 0
     for place in np.argsort(lengths, kind="stable"):
         size = int(lengths[place])

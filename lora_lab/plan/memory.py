@@ -1,0 +1,381 @@
+"""Predict the peak memory of a run without loading a weight.
+
+The real model is built without storage, gets its real adapter, and takes one real training step on tensors that have a
+shape and a type but no content. Every storage that the step makes and drops is counted, so autocast, checkpointing,
+packing and bitsandbytes' own layers are counted as they are. What the C library and the checkpoint file add to that on a
+CPU is measured, not simulated; see the constants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from lora_lab.adapters.attach import attach, trainable
+from lora_lab.base.load import BaseFiles, _bitsandbytes_config
+from lora_lab.config import RunConfig
+from lora_lab.data.collate import PackedBatch
+from lora_lab.train import packing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_lab.data.encode import Example
+
+MIB = 2**20
+
+# Process memory beyond imports that no tensor accounts for: tokenizer, rows, and the pages of torch's and oneDNN's code
+# that are read at their first use. Measured in five runs: 65 to 69 MiB before the base is loaded, 24 to 34 MiB of code
+# after training.
+_LIBRARIES = 100 * MIB
+# glibc maps blocks of this size one by one and returns them when freed; smaller ones share a heap that does not shrink.
+_MAPPED = 32 * MIB
+# Share of the bytes that a step requests in heap blocks which ends as holes too small to use again: torch asks for
+# aligned blocks, and small objects settle between them. Fitted once on the five runs of SmolLM2-135M in
+# benchmarks/plan_memory.py, where it would have been 0.03 (checkpointing) to 0.08 (no quantization).
+_HOLES = 0.045
+# Heap that quantizing while loading leaves behind: 245 to 454 MiB in four 4-bit runs, 147 MiB in one of int8.
+_LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB}
+# Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
+_QUANTIZE_4BIT = 3 * 4  # bytes for each weight
+_BLOCK, _NESTED_BLOCK = 64, 256  # weights for each scale, and scales for each scale of scales (bitsandbytes' own)
+_MERGE_POSITIONS = 512  # as in merge/parity.py: logits of so many positions are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One packed row: what a forward pass is given."""
+
+    lengths: tuple[int, ...]  # tokens of each example
+    supervised: int  # tokens that have a loss
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Predicted memory in bytes: what it is for, and how much is in use at most in each phase."""
+
+    base: int  # weights as they are stored, quantized or not, without those that stay in the mapped file
+    mapped_file: int  # the checkpoint's pages: in memory as long as one weight is a view of them (CPU)
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int  # most that is alive at once of a training step's blocks below 32 MiB, gradients among them
+    large_blocks: int  # the same of larger blocks: logits and their gradients; with long rows activations as well
+    holes: int  # heap that is neither in use nor given back (CPU)
+    libraries: int
+    phases: dict[str, int]  # peak of: load, train, evaluation, merge (those that the run has)
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phases.__getitem__)
+
+
+def shape(examples: Sequence[Example]) -> Shape:
+    """The shape of examples that are packed into one row."""
+    return Shape(
+        tuple(len(example.input_ids) for example in examples),
+        sum(int(example.supervised.sum()) for example in examples),
+    )
+
+
+def largest(shapes: Sequence[Shape]) -> Shape:
+    """The longest row, with the most supervised tokens that any row has: at least as large as each of them."""
+    return Shape(max(shapes, key=lambda one: one.tokens).lengths, max(one.supervised for one in shapes))
+
+
+def estimate(
+    config: RunConfig, base: BaseFiles, train: Shape, evaluation: Shape | None, device_type: str = "cpu"
+) -> Memory:
+    """Predict the peak memory of a training run: of the process beyond its imports on a CPU, of tensors on a GPU.
+
+    Only `config.json` is read from the base's folder, and the sizes of its weight files if there are any.
+
+    Args:
+        train: the largest micro-batch (with `train.packing=false`: the largest single example).
+        evaluation: the largest row in evaluation; None without held-out rows.
+        device_type: 'cpu' or 'cuda'.
+    """
+    on_cpu = device_type == "cpu"
+    model, unquantized = _skeleton(config, base)
+    stored_as, file = _checkpoint(base, unquantized)
+    views = on_cpu and stored_as == getattr(torch, config.model.dtype)
+    frozen = [tensor for tensor in _tensors(model) if not tensor.requires_grad]
+    own = sum(_nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
+    adapter = sum(_nbytes(p) for p in trainable(model).values())
+    optimizer = sum(_optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
+    kept = file if views and own < sum(_nbytes(t) for t in frozen) else 0
+
+    fake = FakeTensorMode()
+    _give_fake_storage(model, fake)
+    step = _step(model, config, train, fake, learn=True)
+    measure = _step(model, config, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
+    libraries = _LIBRARIES if on_cpu else 0
+    left = _LEFT_BY_QUANTIZING[config.quant.method] if on_cpu else 0
+    holes = left + round(_HOLES * step.requested) if on_cpu else 0
+    batches = config.train
+    several = not batches.packing or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
+    fixed = libraries + kept + own + adapter
+    phases = {
+        "load": libraries + (file if on_cpu else 0) + own + adapter + (max(left, _quantizing(model)) if on_cpu else 0),
+        # a step's later micro-batches begin with the gradients of the earlier ones
+        "train": fixed + optimizer + step.peak + holes + (adapter if several else 0),
+    }
+    if evaluation:
+        # what the heap has once grown to stays, so evaluation after training begins from there
+        heap = max(step.heap_peak + holes, measure.heap_peak) if on_cpu else measure.heap_peak
+        phases["evaluation"] = fixed + optimizer + heap + measure.large_peak
+    if "hf" in config.export.targets:
+        full = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
+        vocabulary = model.get_base_model().get_output_embeddings().out_features
+        logits = 3 * _MERGE_POSITIONS * vocabulary * 4 if on_cpu else 0
+        # the trained model's heap is there to be used again
+        heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full) if on_cpu else full
+        phases["merge"] = libraries + (file if on_cpu else 0) + heap + logits
+    return Memory(
+        own, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, libraries, phases
+    )  # fmt: skip
+
+
+# -- the model without storage ----------------------------------------------------------------------------------------
+
+
+def _skeleton(config: RunConfig, base: BaseFiles) -> tuple[PeftModel, dict[str, int]]:
+    """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantization = _bitsandbytes_config(config.quant, config.model.dtype)
+    dtype = getattr(torch, config.model.dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder), dtype=dtype)
+        weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        if quantization is not None:
+            quantizer = AutoHfQuantizer.from_config(quantization)
+            quantizer.preprocess_model(model, device_map={"": "cpu"})
+            for module in model.modules():
+                if isinstance(module, Linear4bit):
+                    module.weight = _weight_4bit(module, dtype)
+                    module.support_avx512bf16_for_cpu = False  # as load.py
+                elif isinstance(module, Linear8bitLt):
+                    module.weight = _weight_8bit(module)
+            quantizer.postprocess_model(model)
+        model.requires_grad_(False).eval()
+        adapted = attach(model, config.adapter, "default", "CAUSAL_LM", config.seed)
+    if config.train.gradient_checkpointing:
+        inner = adapted.get_base_model()
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # as train/loop.py
+    return adapted, weights
+
+
+def _weight_4bit(module: Linear4bit, dtype: torch.dtype) -> Params4bit:
+    """Two weights in a byte; a scale for each 64 weights: float32, or a byte and a float32 for each 256 scales."""
+    size, nested = module.in_features * module.out_features, module.weight.compress_statistics
+    scales = -(-size // _BLOCK)
+    outer = None
+    if nested:
+        outer = QuantState(
+            absmax=torch.empty(-(-scales // _NESTED_BLOCK)), code=torch.empty(256), blocksize=_NESTED_BLOCK, dtype=torch.float32
+        )  # fmt: skip
+    state = QuantState(
+        absmax=torch.empty(scales, dtype=torch.uint8 if nested else torch.float32),
+        shape=torch.Size([module.out_features, module.in_features]),
+        code=torch.empty(16),
+        blocksize=_BLOCK,
+        quant_type=module.weight.quant_type,
+        dtype=dtype,
+        offset=torch.empty(()) if nested else None,
+        state2=outer,
+    )
+    packed = torch.empty((size + 1) // 2, 1, dtype=torch.uint8)
+    return Params4bit(
+        packed, quant_state=state, compress_statistics=nested, quant_type=state.quant_type, bnb_quantized=True
+    )
+
+
+def _weight_8bit(module: Linear8bitLt) -> Int8Params:
+    """A byte for each weight and a float32 scale for each output."""
+    data = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
+    return Int8Params(
+        data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=torch.empty(module.out_features)
+    )  # fmt: skip
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, and what quantized parameters carry; code tables are shared by all layers and left out."""
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield state.absmax
+            if state.nested:
+                yield state.state2.absmax
+        if isinstance(parameter, Int8Params):
+            yield parameter.SCB
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, int]:
+    """Type and bytes of the weights on disk; as `config.json` says where there are no files."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base.folder).dtype or torch.float32
+    size = sum(file.stat().st_size for file in base.folder.glob("*.safetensors"))
+    return dtype, size or sum(weights.values()) * dtype.itemsize
+
+
+def _optimizer_bytes(name: str, size: int) -> int:
+    """AdamW's two moments; bitsandbytes keeps tensors below 4096 elements in float32, and a scale for each 256 bytes."""
+    if name == "adamw" or size < 4096:
+        return 2 * 4 * size
+    return 2 * (size + 4 * -(-size // 256))
+
+
+def _quantizing(model: nn.Module) -> int:
+    """Bytes that quantizing the largest 4-bit layer takes for a moment."""
+    sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)]
+    return _QUANTIZE_4BIT * max(sizes, default=0)
+
+
+def _give_fake_storage(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Move everything from the meta device to a CPU that exists in `mode` only, so that autocast sees a CPU."""
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old tensor, so that its id stays taken
+
+    def fake(old: torch.Tensor | None) -> torch.Tensor | None:
+        if old is None:
+            return None
+        if id(old) not in known:
+            new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+            known[id(old)] = (_parameter(new, old, fake) if isinstance(old, nn.Parameter) else new, old)
+        return known[id(old)][0]
+
+    with mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    tensors[name] = fake(tensor)
+            if isinstance(module, Linear8bitLt):
+                module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
+
+
+def _parameter(new: torch.Tensor, old: nn.Parameter, fake: Callable) -> nn.Parameter:
+    """A plain parameter with what bitsandbytes' layers look for: its own classes refuse tensors without content."""
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    if isinstance(old, Params4bit):
+        for state in filter(None, (old.quant_state, old.quant_state.state2)):
+            state.absmax, state.code, state.offset = fake(state.absmax), fake(state.code), fake(state.offset)
+        parameter.quant_state, parameter.bnb_quantized = old.quant_state, True
+    elif isinstance(old, Int8Params):
+        parameter.CB = parameter.SCB = None  # the layer's state has them, as after its first forward pass
+    return parameter
+
+
+# -- a step without computing -----------------------------------------------------------------------------------------
+
+
+class _Usage(TorchDispatchMode):
+    """Follow every storage that is made inside the block until it is dropped. All figures are bytes."""
+
+    def __init__(self, mapped: int):
+        super().__init__()
+        self.mapped = mapped  # blocks from this size on are not on the heap
+        self.known: set[int] = set()
+        self.heap = self.large = self.requested = 0
+        self.heap_peak = self.large_peak = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._fused_sdp_choice.default:
+            return 1  # flash attention, as on a real CPU or GPU; it would not be chosen for tensors without content
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.bitsandbytes.gemm_4bit.default:  # dequantizes the layer inside
+            rows, columns = args[2]
+            self._count(rows * columns * args[0].element_size(), momentary=True)
+        tree_map_only(torch.Tensor, self._follow, result)
+        return result
+
+    def ignore(self, tensors: Iterator[torch.Tensor]) -> None:
+        self.known.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self._count(storage.nbytes())
+            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _count(self, size: int, momentary: bool = False) -> None:
+        if size >= self.mapped:
+            self.large += size
+        else:
+            self.heap += size
+            self.requested += size
+        self.heap_peak, self.large_peak = max(self.heap_peak, self.heap), max(self.large_peak, self.large)
+        self.peak = max(self.peak, self.heap_peak + self.large)  # the heap does not shrink
+        if momentary:
+            self._uncount(size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self._uncount(size)
+
+    def _uncount(self, size: int) -> None:
+        if size >= self.mapped:
+            self.large -= size
+        else:
+            self.heap -= size
+
+
+def _step(model: PeftModel, config: RunConfig, row: Shape, mode: FakeTensorMode, learn: bool) -> _Usage:
+    """What one forward pass takes, and with `learn` a backward pass; gradients are counted, weights are not."""
+    usage = _Usage(_MAPPED)
+    model.train(learn)
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.train()  # the inference path looks for outliers, and a tensor without content has none
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+    attention = packing.segment_attention(model) if config.train.packing else contextlib.nullcontext()
+    with mode, usage, attention, torch.set_grad_enabled(learn):
+        usage.ignore(_tensors(model))
+        with autocast:
+            loss = _loss(model, _batch(row))
+        if learn:
+            loss.backward()
+        del loss
+    model.zero_grad()
+    return usage
+
+
+def _loss(model: PeftModel, batch: PackedBatch) -> torch.Tensor:
+    """As `CausalLM.loss`, but for its counting of hits, for which tensors need content."""
+    logits = packing.logits(model, batch).float()
+    loss = cross_entropy(logits, batch.targets, reduction="sum")
+    logits.detach().argmax(-1)
+    return loss
+
+
+def _batch(row: Shape) -> PackedBatch:
+    ids, places = torch.zeros(1, row.tokens, dtype=torch.int64), torch.zeros(row.supervised, dtype=torch.int64)
+    return PackedBatch(ids, ids, list(row.lengths), places, places, None, [])

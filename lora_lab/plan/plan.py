@@ -1,0 +1,254 @@
+"""`lora-lab plan`: what a run would train, how long, and in how much memory and disk, before any weight is loaded."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lora_lab import console, prepared, run_dir
+from lora_lab.adapters.attach import attach, coverage, linear_layers
+from lora_lab.base import load
+from lora_lab.config import RunConfig
+from lora_lab.data.build import Data
+from lora_lab.data.dataset import Dataset, Stream
+from lora_lab.plan import memory
+from lora_lab.plan.memory import Memory, Shape
+from lora_lab.prepared import ADAPTER, Found
+from lora_lab.tasks import TASKS
+from lora_lab.tasks.causal_lm import eval_batches
+from lora_lab.train.batches import BatchPlan, plan_of
+from lora_lab.train.cohort import Member
+from lora_lab.train.loop import fit, peak_memory_gib
+
+_CARDS_GIB = (8, 12, 16, 24)
+_MEANINGS = {
+    "base": "base, as it is stored",
+    "mapped_file": "base, mapped from its file",
+    "adapter": "adapter",
+    "gradients": "gradients (within activations)",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "large_blocks": "logits and other large tensors",
+    "holes": "allocator: freed but kept",
+    "libraries": "libraries",
+}
+_CUDA_CONTEXT_GIB = 0.6  # what the driver and its libraries keep on the card, whatever runs
+_STREAM_STEPS = 200  # of a stream, the rows of so many steps are looked at
+_PROBE_STEPS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The training that lies ahead."""
+
+    steps: int
+    steps_per_epoch: int
+    tokens: int  # of all steps; of a stream an extrapolation
+    largest: Shape  # the largest micro-batch of all steps
+    evaluation: Shape | None  # the largest row in evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that `lora-lab plan` finds out."""
+
+    matched: dict[str, int]  # ending of a layer's name -> adapted layers
+    unmatched: dict[str, int]  # the same of linear layers that are left alone
+    trainable_parameters: int
+    base_parameters: int
+    rows: dict[str, dict[str, int]]  # data key -> rows read, used, truncated, and dropped by kind
+    work: Work
+    memory: Memory
+    disk: dict[str, int]  # bytes by what they hold
+    free_disk: int
+
+
+def plan(config: RunConfig, probe: bool = False) -> Plan:
+    """Find everything out and show it; with `probe`, load the model and time some steps."""
+    run_dir.check_free(config)
+    device = load.torch_device(config.hardware)
+    found = prepared.find_base(config)
+    data = prepared.build_data(config, found)
+    work = foresee(config, data.train, data.held_out)
+    estimated = memory.estimate(config, found.base, work.largest, work.evaluation, device.type)
+    matched, unmatched, trainable, base = _modules(config, found)
+    rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
+    folder = _existing(Path(config.run_dir))
+    disk = _disk(config, trainable, base, evaluated=data.held_out is not None)
+    result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
+    show(result, config, device.type, memory.estimate(config, found.base, work.largest, work.evaluation, "cuda"))
+    if probe:
+        _probe(config, found, data, work)
+    return result
+
+
+# -- steps --------------------------------------------------------------------------------------------------------------
+
+
+def foresee(config: RunConfig, train: Dataset | Stream, held_out: Dataset | None) -> Work:
+    """The steps of the run, the tokens they hold, and the largest forward passes among them."""
+    batches = plan_of(config, train)
+    steps = batches.total_steps(config.train.epochs, config.train.max_steps)
+    if isinstance(train, Stream):
+        seen = np.unique(np.linspace(0, steps - 1, num=min(steps, _STREAM_STEPS)).astype(int))
+        parts = [[_shape_of(train, chosen) for chosen in batches.step(int(step))] for step in seen]
+        tokens = sum(shape.tokens for step in parts for shape in step) * steps // len(seen)
+    else:
+        parts, tokens = _stored_parts(train, batches, steps)
+    shapes = [shape for step in parts for shape in step]
+    if not config.train.packing:
+        shapes = [Shape((length,), shape.supervised) for shape in shapes for length in [max(shape.lengths, default=0)]]
+    evaluation = None
+    if held_out is not None:
+        lengths, supervised = held_out.lengths, held_out.supervised
+        evaluation = memory.largest(
+            [
+                Shape(tuple(int(lengths[i]) for i in places), int(supervised[places].sum()))
+                for places in eval_batches(lengths, config.train.packing)
+            ]
+        )
+    return Work(steps, batches.steps_per_epoch, tokens, memory.largest(shapes), evaluation)
+
+
+def _stored_parts(train: Dataset, batches: BatchPlan, steps: int) -> tuple[list[list[Shape]], int]:
+    """The largest micro-batch of each step, and the tokens of all steps."""
+    lengths, supervised = train.lengths, train.supervised
+    found, tokens = [], 0
+    for step in range(steps):
+        parts = batches.step(step)
+        sizes = [int(lengths[chosen].sum()) for chosen in parts]
+        tokens += sum(sizes)
+        chosen = parts[int(np.argmax(sizes))]
+        found.append([Shape(tuple(int(n) for n in lengths[chosen]), int(supervised[chosen].sum()))])
+    return found, tokens
+
+
+def _shape_of(train: Stream, chosen: np.ndarray) -> Shape:
+    return memory.shape([example for i in chosen for example in train[int(i)]])
+
+
+# -- modules, rows, disk ------------------------------------------------------------------------------------------------
+
+
+def _modules(config: RunConfig, found: Found) -> tuple[dict[str, int], dict[str, int], int, int]:
+    names = linear_layers(found.model)
+    endings = [collections.Counter(name.rpartition(".")[2] for name in part) for part in (
+        found.targets, [name for name in names if name not in set(found.targets)],
+    )]  # fmt: skip
+    with torch.device("meta"):
+        adapted = attach(found.model, config.adapter, ADAPTER, TASKS[config.task.name].peft_task_type, config.seed)
+    sits = coverage(adapted, ADAPTER)
+    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters
+
+
+def _rows(data: Dataset) -> dict[str, int]:
+    truncated = sum(report.truncated for report in data.reports)
+    return {"read": data.rows_read, "used": data.rows_used, "prompts truncated": truncated, **data.rows_dropped}
+
+
+def _disk(config: RunConfig, trainable: int, base: int, evaluated: bool) -> dict[str, int]:
+    """Bytes that the run folder will hold: adapters in float32 with AdamW's two moments beside them, and the merge."""
+    moments = 8 if config.optim.name == "adamw" else 2
+    checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best and evaluated)  # one more while saving
+    disk = {"checkpoints": checkpoints * trainable * (4 + moments), "adapter": trainable * 4}
+    if "hf" in config.export.targets:
+        disk["merged"] = base * getattr(torch, config.export.dtype).itemsize
+    return disk
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+
+
+# -- time ---------------------------------------------------------------------------------------------------------------
+
+
+def _probe(config: RunConfig, found: Found, data: Data, work: Work) -> None:
+    """Train some steps of the run in a temporary folder, and say how long all of them would take."""
+    device = load.torch_device(config.hardware)
+    with tempfile.TemporaryDirectory(prefix="lora_lab_") as folder:
+        short = dataclasses.replace(
+            config,
+            run_dir=folder,
+            train=dataclasses.replace(config.train, max_steps=min(work.steps, _PROBE_STEPS)),
+            optim=dataclasses.replace(config.optim, schedule="constant", warmup_steps=0),
+            tracker=dataclasses.replace(config.tracker, name="none"),
+        )
+        ready = prepared.assemble(short, found, dataclasses.replace(data, held_out=None), device, prepared.Stages())
+        prepared.load_adapted(ready)
+        run = run_dir.create(short)
+        member = Member(ADAPTER, short, run, ready.base, ready.model, ready.train)
+        clock = fit([member], ready.train, None, ready.task, ready.accelerator)
+    if clock.tokens_per_second is None:
+        console.say("probe", f"only {work.steps} steps: train them")
+        return
+    seconds = work.tokens / clock.tokens_per_second
+    console.say(
+        "probe", f"{clock.tokens_per_second:.0f} tokens/s: about {_duration(seconds)} for the {work.steps} steps"
+    )
+    console.say("probe", f"peak memory {peak_memory_gib():.2f} GiB, imports included")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    minutes = seconds / 60
+    return f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+
+
+# -- showing ------------------------------------------------------------------------------------------------------------
+
+
+def show(found: Plan, config: RunConfig, device: str, on_cuda: Memory) -> None:
+    """Print a plan."""
+    endings = [
+        [name, found.matched.get(name, 0), found.unmatched.get(name, 0)]
+        for name in dict.fromkeys([*found.matched, *found.unmatched])
+    ]
+    share = 100 * found.trainable_parameters / found.base_parameters
+    console.show_table(
+        f"linear layers ({found.trainable_parameters:,} trainable parameters, {share:.2f} % of the base's "
+        f"{found.base_parameters:,})",
+        ["", "adapted", "left alone"],
+        endings,
+    )
+    for key, rows in found.rows.items():
+        console.show_table(f"{key}", list(rows), [list(rows.values())], numbers=slice(0, None))
+    work = found.work
+    console.say("steps", f"{work.steps} ({work.steps_per_epoch} an epoch), {work.tokens:,} tokens in all")
+    console.say(
+        "largest",
+        f"{work.largest.tokens} tokens in one forward pass of {len(work.largest.lengths)} rows, {work.largest.supervised} of "
+        "them trained on",
+    )
+    _show_memory(found.memory, device, on_cuda)
+    free = _gib(found.free_disk)
+    console.show_table(
+        f"disk ({free:.1f} GiB free)", ["", "GiB"], [[name, f"{_gib(size):.2f}"] for name, size in found.disk.items()]
+    )
+    if sum(found.disk.values()) > found.free_disk:
+        console.say("disk", f"too little: {_gib(sum(found.disk.values())):.1f} GiB needed. Choose another run_dir.")
+
+
+def _show_memory(estimated: Memory, device: str, on_cuda: Memory) -> None:
+    parts = {field.name: getattr(estimated, field.name) for field in dataclasses.fields(estimated)}
+    phases = parts.pop("phases")
+    where = "of the process beyond its imports" if device == "cpu" else "on the card"
+    rows = [[_MEANINGS[name], f"{_gib(size):.2f}"] for name, size in parts.items() if size]
+    console.show_table(f"memory while training, {where} (estimated)", ["", "GiB"], rows)
+    peaks = [f"{_gib(size):.2f}" for size in phases.values()]
+    title = f"peak of each phase (estimated, GiB); highest: {estimated.peak_phase}"
+    console.show_table(title, list(phases), [peaks], slice(0, None))
+    need = _gib(on_cuda.peak) + _CUDA_CONTEXT_GIB
+    fits = [f"{card} GiB {'yes' if need <= card else 'no'}" for card in _CARDS_GIB]
+    console.say("fits", f"on a GPU about {need:.1f} GiB, {_CUDA_CONTEXT_GIB} of them CUDA's own: {', '.join(fits)}")
+
+
+def _gib(size: int) -> float:
+    return size / 2**30

@@ -1,0 +1,87 @@
+"""What is foreseen is what happens: steps, tokens, rows, modules; and nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_lab import cli, run
+from lora_lab import prepared as stages
+from lora_lab.plan import plan as planning
+from tests.conftest import make_rows, write_jsonl
+
+
+def planned(config):
+    found = stages.find_base(config)
+    data = stages.build_data(config, found)
+    return planning.foresee(config, data.train, data.held_out), data
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["train.epochs=3"],
+        ["train.epochs=2", "train.max_steps=7", "train.micro_batch_size=3"],
+        ["train.batch_size=64", "train.packing=false"],
+        ["data.max_tokens=40", "data.too_long=truncate_prompt"],
+        ["data.max_tokens=48", "data.too_long=drop", "data.eval_ratio=0.2"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_steps_tokens_and_rows_are_exact(config_of, tmp_path, more):
+    file = write_jsonl(tmp_path / "rows.jsonl", make_rows(37, seed=4))
+    config = config_of(f"data.train={file}", *more)
+    work, data = planned(config)
+    done = run.train(config)
+    result = json.loads(done.result.read_text())
+    assert work.steps == result["steps"]
+    assert work.tokens == result["tokens"]
+    assert data.train.rows_read == 37 == data.train.rows_used + sum(data.train.rows_dropped.values())
+    longest = int(data.train.lengths.max())
+    if not config.train.packing:
+        assert work.largest.lengths == (longest,)
+    assert work.largest.tokens >= longest
+
+
+def test_the_largest_micro_batch_is_found(config_of, rows_file):
+    config = config_of("train.epochs=2", "train.micro_batch_size=2")
+    work, data = planned(config)
+    sizes = [
+        sum(int(data.train.lengths[i]) for i in part)
+        for step in range(work.steps)
+        for part in planning.plan_of(config, data.train).step(step)
+    ]
+    assert work.largest.tokens == max(sizes)
+
+
+def test_a_stream_is_foreseen_from_some_of_its_steps(config_of):
+    stored, _ = planned(config_of("train.epochs=2"))
+    streamed, _ = planned(config_of("train.epochs=2", "data.streaming=true"))
+    assert (streamed.steps, streamed.tokens) == (stored.steps, stored.tokens)
+
+
+def test_the_plan_verb(overrides, eval_file, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("lora_lab.base.load.load_model", lambda *_: pytest.fail("weights were loaded"))
+    more = [f"data.eval={eval_file}", "adapter.target_modules=[q_proj,v_proj]", "export=merged"]
+    assert cli.main(["plan", *overrides, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "│ q_proj    │       4 │          0 │" in printed
+    assert "│ k_proj    │       0 │          4 │" in printed
+    for text in ("5 (5 an epoch)", "trainable parameters", "peak of each phase", "8 GiB yes", "merged", "data.train"):
+        assert text in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_verb_names_mistakes(overrides, capsys):
+    assert cli.main(["plan", *overrides, "probe=yes"]) == 2
+    assert cli.main(["plan", *overrides, "adapter.target_modules=[kproj]"]) == 2
+    assert "matches no linear layer" in capsys.readouterr().err
+
+
+def test_a_probe_trains_some_steps_and_leaves_nothing(overrides, capsys, tmp_path):
+    assert cli.main(["plan", *overrides, "train.epochs=4", "probe=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens/s: about" in printed
+    assert "for the 20 steps" in printed
+    assert not (tmp_path / "run").exists()
