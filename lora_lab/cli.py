@@ -236,7 +236,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are tokenized on all cores
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate"):
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

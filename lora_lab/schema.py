@@ -58,7 +58,34 @@ def describe(errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> list[st
     return [_sentence(key, found, known) for key, found in by_key.items()]
 
 
+def _inside(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> str | None:
+    """The sentence for a section in a list (`data.train=[{path: ...}]`): pydantic reports it for every member of the union,
+    and the error that lies deepest is of the member that was meant."""
+    sections = {kind.__name__: kind for kind in _sections(known[key].annotation)} if key in known else {}
+    for error in errors:
+        names = [part for part in error["loc"] if isinstance(part, str)]
+        kind = next((sections[name] for name in names if name in sections), None)
+        if kind is None or names[-1] in sections:
+            continue
+        index = next(part for part in error["loc"] if isinstance(part, int))
+        field, fields = names[names.index(kind.__name__) + 1], keys(kind)
+        if field not in fields:
+            there = f" There are: {', '.join(fields)}."
+            return f"{key}[{index}].{field}: unknown key.{nearest(field, fields, cutoff=0.4)}{there}"
+        if error["type"] not in ("missing", "missing_argument"):
+            return f"{key}[{index}].{field}={json.dumps(error['input'], default=str)}: must be {rule(fields[field])}."
+    return None
+
+
+def _sections(kind: Any) -> list[type]:
+    found = [kind] if dataclasses.is_dataclass(kind) else []
+    return found + [section for part in typing.get_args(kind) for section in _sections(part)]
+
+
 def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> str:
+    inside = _inside(key, errors, known)
+    if inside is not None:
+        return inside
     first = errors[0]
     value = "null" if first["input"] is None else json.dumps(first["input"], ensure_ascii=False, default=str)
     if first["type"] == "unexpected_keyword_argument":
@@ -98,7 +125,7 @@ def _words(kind: Any) -> str:
         return "a mapping"
     if parts:
         return " or ".join(_words(part) for part in parts if part is not type(None))
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(kind, "a section")
 
 
 def repaired(tree: dict[str, Any], errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> dict[str, Any]:

@@ -157,3 +157,18 @@ def test_newer_configuration_is_refused(tmp_path):
 def test_every_key_has_a_meaning_and_good_values_pass():
     assert all(info.description for info in all_keys().values())
     assert parse(GOOD).adapter.r == 16
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("[{pth: a.jsonl}]", "data.train[0].pth: unknown key. Did you mean 'path'?"),
+        ("[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: -1}]", "data.train[1].weight=-1: must be a number, greater than 0"),
+        ("[{path: a.jsonl, format: alpca}]", "data.train[0].format="),
+        ("[{path: a.jsonl, weight: 1}, b.jsonl]", "some sources have a weight and others none"),
+    ],
+)  # fmt: skip
+def test_mistakes_inside_a_list_of_sources(value, says, overrides):
+    with pytest.raises(ConfigError) as error:
+        compose.compose([*overrides, f"data.train={value}"])
+    assert says in str(error.value)

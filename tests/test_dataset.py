@@ -319,6 +319,23 @@ def test_weights_of_sources(tmp_path, tokenizer):
     data = load(tokenizer, [Source(path=str(file), weight=w) for file, w in zip(files, (3, 1), strict=True)]).train
     assert data.mixture == Mixture(sizes=(10, 10), draws=(15, 5))
     assert load(tokenizer, [str(file) for file in files]).train.mixture is None
+    (tmp_path / "two").mkdir()
+    for file in files:
+        file.rename(tmp_path / "two" / file.name)
+    single = write_jsonl(tmp_path / "single.jsonl", make_rows(4))
+    sources_ = [Source(path=str(tmp_path / "two"), weight=1), Source(path=str(single), weight=1)]
+    for streaming in (False, True):  # a folder is one source
+        data = load(tokenizer, sources_, streaming=streaming).train
+        assert data.mixture == Mixture(sizes=(20, 4), draws=(12, 12))
+    assert load(tokenizer, sources_).train[0][0].origin == "0.jsonl row 1"
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, tokenizer):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "rows.jsonl", make_rows(1))
+    origins = [example.origin for example in load(tokenizer, tmp_path).train]
+    assert origins == ["a/rows.jsonl row 1", "b/rows.jsonl row 1"]
 
 
 # -- streaming ----------------------------------------------------------------------------------------------------------

@@ -79,19 +79,17 @@ def _read(key: str, names: Any, limit: int | None, encoder: Encoder, refuse: boo
     """All rows of one key, encoded."""
     config = encoder.config
     entries, origins, files, rows, left = [], [], {}, [], limit
-    groups = [[name] for name in names] if isinstance(names, list) else [[names]]
-    for source, group in enumerate(groups):
-        for file in sources.find(key, group, config.sample_by):
-            if left is not None and left <= 0:
-                break
-            entry = store.open_entry(file, encoder, left, refuse)
-            if refuse:
-                store.refuse_rows(key, entry.report, config)  # it may have been encoded for a look
-            entries.append(entry)
-            origins.append(np.full(len(entry.table), source))
-            rows.append(entry.table.column("row").to_numpy() + (len(entries) << 40))
-            files[str(file.path)] = entry.digest
-            left = None if left is None else left - entry.report.rows
+    for file in sources.find(key, names, config.sample_by):
+        if left is not None and left <= 0:
+            break
+        entry = store.open_entry(file, encoder, left, refuse)
+        if refuse:
+            store.refuse_rows(key, entry.report, config)  # it may have been encoded for a look
+        entries.append(entry)
+        origins.append(np.full(len(entry.table), file.number))
+        rows.append(entry.table.column("row").to_numpy() + (len(entries) << 40))
+        files[str(file.path)] = entry.digest
+        left = None if left is None else left - entry.report.rows
     table = pa.concat_tables([entry.table for entry in entries])
     data = Dataset(
         key,

@@ -222,7 +222,8 @@ class Stream:
 
     @property
     def mixture(self) -> Mixture | None:
-        return _mixture([len(starts) - 1 for starts in self._starts], self.weights)
+        lines = [len(starts) - 1 for starts in self._starts]
+        return _mixture(np.bincount([file.number for file in self.inputs], weights=lines).astype(int), self.weights)
 
     def __str__(self) -> str:
         names = ", ".join(dict.fromkeys(self.formats))

@@ -57,11 +57,8 @@ class DataFile:
     kind: str  # a value of KINDS
     source: Source
     sample_by: str = "line"
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.path.name
+    number: int = 0  # of the source, when there are several
+    name: str = ""  # what messages call it
 
     @property
     def zipped(self) -> bool:
@@ -97,6 +94,7 @@ class HubData:
     key: str
     path: str  # owner/name[@revision]
     source: Source
+    number: int = 0
 
     @property
     def name(self) -> str:
@@ -165,15 +163,34 @@ def find(key: str, names: str | list[str | Source], sample_by: str = "line") -> 
         DataError: something is missing, of an unknown kind, or cannot be read.
     """
     found: list[DataFile | HubData] = []
-    for name in [names] if isinstance(names, str) else names:
+    for number, name in enumerate([names] if isinstance(names, str) else names):
         source = name if isinstance(name, Source) else Source(path=name)
         if source.path.startswith(HUB):
-            found.append(HubData(key, source.path.removeprefix(HUB), source))
+            found.append(HubData(key, source.path.removeprefix(HUB), source, number))
             continue
         if source.subset is not None:
             raise DataError(f"{key}: subset={source.subset} has no effect on {source.path}, which is not on the hub.")
-        found += [DataFile(key, path, _kind(key, path), source, sample_by) for path in _paths(key, source.path)]
-    return found
+        found += [DataFile(key, path, _kind(key, path), source, sample_by, number) for path in _paths(key, source.path)]
+    return [_named(file, found) for file in found]
+
+
+def _named(file: DataFile | HubData, others: list[DataFile | HubData]) -> DataFile | HubData:
+    """The file with the shortest name that no other of them has."""
+    if isinstance(file, HubData):
+        return file
+    parts = file.path.absolute().parts
+    for count in range(1, len(parts)):
+        name = "/".join(parts[-count:])
+        if (
+            sum(
+                other.path.absolute().parts[-count:] == parts[-count:]
+                for other in others
+                if isinstance(other, DataFile)
+            )
+            == 1
+        ):
+            break
+    return dataclasses.replace(file, name=name)
 
 
 def _paths(key: str, name: str) -> list[Path]:
