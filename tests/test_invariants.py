@@ -294,6 +294,22 @@ def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatc
     assert checkpoint.newest_valid(member.run.checkpoints)[0].name == "step-2"
 
 
+def test_the_first_module_that_is_not_finite_is_named(config_of, tmp_path):
+    """An overflow in the middle of the model, as half-precision weights have them."""
+    from lora_lab.errors import TrainingError
+
+    config = config_of(
+        f"run_dir={tmp_path}/r", "train.max_steps=1", "train.packing=false", "adapter.target_modules=[q_proj]"
+    )
+    prepared, model = prepared_and_model(config)
+    model.get_base_model().model.layers[2].mlp.up_proj.weight.data.fill_(1e38)
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    with pytest.raises(
+        TrainingError, match=r"First not finite: the output of model\.layers\.2\.mlp\.\w+ \(float32\) in train"
+    ):
+        fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes says that paged memory is ordinary memory on a CPU
 def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):

@@ -182,3 +182,21 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
         torch.testing.assert_close(plain(input_ids=ids).logits, mine.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
         with plain.disable_adapter():
             assert not torch.allclose(plain(input_ids=ids).logits, mine(input_ids=ids).logits, atol=1e-2)
+
+
+def test_serving_the_merged_folder_renders_what_was_trained(trained):
+    """The template that travels with the checkpoint gives the tokens that stand before every trained answer."""
+    from transformers import AutoTokenizer
+
+    from lora_lab import prepared
+
+    done = trained("export=merged", "export.dtype=float32")
+    tokenizer = AutoTokenizer.from_pretrained(done.merged)
+    config = compose.load(done.config)
+    for example in prepared.build_data(config, prepared.find_base(config)).train:
+        ids = tokenizer.apply_chat_template(example.messages[:-1], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        assert example.input_ids[: len(ids)].tolist() == ids
+        assert example.supervised[len(ids) :].any()
+        assert not example.supervised[: len(ids)].any()
