@@ -105,7 +105,9 @@ def find_base(config: RunConfig) -> Found:
     targets = check_targets(model, config.adapter)
     tokenizer = load_tokenizer(base.folder)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    return Found(base, model, targets, Encoder(config.data, tokenizer, vocab_size))
+    encoder = Encoder(config.data, tokenizer, vocab_size)
+    encoder.template.check_variables()
+    return Found(base, model, targets, encoder)
 
 
 def build_data(config: RunConfig, found: Found, need_train: bool = True) -> build.Data:

@@ -252,3 +252,20 @@ def test_variables_that_rows_set_are_refused(overrides, capsys):
         overrides, capsys, "data.chat_template_kwargs={tools: []}", "data.clean=[stem]", "data.clean_language=zh"
     )
     assert "data.chat_template_kwargs.tools: not a variable of the template" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (["data.chat_template_kwargs={enable_thinkin: false}"], "data.chat_template_kwargs.enable_thinkin: the model's chat template has no such"),
+        (["data.label_names=[a,b]"], "data.label_names: no effect, because no file has labelled rows"),
+        (["data.sample_by=paragraph"], "data.sample_by=paragraph: no effect"),
+        (["data.stratify=kind", "data.eval_ratio=0.2"], "data.stratify=kind: no such column. The file has prompt, completion"),
+        (["data.stratify=prompt"], "data.stratify=prompt: no effect without data.eval_ratio"),
+        (["data.clean=[stem]", "data.clean_language=zh"], "stem"),
+        (["data.streaming=true", "data.duplicates=drop"], "data.duplicates=drop: needs all rows beforehand"),
+        (["data.eval_ratio=0.2", "data.max_eval_rows=3"], "data.max_eval_rows: no effect with data.eval_ratio"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused(override, says, overrides, capsys):
+    assert says in refusal(overrides, capsys, *override)

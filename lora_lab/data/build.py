@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from lora_lab.config import DataConfig, Source
 from lora_lab.data import clean, sources, store
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
-from lora_lab.errors import DataError
+from lora_lab.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,24 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     for data in (train, held_out):
         if isinstance(data, Dataset) and refuse:
             refuse_empty(data)
+    _refuse_without_effect(config, [part for part in (train, held_out) if part is not None])
     return Data(train if need_train else None, held_out)
+
+
+def _refuse_without_effect(config: DataConfig, parts: list[Dataset | Stream]) -> None:
+    """Options that only some rows know.
+
+    Raises:
+        ConfigError: there are no such rows.
+    """
+    labelled = {"text_label", "pair_label", "token_labels"} & {name for part in parts for name in part.formats}
+    if config.label_names is not None and not labelled:
+        raise ConfigError(
+            "data.label_names: no effect, because no file has labelled rows. Drop it, or check data.format."
+        )
+    suffixes = {Path(name).name.removesuffix(".gz").rpartition(".")[2] for part in parts for name in part.files}
+    if config.sample_by != "line" and parts and "txt" not in suffixes:
+        raise ConfigError(f"data.sample_by={config.sample_by}: no effect, because no file is a .txt file. Drop it.")
 
 
 def refuse_empty(data: Dataset) -> None:

@@ -69,6 +69,11 @@ class Dataset:
         return self.table.column("digest").to_numpy()[self.chosen]
 
     @property
+    def formats(self) -> list[str]:
+        """The format of each file."""
+        return [report.format for report in self.reports]
+
+    @property
     def rows_read(self) -> int:
         return sum(report.rows for report in self.reports)
 
@@ -106,7 +111,7 @@ class Dataset:
 
     def __str__(self) -> str:
         lengths, supervised = self.lengths, int(self.supervised.sum())
-        formats = ", ".join(dict.fromkeys(report.format for report in self.reports))
+        formats = ", ".join(dict.fromkeys(self.formats))
         dropped = "".join(f", {count} {kind}" for kind, count in self.rows_dropped.items()) or ", none dropped"
         truncated = sum(report.truncated for report in self.reports)
         split = sum(report.split for report in self.reports)

@@ -120,6 +120,11 @@ def format_of(file: DataFile | HubData, config: DataConfig) -> str:
             )
     renamed = [sources.renamed(row, mapping) for row in readable]
     columns = list(dict.fromkeys(column for row in renamed for column in row.values))
+    if config.stratify is not None and config.stratify not in columns:
+        raise DataError(
+            f"{file.key}={file.path}: data.stratify={config.stratify}: no such column. The file has {', '.join(columns)}."
+            f"{formats.nearest(config.stratify, columns)}"
+        )
     return formats.detect(f"{file.key}={file.path}", columns, file.source.format or config.format)
 
 

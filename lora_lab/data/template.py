@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.data.formats import Message, Record, RowError, weight_of
-from lora_lab.errors import DataError
+from lora_lab.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +82,28 @@ class ChatTemplate:
             OverflowError,
         ) as error:
             raise RowError("template", f"the model's chat template cannot render it ({error}).") from error
+
+    def check_variables(self) -> None:
+        """Refuse variables that the template does not have: they would have no effect.
+
+        Raises:
+            ConfigError: naming the variable, and those that there are.
+        """
+        from jinja2 import TemplateError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        try:
+            parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.tokenizer.chat_template)
+            )
+        except TemplateError:
+            return  # told with the first row
+        known = meta.find_undeclared_variables(parsed) | set(re.findall(r"\bset (\w+)", self.tokenizer.chat_template))
+        for name in self.kwargs:
+            if name not in known:
+                raise ConfigError(
+                    f"data.chat_template_kwargs.{name}: the model's chat template has no such variable.{nearest(name, known)}"
+                )
 
     @property
     def native_tools(self) -> bool:
