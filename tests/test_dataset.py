@@ -470,6 +470,12 @@ def test_the_data_verb_fails_on_errors_and_names_all_kinds(overrides, tmp_path, 
     assert "4 errors: see above" in printed
 
 
+def test_the_data_verb_fails_when_no_row_is_left(overrides, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": ""}])
+    assert cli.main(["data", *overrides, f"data.train={file}", "data.unusable=drop"]) == 1
+    assert "error: data.train: none of the 1 rows is left to train on" in capsys.readouterr().out
+
+
 def test_training_refuses_what_the_checks_find(overrides, tmp_path, capsys):
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "red", "label": 1}, {"text": "cat", "label": 1}])
     assert cli.main(["train", *overrides, f"data.train={file}"]) == 2

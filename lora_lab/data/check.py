@@ -37,7 +37,9 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
     for part in (data.train, data.held_out):
         if isinstance(part, Dataset):
             findings += _rows(part, config)
-            if len(part):
+            if not len(part):
+                findings.append(Finding("error", part.key, f"none of the {part.rows_read} rows is left to train on."))
+            else:
                 for one in (_ends, _prompts, _repeated, _labels, _special_texts, _tools):
                     findings += one(part, encoder)
     if isinstance(data.train, Dataset) and data.held_out is not None:

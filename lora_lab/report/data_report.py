@@ -108,7 +108,8 @@ def show(overviews: list[Overview], findings: list[Finding], config: DataConfig,
     """Print everything: figures, some rows, findings."""
     for data in overviews:
         _show_counts(data)
-        _show_lengths(data, config.max_tokens)
+        if data.examples:
+            _show_lengths(data, config.max_tokens)
         if data.labels:
             total = sum(data.labels.values())
             table = [[label, count, f"{100 * count / total:.1f} %"] for label, count in data.labels.items()]
