@@ -80,6 +80,13 @@ def test_template_without_end_token_gets_one(tmp_path):
     assert Encoder(DataConfig(train="-"), tokenizer).end_tokens() == [tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("config", [{}, {"supervise": "all"}, {"max_tokens": 8}], ids=str)
+def test_generation_stops_at_the_end_of_a_turn(tmp_path, config):
+    tokenizer = make_tokenizer(tmp_path, eos_token="<|endoftext|>")
+    ids = Encoder(DataConfig(train="-", **config), tokenizer).end_tokens()
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|endoftext|>", "<|im_end|>"]
+
+
 def test_plain_template_supervises_the_end(tmp_path):
     tokenizer = make_tokenizer(tmp_path, PLAIN_TEMPLATE)
     example = encode_messages([SYSTEM, USER, ANSWER], tokenizer)

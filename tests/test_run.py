@@ -81,6 +81,21 @@ def test_chat_in_turns(overrides, tmp_path, monkeypatch, capsys):
     assert prompts[1] == f"{prompts[0]}dog<|im_end|>\n<|im_start|>user\nblue<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_chat_cleans_what_is_typed_and_needs_no_rows(overrides, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "red", "label": 0}) + "\n" + json.dumps({"text": "blue", "label": 1}) + "\n")
+    more = [f"data.train={file}", "data.label_names=[cat,dog]", "data.clean=[lowercase]", "train.max_steps=1"]
+    assert cli.main(["train", *overrides, *more]) == 0
+    file.unlink()
+    prompts = []
+    monkeypatch.setattr(
+        "lora_lab.tasks.causal_lm.CausalLM.generate",
+        lambda self, model, texts, **_: prompts.append(texts[0]) or ["dog"],
+    )
+    assert cli.main(["chat", f"run={tmp_path}/run", "prompt=RED Cat"]) == 0
+    assert "red cat" in prompts[0]
+
+
 def test_json_answers_are_compared_as_json(tmp_path):
     from lora_lab.tasks.causal_lm import Answer, CausalLM
 

@@ -62,13 +62,15 @@ def _refuse_without_effect(config: DataConfig, parts: list[Dataset | Stream]) ->
     Raises:
         ConfigError: there are no such rows.
     """
+    if not parts:  # chat reads none
+        return
     labelled = {"text_label", "pair_label", "token_labels"} & {name for part in parts for name in part.formats}
     if config.label_names is not None and not labelled:
         raise ConfigError(
             "data.label_names: no effect, because no file has labelled rows. Drop it, or check data.format."
         )
     suffixes = {Path(name).name.removesuffix(".gz").rpartition(".")[2] for part in parts for name in part.files}
-    if config.sample_by != "line" and parts and "txt" not in suffixes:
+    if config.sample_by != "line" and "txt" not in suffixes:
         raise ConfigError(f"data.sample_by={config.sample_by}: no effect, because no file is a .txt file. Drop it.")
 
 

@@ -107,11 +107,10 @@ class Encoder:
     def end_tokens(self) -> list[int]:
         """Ids that end an answer: the token that training puts there, and the end of sequence."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        [outcome] = self.encode([Row(1, {"messages": probe})], "probe", "messages")
-        ends = {self.tokenizer.eos_token_id}
-        for example in outcome.examples:
-            ends.add(int(example.input_ids[example.supervised][-1]))
-        return sorted(ends)
+        [tokens] = self._tokenized(self.template.examples(Record(messages=probe), "answers"))
+        if isinstance(tokens, RowError):
+            return [self.tokenizer.eos_token_id]
+        return sorted({self.tokenizer.eos_token_id, int(tokens.ids[tokens.weights > 0][-1])})
 
     def _rendered(self, record: Record) -> list[Rendered]:
         if record.tokens is not None:
