@@ -41,6 +41,7 @@ def test_steps_tokens_and_rows_are_exact(config_of, tmp_path, more):
     longest = int(data.train.lengths.max())
     if not config.train.packing:
         assert work.largest.lengths == (longest,)
+        assert work.largest.supervised == int(data.train.supervised[data.train.lengths.argmax()])
     assert work.largest.tokens >= longest
 
 

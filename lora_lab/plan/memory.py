@@ -43,10 +43,10 @@ _LIBRARIES = 100 * MIB
 # glibc maps blocks of this size one by one and returns them when freed; smaller ones share a heap that does not shrink.
 _MAPPED = 32 * MIB
 # Share of the bytes that a step requests in heap blocks which ends as holes too small to use again: torch asks for
-# aligned blocks, and small objects settle between them. For bfloat16 one figure for all recipes of
-# benchmarks/plan_memory.py; each for itself would have it at 0.03 (checkpointing), 0.05 (NF4), 0.07 (none), 0.08 (int8).
-# In float32 nothing is cast, so a step requests less and leaves more between: 0.17, from rows of 960 tokens.
-_HOLES = {"bfloat16": 0.045, "float32": 0.17}
+# aligned blocks, and small objects settle between them. One figure for all bfloat16 recipes of benchmarks/plan_memory.py;
+# each for itself would have it at 0.03 (checkpointing), 0.05 (NF4), 0.07 (none), 0.08 (int8). In float32 nothing is cast,
+# so a step requests less and leaves more between: 0.10 (short rows) to 0.17 (rows of 960 tokens).
+_HOLES = {"bfloat16": 0.045, "float32": 0.14}
 # Heap that quantizing while loading leaves behind: 245 to 454 MiB in four 4-bit runs, 147 MiB in one of int8.
 _LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB}
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.

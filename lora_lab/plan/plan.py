@@ -96,14 +96,9 @@ def foresee(config: RunConfig, train: Dataset | Stream, held_out: Dataset | None
     batches = plan_of(config, train)
     steps = batches.total_steps(config.train.epochs, config.train.max_steps)
     if isinstance(train, Stream):
-        seen = np.unique(np.linspace(0, steps - 1, num=min(steps, _STREAM_STEPS)).astype(int))
-        parts = [[_shape_of(train, chosen) for chosen in batches.step(int(step))] for step in seen]
-        tokens = sum(shape.tokens for step in parts for shape in step) * steps // len(seen)
+        shapes, tokens = _streamed_shapes(config, train, batches, steps)
     else:
-        parts, tokens = _stored_parts(train, batches, steps)
-    shapes = [shape for step in parts for shape in step]
-    if not config.train.packing:
-        shapes = [Shape((length,), shape.supervised) for shape in shapes for length in [max(shape.lengths, default=0)]]
+        shapes, tokens = _stored_shapes(config, train, batches, steps)
     evaluation = None
     if held_out is not None:
         lengths, supervised = held_out.lengths, held_out.supervised
@@ -116,21 +111,30 @@ def foresee(config: RunConfig, train: Dataset | Stream, held_out: Dataset | None
     return Work(steps, batches.steps_per_epoch, tokens, memory.largest(shapes), evaluation)
 
 
-def _stored_parts(train: Dataset, batches: BatchPlan, steps: int) -> tuple[list[list[Shape]], int]:
-    """The largest micro-batch of each step, and the tokens of all steps."""
+def _stored_shapes(config: RunConfig, train: Dataset, batches: BatchPlan, steps: int) -> tuple[list[Shape], int]:
+    """The largest forward pass of each step, and the tokens of all steps."""
     lengths, supervised = train.lengths, train.supervised
-    found, tokens = [], 0
+    shapes, tokens = [], 0
     for step in range(steps):
         parts = batches.step(step)
-        sizes = [int(lengths[chosen].sum()) for chosen in parts]
-        tokens += sum(sizes)
-        chosen = parts[int(np.argmax(sizes))]
-        found.append([Shape(tuple(int(n) for n in lengths[chosen]), int(supervised[chosen].sum()))])
-    return found, tokens
+        tokens += sum(int(lengths[part].sum()) for part in parts)
+        passes = parts if config.train.packing else [[place] for part in parts for place in part]
+        largest = max(passes, key=lambda places: int(lengths[places].sum()))
+        shapes.append(Shape(tuple(int(n) for n in lengths[largest]), int(supervised[largest].sum())))
+    return shapes, tokens
 
 
-def _shape_of(train: Stream, chosen: np.ndarray) -> Shape:
-    return memory.shape([example for i in chosen for example in train[int(i)]])
+def _streamed_shapes(config: RunConfig, train: Stream, batches: BatchPlan, steps: int) -> tuple[list[Shape], int]:
+    """The same from some of the steps, evenly spread."""
+    seen = np.unique(np.linspace(0, steps - 1, num=min(steps, _STREAM_STEPS)).astype(int))
+    shapes, tokens = [], 0
+    for step in seen:
+        for chosen in batches.step(int(step)):
+            examples = [example for i in chosen for example in train[int(i)]]
+            tokens += sum(len(example.input_ids) for example in examples)
+            passes = [examples] if config.train.packing else [[example] for example in examples]
+            shapes += [memory.shape(part) for part in passes if part]
+    return shapes, tokens * steps // len(seen)
 
 
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------
