@@ -10,10 +10,10 @@ demo: install  ## the main job on the embedded default: train, compare, merge, p
 	$(BIN)/lora-lab train recipe=demo
 
 test: install  ## the default tests: CPU, offline, under 5 minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-long: install  ## the long tier too: every step of a run interrupted, hundreds of kills
-	$(BIN)/python -m pytest -m "long or not long"
+	$(BIN)/python -m pytest -n 2 -m "long or not long"
 
 lint: install  ## style
 	$(BIN)/ruff check .

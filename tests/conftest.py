@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and `make test` runs two processes
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 CHATML = (
