@@ -4,4 +4,5 @@ import sys
 
 from lora_lab.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # worker processes import this module as well
+    sys.exit(main())

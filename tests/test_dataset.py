@@ -17,7 +17,7 @@ import pytest
 from lora_lab import cli, run, storage
 from lora_lab import prepared as stages
 from lora_lab.config import DataConfig, Source
-from lora_lab.data import build, formats, sources, store
+from lora_lab.data import build, chunks, formats, sources, store
 from lora_lab.data.check import check
 from lora_lab.data.dataset import Mixture, Stream
 from lora_lab.data.encode import Encoder
@@ -249,6 +249,20 @@ def test_two_processes_build_the_same_entry(tmp_path):
         worker.join()
     assert results[0] == results[1]
     assert len(results[0]) == 300
+
+
+def test_large_files_are_encoded_in_processes_with_the_same_result(tmp_path, tokenizer, monkeypatch):
+    rows = [*make_rows(600, seed=5), {"prompt": "a", "completion": ""}, *make_rows(600, seed=6)]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    expected = load(tokenizer, file, unusable="drop").train
+    monkeypatch.setattr(chunks, "_PARALLEL_BYTES", 1)
+    monkeypatch.setattr(store, "code_version", lambda: "anew")
+    monkeypatch.setattr(chunks.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("encoded in this process"))
+    data = load(tokenizer, file, unusable="drop").train
+    assert not data.cached
+    assert data.table.equals(expected.table)
+    assert data.reports == expected.reports
 
 
 # -- splits and mixtures ------------------------------------------------------------------------------------------------

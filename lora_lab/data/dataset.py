@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute
 
 from lora_lab.data import store
+from lora_lab.data.chunks import SCHEMA, Report, columns_of, encode_chunk
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, Row, parse_json_line, renamed
-from lora_lab.data.store import Report
 from lora_lab.errors import DataError
 
 _BLOCK_BYTES = 2**22
@@ -200,7 +200,7 @@ class Stream:
             values, problem = parse_json_line(text.decode("utf-8-sig"))
         except UnicodeDecodeError:
             values, problem = {}, NOT_UTF8
-        return part, renamed(Row(line + 1, values, problem), store.columns_of(file, self.encoder.config))
+        return part, renamed(Row(line + 1, values, problem), columns_of(file, self.encoder.config))
 
     def sample(self, count: int = 1000) -> Dataset:
         """Lines evenly spread over all, encoded now: what the checks look at.
@@ -215,11 +215,11 @@ class Stream:
             part, row = self._row(int(place))
             if row is None:
                 continue
-            outcomes = self.encoder.encode([row], self.inputs[part].name, self.formats[part])
-            reports[part].add(outcomes[0])
-            batches.append(store.batch([row], outcomes, None))
-            parts += [part] * len(outcomes[0].examples)
-        table = pa.Table.from_batches(batches, schema=store.SCHEMA)
+            batch, report = encode_chunk(self.encoder, [row], self.inputs[part].name, self.formats[part])
+            reports[part].absorb(report)
+            batches.append(batch)
+            parts += [part] * len(batch)
+        table = pa.Table.from_batches(batches, schema=SCHEMA)
         rows = table.column("row").to_numpy() + (np.asarray(parts, dtype=np.int64) << 40)
         return Dataset(
             self.key, table, np.arange(len(table)), np.asarray(parts, dtype=np.int64), rows, reports, self.files

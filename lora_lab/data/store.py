@@ -14,7 +14,6 @@ import importlib.metadata
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +24,20 @@ from filelock import FileLock
 from lora_lab import console, storage
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config import DataConfig
-from lora_lab.data import formats, sources
-from lora_lab.data.encode import TOO_LONG, Encoder, Example, Outcome
-from lora_lab.data.sources import DataFile, HubData, Row
+from lora_lab.data import chunks, formats, sources
+from lora_lab.data.chunks import SCHEMA, Report, columns_of
+from lora_lab.data.encode import TOO_LONG, Encoder, Example
+from lora_lab.data.sources import DataFile, HubData
 from lora_lab.errors import CheckpointError, DataError
 
-_CHUNK_ROWS = 512  # encoded together
 _LOOK_ROWS = 100  # whose columns decide the format
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-_SENTENCES = 20  # kept for each kind of problem
-_LABELS = 1000  # different labels that are counted
 # Options that choose among encoded rows, or decide what is said of them, and so do not change an encoded row.
 _NOT_ENCODING = (
     "train", "eval", "eval_ratio", "split_seed", "unusable", "duplicates", "shared", "check", "streaming",
     "max_train_rows", "max_eval_rows", "format", "columns",
 )  # fmt: skip
-SCHEMA = pa.schema(
-    {
-        "row": pa.int64(),
-        "digest": pa.uint64(),  # of the row's content
-        "input_ids": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.float64()),  # start, end, weight of each run of supervised tokens
-        "supervised": pa.int32(),  # how many tokens are
-        "origin": pa.string(),
-        "conversation": pa.string(),
-        "stratum": pa.string(),  # value of the column data.stratify
-    }
-)
-
-
-@dataclasses.dataclass
-class Report:
-    """What became of the rows of one file."""
-
-    name: str
-    format: str
-    rows: int = 0
-    used: int = 0
-    truncated: int = 0  # of the used
-    split: int = 0  # of the used: conversations that became several examples
-    bordered: int = 0  # of the used: prompt and answer tokenized apart
-    dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # kind of problem -> rows
-    sentences: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # kind -> the first few, with their rows
-    labels: dict[str, int] = dataclasses.field(default_factory=dict)  # label -> rows (or words)
-
-    def add(self, outcome: Outcome) -> None:
-        """Count one row."""
-        self.rows += 1
-        if outcome.problem is not None:
-            self.dropped[outcome.problem] = self.dropped.get(outcome.problem, 0) + 1
-            kept = self.sentences.setdefault(outcome.problem, [])
-            if len(kept) < _SENTENCES:
-                kept.append(f"{self.name} row {outcome.row}: {outcome.sentence}")
-            return
-        self.used += 1
-        self.truncated += outcome.truncated
-        self.split += len(outcome.examples) > 1
-        self.bordered += outcome.cut_at_border
-        for label in outcome.label if isinstance(outcome.label, list) else [outcome.label]:
-            if label is not None and (str(label) in self.labels or len(self.labels) < _LABELS):
-                self.labels[str(label)] = self.labels.get(str(label), 0) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +78,6 @@ def format_of(file: DataFile | HubData, config: DataConfig) -> str:
             f"{formats.nearest(config.stratify, columns)}"
         )
     return formats.detect(f"{file.key}={file.path}", columns, file.source.format or config.format)
-
-
-def columns_of(file: DataFile | HubData, config: DataConfig) -> dict[str, str] | None:
-    """Our column names to the file's, if they differ."""
-    return config.columns if file.source.columns is None else file.source.columns
 
 
 def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = None, refuse: bool = True) -> Entry:
@@ -206,14 +153,12 @@ def _write(
     folder: Path, file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None, refuse: bool
 ) -> None:
     report = Report(file.name, format_name)
-    stratum = encoder.config.stratify
     with pa.OSFile(str(folder / _EXAMPLES), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for rows, outcomes in encoded(file, format_name, encoder, limit):
-            for outcome in outcomes:
-                report.add(outcome)
+        for batch, part in chunks.encoded(file, format_name, encoder, limit):
+            report.absorb(part)
             if refuse:
                 refuse_rows(file.key, report, encoder.config)
-            writer.write_batch(batch(rows, outcomes, stratum))
+            writer.write_batch(batch)
     (folder / _REPORT).write_text(storage.dump_json(dataclasses.asdict(report)), encoding="utf-8")
 
 
@@ -243,62 +188,6 @@ def check_policy(config: DataConfig, kind: str, sentence: str) -> None:
 def is_error(config: DataConfig, kind: str) -> bool:
     """Whether the policies call rows with this kind of problem an error."""
     return config.too_long != "drop" if kind == TOO_LONG else config.unusable == "error"
-
-
-def encoded(
-    file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None
-) -> Iterator[tuple[list[Row], list[Outcome]]]:
-    """Rows and what became of them, some at a time, with a progress bar."""
-    size = max(1, file.path.stat().st_size) if isinstance(file, DataFile) else 1
-    with console.steps("tokenize", 100) as progress:
-        mark = _Percent(progress, size)
-        rows = itertools.islice(file.rows(mark), limit)
-        mapping = columns_of(file, encoder.config)
-        while chunk := [sources.renamed(row, mapping) for row in itertools.islice(rows, _CHUNK_ROWS)]:
-            yield chunk, encoder.encode(chunk, file.name, format_name)
-            mark.rows += len(chunk)
-        mark.done()
-
-
-class _Percent:
-    """Progress through a file, in percent of its bytes."""
-
-    def __init__(self, progress: console.Steps, size: int):
-        self.progress, self.size, self.rows = progress, size, 0
-
-    def at(self, position: int) -> None:
-        new = min(99, 100 * position // self.size) - self.progress.done
-        if new > 0:
-            self.progress.advance(new, rows=f"{self.rows:,}")
-
-    def done(self) -> None:
-        self.progress.advance(100 - self.progress.done, rows=f"{self.rows:,}")
-
-
-def batch(rows: list[Row], outcomes: list[Outcome], stratum: str | None) -> pa.RecordBatch:
-    """The examples of some rows as lines of a table; `stratum`: the column that goes along."""
-    lines = [
-        {
-            "row": outcome.row,
-            "digest": outcome.digest,
-            "input_ids": example.input_ids,
-            "spans": _spans(example.weights),
-            "supervised": int((example.weights > 0).sum()),
-            "origin": example.origin,
-            "conversation": example.conversation,
-            "stratum": None if stratum is None else str(row.values.get(stratum)),
-        }
-        for row, outcome in zip(rows, outcomes, strict=True)
-        for example in outcome.examples
-    ]
-    return pa.RecordBatch.from_pylist(lines, schema=SCHEMA)
-
-
-def _spans(weights: np.ndarray) -> list[float]:
-    """Runs of equal positive weight as a flat list of start, end, weight."""
-    edges = np.flatnonzero(np.diff(weights, prepend=np.nan, append=np.nan))
-    runs = [(start, end, weights[start]) for start, end in itertools.pairwise(edges) if weights[start] > 0]
-    return [float(number) for run in runs for number in run]
 
 
 def _read(folder: Path) -> tuple[pa.Table, Report]:

@@ -1,0 +1,187 @@
+"""Encode the rows of a file some at a time, a large file's on all cores, into lines of an Arrow table."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lora_lab import console
+from lora_lab.config import DataConfig
+from lora_lab.data import sources
+from lora_lab.data.encode import Encoder, Outcome
+from lora_lab.data.sources import DataFile, HubData, Row
+
+_CHUNK_ROWS = 512  # encoded together
+_PARALLEL_BYTES = 32 * 2**20  # starting the processes takes some seconds: smaller files are encoded sooner without
+_SENTENCES = 20  # kept for each kind of problem
+_LABELS = 1000  # different labels that are counted
+
+SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "digest": pa.uint64(),  # of the row's content
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.float64()),  # start, end, weight of each run of supervised tokens
+        "supervised": pa.int32(),  # how many tokens are
+        "origin": pa.string(),
+        "conversation": pa.string(),
+        "stratum": pa.string(),  # value of the column data.stratify
+    }
+)
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows of one file."""
+
+    name: str
+    format: str
+    rows: int = 0
+    used: int = 0
+    truncated: int = 0  # of the used
+    split: int = 0  # of the used: conversations that became several examples
+    bordered: int = 0  # of the used: prompt and answer tokenized apart
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # kind of problem -> rows
+    sentences: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # kind -> the first few, with their rows
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)  # label -> rows (or words)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one row."""
+        self.rows += 1
+        if outcome.problem is not None:
+            self.dropped[outcome.problem] = self.dropped.get(outcome.problem, 0) + 1
+            kept = self.sentences.setdefault(outcome.problem, [])
+            if len(kept) < _SENTENCES:
+                kept.append(f"{self.name} row {outcome.row}: {outcome.sentence}")
+            return
+        self.used += 1
+        self.truncated += outcome.truncated
+        self.split += len(outcome.examples) > 1
+        self.bordered += outcome.cut_at_border
+        for label in outcome.label if isinstance(outcome.label, list) else [outcome.label]:
+            if label is not None and (str(label) in self.labels or len(self.labels) < _LABELS):
+                self.labels[str(label)] = self.labels.get(str(label), 0) + 1
+
+    def absorb(self, later: Report) -> None:
+        """Count the rows that another report, of later rows of the file, has counted."""
+        for name in ("rows", "used", "truncated", "split", "bordered"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for kind, count in later.dropped.items():
+            self.dropped[kind] = self.dropped.get(kind, 0) + count
+            self.sentences[kind] = (self.sentences.get(kind, []) + later.sentences[kind])[:_SENTENCES]
+        for label, count in later.labels.items():
+            if label in self.labels or len(self.labels) < _LABELS:
+                self.labels[label] = self.labels.get(label, 0) + count
+
+
+def encoded(
+    file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None
+) -> Iterator[tuple[pa.RecordBatch, Report]]:
+    """The examples of the file's rows in order, and what became of the rows, some at a time, with a progress bar."""
+    size = max(1, file.path.stat().st_size) if isinstance(file, DataFile) else 1
+    mapping = columns_of(file, encoder.config)
+    with console.steps("tokenize", 100) as progress:
+        mark = _Percent(progress, size)
+        rows = itertools.islice(file.rows(mark), limit)
+        chunks = iter(lambda: [sources.renamed(row, mapping) for row in itertools.islice(rows, _CHUNK_ROWS)], [])
+        parallel = limit is None and size >= _PARALLEL_BYTES and (os.cpu_count() or 1) > 1
+        for found in (_in_processes if parallel else _here)(chunks, encoder, file.name, format_name):
+            mark.rows += found[1].rows
+            yield found
+        mark.done()
+
+
+def encode_chunk(encoder: Encoder, rows: Sequence[Row], name: str, format_name: str) -> tuple[pa.RecordBatch, Report]:
+    """The examples of some rows as lines of a table, and what became of the rows."""
+    outcomes, report = encoder.encode(rows, name, format_name), Report(name, format_name)
+    for outcome in outcomes:
+        report.add(outcome)
+    return _batch(rows, outcomes, encoder.config.stratify), report
+
+
+def _here(chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str) -> Iterator:
+    return (encode_chunk(encoder, rows, name, format_name) for rows in chunks)
+
+
+def _in_processes(chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str) -> Iterator:
+    """The same, a process on each core; results come in order, and the file is never read far ahead."""
+    workers = os.cpu_count()
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's locked threads
+    setting = (encoder.config, encoder.tokenizer, encoder.vocab_size)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, setting) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for rows in chunks:
+            waiting.append(pool.submit(_encode_in_worker, rows, name, format_name))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _start_worker(config: DataConfig, tokenizer: Any, vocab_size: int | None) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker for each core
+    _encoder = Encoder(config, tokenizer, vocab_size)
+
+
+def _encode_in_worker(rows: list[Row], name: str, format_name: str) -> tuple[pa.RecordBatch, Report]:
+    return encode_chunk(_encoder, rows, name, format_name)
+
+
+def columns_of(file: DataFile | HubData, config: DataConfig) -> dict[str, str] | None:
+    """Our column names to the file's, if they differ."""
+    return config.columns if file.source.columns is None else file.source.columns
+
+
+class _Percent:
+    """Progress through a file, in percent of its bytes."""
+
+    def __init__(self, progress: console.Steps, size: int):
+        self.progress, self.size, self.rows = progress, size, 0
+
+    def at(self, position: int) -> None:
+        new = min(99, 100 * position // self.size) - self.progress.done
+        if new > 0:
+            self.progress.advance(new, rows=f"{self.rows:,}")
+
+    def done(self) -> None:
+        self.progress.advance(100 - self.progress.done, rows=f"{self.rows:,}")
+
+
+def _batch(rows: list[Row], outcomes: list[Outcome], stratum: str | None) -> pa.RecordBatch:
+    """The examples of some rows as lines of a table; `stratum`: the column that goes along."""
+    lines = [
+        {
+            "row": outcome.row,
+            "digest": outcome.digest,
+            "input_ids": example.input_ids,
+            "spans": _spans(example.weights),
+            "supervised": int((example.weights > 0).sum()),
+            "origin": example.origin,
+            "conversation": example.conversation,
+            "stratum": None if stratum is None else str(row.values.get(stratum)),
+        }
+        for row, outcome in zip(rows, outcomes, strict=True)
+        for example in outcome.examples
+    ]
+    return pa.RecordBatch.from_pylist(lines, schema=SCHEMA)
+
+
+def _spans(weights: np.ndarray) -> list[float]:
+    """Runs of equal positive weight as a flat list of start, end, weight."""
+    edges = np.flatnonzero(np.diff(weights, prepend=np.nan, append=np.nan))
+    runs = [(start, end, weights[start]) for start, end in itertools.pairwise(edges) if weights[start] > 0]
+    return [float(number) for run in runs for number in run]
