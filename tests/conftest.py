@@ -54,6 +54,7 @@ def make_tokenizer(
     added: tuple[str, ...] = (),
     bos_token: str | None = "<|im_start|>",
     eos_token: str = "<|im_end|>",
+    corpus: str = " ".join(WORDS),
 ):
     """A byte-level BPE tokenizer of about 300 tokens, saved in `folder`; `added` tokens are whole but not special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -68,7 +69,7 @@ def make_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    core.train_from_iterator([corpus] * 20, trainer)
     core.add_tokens(list(added))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos_token, eos_token=eos_token, unk_token=special[0]

@@ -87,6 +87,30 @@ def test_generation_stops_at_the_end_of_a_turn(tmp_path, config):
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|endoftext|>", "<|im_end|>"]
 
 
+def test_a_prompt_is_tokenized_as_inference_does(tmp_path):
+    """Two line ends are one token at the end of a prompt and two tokens before an answer: training must see the one."""
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:\n\n{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(tmp_path, template, corpus="red\n\n")
+    messages = [USER, ANSWER, USER2, {"role": "assistant", "content": "dog"}]
+    encoder = Encoder(DataConfig(train="-"), tokenizer)
+    [outcome] = encoder.encode([Row(1, {"messages": messages})], "row", "messages")
+    assert outcome.cut_at_border
+    assert len(outcome.examples) == 2  # the history of the second answer is tokenized as a whole again
+    for turn, example in zip((1, 3), outcome.examples, strict=True):
+        prompt = tokenizer(encoder.prompt(messages[:turn]), add_special_tokens=False)["input_ids"]
+        assert example.input_ids[: len(prompt)].tolist() == prompt
+        assert not example.supervised[: len(prompt)].any()
+        assert supervised_text(example, tokenizer) == f"{messages[turn]['content']}<|im_end|>"
+        assert example.messages == messages[: turn + 1]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(outcome.examples[1].input_ids) == whole
+    assert tokenizer(whole, add_special_tokens=False)["input_ids"] != outcome.examples[1].input_ids.tolist()
+
+
 def test_plain_template_supervises_the_end(tmp_path):
     tokenizer = make_tokenizer(tmp_path, PLAIN_TEMPLATE)
     example = encode_messages([SYSTEM, USER, ANSWER], tokenizer)

@@ -107,9 +107,10 @@ class Encoder:
     def end_tokens(self) -> list[int]:
         """Ids that end an answer: the token that training puts there, and the end of sequence."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        [tokens] = self._tokenized(self.template.examples(Record(messages=probe), "answers"))
-        if isinstance(tokens, RowError):
+        [found] = self._tokenized(self.template.examples(Record(messages=probe), "answers"))
+        if isinstance(found, RowError):
             return [self.tokenizer.eos_token_id]
+        [tokens] = found
         return sorted({self.tokenizer.eos_token_id, int(tokens.ids[tokens.weights > 0][-1])})
 
     def _rendered(self, record: Record) -> list[Rendered]:
@@ -123,8 +124,8 @@ class Encoder:
         messages = cleaned(record.messages, self.config)
         return self.template.examples(dataclasses.replace(record, messages=messages), self.config.supervise)
 
-    def _tokenized(self, texts: list[Rendered]) -> list[_Tokens | RowError]:
-        found: list[_Tokens | RowError] = [None] * len(texts)
+    def _tokenized(self, texts: list[Rendered]) -> list[list[_Tokens] | RowError]:
+        found: list[list[_Tokens] | RowError] = [[]] * len(texts)
         for plain in (False, True):
             places = [i for i, rendered in enumerate(texts) if rendered.plain is plain]
             if not places:
@@ -139,17 +140,15 @@ class Encoder:
                     found[i] = error
         return found
 
-    def _weighted(self, rendered: Rendered, ids: list[int], offsets: np.ndarray) -> _Tokens:
-        """Give every token its weight. Where a prompt alone would be tokenized otherwise than within the text, the text
-        is tokenized in two pieces, so that training sees the ids that inference sees."""
-        borders = [] if rendered.plain else self._borders(rendered, ids, offsets)
-        if borders:
-            whole = self.tokenizer.decode(ids)
-            ids, offsets = self._in_pieces(rendered.text, borders)
-            if self.tokenizer.decode(ids) != whole:
-                raise RowError(
-                    "border", "prompt and answer share a token that cannot be parted as inference would part it."
-                )
+    def _weighted(self, rendered: Rendered, ids: list[int], offsets: np.ndarray) -> list[_Tokens]:
+        """Give every token its weight. Where a prompt alone would be tokenized otherwise than within the text, prompt and
+        answer are tokenized apart, so that training sees the ids that inference sees; that can be done for one answer of a
+        text only, so each has an example of its own."""
+        if rendered.plain or not rendered.turns or not self._borders(rendered, ids, offsets):
+            return [self._tokens(rendered, ids, offsets)]
+        return [self._apart(part) for part in rendered.single_answers()]
+
+    def _tokens(self, rendered: Rendered, ids: list[int], offsets: np.ndarray, apart: bool = False) -> _Tokens:
         weights = np.zeros(len(ids), dtype=np.float32)
         for start, end, weight in rendered.spans:
             weights[(offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = weight
@@ -158,7 +157,23 @@ class Encoder:
         if rendered.end_missing and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids, weights = [*ids, self.tokenizer.eos_token_id], np.append(weights, rendered.spans[-1][2])
         weights[:1] = 0  # nothing predicts the first token
-        return _Tokens(rendered, np.asarray(ids, dtype=np.int64), weights.astype(np.float32), bool(borders))
+        return _Tokens(rendered, np.asarray(ids, dtype=np.int64), weights.astype(np.float32), apart)
+
+    def _apart(self, rendered: Rendered) -> _Tokens:
+        """The tokens of a text whose prompt and answer are tokenized apart."""
+        [(start, _, _)] = rendered.spans
+        ids: list[int] = []
+        offsets: list[np.ndarray] = []
+        for begin, piece in ((0, rendered.text[:start]), (start, rendered.text[start:])):
+            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids += encoded["input_ids"]
+            offsets.append(np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2) + begin)
+        whole = self.tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if self.tokenizer.decode(ids) != self.tokenizer.decode(whole):
+            raise RowError(
+                "border", "prompt and answer share a token that cannot be parted as inference would part it."
+            )
+        return self._tokens(rendered, ids, np.concatenate(offsets), apart=True)
 
     def _borders(self, rendered: Rendered, ids: list[int], offsets: np.ndarray) -> list[int]:
         """Starts of answers before which the prompt's tokens are not those of the prompt alone.
@@ -179,32 +194,22 @@ class Encoder:
     def _ids_alone(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _in_pieces(self, text: str, borders: list[int]) -> tuple[list[int], np.ndarray]:
-        ids: list[int] = []
-        offsets: list[np.ndarray] = []
-        for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
-            piece = self.tokenizer(
-                text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            ids += piece["input_ids"]
-            offsets.append(np.asarray(piece["offset_mapping"], dtype=np.int64).reshape(-1, 2) + start)
-        return ids, np.concatenate(offsets)
-
-    def _outcome(self, row: int, name: str, record: Record, digest: int, parts: list[_Tokens | RowError]) -> Outcome:
-        origin = f"{name} row {row}"
+    def _outcome(
+        self, row: int, name: str, record: Record, digest: int, texts: list[list[_Tokens] | RowError]
+    ) -> Outcome:
+        truncated, bordered, examples = False, False, []
         try:
-            truncated, examples = False, []
-            for part in parts:
-                if isinstance(part, RowError):
-                    raise part
-                tokens = self._fitted(part)
-                truncated |= tokens is not part
-                examples.append(self._example(tokens, origin))
+            for parts in texts:
+                if isinstance(parts, RowError):
+                    raise parts
+                for part in parts:
+                    tokens = self._fitted(part)
+                    truncated |= tokens is not part
+                    bordered |= part.apart
+                    examples.append(self._example(tokens, f"{name} row {row}"))
         except RowError as error:
             return Outcome(row, problem=error.kind, sentence=str(error), label=record.label, digest=digest)
-        return Outcome(
-            row, examples, None, "", truncated, any(part.cut_at_border for part in parts), record.label, digest
-        )
+        return Outcome(row, examples, None, "", truncated, bordered, record.label, digest)
 
     def _example(self, tokens: _Tokens, origin: str) -> Example:
         if not (tokens.weights > 0).any():
@@ -257,7 +262,7 @@ class Encoder:
             found = self._tokenized(again)[0]
             if isinstance(found, RowError):
                 raise found
-            tokens = found
+            tokens = found[-1]
         return tokens
 
 
@@ -266,7 +271,7 @@ class _Tokens:
     rendered: Rendered
     ids: np.ndarray
     weights: np.ndarray
-    cut_at_border: bool
+    apart: bool  # prompt and answer were tokenized apart
 
 
 def cleaned(messages: list[Message], config: DataConfig) -> list[Message]:

@@ -37,6 +37,23 @@ class Rendered:
     plain: bool = False  # no template: the tokenizer adds what it puts around a text
     messages: list[Message] | None = None  # the conversation up to where the text ends
     tools: list[dict[str, Any]] | None = None
+    turns: tuple[int, ...] = ()  # the message of each span, if they are answers
+
+    def single_answers(self) -> list[Rendered]:
+        """The same as examples of one answer each, every text but the last cut behind its answer."""
+        *earlier, _ = zip(self.spans, self.turns, strict=True)
+        cut = [
+            dataclasses.replace(
+                self,
+                text=self.text[: span[1]],
+                spans=[span],
+                end_missing=False,
+                messages=self.messages[: turn + 1],
+                turns=(turn,),
+            )
+            for span, turn in earlier
+        ]
+        return [*cut, dataclasses.replace(self, spans=self.spans[-1:], turns=self.turns[-1:])]
 
 
 class ChatTemplate:
@@ -149,7 +166,7 @@ class ChatTemplate:
             text = turns.through(cut - 1)
             spans = [(*turns.span(i), weight_of(messages[i])) for i in held]
             ended = messages[cut - 1]["role"] != "assistant" or turns.ended(cut - 1)
-            found.append(Rendered(text, spans, not ended, messages=messages[:cut], tools=tools))
+            found.append(Rendered(text, spans, not ended, messages=messages[:cut], tools=tools, turns=tuple(held)))
             wanted = [i for i in wanted if i not in held]
         return found[::-1]
 
