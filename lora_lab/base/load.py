@@ -14,7 +14,7 @@ from lora_lab.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def load_model(files: BaseFiles, dtype: str, quant: QuantConfig, device: torch.d
         model, report = AutoModelForCausalLM.from_pretrained(
             files.folder,
             dtype=getattr(torch, dtype),
-            quantization_config=_bitsandbytes_config(quant, dtype),
+            quantization_config=bitsandbytes_config(quant, dtype),
             device_map={"": device},
             use_safetensors=True,
             output_loading_info=True,
@@ -117,7 +117,8 @@ def load_model(files: BaseFiles, dtype: str, quant: QuantConfig, device: torch.d
     return model.requires_grad_(False).eval()
 
 
-def _bitsandbytes_config(quant: QuantConfig, dtype: str):
+def bitsandbytes_config(quant: QuantConfig, dtype: str) -> BitsAndBytesConfig | None:
+    """transformers' description of a quantization; None for none."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -215,8 +215,3 @@ def _template(encoder: Encoder, config: DataConfig) -> list[Finding]:
         names = ", ".join(config.chat_template_kwargs)
         found.append(("note", f"whoever serves the model must give the chat template the same variables: {names}."))
     return [Finding(level, "data", sentence) for level, sentence in found]
-
-
-def counts_add_up(data: Dataset) -> bool:
-    """Whether every row that was read is used or counted under a policy."""
-    return data.rows_read == data.rows_used + sum(data.rows_dropped.values())

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base.load import BaseFiles, _bitsandbytes_config
+from lora_lab.base.load import BaseFiles, bitsandbytes_config
 from lora_lab.config import RunConfig
 from lora_lab.data.collate import PackedBatch
 from lora_lab.train import packing
@@ -165,7 +165,7 @@ def _skeleton(config: RunConfig, base: BaseFiles) -> tuple[PeftModel, dict[str, 
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantization = _bitsandbytes_config(config.quant, config.model.dtype)
+    quantization = bitsandbytes_config(config.quant, config.model.dtype)
     dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder), dtype=dtype)

@@ -28,7 +28,7 @@ def show_samples(base: list[Answer], tuned: list[Answer], count: int = 3) -> Non
     if not base:
         return
     rows = [
-        [_shorten(before.question), before.reference, _shorten(before.text), _shorten(after.text)]
+        [_shorten(before.question), _shorten(before.reference), _shorten(before.text), _shorten(after.text)]
         for before, after in list(zip(base, tuned, strict=True))[:count]
     ]
     console.show_table("held-out answers", ["question", "expected", "base", "tuned"], rows, numbers=slice(0, 0))
