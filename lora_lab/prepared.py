@@ -103,11 +103,25 @@ def find_base(config: RunConfig) -> Found:
     base = load.find(config.model)
     model = skeleton(base.folder)
     targets = check_targets(model, config.adapter)
+    _say_too_high_rank(model, targets, config.adapter.r)
     tokenizer = load_tokenizer(base.folder)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     encoder = Encoder(config.data, tokenizer, vocab_size)
     encoder.template.check_variables()
     return Found(base, model, targets, encoder)
+
+
+def _say_too_high_rank(model: PreTrainedModel, targets: list[str], r: int) -> None:
+    """A rank above a layer's smaller side costs memory and adds nothing that a lower one could not."""
+    sides = {name: min(model.get_submodule(name).weight.shape) for name in targets}
+    smaller = [name for name, side in sides.items() if side < r]
+    if smaller:
+        lowest = min(sides.values())
+        console.say(
+            "rank",
+            f"adapter.r={r} is above the smaller side of {len(smaller)} layers ({smaller[0]}: {sides[smaller[0]]}); "
+            f"{lowest} is all that the smallest of them can use",
+        )
 
 
 def build_data(config: RunConfig, found: Found, need_train: bool = True) -> build.Data:

@@ -120,6 +120,16 @@ def test_target_modules_that_match_nothing(overrides, capsys):
         assert "Adapted are: q_proj" in message
 
 
+def test_a_rank_above_a_layer_is_said_with_numbers(overrides, capsys):
+    assert cli.main(["plan", *overrides, "adapter.r=64"]) == 0
+    assert (
+        "adapter.r=64 is above the smaller side of 8 layers (model.layers.0.self_attn.k_proj: 32)"
+        in capsys.readouterr().out
+    )
+    assert cli.main(["plan", *overrides, "adapter.r=32"]) == 0
+    assert "is above the smaller side" not in capsys.readouterr().out
+
+
 def test_tied_head_is_refused(overrides, tied_base, capsys):
     message = fails(["train", *overrides, f"model.path={tied_base}", "adapter.target_modules=[lm_head]"], capsys)
     assert "shares its weights with the input embeddings" in message
