@@ -208,7 +208,7 @@ def _template(encoder: Encoder, config: DataConfig) -> list[Finding]:
             (
                 "warning",
                 "the chat template writes today's date, so training and use would differ. Fix it: "
-                "'+data.chat_template_kwargs={date_string: 26 Jul 2024}'.",
+                "'data.chat_template_kwargs={date_string: 26 Jul 2024}'.",
             )
         )
     if config.chat_template_kwargs:

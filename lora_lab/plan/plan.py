@@ -176,6 +176,8 @@ def _existing(folder: Path) -> Path:
 def _probe(config: RunConfig, found: Found, data: Data, work: Work) -> None:
     """Train some steps of the run in a temporary folder, and say how long all of them would take."""
     device = load.torch_device(config.hardware)
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
     with tempfile.TemporaryDirectory(prefix="lora_lab_") as folder:
         short = dataclasses.replace(
             config,
