@@ -102,14 +102,13 @@ def _estimate(result: Path, overrides: list[str]) -> None:
     from lora_lab.plan.plan import foresee
 
     config = compose.compose(overrides)
-    base = prepared.find_base(config)
-    data = prepared.build_data(config, base)
-    work = foresee(config, data.train, data.held_out)
+    data, base, task = prepared.build_data(config, prepared.find_base(config))
+    work = foresee(config, task, data.train, data.held_out)
     started = time.perf_counter()
-    found = memory.estimate(config, base.base, work.largest, work.evaluation, "cpu")
+    found = memory.estimate(config, base.base, base.kind, task, work.largest, work.evaluation, "cpu")
     seconds = time.perf_counter() - started
-    tokens = {"tokens": work.largest.tokens, "supervised": work.largest.supervised, "seconds_to_estimate": seconds}
-    result.write_text(json.dumps({**dataclasses.asdict(found), **tokens}))
+    largest = {"tokens": work.largest.num_tokens, "supervised": len(work.largest.targets)}
+    result.write_text(json.dumps({**dataclasses.asdict(found), **largest, "seconds_to_estimate": seconds}))
 
 
 def _measure(result: Path, overrides: list[str]) -> None:

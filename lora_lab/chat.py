@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from transformers import TextStreamer
 
 from lora_lab import compose, console, run_dir
+from lora_lab.errors import ConfigError
 from lora_lab.prepared import load_trained, prepare
 
 
@@ -16,8 +17,14 @@ def chat(path: str, overrides: list[str]) -> None:
     prompts = [text.partition("=")[2] for text in overrides if text.startswith("prompt=")]
     run = run_dir.open_existing(path)
     config = compose.load(run.config, [text for text in overrides if not text.startswith("prompt=")])
+    if config.task.name != "causal_lm":
+        raise ConfigError(
+            f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
+        )
     prepared = prepare(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None, eval_ratio=None)), need_train=False
+        dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None, eval_ratio=None)),
+        need_train=False,
+        trained=run,
     )
     model = load_trained(run, prepared)
     streamer = TextStreamer(prepared.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.data.augment import AugmentConfig
 from lora_lab.data.clean import Language, Step
 from lora_lab.errors import ConfigError
 from lora_lab.schema import describe, keys, repaired, section, validate
@@ -39,19 +40,113 @@ class QuantConfig:
     )
 
 
+TaskName = Literal[
+    "causal_lm",
+    "completion",
+    "masked_lm",
+    "classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "seq2seq",
+    "preference",
+    "reward",
+]
+
+
 @section
 class TaskConfig:
-    """What is learned and how it is measured."""
+    """What is learned and how it is measured. Each option says which tasks know it; elsewhere it is an error."""
 
-    name: Annotated[Literal["causal_lm"], Field(description="objective")] = "causal_lm"
+    name: Annotated[TaskName, Field(description="objective")] = "causal_lm"
+    generate_rows: Annotated[
+        int,
+        Field(ge=0, description="causal_lm, seq2seq: held-out rows whose answers are generated and measured; 0: none"),
+    ] = 0
+    max_new_tokens: Annotated[
+        int, Field(ge=1, description="causal_lm, seq2seq: longest generated answer, in tokens")
+    ] = 128
+    num_beams: Annotated[int, Field(ge=1, le=64, description="causal_lm, seq2seq: beams of the search; 1: greedy")] = 1
+    few_shot: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=64,
+            description="causal_lm, seq2seq: evaluate the base with so many training rows in the prompt too",
+        ),
+    ] = 0
     answer_format: Annotated[
         Literal["text", "json"],
-        Field(description="json: answers are compared as parsed JSON and valid_json is reported"),
+        Field(description="causal_lm: json: answers are compared as parsed JSON and valid_json is reported"),
     ] = "text"
-    generate_rows: Annotated[
-        int, Field(ge=0, description="held-out rows whose answers are generated for exact_match; 0: none")
+    language: Annotated[
+        Literal["en", "zh"],
+        Field(description="causal_lm, seq2seq, question_answering: how generated and found texts are split into words"),
+    ] = "en"
+    prefix: Annotated[str, Field(description="seq2seq: put before every source, such as 'summarize: '")] = ""
+    multi_label: Annotated[bool, Field(description="classification: a row has any number of classes")] = False
+    class_weights: Annotated[
+        Literal["balanced"] | list[Annotated[float, Field(gt=0)]] | None,
+        Field(
+            description="classification, token_classification: weight of each class in the loss, in the order of its "
+            "labels; balanced: inverse to its frequency"
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=0.5,
+            description="causal_lm, seq2seq, classification, token_classification, preference (dpo, simpo): share of "
+            "the target's probability that is spread",
+        ),
+    ] = 0.0
+    mask_probability: Annotated[
+        float, Field(gt=0, lt=1, description="masked_lm: share of the tokens that is to be guessed")
+    ] = 0.15
+    whole_words: Annotated[bool, Field(description="masked_lm: mask all tokens of a word together")] = False
+    pseudo_perplexity_rows: Annotated[
+        int, Field(ge=0, description="masked_lm: held-out rows whose tokens are masked one by one; 0: none")
     ] = 0
-    max_new_tokens: Annotated[int, Field(ge=1, description="longest generated answer, in tokens")] = 128
+    stride: Annotated[
+        int, Field(ge=0, description="question_answering: tokens that two windows of a long context share")
+    ] = 64
+    max_answer_tokens: Annotated[int, Field(ge=1, description="question_answering: longest answer, in tokens")] = 30
+    loss: Annotated[Literal["dpo", "ipo", "simpo", "orpo", "kto"], Field(description="preference: the loss")] = "dpo"
+    beta: Annotated[
+        float, Field(gt=0, description="preference: strength of the reference; orpo: weight of the odds ratio")
+    ] = 0.1
+    gamma: Annotated[float, Field(ge=0, description="preference (simpo): the reward margin that is asked for")] = 0.5
+    desirable_weight: Annotated[float, Field(gt=0, description="preference (kto): weight of good answers")] = 1.0
+    undesirable_weight: Annotated[float, Field(gt=0, description="preference (kto): weight of bad answers")] = 1.0
+
+
+# Which tasks know which option; an option that another task would ignore is an error.
+_GENERATING = ("causal_lm", "seq2seq")
+TASK_OPTIONS: dict[str, tuple[str, ...]] = {
+    "generate_rows": _GENERATING,
+    "max_new_tokens": _GENERATING,
+    "num_beams": _GENERATING,
+    "few_shot": _GENERATING,
+    "answer_format": ("causal_lm",),
+    "language": (*_GENERATING, "question_answering"),
+    "prefix": ("seq2seq",),
+    "multi_label": ("classification",),
+    "class_weights": ("classification", "token_classification"),
+    "label_smoothing": (*_GENERATING, "classification", "token_classification", "preference"),
+    "mask_probability": ("masked_lm",),
+    "whole_words": ("masked_lm",),
+    "pseudo_perplexity_rows": ("masked_lm",),
+    "stride": ("question_answering",),
+    "max_answer_tokens": ("question_answering",),
+    "loss": ("preference",),
+    "beta": ("preference",),
+    "gamma": ("preference",),
+    "desirable_weight": ("preference",),
+    "undesirable_weight": ("preference",),
+}
+# Tasks of language models, whose rows can lie end to end in one forward pass.
+PACKED_TASKS = ("causal_lm", "completion", "preference")
 
 
 FormatName = Literal[
@@ -59,6 +154,8 @@ FormatName = Literal[
     "messages",
     "sharegpt",
     "preference",
+    "feedback_messages",
+    "feedback",
     "prompt_completion",
     "alpaca",
     "question_answering",
@@ -152,6 +249,7 @@ class DataConfig:
         ),
     ] = dataclasses.field(default_factory=list)
     clean_language: Annotated[Language, Field(description="language of stop words and stems")] = "en"
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     max_train_rows: Annotated[int | None, Field(ge=1, description="read only the first so many rows")] = None
     max_eval_rows: Annotated[int | None, Field(ge=1, description="read only the first so many held-out rows")] = None
 
@@ -184,7 +282,26 @@ class TrainConfig:
     micro_batch_size: Annotated[
         int | None, Field(ge=1, description="sequences per forward pass; less needs less memory; null: batch_size")
     ] = None
-    packing: Annotated[bool, Field(description="one padding-free row per micro-batch; false: a forward per row")] = True
+    packing: Annotated[
+        bool | None,
+        Field(
+            description="one padding-free row per micro-batch; false: a forward per row; null: packing where the task can, "
+            "else rows of like length padded together"
+        ),
+    ] = None
+    neftune_alpha: Annotated[
+        float | None,
+        Field(gt=0, description="uniform noise on the embeddings, scaled by alpha/sqrt(T D) (arXiv:2310.05914)"),
+    ] = None
+    fgm_epsilon: Annotated[
+        float | None,
+        Field(
+            gt=0, description="train on adversarially moved embeddings too, by this L2 norm a row (arXiv:1605.07725)"
+        ),
+    ] = None
+    rdrop_alpha: Annotated[
+        float | None, Field(gt=0, description="pull two dropout passes together with this weight (arXiv:2106.14448)")
+    ] = None
     gradient_checkpointing: Annotated[bool, Field(description="recompute activations: slower, far less memory")] = False
     eval_steps: Annotated[
         int | None, Field(ge=1, description="held-out loss every so many steps; null: each epoch")
@@ -320,12 +437,13 @@ def contradictions(config: RunConfig) -> list[str]:
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
             f"the sequences of a whole step. Did you mean train.batch_size={train.micro_batch_size}?"
         )
-    found += _data_contradictions(data)
+    found += _task_contradictions(config) + _data_contradictions(data)
     if data.eval is None and data.eval_ratio is None:
         needs_eval = {
             "train.eval_steps": train.eval_steps,
             "train.early_stopping_patience": train.early_stopping_patience,
             "task.generate_rows": task.generate_rows or None,
+            "task.pseudo_perplexity_rows": task.pseudo_perplexity_rows or None,
             "data.max_eval_rows": data.max_eval_rows,
         }
         found += [
@@ -333,6 +451,67 @@ def contradictions(config: RunConfig) -> list[str]:
             for key, value in needs_eval.items()
             if value is not None
         ]
+    return found
+
+
+def _task_contradictions(config: RunConfig) -> list[str]:
+    task, data, train, found = config.task, config.data, config.train, []
+    for field in dataclasses.fields(task):
+        value, tasks = getattr(task, field.name), TASK_OPTIONS.get(field.name)
+        if tasks is not None and value != field.default and task.name not in tasks:
+            found.append(
+                f"task.{field.name}={value}: no effect with task={task.name}; it is for {', '.join(tasks)}. Drop it."
+            )
+    if task.multi_label and task.class_weights == "balanced":
+        found.append("task.class_weights=balanced: not defined for task.multi_label=true. Give a list, or drop it.")
+    if task.multi_label and task.label_smoothing:
+        found.append("task.label_smoothing: not defined for task.multi_label=true. Drop it.")
+    if task.name == "preference":
+        found += _preference_contradictions(task, train)
+    if task.few_shot and not task.generate_rows:
+        found.append(f"task.few_shot={task.few_shot}: generated answers are compared, so set task.generate_rows too.")
+    if train.packing and task.name not in PACKED_TASKS:
+        found.append(f"train.packing=true: rows of task={task.name} are padded. Leave train.packing out.")
+    if train.packing is False and task.name == "preference":
+        found.append("train.packing=false: task=preference compares the rows of one pass. Leave train.packing out.")
+    if train.rdrop_alpha and task.name in ("preference", "reward", "regression"):
+        found.append(
+            f"train.rdrop_alpha: compares distributions over classes or tokens, and task={task.name} has none."
+        )
+    if task.name not in _CHAT_TASKS:
+        for name in ("supervise", "chat_template_kwargs"):
+            default = next(field.default for field in dataclasses.fields(data) if field.name == name)
+            if getattr(data, name) != default:
+                found.append(f"data.{name}: no effect with task={task.name}, which renders no conversation. Drop it.")
+    if data.augment.methods and task.name not in _AUGMENTED_TASKS:
+        found.append(f"data.augment.methods: would move the labels of task={task.name}. Drop it.")
+    if data.too_long != "error" and task.name in _IN_PIECES:
+        found.append(f"data.too_long: no effect with task={task.name}, which cuts long texts into pieces. Drop it.")
+    if data.too_long == "truncate_prompt" and task.name in _NEVER_CUT:
+        found.append(f"data.too_long=truncate_prompt: rows of task={task.name} are never cut. Use error or drop.")
+    return found
+
+
+_CHAT_TASKS = ("causal_lm", "preference", "reward")
+_AUGMENTED_TASKS = ("causal_lm", "completion", "masked_lm", "classification", "regression", "seq2seq")
+_IN_PIECES = ("completion", "masked_lm")
+_NEVER_CUT = ("token_classification", "question_answering")
+
+
+def _preference_contradictions(task: TaskConfig, train: TrainConfig) -> list[str]:
+    losses = {
+        "gamma": ("simpo",),
+        "label_smoothing": ("dpo", "simpo"),
+        "desirable_weight": ("kto",),
+        "undesirable_weight": ("kto",),
+    }
+    found = []
+    for name, knowing in losses.items():
+        default = next(field.default for field in dataclasses.fields(task) if field.name == name)
+        if getattr(task, name) != default and task.loss not in knowing:
+            found.append(f"task.{name}: no effect with task.loss={task.loss}; it is for {', '.join(knowing)}. Drop it.")
+    if task.loss == "kto" and train.batch_size == 1:
+        found.append("train.batch_size=1: task.loss=kto compares each answer with another row's, so a step needs two.")
     return found
 
 

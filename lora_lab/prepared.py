@@ -6,26 +6,27 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lora_lab import console, tracking
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, check_targets, coverage, skeleton
+from lora_lab.adapters.attach import attach, check_targets, coverage, without_adapter
 from lora_lab.base import load
-from lora_lab.base.load import BaseFiles
+from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
-from lora_lab.errors import DataError
+from lora_lab.errors import ConfigError, DataError
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks import TASKS
-from lora_lab.tasks.causal_lm import Answer, CausalLM
+from lora_lab.tasks.base import Measured, Task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,22 +48,15 @@ class Stages:
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A model's metrics on the held-out rows, and its answers to some of them."""
-
-    metrics: dict[str, float]
-    answers: list[Answer]
-
-
 @dataclasses.dataclass
 class Prepared:
     """A run after everything that can be checked without loading weights; then its model, as long as it is needed."""
 
     config: RunConfig
     base: BaseFiles
+    kind: ModelKind
     encoder: Encoder
-    task: CausalLM
+    task: Task
     train: Dataset | Stream | None
     held_out: Dataset | None
     device: torch.device
@@ -74,18 +68,29 @@ class Prepared:
         """SHA-256 of every data file, by configuration key."""
         return {data.key: data.files for data in (self.train, self.held_out) if data is not None}
 
-    def measure(self, title: str) -> Measured:
-        """Measure the model with its adapter on the held-out rows; `title` is for the progress bar."""
+    def measure(self, title: str, **options: Any) -> Measured:
+        """Measure the model with its adapter on the held-out rows.
+
+        Args:
+            title: for the progress bar.
+            options: of the task's `examine`.
+        """
         model = self.model.eval()
         with self.accelerator.autocast():
-            metrics = self.task.measure(model, self.held_out, self.config.train.packing)
-            answers = self.task.answers(model, self.held_out, title)
-        return Measured({**metrics, **self.task.score(answers)}, answers)
+            found = self.task.measure(model, self.held_out)
+            return found.with_also(self.task.examine(model, self.held_out, title, **options))
 
     def measure_base(self) -> Measured:
         """The same with the adapter switched off."""
-        with self.model.disable_adapter():
+        with without_adapter(self.model):
             return self.measure("base")
+
+    def measure_few_shot(self) -> Measured:
+        """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""
+        places = np.random.default_rng(self.config.seed).permutation(len(self.train))[: self.config.task.few_shot]
+        shots = self.task.shots(self.train, [int(place) for place in places])
+        with without_adapter(self.model), self.accelerator.autocast():
+            return self.task.examine(self.model.eval(), self.held_out, "few-shot", shots=shots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Found:
     """The base model as far as it is known without its weights, and what encodes rows for it."""
 
     base: BaseFiles
+    kind: ModelKind
     model: PreTrainedModel  # on the meta device: shapes only
     targets: list[str]  # layers that will be adapted
     encoder: Encoder
@@ -101,14 +107,29 @@ class Found:
 def find_base(config: RunConfig) -> Found:
     """Find the base, check its files and the adapter's target names, and load its tokenizer."""
     base = load.find(config.model)
-    model = skeleton(base.folder)
-    targets = check_targets(model, config.adapter)
+    task = TASKS[config.task.name]
+    task.check_base(load.model_config(base.folder, load.ModelKind()))
+    tokenizer = load_tokenizer(base.folder, chat=task.encoder_class.chat)
+    kind = task.kind(config, tokenizer, {})
+    model = load.skeleton(base.folder, kind)
+    kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
+    targets = check_targets(model, config.adapter, kind.new_modules)
     _say_too_high_rank(model, targets, config.adapter.r)
-    tokenizer = load_tokenizer(base.folder)
+    _check_dropout(model, config)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    encoder = Encoder(config.data, tokenizer, vocab_size)
-    encoder.template.check_variables()
-    return Found(base, model, targets, encoder)
+    encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
+    if encoder.chat:
+        encoder.template.check_variables()
+    return Found(base, kind, model, targets, encoder)
+
+
+def with_task(config: RunConfig, found: Found, learned: dict[str, Any]) -> tuple[Found, Task]:
+    """The base as the task needs it, now that it is known what the training rows hold."""
+    kind = TASKS[config.task.name].kind(config, found.encoder.tokenizer, learned)
+    kind = dataclasses.replace(kind, new_modules=found.kind.new_modules)
+    model = load.skeleton(found.base.folder, kind)
+    task = TASKS[config.task.name](config, found.encoder, learned, model.config)
+    return dataclasses.replace(found, kind=kind, model=model), task
 
 
 def _say_too_high_rank(model: PreTrainedModel, targets: list[str], r: int) -> None:
@@ -124,8 +145,13 @@ def _say_too_high_rank(model: PreTrainedModel, targets: list[str], r: int) -> No
         )
 
 
-def build_data(config: RunConfig, found: Found, need_train: bool = True) -> build.Data:
-    """Read, encode and check the rows of a run.
+def build_data(
+    config: RunConfig, found: Found, need_train: bool = True, learned: dict[str, Any] | None = None
+) -> tuple[build.Data, Found, Task]:
+    """Read, encode and check the rows of a run, and make the task of what they hold.
+
+    Args:
+        learned: what an adapter remembers of the rows that it was trained on; None: the training rows are looked at.
 
     Raises:
         DataError: rows that cannot be used, a failed check (`data.check=error`), or rows beyond the model's positions.
@@ -135,9 +161,21 @@ def build_data(config: RunConfig, found: Found, need_train: bool = True) -> buil
         if part is not None:
             console.say(part.key.removeprefix("data."), part)
             _check_positions(part, found.model)
-    if config.data.check == "off":
-        return data
-    findings = check.check(data, config.data, found.encoder)
+    if learned is None:
+        learned = TASKS[config.task.name].learn(config, data.train)
+    found, task = with_task(config, found, learned)
+    for part in (data.train, data.held_out):
+        if isinstance(part, Dataset):
+            task.check(part)
+    if config.data.check != "off":
+        _check(data, config, found.encoder)
+    if found.encoder.blocks:
+        data = build.in_blocks(data, config.data.max_tokens)
+    return data, found, task
+
+
+def _check(data: build.Data, config: RunConfig, encoder: Encoder) -> None:
+    findings = check.check(data, config.data, encoder)
     errors = [finding for finding in findings if finding.level == "error"]
     for finding in findings:
         if finding.level != "error" or config.data.check == "warn":
@@ -145,12 +183,24 @@ def build_data(config: RunConfig, found: Found, need_train: bool = True) -> buil
     if errors and config.data.check == "error":
         more = f" ({len(errors) - 1} more errors: lora-lab data shows all.)" if len(errors) > 1 else ""
         raise DataError(f"{errors[0].key}: {errors[0].sentence}{more} To train nevertheless: data.check=warn.")
-    return data
+
+
+def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
+    """R-Drop compares what different dropout makes of a row."""
+    if config.train.rdrop_alpha is None or config.adapter.lora_dropout:
+        return
+    settings = model.config.get_text_config().to_dict()
+    rates = [value for name, value in settings.items() if "drop" in name and isinstance(value, float)]
+    if not any(rates):
+        raise ConfigError(
+            f"train.rdrop_alpha={config.train.rdrop_alpha:g}: nothing is dropped, so both passes are equal. Set "
+            "adapter.lora_dropout=0.1."
+        )
 
 
 def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(data.lengths.max()) if isinstance(data, Dataset) else data.encoder.config.max_tokens
+    longest = data.longest if isinstance(data, Dataset) else data.encoder.config.max_tokens
     if positions is not None and longest > positions:
         raise DataError(
             f"{data.key}: a row has {longest} tokens, and the model has {positions} positions. Set data.max_tokens={positions} "
@@ -158,40 +208,52 @@ def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
         )
 
 
-def prepare(config: RunConfig, need_train: bool = True) -> Prepared:
-    """Find the base, read and encode the data, and check all of it against the configuration; loads no weights."""
+def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None = None) -> Prepared:
+    """Find the base, read and encode the data, and check all of it against the configuration; loads no weights.
+
+    Args:
+        trained: the run whose adapter will be loaded; it remembers what the task learned of its rows.
+    """
     stages = Stages()
     tracking.tracker_name(config.tracker)
     device = load.torch_device(config.hardware)
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
+    learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
         found = find_base(config)
     console.say("base", f"{found.base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
     if found.encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
         console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
     with stages("data"):
-        data = build_data(config, found, need_train)
-    return assemble(config, found, data, device, stages)
+        data, found, task = build_data(config, found, need_train, learned)
+    return assemble(config, found, data, task, device, stages)
 
 
-def assemble(config: RunConfig, found: Found, data: build.Data, device: torch.device, stages: Stages) -> Prepared:
+def assemble(
+    config: RunConfig, found: Found, data: build.Data, task: Task, device: torch.device, stages: Stages
+) -> Prepared:
     """Put together what was found."""
-    task = TASKS[config.task.name](config.task, found.encoder)
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no"
     )
-    return Prepared(config, found.base, found.encoder, task, data.train, data.held_out, device, accelerator, stages)
+    return Prepared(
+        config, found.base, found.kind, found.encoder, task, data.train, data.held_out, device, accelerator, stages
+    )
 
 
 def load_adapted(prepared: Prepared) -> PeftModel:
     """Load the (quantized) base and put a fresh adapter on it; `prepared.model` holds it."""
     config = prepared.config
     with prepared.stages("load_base"):
-        model = load.load_model(prepared.base, config.model.dtype, config.quant, prepared.device)
-        prepared.model = attach(model, config.adapter, ADAPTER, prepared.task.peft_task_type, config.seed)
+        model = load.load_model(
+            prepared.base, prepared.kind, config.model.dtype, config.quant, prepared.device, config.seed
+        )
+        prepared.model = attach(model, config.adapter, ADAPTER, prepared.kind, config.seed)
     console.say("adapter", coverage(prepared.model, ADAPTER))
+    if prepared.kind.new_modules:
+        console.say("head", f"{', '.join(prepared.kind.new_modules)}: trained whole, in float32")
     return prepared.model
 
 

@@ -17,13 +17,14 @@ from lora_lab import compose, console, run_dir, storage
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config import RunConfig
-from lora_lab.data.dataset import first_examples
+from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.errors import ConfigError, Interrupted, MergeError
 from lora_lab.merge import parity
 from lora_lab.merge.merge import merge as merge_adapter
-from lora_lab.prepared import ADAPTER, Measured, Prepared, load_adapted, load_trained, prepare
+from lora_lab.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
 from lora_lab.report import summary
 from lora_lab.run_dir import RunDir
+from lora_lab.tasks.base import Measured
 from lora_lab.train import checkpoint
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import Clock, fit, peak_memory_gib
@@ -77,25 +78,25 @@ def _stoppable(run: RunDir) -> Iterator[None]:
 def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
     """evaluate the base -> fit -> evaluate -> merge -> result.json"""
     config, held_out, stages = prepared.config, prepared.held_out, prepared.stages
-    member = Member(ADAPTER, config, run, prepared.base, prepared.model, prepared.train)
+    member = Member(ADAPTER, config, run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
     console.say("steps", summary.describe_steps(member, config))
     if resume_from is not None:
         checkpoint.restore(member, resume_from)
     member.log.rewind(member.state.step)
 
-    before = after = Measured({}, [])
+    before = after = Measured({})
     if held_out is not None:
         with stages("evaluate_base"):
             before = prepared.measure_base()
     with stages("train"):
         clock = fit([member], prepared.train, held_out, prepared.task, prepared.accelerator)
     with storage.new_folder(run.adapter, {"step": member.state.step, "best_step": member.state.best_step}) as temporary:
-        files.write(temporary, prepared.model, ADAPTER, config, prepared.base)
+        files.write(temporary, prepared.model, ADAPTER, config, prepared.base, prepared.task.learned)
     result = _training_result(member, clock)
     if held_out is not None:
         with stages("evaluate"):
             after = prepared.measure("tuned")
-        console.metrics_table(f"{len(held_out)} held-out rows", {"base": before.metrics, "tuned": after.metrics})
+        _show_measured(held_out, {"base": before, "tuned": after})
 
     merged, refused = None, None
     if "hf" in config.export.targets:
@@ -109,14 +110,14 @@ def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
     result |= {
         "base": before.metrics or None,
         "tuned": after.metrics or None,
+        "details": after.details or None,
         "merge": merged,
         "peak_memory_with_merge_gib": round(peak_memory_gib(), 3),
         "seconds": stages.seconds,
         "versions": run_dir.versions(),
     }
     storage.write_text(run.result, storage.dump_json(result))
-    summary.show_samples(before.answers, after.answers)
-    summary.show_end(run, result)
+    summary.show_end(run, result, config.task.name)
     if refused is not None:
         raise refused
 
@@ -137,23 +138,33 @@ def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
     }
 
 
+def _show_measured(held_out: Dataset, found: dict[str, Measured]) -> None:
+    """Metrics side by side, what does not fit into them, and some answers."""
+    console.metrics_table(f"{len(held_out)} held-out rows", {name: one.metrics for name, one in found.items()})
+    summary.show_details(found["tuned"].details)
+    summary.show_samples({name: one.answers for name, one in found.items()})
+
+
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
     run = run_dir.open_existing(path)
-    prepared = prepare(compose.load(run.config, overrides), need_train=False)
+    config = compose.load(run.config, overrides)
+    prepared = prepare(config, need_train=config.task.few_shot > 0, trained=run)
     if prepared.held_out is None:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
     load_trained(run, prepared)
-    before, after = prepared.measure_base(), prepared.measure("tuned")
-    console.metrics_table(f"{len(prepared.held_out)} held-out rows", {"base": before.metrics, "tuned": after.metrics})
-    summary.show_samples(before.answers, after.answers)
+    found = {"base": prepared.measure_base()}
+    if config.task.few_shot:
+        found[f"{config.task.few_shot}-shot"] = prepared.measure_few_shot()
+    found["tuned"] = prepared.measure("tuned")
+    _show_measured(prepared.held_out, found)
     result = {
         "data": prepared.held_out.files,
         "rows": len(prepared.held_out),
-        "base": before.metrics,
-        "tuned": after.metrics,
+        **{name: one.metrics for name, one in found.items()},
+        "details": found["tuned"].details or None,
     }
     storage.write_text(run.path / "evaluation.json", storage.dump_json(result))
     return result
@@ -164,22 +175,24 @@ def merge(path: str, overrides: list[str]) -> dict[str, Any]:
     run = run_dir.open_existing(path)
     config = compose.load(run.config, overrides)
     with run.locked():
-        prepared = prepare(config, need_train=config.data.eval is None)
+        prepared = prepare(config, need_train=config.data.eval is None, trained=run)
         load_trained(run, prepared)
         rows, trained_logits = _probe(prepared)
         prepared.model = None  # room for the unquantized base
         report = _merge(run, prepared, rows, trained_logits)
-    console.say("merged", f"{run.merged}: AutoModelForCausalLM.from_pretrained({str(run.merged)!r})")
+    console.say("merged", f"{run.merged}: {prepared.kind.auto_class}.from_pretrained({str(run.merged)!r})")
     return report
 
 
-def _probe(prepared: Prepared) -> tuple[parity.Probe, torch.Tensor]:
+def _probe(prepared: Prepared) -> tuple[parity.Probe, list[torch.Tensor]]:
     """The rows that a merge is judged on, and the trained model's logits there."""
     data, count = prepared.held_out or prepared.train, prepared.config.merge.parity_rows
-    rows = parity.probe(first_examples(data, count), count)
+    rows = parity.probe(first_examples(data, count), count, prepared.task)
     with prepared.accelerator.autocast():
         return rows, parity.logits(prepared.model.eval(), rows)
 
 
-def _merge(run: RunDir, prepared: Prepared, rows: parity.Probe, trained_logits: torch.Tensor) -> dict[str, Any]:
-    return merge_adapter(run, prepared.config, prepared.base, prepared.encoder, rows, trained_logits, prepared.device)
+def _merge(run: RunDir, prepared: Prepared, rows: parity.Probe, trained_logits: list[torch.Tensor]) -> dict[str, Any]:
+    return merge_adapter(
+        run, prepared.config, prepared.base, prepared.kind, prepared.encoder, rows, trained_logits, prepared.device
+    )

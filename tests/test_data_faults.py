@@ -73,8 +73,8 @@ FAULTS = [
     ("negative.jsonl", lines({**LABELLED, "label": -1}), [], ["label -1 is negative"]),
     ("named.jsonl", lines({**LABELLED, "label": "bb"}), ["data.label_names=[aa,b]"], ["label 'bb' is not in data.label_names"]),
     ("one_class.jsonl", lines(LABELLED, {"text": "dog", "label": 1}), [], ["all labels are 1: there is nothing to tell apart"]),
-    ("tags.jsonl", lines({"tokens": ["a", "b"], "tags": ["O"]}), [], ["2 tokens and 1 tags"]),
-    ("words.jsonl", lines({"tokens": ["a"], "tags": ["O"]}), [], ["not for task=causal_lm"]),
+    ("tags.jsonl", lines({"tokens": ["a", "b"], "tags": ["O"]}), ["task=token_classification"], ["2 tokens and 1 tags"]),
+    ("words.jsonl", lines({"tokens": ["a"], "tags": ["O"]}), [], ["columns tokens, tags fit no format of this task"]),
     ("span.jsonl", lines({"context": "red cat", "question": "what?", "answers": {"text": ["dog"], "answer_start": [0]}}), [], ["answer 'dog' does not stand at character 0"]),
     ("role.jsonl", lines({"messages": [{**USER, "role": "bot"}, ANSWER]}), [], ["role 'bot' is not one of"]),
     ("order.jsonl", lines({"messages": [USER, USER, ANSWER]}), [], ["message 2: a user message cannot stand after user"]),
@@ -111,7 +111,7 @@ def test_marks_and_line_ends_do_not_matter(content, tmp_path, config_of):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
     config = config_of(f"data.train={file}")
-    [example] = prepared.build_data(config, prepared.find_base(config)).train[0]
+    [example] = prepared.build_data(config, prepared.find_base(config))[0].train[0]
     assert [message["content"] for message in example.messages] == ["red cat", "blue dog"]
 
 
@@ -120,7 +120,7 @@ def test_masked_rows_can_be_dropped_and_are_counted(tmp_path, config_of, capsys)
 
     file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [USER]}, {"messages": [USER, ANSWER]}])
     config = config_of(f"data.train={file}", DROP)
-    data = prepared.build_data(config, prepared.find_base(config)).train
+    data = prepared.build_data(config, prepared.find_base(config))[0].train
     assert (data.rows_used, data.rows_dropped) == (1, {"masked": 1})
     assert "1 used, 1 masked" in capsys.readouterr().out
 
@@ -137,7 +137,7 @@ def test_rows_of_both_sides_are_counted(tmp_path, overrides, capsys, config_of):
         in capsys.readouterr().out
     )
     config = config_of(f"data.train={train}", f"data.eval={held}", "data.shared=drop")
-    data = prepared.build_data(config, prepared.find_base(config)).train
+    data = prepared.build_data(config, prepared.find_base(config))[0].train
     assert (data.rows_used, data.rows_dropped) == (4, {"also held out": 2})
 
 
@@ -211,7 +211,7 @@ def test_end_of_sequence_is_learned_without_a_pad_token(base, tmp_path, config_o
         (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **({"pad_token": pad} if pad else {})}))
         found = prepared.find_base(config_of(f"model.path={folder}"))
         assert found.encoder.tokenizer.pad_token_id == found.encoder.tokenizer.eos_token_id
-        for example in prepared.build_data(config_of(f"model.path={folder}"), found).train:
+        for example in prepared.build_data(config_of(f"model.path={folder}"), found)[0].train:
             assert example.supervised[example.input_ids == found.encoder.tokenizer.eos_token_id][-1]
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from lora_lab import cli, run, storage
 from lora_lab import prepared as stages
-from lora_lab.config import DataConfig, Source
+from lora_lab.config import DataConfig, Source, TaskConfig
 from lora_lab.data import build, chunks, formats, sources, store
+from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.check import check
 from lora_lab.data.dataset import Mixture, Stream
-from lora_lab.data.encode import Encoder
 from lora_lab.errors import DataError, Interrupted
 from lora_lab.train.batches import BatchPlan
 from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
@@ -36,12 +36,12 @@ def tokenizer(tmp_path_factory):
 
 def load(tokenizer, train, **config) -> build.Data:
     config = DataConfig(train=train if isinstance(train, list) else str(train), **config)
-    return build.build(config, Encoder(config, tokenizer))
+    return build.build(config, ChatEncoder(config, TaskConfig(), tokenizer))
 
 
 def contents(data) -> list[str]:
     """What each example was made of, in order."""
-    return [example.conversation for example in data]
+    return [example.content for example in data]
 
 
 # -- sources ------------------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def test_cleaning_changes_prompts_and_leaves_answers(tmp_path, tokenizer):
     data = load(tokenizer, file, clean=["strip_html", "lowercase", "collapse_spaces"])
     [example] = data.train
     assert [message["content"] for message in example.messages] == ["red cat", "<b>DOG</b>"]
-    config = DataConfig(train="-", clean=["lowercase"])
-    assert "red" in Encoder(config, tokenizer).prompt([{"role": "user", "content": "RED"}])  # chat does the same
+    encoder = ChatEncoder(DataConfig(train="-", clean=["lowercase"]), TaskConfig(), tokenizer)
+    assert "red" in encoder.prompt([{"role": "user", "content": "RED"}])  # chat does the same
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_every_change_is_a_miss_and_no_change_a_hit(tmp_path, tokenizer, monkeyp
     options = {"max_tokens": 64}
     assert not load(tokenizer, file, **options).train.cached
     calls = []
-    monkeypatch.setattr(Encoder, "encode", lambda *_: calls.append(1) or pytest.fail("rows were encoded again"))
+    monkeypatch.setattr(ChatEncoder, "encode", lambda *_: calls.append(1) or pytest.fail("rows were encoded again"))
     assert load(tokenizer, file, **options).train.cached
     monkeypatch.undo()
     for change in (
@@ -206,7 +206,7 @@ def test_every_change_is_a_miss_and_no_change_a_hit(tmp_path, tokenizer, monkeyp
     file.write_bytes(content)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert not load(tokenizer, file, **options).train.cached
-    monkeypatch.setattr(store, "code_version", lambda: "other code")
+    monkeypatch.setattr(store, "code_version", lambda _: "other code")
     assert not load(tokenizer, file, **options).train.cached
 
 
@@ -256,9 +256,9 @@ def test_large_files_are_encoded_in_processes_with_the_same_result(tmp_path, tok
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     expected = load(tokenizer, file, unusable="drop").train
     monkeypatch.setattr(chunks, "_PARALLEL_BYTES", 1)
-    monkeypatch.setattr(store, "code_version", lambda: "anew")
+    monkeypatch.setattr(store, "code_version", lambda _: "anew")
     monkeypatch.setattr(chunks.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("encoded in this process"))
+    monkeypatch.setattr(ChatEncoder, "encode", lambda *_: pytest.fail("encoded in this process"))
     data = load(tokenizer, file, unusable="drop").train
     assert not data.cached
     assert data.table.equals(expected.table)
@@ -295,7 +295,7 @@ def test_duplicates_are_counted_or_dropped(tmp_path, tokenizer):
     rows = make_rows(5)
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0], rows[0], rows[3]])
     config = DataConfig(train=str(file))
-    encoder = Encoder(config, tokenizer)
+    encoder = ChatEncoder(config, TaskConfig(), tokenizer)
     [finding] = check(build.build(config, encoder), config, encoder)
     assert (
         "warning: data.train: 3 rows equal an earlier row (rows.jsonl row 6, rows.jsonl row 7, rows.jsonl row 8)"
@@ -364,7 +364,7 @@ def test_a_stream_gives_what_is_stored(tmp_path, tokenizer):
     assert len(stream) == len(stored)
     for i in range(len(stored)):
         [one], [other] = stored[i], stream[i]
-        assert (one.origin, one.conversation) == (other.origin, other.conversation)
+        assert (one.origin, one.content) == (other.origin, other.content)
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
         np.testing.assert_array_equal(one.weights, other.weights)
 
@@ -419,14 +419,14 @@ STREAM_MEMORY = """
 import resource, sys
 from pathlib import Path
 from lora_lab.base.tokenizer import load_tokenizer
-from lora_lab.config import DataConfig
+from lora_lab.config import DataConfig, TaskConfig
 from lora_lab.data import build
-from lora_lab.data.encode import Encoder
+from lora_lab.data.chat import ChatEncoder
 from lora_lab.train.batches import BatchPlan
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = DataConfig(train=sys.argv[1], streaming=True)
-data = build.build(config, Encoder(config, load_tokenizer(Path(sys.argv[2])))).train
+data = build.build(config, ChatEncoder(config, TaskConfig(), load_tokenizer(Path(sys.argv[2])))).train
 plan = BatchPlan(len(data), 4, 4, 0)
 for step in range(50):
     [data[int(i)] for part in plan.step(step) for i in part]
@@ -516,10 +516,10 @@ def test_an_answer_without_an_end_token_is_an_error(tmp_path, tokenizer, monkeyp
     """The masks always close answers, so the check is shown a set whose end tokens are of another tokenizer."""
     file = write_jsonl(tmp_path / "rows.jsonl", make_rows(3))
     config = DataConfig(train=str(file))
-    data = build.build(config, Encoder(config, tokenizer))
+    data = build.build(config, ChatEncoder(config, TaskConfig(), tokenizer))
     other = make_tokenizer(tmp_path / "other", special=("<a>",), bos_token=None, eos_token="<a>")
     other.chat_template = CHATML
-    findings = check(data, config, Encoder(config, other))
+    findings = check(data, config, ChatEncoder(config, TaskConfig(), other))
     assert any("3 examples hold an answer whose end token is not trained on" in str(finding) for finding in findings)
     assert any("prompts differ between training and inference" in str(finding) for finding in findings)
 

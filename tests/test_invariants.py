@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from lora_lab.config import QuantConfig
 from lora_lab.data.collate import pack
 from lora_lab.data.dataset import first_examples
 from lora_lab.train import packing
+from lora_lab.train.batches import plan_of
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit
 from tests.conftest import make_base
@@ -26,6 +28,12 @@ def prepared_and_model(config):
     return prepared, stages.load_adapted(prepared)
 
 
+def member_of(prepared, config, run: run_dir.RunDir | None = None) -> Member:
+    """The model's only member, in a fresh folder unless `run` is given."""
+    run, task = run or run_dir.create(config), prepared.task
+    return Member("default", config, run, prepared.base, prepared.model, prepared.train, task.learned)
+
+
 def adapter_of(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
 
@@ -34,7 +42,7 @@ def train_once(config, tmp_path):
     """Train in a fresh folder; the adapter and the losses of each step."""
     config = dataclasses.replace(config, run_dir=str(tmp_path))
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    member = member_of(prepared, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     return adapter_of(model), [line["loss"] for line in member.log.read() if "loss" in line]
 
@@ -45,15 +53,16 @@ def gradients(config) -> tuple[dict[str, torch.Tensor], float]:
     torch.manual_seed(1)
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.1)
-    plan = Member("default", config, run_dir.RunDir(prepared.base.folder), prepared.base, model, prepared.train).plan
+    plan = plan_of(config, prepared.train)
     chosen = [[prepared.train[i][0] for i in part] for part in plan.step(0)]
     total = sum(int(example.supervised.sum()) for part in chosen for example in part)
     loss = 0.0
-    for part in chosen:
-        for examples in [part] if config.train.packing else [[example] for example in part]:
-            out = prepared.task.loss(model, pack(examples))
-            (out.loss / total).backward()
-            loss += out.loss.item()
+    batches = prepared.task.batches(chosen, np.random.default_rng(0))
+    assert len(batches) == (sum(map(len, chosen)) if config.train.packing is False else len(chosen))
+    for batch in batches:
+        out = prepared.task.loss(model, batch)
+        (out.loss / total).backward()
+        loss += out.loss.item()
     return {name: parameter.grad for name, parameter in trainable(model).items()}, loss / total
 
 
@@ -147,7 +156,7 @@ def reference_losses(config, steps: int) -> list[float]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=round(0.03 * steps), num_training_steps=steps)
-    plan = Member("default", config, run_dir.RunDir(prepared.base.folder), prepared.base, model, prepared.train).plan
+    plan = plan_of(config, prepared.train)
     losses = []
     for step in range(steps):
         rows = [prepared.train[i][0] for part in plan.step(step) for i in part]
@@ -184,17 +193,17 @@ def test_twenty_steps_equal_a_plain_reference_loop(config_of, tmp_path, seed):
 def test_fresh_adapter_changes_nothing_and_covers_all_layers(base, config_of, method):
     files = load.find(config_of().model)
     quant = QuantConfig(method=method, double_quant=method in ("nf4", "fp4"))
-    model = load.load_model(files, "float32", quant, torch.device("cpu"))
+    model = load.load_model(files, load.ModelKind(), "float32", quant, torch.device("cpu"), 0)
     ids = torch.arange(10)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        model = attach(model, config_of().adapter, "default", "CAUSAL_LM", 0).eval()
+        model = attach(model, config_of().adapter, "default", load.ModelKind(), 0).eval()
         after = model(input_ids=ids).logits
     assert torch.equal(before, after)
     where = coverage(model, "default")
     assert (where.matched, where.linear_layers) == (28, 29)
     assert where.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    plain = load.load_model(files, "float32", QuantConfig(), torch.device("cpu"))
+    plain = load.load_model(files, load.ModelKind(), "float32", QuantConfig(), torch.device("cpu"), 0)
     assert where.base_parameters == sum(parameter.numel() for parameter in plain.parameters())
 
 
@@ -209,7 +218,7 @@ def test_quantized_base_is_frozen_to_the_byte(config_of, tmp_path, eval_file, me
     before = {name: tensor.clone() for name, tensor in frozen.items()}
     assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in frozen.values())
     start = adapter_of(model)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    member = member_of(prepared, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     after = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     assert before.keys() == after.keys()
@@ -227,10 +236,12 @@ def test_members_of_a_cohort_train_as_if_alone(config_of, tmp_path, eval_file):
     common = (f"data.eval={eval_file}", "train.epochs=2", "train.eval_steps=3")
     configs = [config_of(*common, *own, f"run_dir={tmp_path}/joint{i}") for i, own in enumerate(settings)]
     prepared = stages.prepare(configs[0])
-    model, members = load.load_model(prepared.base, "float32", QuantConfig(), torch.device("cpu")), []
+    model = load.load_model(prepared.base, prepared.kind, "float32", QuantConfig(), torch.device("cpu"), 0)
+    members = []
     for i, config in enumerate(configs):
-        model = attach(model, config.adapter, f"member{i}", "CAUSAL_LM", config.seed)
-        members.append(Member(f"member{i}", config, run_dir.create(config), prepared.base, model, prepared.train))
+        model = attach(model, config.adapter, f"member{i}", prepared.kind, config.seed)
+        run, learned = run_dir.create(config), prepared.task.learned
+        members.append(Member(f"member{i}", config, run, prepared.base, model, prepared.train, learned))
     fit(members, prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     for i, (config, member) in enumerate(zip(configs, members, strict=True)):
         alone, losses = train_once(config, tmp_path / f"solo{i}")
@@ -247,13 +258,13 @@ def test_early_stopping_and_best_adapter(config_of, tmp_path, eval_file):
         "optim.lr=0.1", "optim.schedule=constant", "optim.max_grad_norm=null", f"run_dir={tmp_path}/r", "optim.warmup_steps=0",
     )  # fmt: skip
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    member = member_of(prepared, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     evals = {line["step"]: line["eval_loss"] for line in member.log.read() if "eval_loss" in line}
     assert member.state.stopped_early
     assert member.state.step == member.state.best_step + 3 < member.total_steps
     assert member.state.best_loss == min(evals.values()) == evals[member.state.best_step]
-    assert prepared.task.measure(model.eval(), prepared.held_out, True)["loss"] == pytest.approx(
+    assert prepared.task.measure(model.eval(), prepared.held_out).metrics["loss"] == pytest.approx(
         member.state.best_loss, rel=1e-6
     )
 
@@ -263,8 +274,8 @@ def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file)
     from lora_lab.train.loop import _load_best
 
     config = config_of(f"data.eval={eval_file}", "train.max_steps=3", "train.eval_steps=1", f"run_dir={tmp_path}/r")
-    prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    prepared, _ = prepared_and_model(config)
+    member = member_of(prepared, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     member.state.best_step, member.state.step = member.state.step, 99
     weights = member.run.checkpoints / f"step-{member.state.best_step}" / "adapter_model.safetensors"
@@ -279,12 +290,12 @@ def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatc
 
     config = config_of(f"run_dir={tmp_path}/r", "train.max_steps=4")
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    member = member_of(prepared, config)
     real, seen = prepared.task.loss, []
 
-    def poisoned(model, batch):
+    def poisoned(model, batch, *more):
         seen.append(adapter_of(model))
-        out = real(model, batch)
+        out = real(model, batch, *more)
         return dataclasses.replace(out, loss=out.loss * float("nan")) if len(seen) == 3 else out
 
     monkeypatch.setattr(prepared.task, "loss", poisoned)
@@ -303,7 +314,7 @@ def test_the_first_module_that_is_not_finite_is_named(config_of, tmp_path):
     )
     prepared, model = prepared_and_model(config)
     model.get_base_model().model.layers[2].mlp.up_proj.weight.data.fill_(1e38)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    member = member_of(prepared, config)
     with pytest.raises(
         TrainingError, match=r"First not finite: the output of model\.layers\.2\.mlp\.\w+ \(float32\) in train"
     ):
@@ -319,11 +330,11 @@ def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
         f"optim={name}", "train.max_steps=5", f"run_dir={tmp_path}/r", "train.save_steps=2", "adapter.r=64"
     )
     prepared, model = prepared_and_model(config)
-    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train)
+    member = member_of(prepared, config)
     fit([member], prepared.train, None, prepared.task, prepared.accelerator)
     finished = adapter_of(model)
     prepared, model = prepared_and_model(config)
-    again = Member("default", config, member.run, prepared.base, model, prepared.train)
+    again = member_of(prepared, config, member.run)
     checkpoint.restore(again, member.run.checkpoints / "step-4")
     fit([again], prepared.train, None, prepared.task, prepared.accelerator)
     assert relative_gap(adapter_of(model), finished) == 0

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_lab.config import DataConfig
-from lora_lab.data.encode import Encoder, Example
+from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.data.chat import ChatEncoder
+from lora_lab.data.encode import Example
 from lora_lab.data.sources import Row
 from tests.conftest import make_tokenizer
 
@@ -36,11 +37,11 @@ def tokenizer_of(name: str):
         )
 
 
-def encoder_of(case: dict) -> Encoder:
+def encoder_of(case: dict) -> ChatEncoder:
     config = DataConfig(
         train="-", supervise=case["supervise"], chat_template_kwargs=case["kwargs"] or None, max_tokens=4096
     )
-    return Encoder(config, tokenizer_of(case["template"]))
+    return ChatEncoder(config, TaskConfig(), tokenizer_of(case["template"]))
 
 
 def encode(case: dict):

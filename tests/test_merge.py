@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_a_refused_merge_keeps_the_trained_run(trained, tmp_path):
 def test_a_merge_that_differs_is_refused_and_not_published(trained, tmp_path, capsys, monkeypatch):
     folder = trained().path
     real = parity.reloaded_logits
-    monkeypatch.setattr(parity, "reloaded_logits", lambda *args: real(*args) * 1.5)
+    monkeypatch.setattr(parity, "reloaded_logits", lambda *args: [row * 1.5 for row in real(*args)])
     assert cli.main(["merge", f"run={folder}", "export.dtype=float32"]) == 4
     message = capsys.readouterr().err
     assert "not published, because max |logit difference|" in message
@@ -129,7 +130,7 @@ def test_checkpoint_that_does_not_load_is_refused(tmp_path, base):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     with pytest.raises(MergeError, match="plain transformers cannot load .*does not load cleanly"):
-        parity.reloaded_logits(broken, Probe([], torch.zeros(0)), torch.device("cpu"))
+        parity.reloaded_logits(broken, "AutoModelForCausalLM", Probe([], [], None), torch.device("cpu"))
 
 
 def gap(**changes) -> parity.Gap:
@@ -155,13 +156,15 @@ def test_each_limit_refuses(arithmetic, trained, dtype, says):
 
 
 def test_compare_measures_what_it_says():
-    rows = parity.Probe([], torch.tensor([0, 1]))
+    targets = [torch.tensor([0]), torch.tensor([1])]  # two rows of one position
+    rows = parity.Probe(targets, [], SimpleNamespace(compared_targets=lambda example: example))
     reference = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    same = parity.compare(reference, reference + 5.0, rows)  # a shift of all logits changes no distribution
+    shifted = reference + 5.0  # a shift of all logits changes no distribution
+    same = parity.compare(reference.split(1), shifted.split(1), rows)
     assert (same.kl, same.top1_agreement, same.max_logit_diff) == (pytest.approx(0, abs=1e-6), 1.0, 5.0)
     other = torch.tensor([[2.0, 0.0, 0.0], [3.0, 1.0, 0.0]])
     p, q = reference.softmax(-1), other.softmax(-1)
-    different = parity.compare(reference, other, rows)
+    different = parity.compare(reference.split(1), other.split(1), rows)
     assert different.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
     assert different.top1_agreement == 0.5
     assert different.loss == pytest.approx(-q.log()[[0, 1], [0, 1]].mean().item(), rel=1e-5)
@@ -193,7 +196,7 @@ def test_serving_the_merged_folder_renders_what_was_trained(trained):
     done = trained("export=merged", "export.dtype=float32")
     tokenizer = AutoTokenizer.from_pretrained(done.merged)
     config = compose.load(done.config)
-    for example in prepared.build_data(config, prepared.find_base(config)).train:
+    for example in prepared.build_data(config, prepared.find_base(config))[0].train:
         ids = tokenizer.apply_chat_template(example.messages[:-1], add_generation_prompt=True, return_dict=True)[
             "input_ids"
         ]

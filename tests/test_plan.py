@@ -13,9 +13,8 @@ from tests.conftest import make_rows, write_jsonl
 
 
 def planned(config):
-    found = stages.find_base(config)
-    data = stages.build_data(config, found)
-    return planning.foresee(config, data.train, data.held_out), data
+    data, _, task = stages.build_data(config, stages.find_base(config))
+    return planning.foresee(config, task, data.train, data.held_out), data
 
 
 @pytest.mark.parametrize(
@@ -39,10 +38,10 @@ def test_steps_tokens_and_rows_are_exact(config_of, tmp_path, more):
     assert work.tokens == result["tokens"]
     assert data.train.rows_read == 37 == data.train.rows_used + sum(data.train.rows_dropped.values())
     longest = int(data.train.lengths.max())
-    if not config.train.packing:
-        assert work.largest.lengths == (longest,)
-        assert work.largest.supervised == int(data.train.supervised[data.train.lengths.argmax()])
-    assert work.largest.tokens >= longest
+    if config.train.packing is False:
+        assert work.largest.lengths == [longest]
+        assert len(work.largest.targets) == int(data.train.supervised.max())
+    assert work.largest.num_tokens >= longest
 
 
 def test_the_largest_micro_batch_is_found(config_of, rows_file):
@@ -53,7 +52,7 @@ def test_the_largest_micro_batch_is_found(config_of, rows_file):
         for step in range(work.steps)
         for part in planning.plan_of(config, data.train).step(step)
     ]
-    assert work.largest.tokens == max(sizes)
+    assert work.largest.num_tokens == max(sizes)
 
 
 def test_a_stream_is_foreseen_from_some_of_its_steps(config_of):

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lora_lab import prepared as stages
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import load
-from lora_lab.data.collate import PackedBatch
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Shape
 from lora_lab.tasks.causal_lm import CausalLM
+from lora_lab.train import regularize
 from lora_lab.train.optim import build_optimizer
 
 SHORT, LONG = Shape((20, 12), 10), Shape((20, 12, 40), 30)
 
 
 def _estimate(config, train=LONG, evaluation=None, device="cpu"):
-    return memory.estimate(config, load.find(config.model), train, evaluation, device)
+    found, task = stages.with_task(config, stages.find_base(config), {})
+    measured = None if evaluation is None else memory.blank(evaluation)
+    return memory.estimate(config, found.base, found.kind, task, memory.blank(train), measured, device)
 
 
 def _real(config):
-    base = load.load_model(load.find(config.model), config.model.dtype, config.quant, torch.device("cpu"))
-    return attach(base, config.adapter, "default", "CAUSAL_LM", config.seed)
+    kind = load.ModelKind()
+    files, device = load.find(config.model), torch.device("cpu")
+    base = load.load_model(files, kind, config.model.dtype, config.quant, device, config.seed)
+    return attach(base, config.adapter, "default", kind, config.seed)
 
 
 @pytest.mark.parametrize(
@@ -55,15 +61,12 @@ def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     config = config_of(f"model.dtype={dtype}")
-    found, model = _estimate(config, device="cuda"), _real(config).train()
-    usage = memory._Usage(memory._MAPPED)
-    row = torch.zeros(1, LONG.tokens, dtype=torch.int64)
-    places = torch.zeros(LONG.supervised, dtype=torch.int64)
-    with usage, memory.packing.segment_attention(model):
-        usage.ignore(memory._tensors(model))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            out = CausalLM.loss(None, model, PackedBatch(row, row, list(LONG.lengths), places, places, None, []))
-        out.loss.backward()
+    found, prepared = _estimate(config, device="cuda"), stages.prepare(config)
+    member = SimpleNamespace(config=config, model=_real(config).train())
+    batch, usage = memory.blank(LONG), memory._Usage(memory._MAPPED)
+    with usage, memory.packing.segment_attention(member.model):
+        usage.ignore(memory._tensors(member.model))
+        regularize.learn(member, prepared.task, batch, batch.weight, prepared.accelerator)
     # a few tables that the real step makes, such as the positions of a rotary embedding, may or may not be cached
     assert found.activations == pytest.approx(usage.heap_peak, rel=0.01)
 
@@ -104,7 +107,11 @@ def test_no_weights_are_needed_or_allocated(config_of, tmp_path):
         vocab_size=128256, dtype="bfloat16",
     ).save_pretrained(tmp_path)  # fmt: skip
     config = config_of("model.dtype=bfloat16", "quant=nf4", "quant.double_quant=false")
-    found = memory.estimate(config, load.BaseFiles("big", tmp_path, ""), Shape((512,), 128), None, "cuda")
+    task = object.__new__(CausalLM)  # there is no tokenizer
+    task.config, task.together = config.task, True
+    batch = memory.blank(Shape((512,), 128))
+    files = load.BaseFiles("big", tmp_path, "")
+    found = memory.estimate(config, files, load.ModelKind(), task, batch, None, "cuda")
     linear = 4 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * (2 * 128256 * 4096 + (2 * 4 + 1) * 4096)  # embedding, head and norms in bfloat16
     assert found.base == linear // 2 + 4 * linear // 64 + rest

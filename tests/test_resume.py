@@ -58,12 +58,12 @@ def stop_at(monkeypatch, micro_batch: int, signum: int = signal.SIGTERM) -> None
     count = {"seen": -1}
     real = CausalLM.loss
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, *more):
         if model.training:
             count["seen"] += 1
             if count["seen"] == micro_batch:
                 os.kill(os.getpid(), signum)
-        return real(self, model, batch)
+        return real(self, model, batch, *more)
 
     monkeypatch.setattr(CausalLM, "loss", loss)
 
@@ -176,7 +176,7 @@ def test_tensors_that_do_not_fit_are_refused(whole, tmp_path, config_of):
     model = run.load_adapted(run.prepare(config_of(*HARD)))
     next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
     with storage.new_folder(tmp_path / "nan") as temporary:
-        files.write(temporary, model, "default", config_of(), find(config_of().model))
+        files.write(temporary, model, "default", config_of(), find(config_of().model), {})
     with pytest.raises(AdapterError, match="NaN or infinity"):
         files.read_into(tmp_path / "nan", model, "default")
     (tmp_path / "nan/manifest.json").unlink()

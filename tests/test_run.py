@@ -18,7 +18,7 @@ from lora_lab.base import load
 from lora_lab.base.resolve import is_hub_id, local_path
 from lora_lab.config import DataConfig, ModelConfig, TaskConfig
 from lora_lab.data import build
-from lora_lab.data.encode import Encoder
+from lora_lab.data.chat import ChatEncoder
 from lora_lab.errors import BaseModelError
 from tests.conftest import make_base, make_tokenizer
 
@@ -96,17 +96,18 @@ def test_chat_cleans_what_is_typed_and_needs_no_rows(overrides, tmp_path, monkey
     assert "red cat" in prompts[0]
 
 
-def test_json_answers_are_compared_as_json(tmp_path):
-    from lora_lab.tasks.causal_lm import Answer, CausalLM
+def test_json_answers_are_compared_as_json(tmp_path, config_of):
+    from lora_lab.tasks.base import Answer
+    from lora_lab.tasks.causal_lm import CausalLM
 
     pairs = [('{"a": 1, "b": 2}', '{"b":2,"a":1}'), ('{"a": 1}', '{"a": 2}'), ('{"a": 1}', "no json"), ("null", "oops")]
     answers = [Answer("q", reference, text) for reference, text in pairs]
-    encoder = Encoder(DataConfig(train="-"), make_tokenizer(tmp_path))
-    assert CausalLM(TaskConfig(answer_format="json"), encoder).score(answers) == {
+    encoder = ChatEncoder(DataConfig(train="-"), TaskConfig(), make_tokenizer(tmp_path))
+    assert CausalLM(config_of("task.answer_format=json"), encoder, {}, None).score(answers) == {
         "exact_match": 0.25,
         "valid_json": 0.5,
     }
-    assert CausalLM(TaskConfig(), encoder).score(answers)["exact_match"] == 0.0
+    assert CausalLM(config_of(), encoder, {}, None).score(answers)["exact_match"] == 0.0
 
 
 def test_names_of_models_and_data(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lora_lab.adapters.lora import LoraAdapter
-from lora_lab.errors import AdapterError, BaseModelError, nearest
+from lora_lab.base.load import ModelKind
+from lora_lab.errors import AdapterError, nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,8 +35,11 @@ class Coverage:
         )
 
 
-def check_targets(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
-    """Check every name in the adapter's settings against the layers of a model without weights (see `skeleton`).
+def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Sequence[str] = ()) -> list[str]:
+    """Check every name in the adapter's settings against the layers of a model without weights.
+
+    Args:
+        new_modules: what is trained whole, and so gets no adapter.
 
     Returns:
         The names of the layers that will be adapted.
@@ -44,7 +49,9 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
             `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches no targeted layer; a layer number that does
             not exist; a tied output head.
     """
-    layers, head = linear_layers(model), model.get_output_embeddings()
+    whole = tuple(f"{name}." for name in new_modules)
+    layers = [name for name in linear_layers(model) if not f"{name}.".startswith(whole)]
+    head = model.get_output_embeddings()
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
         targeted = [name for name in layers if model.get_submodule(name) is not head]
     else:
@@ -60,25 +67,6 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter) -> list[str]:
         if depth is not None and not 0 <= number < depth:
             raise AdapterError(f"adapter.layers_to_transform={number}: the model's layers are 0 to {depth - 1}.")
     return targeted
-
-
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model without its weights.
-
-    Raises:
-        BaseModelError: transformers does not know the architecture as a causal language model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, __version__
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BaseModelError(
-            f"{folder}/config.json: transformers {__version__} cannot build a causal language model from it ({reason})."
-        ) from error
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -121,16 +109,25 @@ def _refuse_tied_head(model: PreTrainedModel, targeted: list[str]) -> None:
             )
 
 
-def attach(model: PreTrainedModel | PeftModel, adapter: LoraAdapter, name: str, task_type: str, seed: int) -> PeftModel:
-    """Add a fresh adapter under `name`; its float32 weights are drawn with `seed`, and only they are trainable.
+def attach(
+    model: PreTrainedModel | PeftModel, adapter: LoraAdapter, name: str, kind: ModelKind, seed: int
+) -> PeftModel:
+    """Add a fresh adapter under `name`; its float32 weights are drawn with `seed`, and only they and a copy of each new
+    module, in float32 too, are trainable.
 
     A fresh adapter leaves the base's outputs unchanged.
     """
     import torch
     from peft import PeftModel, get_peft_model
 
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     torch.manual_seed(seed)
-    config = adapter.peft_config(task_type)
+    config = adapter.peft_config(kind.peft_task_type)
+    if kind.new_modules:
+        if not isinstance(model, PeftModel):
+            config.target_modules = check_targets(base, adapter, kind.new_modules)
+            config.exclude_modules = None
+        config.modules_to_save = list(kind.new_modules)
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -139,7 +136,21 @@ def attach(model: PreTrainedModel | PeftModel, adapter: LoraAdapter, name: str, 
     except (ValueError, NotImplementedError, TypeError) as error:
         raise AdapterError(f"adapter: peft refuses it on this base ({error}).") from error
     model.set_adapter(name)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
     return model
+
+
+@contextlib.contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """Inside the block the model is the base. Unlike peft's own, blocks may lie within each other."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if next(m for m in model.modules() if isinstance(m, BaseTunerLayer)).disable_adapters:
+        yield
+        return
+    with model.disable_adapter():
+        yield
 
 
 def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -154,5 +165,5 @@ def coverage(model: PeftModel, name: str) -> Coverage:
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters]
     own = sum(parameter.numel() for parameter in trainable(model).values())
     _, total = model.get_nb_trainable_parameters()  # counts two weights in each byte of 4-bit storage
-    inner = {n for n in linear_layers(model) if ".lora_" not in n and not n.endswith(".base_layer")}
+    inner = {n for n in linear_layers(model) if not re.search(r"\.lora_|\.base_layer$|\.modules_to_save\.", n)}
     return Coverage(len(adapted), len(inner) + len(adapted), own, total - own)

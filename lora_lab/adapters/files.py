@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__, storage
 from lora_lab.base.load import BaseFiles
@@ -20,8 +20,14 @@ WEIGHTS = "adapter_model.safetensors"
 PROVENANCE = "lora_lab.json"
 
 
-def write(folder: Path, model: PeftModel, name: str, config: RunConfig, base: BaseFiles) -> None:
-    """Write the adapter `name` into an existing (temporary) folder: weights, peft's config, provenance."""
+def write(
+    folder: Path, model: PeftModel, name: str, config: RunConfig, base: BaseFiles, learned: dict[str, Any]
+) -> None:
+    """Write the adapter `name` into an existing (temporary) folder: weights, peft's config, provenance.
+
+    Args:
+        learned: what the task took from the training rows, such as the names of its classes.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -38,9 +44,27 @@ def write(folder: Path, model: PeftModel, name: str, config: RunConfig, base: Ba
     provenance = {
         "lora_lab": __version__,
         "base": {"name": base.name, "fingerprint": base.fingerprint, **dataclasses.asdict(config.quant)},
-        "task": config.task.name,
+        "task": {"name": config.task.name, **learned},
     }
     (folder / PROVENANCE).write_text(storage.dump_json(provenance), encoding="utf-8")
+
+
+def learned(folder: Path) -> dict[str, Any]:
+    """What the task had taken from the training rows when the adapter in `folder` was written.
+
+    Raises:
+        AdapterError: there is no adapter.
+        CheckpointError: the folder does not match its manifest.
+    """
+    task = _provenance(folder)["task"]
+    return {key: value for key, value in task.items() if key != "name"} if isinstance(task, dict) else {}
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no adapter there. Train it first, or finish it with lora-lab resume.")
+    storage.verify(folder)
+    return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
 
 
 def check_base(folder: Path, base: BaseFiles) -> None:
@@ -50,10 +74,7 @@ def check_base(folder: Path, base: BaseFiles) -> None:
         CheckpointError: the folder does not match its manifest.
         AdapterError: it was trained on other weights, even if every shape fits.
     """
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no adapter there. Train it first, or finish it with lora-lab resume.")
-    storage.verify(folder)
-    trained_on = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["base"]
+    trained_on = _provenance(folder)["base"]
     if trained_on["fingerprint"] != base.fingerprint:
         raise AdapterError(
             f"{folder}: trained on {trained_on['name']} (weights {trained_on['fingerprint'][:12]}), and model.path="

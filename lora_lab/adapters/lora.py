@@ -35,8 +35,8 @@ class LoraAdapter:
         bool | Literal["gaussian"], Field(description="true or gaussian: the fresh adapter changes nothing")
     ] = True
 
-    def peft_config(self, task_type: str) -> peft.LoraConfig:
-        """The peft configuration of this adapter; `task_type` is peft's `TaskType` name."""
+    def peft_config(self, task_type: str | None) -> peft.LoraConfig:
+        """The peft configuration of this adapter; `task_type` is peft's `TaskType` name, or None."""
         import peft
 
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "method"}

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_lab.base import gguf, inspect
 from lora_lab.base.fingerprint import fingerprint
-from lora_lab.base.resolve import is_hub_id, local_path
+from lora_lab.base.resolve import download, is_hub_id, local_path
 from lora_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from lora_lab.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKind:
+    """What a task makes of a base: which transformers class, and what of it is new and so trained whole."""
+
+    auto_class: str = "AutoModelForCausalLM"
+    peft_task_type: str | None = "CAUSAL_LM"
+    head: Literal["none", "always", "missing"] = (
+        "none"  # trained: never, always, or where the base has no weights for it
+    )
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of config.json, such as id2label
+    new_modules: tuple[str, ...] = ()  # found by `new_modules`: trained whole, in float32, beside the adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +45,10 @@ def find(model: ModelConfig) -> BaseFiles:
     Raises:
         BaseModelError: not found, not reachable, damaged, or asking for code to be run.
     """
-    folder = _download(model) if is_hub_id(model.path) else local_path(model.path, "model.path", BaseModelError)
+    if is_hub_id(model.path):
+        folder = download(f"model.path={model.path}", model.path, model.revision)
+    else:
+        folder = local_path(model.path, "model.path", BaseModelError)
     if folder.is_file():
         if folder.suffix != ".gguf":
             raise BaseModelError(
@@ -40,21 +56,6 @@ def find(model: ModelConfig) -> BaseFiles:
             )
         folder = gguf.to_safetensors(folder)
     return BaseFiles(model.path, folder, fingerprint(folder, inspect.weight_files(folder)))
-
-
-def _download(model: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BaseModelError(
-            f"model.path={model.path}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason}). "
-            "Check the name and your HF_TOKEN, or give a local folder."
-        ) from error
 
 
 def torch_device(hardware: HardwareConfig) -> torch.device:
@@ -79,31 +80,138 @@ def torch_device(hardware: HardwareConfig) -> torch.device:
     return torch.device(name)
 
 
-def load_model(files: BaseFiles, dtype: str, quant: QuantConfig, device: torch.device) -> PreTrainedModel:
+def skeleton(folder: Path, kind: ModelKind, dtype: str | None = None) -> PreTrainedModel:
+    """The model without its weights, on the meta device.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture as this kind of model.
+    """
+    import torch
+    import transformers
+
+    settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, kind.auto_class).from_config(model_config(folder, kind), **settings)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _cannot_build(folder, kind, error) from error
+
+
+def _cannot_build(folder: Path, kind: ModelKind, error: Exception) -> BaseModelError:
+    from transformers import __version__
+
+    reason = str(error).strip().partition("\n")[0]
+    return BaseModelError(
+        f"{folder}/config.json: transformers {__version__} cannot build {_AS[kind.auto_class]} from it ({reason}). Choose "
+        "another base or task."
+    )
+
+
+_AS = {
+    "AutoModelForCausalLM": "a causal language model",
+    "AutoModelForMaskedLM": "a masked language model",
+    "AutoModelForSequenceClassification": "a classifier of texts",
+    "AutoModelForTokenClassification": "a classifier of tokens",
+    "AutoModelForQuestionAnswering": "a model that finds answers in a context",
+    "AutoModelForSeq2SeqLM": "an encoder-decoder",
+}
+
+
+def model_config(folder: Path, kind: ModelKind) -> PretrainedConfig:
+    """The base's configuration with what the task decides of it.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _cannot_build(folder, kind, error) from error
+    for name, value in kind.settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, ...]:
+    """Names of the modules that are trained whole: the task's head, and parts that the base has no weights for.
+
+    Args:
+        model: see `skeleton`.
+        head: as in `ModelKind`.
+
+    Raises:
+        BaseModelError: the base lacks weights that belong to no head.
+    """
+    prefix = model.base_model_prefix
+    there = {name.removeprefix(f"{prefix}.") for name in _tensor_names(folder)}
+    found = []
+    if head == "always":
+        tops = {name: module for name, module in model.named_children() if name != prefix}
+        found = [name for name, module in tops.items() if any(True for _ in module.parameters())]
+    for name, parameter in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        known = name.removeprefix(f"{prefix}.")
+        legacy = known.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        if known in there or legacy in there or any(name.startswith(f"{top}.") for top in found):
+            continue
+        if (head == "missing" and not any(True for _ in model.get_submodule(module).children())) or (
+            ".pooler." in f".{name}" and head == "always"
+        ):
+            found += [module] if module not in found else []
+        elif not (
+            head == "missing" and own == "bias" and parameter.dim() == 1
+        ):  # a bias alone begins, and stays, at zero
+            return tuple(found)  # loading will say what is missing
+    return tuple(found)
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    names = []
+    for file in inspect.weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            names += tensors.keys()
+    return names
+
+
+def load_model(
+    files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig, device: torch.device, seed: int
+) -> PreTrainedModel:
     """The base model on its device: quantized if asked, in evaluation mode, every parameter frozen.
 
     Args:
         dtype: torch type of everything that is not quantized; also the type that quantized layers compute in.
+        seed: of the weights of new modules.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is missing or new is said below
+    torch.manual_seed(seed)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = getattr(transformers, kind.auto_class).from_pretrained(
             files.folder,
+            config=model_config(files.folder, kind),
             dtype=getattr(torch, dtype),
-            quantization_config=bitsandbytes_config(quant, dtype),
+            quantization_config=bitsandbytes_config(quant, dtype, kind),
             device_map={"": device},
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=kind.head == "always",
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise BaseModelError(
             f"model.path={files.name}: cannot be loaded with quant.method={quant.method} ({error})."
         ) from error
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    absent = sorted(report["missing_keys"]) + sorted(
+        key if isinstance(key, str) else str(key[0]) for key in report["mismatched_keys"]
+    )
+    absent = [name for name in absent if not _is_new(name, kind, model)]
     if absent:
         raise BaseModelError(
             f"model.path={files.name}: no weights for {absent[0]} ({len(absent)} tensors): transformers would fill them "
@@ -117,19 +225,29 @@ def load_model(files: BaseFiles, dtype: str, quant: QuantConfig, device: torch.d
     return model.requires_grad_(False).eval()
 
 
-def bitsandbytes_config(quant: QuantConfig, dtype: str) -> BitsAndBytesConfig | None:
-    """transformers' description of a quantization; None for none."""
+def _is_new(name: str, kind: ModelKind, model: PreTrainedModel) -> bool:
+    """Whether a tensor that the checkpoint lacks is trained, or is a bias of the head that stays at zero."""
+    if any(name.startswith(f"{module}.") for module in kind.new_modules):
+        return True
+    return kind.head == "missing" and name.endswith(".bias") and not model.get_parameter(name).any()
+
+
+def bitsandbytes_config(quant: QuantConfig, dtype: str, kind: ModelKind) -> BitsAndBytesConfig | None:
+    """transformers' description of a quantization, which leaves what is trained whole alone; None for none."""
     import torch
     from transformers import BitsAndBytesConfig
 
     if quant.method == "none":
         return None
+    skipped = quant.skip_modules
+    if kind.new_modules:  # given a list, transformers no longer leaves the output layer alone of itself
+        skipped = [*(["lm_head", "decoder"] if skipped is None else skipped), *kind.new_modules]
     if quant.method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=quant.skip_modules)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.method,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=quant.skip_modules,
+        llm_int8_skip_modules=skipped,
     )

@@ -8,9 +8,10 @@ import os
 import re
 from pathlib import Path
 
-from lora_lab.errors import LoraLabError
+from lora_lab.errors import BaseModelError, LoraLabError
 
 PACKAGE = "package:"
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.txt")  # beside a model's weights
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -23,6 +24,28 @@ def cache_dir() -> Path:
 def is_hub_id(name: str) -> bool:
     """Whether a name can only be a hub id: it looks like `owner/name` and no such path exists."""
     return not name.startswith(PACKAGE) and bool(_HUB_ID.match(name)) and not Path(name).expanduser().exists()
+
+
+def download(key: str, name: str, revision: str | None = None) -> Path:
+    """The folder of a hub model, downloaded unless it is there already: its weights, and what its tokenizer reads.
+
+    Args:
+        key: the configuration key with its value, for messages.
+
+    Raises:
+        BaseModelError: the hub did not give it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *TOKENIZER_FILES]))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseModelError(
+            f"{key}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason}). "
+            "Check the name and your HF_TOKEN, or give a local folder."
+        ) from error
 
 
 def local_path(name: str, key: str, error: type[LoraLabError]) -> Path:

@@ -20,8 +20,8 @@ PLAIN_TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a pad token and a chat template.
+def load_tokenizer(folder: Path, chat: bool = True) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a pad token, and for `chat` with a chat template.
 
     Raises:
         BaseModelError: the folder has no tokenizer, or one that cannot tell where in the text a token lies.
@@ -34,6 +34,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise BaseModelError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"{folder}: its tokenizer gives no character offsets, which exact masks need.")
+    if not chat:
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise BaseModelError(f"{folder}: its tokenizer has neither a padding nor an end-of-sequence token.")
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
     if tokenizer.eos_token_id is None:
         raise BaseModelError(f"{folder}: its tokenizer has no end-of-sequence token, so answers could never end.")
     if tokenizer.pad_token_id is None:

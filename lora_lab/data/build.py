@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora_lab.config import DataConfig, Source
-from lora_lab.data import clean, sources, store
+from lora_lab.data import augment, clean, sources, store
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import ConfigError, DataError
@@ -36,9 +36,10 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
         DataError: a file or rows that cannot be used, or no rows left.
     """
     clean.require(config.clean, config.clean_language)
+    augment.require(config.augment)
     train, held_out = None, None
     if config.eval is not None:
-        held_out = _read("data.eval", config.eval, config.max_eval_rows, encoder, refuse)
+        held_out = _read("data.eval", config.eval, config.max_eval_rows, encoder.for_held_out(), refuse)
     if config.streaming and need_train:
         files = sources.find("data.train", config.train, config.sample_by)
         train = Stream("data.train", files, encoder, _weights(config.train))
@@ -54,6 +55,14 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
             refuse_empty(data)
     _refuse_without_effect(config, [part for part in (train, held_out) if part is not None])
     return Data(train if need_train else None, held_out)
+
+
+def in_blocks(data: Data, max_tokens: int) -> Data:
+    """Short rows put together up to `max_tokens`, where the rows are stored."""
+    train, held_out = (
+        part.in_blocks(max_tokens) if isinstance(part, Dataset) else part for part in (data.train, data.held_out)
+    )
+    return Data(train, held_out)
 
 
 def _refuse_without_effect(config: DataConfig, parts: list[Dataset | Stream]) -> None:
@@ -152,9 +161,10 @@ def split(data: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
             f"data.eval_ratio={ratio:g}: of {data.rows_used} rows, {len(np.unique(data.rows[held]))} would be held out. Both sides "
             "need at least one: change the ratio or add rows."
         )
+    original = data.table.column("copy").to_numpy()[data.chosen] == 0
     sides = []
-    for key, mask in (("data.train", ~held), ("data.eval", held)):
-        others = len(np.unique(data.rows[~mask]))
+    for key, mask in (("data.train", ~held), ("data.eval", held & original)):
+        others = len(np.unique(data.rows)) - len(np.unique(data.rows[mask]))
         sides.append(dataclasses.replace(data.only(mask), key=key, other_side=others))
     return sides[0], dataclasses.replace(sides[1], weights=None)
 

@@ -40,11 +40,12 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             if not len(part):
                 findings.append(Finding("error", part.key, f"none of the {part.rows_read} rows is left to train on."))
             else:
-                for one in (_ends, _prompts, _repeated, _labels, _special_texts, _tools):
+                for one in (_repeated, _labels, *((_ends, _prompts, _special_texts, _tools) if encoder.chat else ())):
                     findings += one(part, encoder)
     if isinstance(data.train, Dataset) and data.held_out is not None:
         findings += _shared(data.train, data.held_out)
-    findings += _template(encoder, config)
+    if encoder.chat:
+        findings += _template(encoder, config)
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))
 
 
@@ -61,7 +62,8 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
     found += [Finding("note", data.key, f"{count} rows dropped: {why}.") for why, count in data.dropped.items()]
     for attribute, meaning in {
         "truncated": "prompts cut to data.max_tokens (data.too_long=truncate_prompt)",
-        "split": "conversations trained as several examples, because the template rewrites earlier turns or ends no answer",
+        "split": "rows become several examples: conversations whose template rewrites earlier turns or ends no answer, long "
+        "texts in pieces, pairs that are judged apart",
         "bordered": "rows whose prompt and answer are tokenized apart, as inference sees them",
     }.items():
         count = sum(getattr(report, attribute) for report in data.reports)
@@ -144,7 +146,7 @@ def _shared(train: Dataset, held_out: Dataset) -> list[Finding]:
 
 
 def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
-    if not all(report.format in _OF_CLASSES for report in data.reports):
+    if encoder.task.name == "regression" or not all(report.format in _OF_CLASSES for report in data.reports):
         return []
     counts = label_counts(data.reports)
     found = []
@@ -187,7 +189,7 @@ def _special_texts(data: Dataset, encoder: Encoder) -> list[Finding]:
 
 def _holds(data: Dataset, text: str) -> np.ndarray:
     """[lines of the table] bool: the conversation holds the text somewhere."""
-    return pc.match_substring(data.table.column("conversation"), text).to_numpy()
+    return pc.match_substring(data.table.column("content"), text).to_numpy()
 
 
 def _tools(data: Dataset, encoder: Encoder) -> list[Finding]:

@@ -32,9 +32,15 @@ SCHEMA = pa.schema(
         "digest": pa.uint64(),  # of the row's content
         "input_ids": pa.list_(pa.int32()),
         "spans": pa.list_(pa.float64()),  # start, end, weight of each run of supervised tokens
-        "supervised": pa.int32(),  # how many tokens are
+        "length": pa.int32(),  # tokens that the model reads
+        "supervised": pa.int32(),  # how many things are learned from it
         "origin": pa.string(),
-        "conversation": pa.string(),
+        "content": pa.string(),
+        "labels": pa.list_(pa.string()),
+        "pair_start": pa.int32(),
+        "second_ids": pa.list_(pa.int32()),
+        "second_spans": pa.list_(pa.float64()),
+        "copy": pa.int8(),
         "stratum": pa.string(),  # value of the column data.stratify
     }
 )
@@ -49,8 +55,9 @@ class Report:
     rows: int = 0
     used: int = 0
     truncated: int = 0  # of the used
-    split: int = 0  # of the used: conversations that became several examples
+    split: int = 0  # of the used: rows that became several examples
     bordered: int = 0  # of the used: prompt and answer tokenized apart
+    copies: int = 0  # examples that are changed copies of others (data.augment)
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # kind of problem -> rows
     sentences: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # kind -> the first few, with their rows
     labels: dict[str, int] = dataclasses.field(default_factory=dict)  # label -> rows (or words)
@@ -66,15 +73,17 @@ class Report:
             return
         self.used += 1
         self.truncated += outcome.truncated
-        self.split += len(outcome.examples) > 1
+        self.copies += sum(example.copy > 0 for example in outcome.examples)
+        self.split += sum(example.copy == 0 for example in outcome.examples) > 1
         self.bordered += outcome.cut_at_border
         for label in outcome.label if isinstance(outcome.label, list) else [outcome.label]:
-            if label is not None and (str(label) in self.labels or len(self.labels) < _LABELS):
-                self.labels[str(label)] = self.labels.get(str(label), 0) + 1
+            name = str(label)
+            if isinstance(label, (str, int, float)) and (name in self.labels or len(self.labels) < _LABELS):
+                self.labels[name] = self.labels.get(name, 0) + 1
 
     def absorb(self, later: Report) -> None:
         """Count the rows that another report, of later rows of the file, has counted."""
-        for name in ("rows", "used", "truncated", "split", "bordered"):
+        for name in ("rows", "used", "truncated", "split", "bordered", "copies"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         for kind, count in later.dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count
@@ -94,7 +103,7 @@ def encoded(
         mark = _Percent(progress, size)
         rows = itertools.islice(file.rows(mark), limit)
         chunks = iter(lambda: [sources.renamed(row, mapping) for row in itertools.islice(rows, _CHUNK_ROWS)], [])
-        parallel = limit is None and size >= _PARALLEL_BYTES and (os.cpu_count() or 1) > 1
+        parallel = limit is None and encoder.augmenter is None and size >= _PARALLEL_BYTES and (os.cpu_count() or 1) > 1
         for found in (_in_processes if parallel else _here)(chunks, encoder, file.name, format_name):
             mark.rows += found[1].rows
             yield found
@@ -117,7 +126,7 @@ def _in_processes(chunks: Iterator[list[Row]], encoder: Encoder, name: str, form
     """The same, a process on each core; results come in order, and the file is never read far ahead."""
     workers = os.cpu_count()
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's locked threads
-    setting = (encoder.config, encoder.tokenizer, encoder.vocab_size)
+    setting = (type(encoder), encoder.config, encoder.task, encoder.tokenizer, encoder.vocab_size)
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, setting) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for rows in chunks:
@@ -130,11 +139,11 @@ def _in_processes(chunks: Iterator[list[Row]], encoder: Encoder, name: str, form
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _start_worker(config: DataConfig, tokenizer: Any, vocab_size: int | None) -> None:
+def _start_worker(kind: type[Encoder], *setting: Any) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker for each core
-    _encoder = Encoder(config, tokenizer, vocab_size)
+    _encoder = kind(*setting)
 
 
 def _encode_in_worker(rows: list[Row], name: str, format_name: str) -> tuple[pa.RecordBatch, Report]:
@@ -169,9 +178,15 @@ def _batch(rows: list[Row], outcomes: list[Outcome], stratum: str | None) -> pa.
             "digest": outcome.digest,
             "input_ids": example.input_ids,
             "spans": _spans(example.weights),
-            "supervised": int((example.weights > 0).sum()),
+            "length": example.num_tokens,
+            "supervised": example.num_items,
             "origin": example.origin,
-            "conversation": example.conversation,
+            "content": example.content,
+            "labels": example.labels,
+            "pair_start": example.pair_start,
+            "second_ids": example.second_ids,
+            "second_spans": None if example.second_weights is None else _spans(example.second_weights),
+            "copy": example.copy,
             "stratum": None if stratum is None else str(row.values.get(stratum)),
         }
         for row, outcome in zip(rows, outcomes, strict=True)

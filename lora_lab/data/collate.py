@@ -1,4 +1,5 @@
-"""Lay examples end to end: one padding-free row in which each example keeps its own positions and attention."""
+"""Put examples together: end to end in one padding-free row where each keeps its own positions and attention, or as rows
+padded to the length of the longest."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     from lora_lab.data.encode import Example
@@ -27,6 +29,63 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of its items."""
+        return weight_of(self)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return _moved(self, device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PaddedBatch:
+    """`B` rows padded on the right to `T` tokens, with `S` things to learn."""
+
+    inputs: dict[str, torch.Tensor]  # what the model is called with: [B, T] int64 each
+    lengths: list[int]  # tokens of each row, padding not counted
+    places: tuple[torch.Tensor, torch.Tensor] | None  # row and token of each item, [S] int64 each; None: an item a row
+    targets: torch.Tensor  # [S] int64, or float32 for numbers
+    weights: torch.Tensor | None  # [S] float32: how much each counts in the loss; None: all one
+    origins: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of its items."""
+        return weight_of(self)
+
+    def to(self, device: torch.device | str) -> PaddedBatch:
+        return _moved(self, device)
+
+
+Batch = PackedBatch | PaddedBatch
+
+
+def weight_of(batch: Batch) -> float:
+    """Sum of the weights of a batch's items."""
+    return float(len(batch.targets)) if batch.weights is None else float(batch.weights.sum())
+
+
+def _moved(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with all of its tensors on a device."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return dataclasses.replace(
+        batch,
+        **{name: tree_map_only(torch.Tensor, lambda t: t.to(device), value) for name, value in values.items()},
+    )
+
+
+def pad(rows: list[np.ndarray], fill: int) -> torch.Tensor:
+    """[B, T] int64: rows of unlike length, filled up on the right."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def pack(examples: list[Example], device: torch.device | str = "cpu") -> PackedBatch:

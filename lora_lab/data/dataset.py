@@ -42,31 +42,72 @@ class Dataset:
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # rows left out after encoding: policy -> rows
     other_side: int = 0  # rows that a split put on the other side
     cached: bool = False
+    starts: np.ndarray | None = None  # [items + 1] where in `chosen` each item begins; None: each example is an item
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.chosen) if self.starts is None else len(self.starts) - 1
 
     def __getitem__(self, index: int) -> list[Example]:
-        """The examples of item `index`: here always one."""
-        return [store.example(self.table, int(self.chosen[index]))]
+        """The examples of item `index`: one, unless it is a block of several."""
+        first, last = (index, index + 1) if self.starts is None else self.starts[index : index + 2]
+        return [store.example(self.table, int(line)) for line in self.chosen[first:last]]
 
     def __iter__(self) -> Iterator[Example]:
-        return (self[i][0] for i in range(len(self)))
+        return (example for i in range(len(self)) for example in self[i])
+
+    def _of_items(self, values: np.ndarray) -> np.ndarray:
+        return values if self.starts is None else np.add.reduceat(values, self.starts[:-1])
 
     @property
     def lengths(self) -> np.ndarray:
-        """[n] tokens of each example."""
-        return pa.compute.list_value_length(self.table.column("input_ids")).to_numpy()[self.chosen]
+        """[n] tokens of each item."""
+        return self._of_items(self.table.column("length").to_numpy()[self.chosen])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a model reads at once."""
+        columns = (self.table.column(name).take(pa.array(self.chosen)) for name in ("input_ids", "second_ids"))
+        return max(pyarrow.compute.max(pa.compute.list_value_length(column)).as_py() or 0 for column in columns)
 
     @property
     def supervised(self) -> np.ndarray:
-        """[n] supervised tokens of each example."""
-        return self.table.column("supervised").to_numpy()[self.chosen]
+        """[n] how many things are learned from each item: tokens, or rows as a whole."""
+        return self._of_items(self.table.column("supervised").to_numpy()[self.chosen])
 
     @property
     def digests(self) -> np.ndarray:
         """[n] uint64, equal for examples of equal rows."""
         return self.table.column("digest").to_numpy()[self.chosen]
+
+    @property
+    def labels(self) -> list[str]:
+        """All labels of the rows, sorted."""
+        return sorted(self.label_counts)
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """How often each label occurs."""
+        counts = pyarrow.compute.value_counts(pyarrow.compute.list_flatten(self._labels)).to_pylist()
+        return {count["values"]: count["counts"] for count in counts}
+
+    @property
+    def _labels(self) -> pa.ChunkedArray:
+        return self.table.column("labels").take(pa.array(self.chosen))
+
+    def origin_of(self, label: str) -> str:
+        """File and row of the first example with a label."""
+        place = next(i for i, labels in enumerate(self._labels) if label in labels.as_py())
+        return self.table.column("origin")[int(self.chosen[place])].as_py()
+
+    def in_blocks(self, max_tokens: int) -> Dataset:
+        """The same with neighbouring examples of one source put together as items of at most so many tokens."""
+        lengths, starts, room, source = self.lengths, [], 0, None
+        for place, size in enumerate(lengths):
+            if size > room or self.source_of[place] != source:
+                starts.append(place)
+                room, source = max_tokens, self.source_of[place]
+            room -= int(size)
+        return dataclasses.replace(self, starts=np.array([*starts, len(lengths)]))
 
     @property
     def formats(self) -> list[str]:
@@ -103,7 +144,8 @@ class Dataset:
     @property
     def mixture(self) -> Mixture | None:
         """How many examples of each source an epoch of as many examples as there are holds; None: all, once."""
-        return _mixture(np.bincount(self.source_of, minlength=len(self.weights or [])), self.weights)
+        sources = self.source_of if self.starts is None else self.source_of[self.starts[:-1]]
+        return _mixture(np.bincount(sources, minlength=len(self.weights or [])), self.weights)
 
     def only(self, keep: np.ndarray) -> Dataset:
         """The same with some of the examples; `keep` is [n] bool."""
@@ -115,11 +157,15 @@ class Dataset:
         dropped = "".join(f", {count} {kind}" for kind, count in self.rows_dropped.items()) or ", none dropped"
         truncated = sum(report.truncated for report in self.reports)
         split = sum(report.split for report in self.reports)
+        copies = int((self.table.column("copy").to_numpy()[self.chosen] > 0).sum())
         return (
             f"{self.rows_read} rows read as {formats}: {self.rows_used} used{dropped}"
             + (f", {truncated} prompts truncated" if truncated else "")
-            + (f", {split} conversations as several examples ({len(self)} in all)" if split else "")
-            + f"; {lengths.sum():,} tokens, longest {lengths.max()}, {100 * supervised / lengths.sum():.0f} % supervised"
+            + (f", {split} of them as several examples" if split else "")
+            + (f", {copies} changed copies added" if copies else "")
+            + (f" ({len(self)} examples in all)" if split or copies else "")
+            + f"; {lengths.sum():,} tokens, longest {lengths.max()}"
+            + (f", {100 * supervised / lengths.sum():.0f} % supervised" if supervised > len(self) else "")
             + (" (encoded before)" if self.cached else "")
         )
 
@@ -162,7 +208,7 @@ class Stream:
                     "Convert or unpack it, or set data.streaming=false (rows are then encoded once, onto the disk)."
                 )
         self.key, self.inputs, self.encoder, self.weights = key, files, encoder, weights
-        self.formats = [store.format_of(file, encoder.config) for file in files]
+        self.formats = [store.format_of(file, encoder) for file in files]
         self.files = {str(file.path): file.digest() for file in files}
         self._starts = [_line_starts(file) for file in files]
         self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])

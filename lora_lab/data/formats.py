@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from lora_lab.errors import DataError, nearest
 
 Message = dict[str, Any]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_NOT_NUMBERS = (float("inf"), float("-inf"))
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "model": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "developer": "developer",
@@ -28,18 +30,26 @@ class RowError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One row in its canonical form. Exactly one of `messages`, `text` and `tokens` is set."""
+    """One row in its canonical form.
+
+    Rows of most formats can be seen in two ways, and hold both: as a conversation (`messages`) that a language model
+    continues, and as texts with what is to be found out about them.
+    """
 
     messages: list[Message] | None = None  # a conversation; the assistant's turns are what is learned
     tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions that the conversation may call
-    text: str | None = None  # plain text
+    rejected: list[Message] | None = None  # the conversation with the worse answer
+    text: str | None = None  # a text; of a question about a context, the question
+    pair: str | None = None  # a second text; of a question, the context
+    target: str | None = None  # the text to be made of `text`
     tokens: list[str] | None = None  # words with one label each
-    label: Any = None  # of a labelled row: a class, a number, or a list of tags
+    label: Any = (
+        None  # a class, several, a number, a tag for each word, the answers' (text, start), or good (True) or bad
+    )
 
     def canonical(self) -> str:
         """The same text for the same content, to find equal rows."""
-        fields = [self.messages, self.tools, self.text, self.tokens, self.label]
-        return json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True, default=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +104,20 @@ def _prompt_completion(values: dict[str, Any], _: Any = None) -> Record:
 
 
 def _preference(values: dict[str, Any], _: Any = None) -> Record:
-    """The chosen answer; what is done with the rejected one is for a task that compares."""
+    """Two answers to one prompt, the first of them better."""
     if not isinstance(values["rejected"], (str, list)):
         raise RowError("not text", f"'rejected' must be text or messages, not {_shown(values['rejected'])}.")
-    return _answered(values["prompt"], values["chosen"], values)
+    better = _answered(values["prompt"], values["chosen"], values)
+    worse = _answered(values["prompt"], values["rejected"], values)
+    return dataclasses.replace(better, rejected=worse.messages)
+
+
+def _feedback(values: dict[str, Any], _: Any = None) -> Record:
+    """One answer and whether it is good."""
+    if not isinstance(values["label"], bool) and values["label"] not in (0, 1):
+        raise RowError("label", f"label {_shown(values['label'])} is neither true (a good answer) nor false.")
+    record = _messages(values) if "messages" in values else _prompt_completion(values)
+    return dataclasses.replace(record, label=bool(values["label"]))
 
 
 def _answered(prompt: Any, answer: Any, values: dict[str, Any]) -> Record:
@@ -107,7 +127,8 @@ def _answered(prompt: Any, answer: Any, values: dict[str, Any]) -> Record:
     turns = [part for pair in history for part in pair] if isinstance(history, list) else []
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*turns, prompt, answer])]
-    return _conversation(messages, values.get("tools"), values.get("system"))
+    record = _conversation(messages, values.get("tools"), values.get("system"))
+    return record if turns else dataclasses.replace(record, text=prompt, target=answer)
 
 
 def _alpaca(values: dict[str, Any], _: Any = None) -> Record:
@@ -127,11 +148,20 @@ def _question_answering(values: dict[str, Any], _: Any = None) -> Record:
     texts, starts = (value if isinstance(value, list) else [value] for value in (texts, starts or []))
     if not texts or not all(isinstance(text, str) for text in texts):
         raise RowError("not text", f"'answers' must hold at least one text, not {_shown(values['answers'])}.")
+    if starts and (len(starts) != len(texts) or not all(isinstance(start, int) for start in starts)):
+        raise RowError(
+            "label", f"'answers' has {len(texts)} texts and the starts {_shown(starts)}: each text needs one."
+        )
     for text, start in zip(texts, starts, strict=False):
-        if isinstance(start, int) and context[start : start + len(text)] != text:
-            raise RowError("label", f"answer {text!r} does not stand at character {start} of the context.")
+        if start < 0 or context[start : start + len(text)] != text:
+            raise RowError("label", f"answer {_shown(text)} does not stand at character {start} of the context.")
     record = _answered(f"{context}\n\n{question}", texts[0], {})
-    return dataclasses.replace(record, label=None)
+    spans = (
+        [[text, start] for text, start in zip(texts, starts, strict=True)]
+        if starts
+        else [[text, None] for text in texts]
+    )
+    return dataclasses.replace(record, text=question, pair=context, label=spans)
 
 
 def _source_target(values: dict[str, Any], _: Any = None) -> Record:
@@ -139,32 +169,62 @@ def _source_target(values: dict[str, Any], _: Any = None) -> Record:
 
 
 def _text_label(values: dict[str, Any], names: Sequence[str] | None = None) -> Record:
-    return _labelled(_text(values, "text"), values["label"], names)
+    return _labelled(_text(values, "text"), None, values["label"], names)
 
 
 def _pair_label(values: dict[str, Any], names: Sequence[str] | None = None) -> Record:
-    return _labelled(f"{_text(values, 'text')}\n\n{_text(values, 'text_pair')}", values["label"], names)
+    return _labelled(_text(values, "text"), _text(values, "text_pair"), values["label"], names)
 
 
-def _labelled(text: str, label: Any, names: Sequence[str] | None) -> Record:
-    """The class name is the answer, so that a language model can learn it."""
-    if isinstance(label, bool) or not isinstance(label, (int, float, str)) or label != label or label == "":
+def _labelled(text: str, pair: str | None, given: Any, names: Sequence[str] | None) -> Record:
+    """A label, or a list of them. Its name is the answer, so that a language model can learn it as well."""
+    if isinstance(given, str) and given.startswith("["):  # a list in a CSV file
+        with contextlib.suppress(ValueError):
+            given = json.loads(given)
+    labels = [_class(label, names) for label in (given if isinstance(given, list) else [given])]
+    if len(set(map(str, labels))) < len(labels):
+        raise RowError("label", f"label {_shown(given)} names a class twice.")
+    answer = ", ".join(map(str, labels)) or "none"
+    record = _answered(text if pair is None else f"{text}\n\n{pair}", answer, {})
+    label = labels if isinstance(given, list) else labels[0]
+    return dataclasses.replace(record, text=text, pair=pair, target=None, label=label)
+
+
+def _class(label: Any, names: Sequence[str] | None) -> str | int | float:
+    """A label, checked; with `data.label_names` always one of these."""
+    if (
+        isinstance(label, bool)
+        or not isinstance(label, (int, float, str))
+        or label == ""
+        or label in _NOT_NUMBERS
+        or label != label
+    ):
         raise RowError("label", f"label {_shown(label)} is neither a class nor a number.")
-    if names is not None:
-        label = int(label) if isinstance(label, str) and label.isdecimal() else label
-        if isinstance(label, str) and label not in names:
-            raise RowError(
-                "label", f"label {label!r} is not in data.label_names ({', '.join(names)}).{nearest(label, names)}"
-            )
-        if not isinstance(label, str) and (label != int(label) or not 0 <= label < len(names)):
-            raise RowError(
-                "label", f"label {label!r} is out of range: data.label_names has classes 0 to {len(names) - 1}."
-            )
-        label = label if isinstance(label, str) else names[int(label)]
-    elif isinstance(label, int) and label < 0:
-        raise RowError("label", f"label {label} is negative; classes count from 0.")
-    record = _answered(text, str(label), {})
-    return dataclasses.replace(record, label=label)
+    if names is None:
+        return label
+    label = int(label) if isinstance(label, str) and label.isdecimal() and label not in names else label
+    if isinstance(label, str) and label not in names:
+        raise RowError(
+            "label", f"label {label!r} is not in data.label_names ({', '.join(names)}).{nearest(label, names)}"
+        )
+    if not isinstance(label, str) and (label != int(label) or not 0 <= label < len(names)):
+        raise RowError("label", f"label {label!r} is out of range: data.label_names has classes 0 to {len(names) - 1}.")
+    return label if isinstance(label, str) else names[int(label)]
+
+
+def class_name(label: Any) -> str:
+    """The name of a class.
+
+    Raises:
+        RowError: a number that cannot count classes.
+    """
+    if isinstance(label, float) and label != int(label):
+        raise RowError(
+            "label", f"label {label!r} is a number between two classes. For numbers there is task=regression."
+        )
+    if isinstance(label, (int, float)) and label < 0:
+        raise RowError("label", f"label {label!r} is negative; classes count from 0.")
+    return label if isinstance(label, str) else str(int(label))
 
 
 def _token_labels(values: dict[str, Any], names: Sequence[str] | None = None) -> Record:
@@ -199,6 +259,8 @@ FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), _messages),
     "sharegpt": Format(("conversations",), _sharegpt),
     "preference": Format(("prompt", "chosen", "rejected"), _preference),
+    "feedback_messages": Format(("messages", "label"), _feedback),
+    "feedback": Format(("prompt", "completion", "label"), _feedback),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion),
     "alpaca": Format(("instruction", "output"), _alpaca),
     "question_answering": Format(("question", "context", "answers"), _question_answering),
@@ -210,19 +272,26 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def detect(origin: str, columns: Sequence[str], name: str) -> str:
+def detect(origin: str, columns: Sequence[str], name: str, of_task: Sequence[str] = tuple(FORMATS)) -> str:
     """The format of rows with these columns; `name` is what the user asked for (`auto`: whichever fits).
 
+    Args:
+        of_task: names of the formats that the task can learn from.
+
     Raises:
-        DataError: a named format lacks columns, or `auto` recognizes none; present columns are listed.
+        DataError: a named format lacks columns or is not for the task, or `auto` recognizes none; present columns are listed.
     """
     there = ", ".join(columns) or "none"
     if name == "auto":
         for candidate, known in FORMATS.items():
-            if set(known.columns) <= set(columns):
+            if candidate in of_task and set(known.columns) <= set(columns):
                 return candidate
-        formats = "; ".join(f"{name}: {', '.join(known.columns)}" for name, known in FORMATS.items())
-        raise DataError(f"{origin}: columns {there} fit no format. Map them with data.columns to one of: {formats}.")
+        formats = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in of_task)
+        raise DataError(
+            f"{origin}: columns {there} fit no format of this task. Map them with data.columns to one of: {formats}."
+        )
+    if name not in of_task:
+        raise DataError(f"{origin}: data.format={name} is not for this task, which reads {', '.join(of_task)}.")
     missing = [column for column in FORMATS[name].columns if column not in columns]
     if missing:
         raise DataError(

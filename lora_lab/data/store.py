@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import shutil
@@ -32,6 +33,7 @@ from lora_lab.errors import CheckpointError, DataError
 
 _LOOK_ROWS = 100  # whose columns decide the format
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
+_FIELDS = ("input_ids", "spans", "origin", "content", "labels", "pair_start", "second_ids", "second_spans", "copy")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 # Options that choose among encoded rows, or decide what is said of them, and so do not change an encoded row.
 _NOT_ENCODING = (
@@ -50,12 +52,13 @@ class Entry:
     cached: bool  # it was there already
 
 
-def format_of(file: DataFile | HubData, config: DataConfig) -> str:
+def format_of(file: DataFile | HubData, encoder: Encoder) -> str:
     """The format of a file's rows, by the columns of the first of them.
 
     Raises:
         DataError: no rows at all, columns that fit no format, or `data.columns` names one that is not there.
     """
+    config = encoder.config
     first = list(itertools.islice(file.rows(), _LOOK_ROWS))
     if not first:
         raise DataError(f"{file.key}={file.path}: no rows. Name a file with at least one row.")
@@ -77,7 +80,7 @@ def format_of(file: DataFile | HubData, config: DataConfig) -> str:
             f"{file.key}={file.path}: data.stratify={config.stratify}: no such column. The file has {', '.join(columns)}."
             f"{formats.nearest(config.stratify, columns)}"
         )
-    return formats.detect(f"{file.key}={file.path}", columns, file.source.format or config.format)
+    return formats.detect(f"{file.key}={file.path}", columns, file.source.format or config.format, encoder.formats)
 
 
 def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = None, refuse: bool = True) -> Entry:
@@ -90,7 +93,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
     Raises:
         DataError: the file as a whole cannot be used, or with `refuse`, a row.
     """
-    format_name = format_of(file, encoder.config)
+    format_name = format_of(file, encoder)
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
     try:
@@ -116,7 +119,6 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
 
 def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:
     options = {key: value for key, value in dataclasses.asdict(encoder.config).items() if key not in _NOT_ENCODING}
-    template = encoder.template
     parts = {
         "file": digest,
         "name": file.name,  # it is part of every origin
@@ -125,11 +127,16 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "columns": columns_of(file, encoder.config),
         "limit": limit,
         "options": options,
+        "task": {name: getattr(encoder.task, name) for name in encoder.task_options},
         "vocab_size": encoder.vocab_size,
         "template": encoder.tokenizer.chat_template,
-        "day": template.text([{"role": "user", "content": "a"}]) if template.dated else None,
+        "day": encoder.template.text([{"role": "user", "content": "a"}])
+        if encoder.chat and encoder.template.dated
+        else None,
         "tokenizer": tokenizer_digest(encoder.tokenizer),
-        "code": code_version(),
+        "augmentation": encoder.augmenter.digest() if encoder.augmenter else None,
+        "encoder": type(encoder).__qualname__,
+        "code": code_version(type(encoder)),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
@@ -141,10 +148,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 @functools.cache
-def code_version() -> str:
+def code_version(encoder: type[Encoder]) -> str:
     """Digest of the code and the libraries that turn rows into tokens."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    files = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(c)) for c in encoder.__mro__[:-1])}
+    code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
     libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
     return hashlib.sha256("\n".join([*code, *libraries]).encode()).hexdigest()
 
@@ -197,13 +204,31 @@ def _read(folder: Path) -> tuple[pa.Table, Report]:
 
 def example(table: pa.Table, index: int) -> Example:
     """One line of a table of examples."""
-    line = {name: table.column(name)[index] for name in ("input_ids", "spans", "origin", "conversation")}
-    ids = line["input_ids"].values.to_numpy().astype(np.int64)
-    weights = np.zeros(len(ids), dtype=np.float32)
-    spans = line["spans"].values.to_numpy().reshape(-1, 3)
-    for start, end, weight in spans:
+    line = {name: table.column(name)[index] for name in _FIELDS}
+    ids, weights = _sequence(line["input_ids"], line["spans"])
+    second_ids, second_weights = (
+        _sequence(line["second_ids"], line["second_spans"]) if line["second_ids"].is_valid else (None, None)
+    )
+    return Example(
+        input_ids=ids,
+        weights=weights,
+        origin=line["origin"].as_py(),
+        content=line["content"].as_py(),
+        labels=tuple(line["labels"].as_py()),
+        pair_start=line["pair_start"].as_py(),
+        second_ids=second_ids,
+        second_weights=second_weights,
+        copy=line["copy"].as_py(),
+    )
+
+
+def _sequence(ids: pa.ListScalar, spans: pa.ListScalar) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, and the weight of each from runs of equal weight."""
+    numbers = ids.values.to_numpy().astype(np.int64)
+    weights = np.zeros(len(numbers), dtype=np.float32)
+    for start, end, weight in spans.values.to_numpy().reshape(-1, 3):
         weights[int(start) : int(end)] = weight
-    return Example(ids, weights, line["origin"].as_py(), line["conversation"].as_py())
+    return numbers, weights
 
 
 def label_counts(reports: list[Report]) -> dict[str, int]:

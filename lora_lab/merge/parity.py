@@ -1,4 +1,4 @@
-"""Compare two models' next-token distributions on the same held-out rows, and judge a merge by it."""
+"""Compare what two models say of the same held-out rows, and judge a merge by it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lora_lab.config import MergeConfig
-from lora_lab.data.collate import pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
+from lora_lab.merge.reload import OUTPUTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lora_lab.tasks.base import Pass, Task
 
 _MAX_POSITIONS = 512  # logits of so many positions are held at once: 100 MB for a vocabulary of 50,000
 _CHUNK = 64  # positions that are compared at once
@@ -31,11 +33,15 @@ _CHUNK = 64  # positions that are compared at once
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """How far a model's logits [S, V] are from a reference's, on the same positions."""
+    """How far a model's logits are from a reference's, on the same positions.
+
+    Where a row has a single number (regression), `kl` is the mean squared difference as a share of the targets' variance, and
+    `top1_agreement` the share of pairs of rows, among those told apart by 1 % of its root, that come in the same order.
+    """
 
     max_logit_diff: float
     kl: float  # mean over positions of KL(reference || model), in nats
-    top1_agreement: float  # share of positions with the same most likely token
+    top1_agreement: float  # share of positions with the same most likely token or class
     reference_loss: float
     loss: float
 
@@ -45,66 +51,107 @@ class Probe:
     """The rows that models are compared on."""
 
     examples: list[Example]
-    targets: torch.Tensor  # [S] int64
+    passes: list[list[Pass]]  # of each row
+    task: Task
+
+    @property
+    def num_items(self) -> int:
+        return sum(len(self.task.compared_targets(example)) for example in self.examples)
 
 
-def probe(examples: Iterable[Example], rows: int) -> Probe:
+def probe(examples: Iterable[Example], rows: int, task: Task) -> Probe:
     """The first `rows` examples, as long as their supervised positions stay few."""
     chosen, positions = [], 0
     for example in itertools.islice(examples, rows):
-        positions += int(example.supervised.sum())
+        positions += example.num_items
         if chosen and positions > _MAX_POSITIONS:
             break
         chosen.append(example)
-    return Probe(chosen, torch.cat([pack([example]).targets for example in chosen]))
+    return Probe(chosen, [task.passes(example) for example in chosen], task)
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, rows: Probe) -> torch.Tensor:
-    """Logits [S, V] float32 on the CPU at the probe's positions, one plain forward pass per row."""
-    pieces = []
-    for example in rows.examples:
-        batch = pack([example], model.device)
-        pieces.append(model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.logit_positions].float().cpu())
-    return torch.cat(pieces)
+def logits(model: PreTrainedModel, rows: Probe) -> list[torch.Tensor]:
+    """Logits [S, C] float32 of each row on the CPU, one plain forward pass per sequence."""
+    found = []
+    for example, passes in zip(rows.examples, rows.passes, strict=True):
+        outputs = []
+        for inputs, positions in passes:
+            result = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+            outputs.append({name: _at(result[name], positions) for name in OUTPUTS if name in result})
+        found.append(rows.task.compared(outputs, example))
+    return found
 
 
-def reloaded_logits(folder: Path, rows: Probe, device: torch.device) -> torch.Tensor:
+def _at(output: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    row = output[0]
+    return (row if positions is None else row[positions.to(row.device)]).float().cpu()
+
+
+def reloaded_logits(folder: Path, auto_class: str, rows: Probe, device: torch.device) -> list[torch.Tensor]:
     """As `logits`, of a saved checkpoint, by plain transformers in a fresh process.
 
     Raises:
         MergeError: the checkpoint does not load there.
     """
     with tempfile.TemporaryDirectory(prefix="lora_lab_") as scratch:
-        rows_file, logits_file = f"{scratch}/rows.safetensors", f"{scratch}/logits.safetensors"
-        batches = [pack([example]) for example in rows.examples]
-        tensors = {f"ids.{i}": batch.input_ids[0].contiguous() for i, batch in enumerate(batches)}
-        tensors |= {f"positions.{i}": batch.logit_positions for i, batch in enumerate(batches)}
+        rows_file, outputs_file = f"{scratch}/rows.safetensors", f"{scratch}/outputs.safetensors"
+        tensors, order = {}, []
+        for inputs, positions in itertools.chain.from_iterable(rows.passes):
+            number = len(order)
+            tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in inputs.items()}
+            if positions is not None:
+                tensors[f"{number}.positions"] = positions.contiguous()
+            order.append(number)
         save_file(tensors, rows_file)
         script = str(Path(__file__).with_name("reload.py"))
         # -P: the script's own folder is not searched for modules, so nothing of lora_lab can be imported by accident
-        command = [sys.executable, "-P", script, str(folder), rows_file, logits_file, str(device)]
+        command = [sys.executable, "-P", script, str(folder), auto_class, rows_file, outputs_file, str(device)]
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
         )
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise MergeError(f"{folder}: plain transformers cannot load the merged checkpoint ({reason}).")
-        return load_file(logits_file)["logits"]
+        saved = load_file(outputs_file)
+    numbers, found = iter(order), []
+    for example, passes in zip(rows.examples, rows.passes, strict=True):
+        own = [next(numbers) for _ in passes]
+        outputs = [{name: saved[f"{n}.{name}"] for name in OUTPUTS if f"{n}.{name}" in saved} for n in own]
+        found.append(rows.task.compared(outputs, example))
+    return found
 
 
-def compare(reference: torch.Tensor, other: torch.Tensor, rows: Probe) -> Gap:
-    """Measure `other` against `reference`; both [S, V] float32."""
-    difference, kl = 0.0, 0.0
-    for p, q in zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True):  # copies of a few rows, not of all
-        difference = max(difference, (p - q).abs().max().item(), key=lambda x: math.inf if math.isnan(x) else x)
-        kl += kl_div(log_softmax(q, -1), log_softmax(p, -1), reduction="sum", log_target=True).item()
+def compare(reference: list[torch.Tensor], other: list[torch.Tensor], rows: Probe) -> Gap:
+    """Measure `other` against `reference`; [S, C] float32 for each row."""
+    targets = [rows.task.compared_targets(example) for example in rows.examples]
+    if reference[0].shape[-1] == 1:
+        return _compare_numbers(torch.cat(reference)[:, 0], torch.cat(other)[:, 0], torch.cat(targets))
+    difference, kl, agreed, losses = 0.0, 0.0, 0, [0.0, 0.0]
+    for one, two, goal in zip(reference, other, targets, strict=True):
+        for p, q in zip(one.split(_CHUNK), two.split(_CHUNK), strict=True):  # copies of a few positions, not of all
+            difference = max(difference, (p - q).abs().max().item(), key=lambda x: math.inf if math.isnan(x) else x)
+            kl += kl_div(log_softmax(q, -1), log_softmax(p, -1), reduction="sum", log_target=True).item()
+        agreed += int((one.argmax(-1) == two.argmax(-1)).sum())
+        losses = [
+            total + cross_entropy(side, goal, reduction="sum").item()
+            for total, side in zip(losses, (one, two), strict=True)
+        ]
+    count = sum(map(len, targets))
+    return Gap(difference, kl / count, agreed / count, losses[0] / count, losses[1] / count)
+
+
+def _compare_numbers(reference: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> Gap:
+    spread = targets.var(unbiased=False).clamp_min(1e-12)
+    gaps = [numbers[:, None] - numbers[None] for numbers in (reference, other)]
+    apart = gaps[0].abs() > 0.01 * spread.sqrt()  # pairs that the reference tells apart
+    same = (torch.sign(gaps[0]) == torch.sign(gaps[1]))[apart]
     return Gap(
-        max_logit_diff=difference,
-        kl=kl / len(rows.targets),
-        top1_agreement=(reference.argmax(-1) == other.argmax(-1)).float().mean().item(),
-        reference_loss=cross_entropy(reference, rows.targets).item(),
-        loss=cross_entropy(other, rows.targets).item(),
+        max_logit_diff=(reference - other).abs().max().item(),
+        kl=((reference - other).square().mean() / spread).item(),
+        top1_agreement=same.float().mean().item() if len(same) else 1.0,
+        reference_loss=(reference - targets).square().mean().item(),
+        loss=(other - targets).square().mean().item(),
     )
 
 

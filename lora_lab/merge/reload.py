@@ -1,33 +1,42 @@
-"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER ROWS LOGITS
+"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE
 
 Started in a process of its own and importing neither lora_lab nor peft, so that it sees what a deployment would see.
 
-FOLDER: a transformers model folder. ROWS: safetensors with, for row i, `ids.i` [T] int64 and `positions.i` [S] int64.
-LOGITS: where to write the logits [sum of S, V], float32, as tensor `logits`.
+FOLDER: a transformers model folder. AUTO_CLASS: transformers' class that loads it. ROWS: safetensors with the inputs of
+forward pass i as `i.input_ids` [1, T] and so on, and perhaps `i.positions` [S] int64, of which logits are wanted.
+OUTPUTS: where to write the outputs of pass i as `i.logits` and so on, float32, without the batch dimension.
 """
 
 import sys
 
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
-def main(folder: str, rows_file: str, logits_file: str, device: str) -> None:
-    logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+def main(folder: str, auto_class: str, rows_file: str, outputs_file: str, device: str) -> None:
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    transformers.utils.logging.disable_progress_bar()
+    kind = getattr(transformers, auto_class)
+    model, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
     problems = {kind: sorted(names) for kind, names in info.items() if names}
     if problems:
         sys.exit(f"the checkpoint does not load cleanly: {problems}")
     model = model.to(device).eval()
-    rows = load_file(rows_file)
-    pieces = []
+    passes: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(rows_file, device=device).items():
+        number, _, name = name.partition(".")
+        passes.setdefault(number, {})[name] = tensor
+    found = {}
     with torch.no_grad():
-        for i in range(len(rows) // 2):
-            ids, positions = rows[f"ids.{i}"].to(device), rows[f"positions.{i}"].to(device)
-            pieces.append(model(input_ids=ids[None]).logits[0, positions].float().cpu())
-    save_file({"logits": torch.cat(pieces)}, logits_file)
+        for number, inputs in passes.items():
+            positions = inputs.pop("positions", None)
+            outputs = model(**inputs)
+            for name in filter(outputs.__contains__, OUTPUTS):
+                row = outputs[name][0]
+                found[f"{number}.{name}"] = (row if positions is None else row[positions]).float().cpu().contiguous()
+    save_file(found, outputs_file)
 
 
 if __name__ == "__main__":

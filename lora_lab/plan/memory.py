@@ -19,20 +19,20 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base.load import BaseFiles, bitsandbytes_config
+from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skeleton
 from lora_lab.config import RunConfig
-from lora_lab.data.collate import PackedBatch
+from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.train import packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_lab.data.encode import Example
+    from lora_lab.tasks.base import Task
 
 MIB = 2**20
 
@@ -105,19 +105,25 @@ def largest(shapes: Sequence[Shape]) -> Shape:
 
 
 def estimate(
-    config: RunConfig, base: BaseFiles, train: Shape, evaluation: Shape | None, device_type: str = "cpu"
+    config: RunConfig,
+    base: BaseFiles,
+    kind: ModelKind,
+    task: Task,
+    train: Batch,
+    evaluation: Batch | None,
+    device_type: str = "cpu",
 ) -> Memory:
     """Predict the peak memory of a training run: of the process beyond its imports on a CPU, of tensors on a GPU.
 
     Only `config.json` is read from the base's folder, and the sizes of its weight files if there are any.
 
     Args:
-        train: the largest micro-batch (with `train.packing=false`: the largest single example).
-        evaluation: the largest row in evaluation; None without held-out rows.
+        train: the largest batch of a forward pass; what it holds does not matter, see `blank`.
+        evaluation: the same in evaluation; None without held-out rows.
         device_type: 'cpu' or 'cuda'.
     """
     on_cpu = device_type == "cpu"
-    model, unquantized = _skeleton(config, base)
+    model, unquantized = _skeleton(config, base, kind)
     stored_as, file = _checkpoint(base, unquantized)
     views = on_cpu and stored_as == getattr(torch, config.model.dtype)
     frozen = [tensor for tensor in _tensors(model) if not tensor.requires_grad]
@@ -128,13 +134,13 @@ def estimate(
 
     fake = FakeTensorMode()
     _give_fake_storage(model, fake)
-    step = _step(model, config, train, fake, learn=True)
-    measure = _step(model, config, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
+    step = _step(model, config, task, train, fake, learn=True)
+    measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
     libraries = _LIBRARIES if on_cpu else 0
     left = _LEFT_BY_QUANTIZING[config.quant.method] if on_cpu else 0
     holes = left + round(_HOLES[config.model.dtype] * step.requested) if on_cpu else 0
     batches = config.train
-    several = not batches.packing or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
+    several = not task.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
     fixed = libraries + kept + own + adapter
     phases = {
         "load": libraries + (file if on_cpu else 0) + own + adapter + (max(left, _quantizing(model)) if on_cpu else 0),
@@ -147,7 +153,8 @@ def estimate(
         phases["evaluation"] = fixed + optimizer + heap + measure.large_peak
     if "hf" in config.export.targets:
         full = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
-        vocabulary = model.get_base_model().get_output_embeddings().out_features
+        head = model.get_base_model().get_output_embeddings()
+        vocabulary = 0 if head is None else head.out_features
         logits = 3 * _MERGE_POSITIONS * vocabulary * 4 if on_cpu else 0
         # the trained model's heap is there to be used again
         heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full) if on_cpu else full
@@ -160,15 +167,14 @@ def estimate(
 # -- the model without storage ----------------------------------------------------------------------------------------
 
 
-def _skeleton(config: RunConfig, base: BaseFiles) -> tuple[PeftModel, dict[str, int]]:
+def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
     """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantization = bitsandbytes_config(config.quant, config.model.dtype)
+    quantization = bitsandbytes_config(config.quant, config.model.dtype, kind)
     dtype = getattr(torch, config.model.dtype)
+    model = skeleton(base.folder, kind, config.model.dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder), dtype=dtype)
         weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
         if quantization is not None:
             quantizer = AutoHfQuantizer.from_config(quantization)
@@ -181,7 +187,7 @@ def _skeleton(config: RunConfig, base: BaseFiles) -> tuple[PeftModel, dict[str, 
                     module.weight = _weight_8bit(module)
             quantizer.postprocess_model(model)
         model.requires_grad_(False).eval()
-        adapted = attach(model, config.adapter, "default", "CAUSAL_LM", config.seed)
+        adapted = attach(model, config.adapter, "default", kind, config.seed)
     if config.train.gradient_checkpointing:
         inner = adapted.get_base_model()
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
@@ -349,7 +355,7 @@ class _Usage(TorchDispatchMode):
             self.heap -= size
 
 
-def _step(model: PeftModel, config: RunConfig, row: Shape, mode: FakeTensorMode, learn: bool) -> _Usage:
+def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, learn: bool) -> _Usage:
     """What one forward pass takes, and with `learn` a backward pass; gradients are counted, weights are not."""
     usage = _Usage(_MAPPED)
     model.train(learn)
@@ -357,11 +363,13 @@ def _step(model: PeftModel, config: RunConfig, row: Shape, mode: FakeTensorMode,
         if isinstance(module, Linear8bitLt):
             module.train()  # the inference path looks for outliers, and a tensor without content has none
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
-    attention = packing.segment_attention(model) if config.train.packing else contextlib.nullcontext()
+    attention = packing.segment_attention(model) if task.packed and task.together else contextlib.nullcontext()
+    batch = _without_content(batch, mode)
     with mode, usage, attention, torch.set_grad_enabled(learn):
         usage.ignore(_tensors(model))
         with autocast:
-            loss = _loss(model, _batch(row))
+            task.begin(model, [batch])
+            loss = task.loss(model, batch).loss
         if learn:
             loss.backward()
         del loss
@@ -369,14 +377,14 @@ def _step(model: PeftModel, config: RunConfig, row: Shape, mode: FakeTensorMode,
     return usage
 
 
-def _loss(model: PeftModel, batch: PackedBatch) -> torch.Tensor:
-    """As `CausalLM.loss`, but for its counting of hits, for which tensors need content."""
-    logits = packing.logits(model, batch).float()
-    loss = cross_entropy(logits, batch.targets, reduction="sum")
-    logits.detach().argmax(-1)
-    return loss
+def _without_content(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The batch as tensors that have shapes only; its weights go, because their sum would need content."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)} | {"weights": None}
+    inner = {name: _without_content(value, mode) for name, value in fields.items() if isinstance(value, PackedBatch)}
+    return type(batch)(**tree_map_only(torch.Tensor, mode.from_tensor, fields) | inner)
 
 
-def _batch(row: Shape) -> PackedBatch:
-    ids, places = torch.zeros(1, row.tokens, dtype=torch.int64), torch.zeros(row.supervised, dtype=torch.int64)
-    return PackedBatch(ids, ids, list(row.lengths), places, places, None, [])
+def blank(shape: Shape) -> PackedBatch:
+    """A packed row of a shape."""
+    ids, places = torch.zeros(1, shape.tokens, dtype=torch.int64), torch.zeros(shape.supervised, dtype=torch.int64)
+    return PackedBatch(ids, ids, list(shape.lengths), places, places, None, [])

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from lora_lab.adapters.attach import attach, coverage, linear_layers
 from lora_lab.base import load
 from lora_lab.config import RunConfig
 from lora_lab.data.build import Data
+from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
+from lora_lab.data.encode import Example
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.prepared import ADAPTER, Found
-from lora_lab.tasks import TASKS
-from lora_lab.tasks.causal_lm import eval_batches
+from lora_lab.tasks.base import Task, eval_batches
+from lora_lab.tasks.preference import Preference
 from lora_lab.train.batches import BatchPlan, plan_of
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit, peak_memory_gib
@@ -50,8 +53,8 @@ class Work:
     steps: int
     steps_per_epoch: int
     tokens: int  # of all steps; of a stream an extrapolation
-    largest: Shape  # the largest micro-batch of all steps
-    evaluation: Shape | None  # the largest row in evaluation
+    largest: Batch  # of all forward passes of all steps
+    evaluation: Batch | None  # the same in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,68 +76,75 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     """Find everything out and show it; with `probe`, load the model and time some steps."""
     run_dir.check_free(config)
     device = load.torch_device(config.hardware)
-    found = prepared.find_base(config)
-    data = prepared.build_data(config, found)
-    work = foresee(config, data.train, data.held_out)
-    estimated = memory.estimate(config, found.base, work.largest, work.evaluation, device.type)
+    data, found, task = prepared.build_data(config, prepared.find_base(config))
+    work = foresee(config, task, data.train, data.held_out)
+    estimated, on_cuda = (
+        memory.estimate(config, found.base, found.kind, task, work.largest, work.evaluation, kind)
+        for kind in (device.type, "cuda")
+    )
     matched, unmatched, trainable, base = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
     disk = _disk(config, trainable, base, evaluated=data.held_out is not None)
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
-    show(result, config, device.type, memory.estimate(config, found.base, work.largest, work.evaluation, "cuda"))
+    show(result, config, device.type, on_cuda)
     if probe:
-        _probe(config, found, data, work)
+        _probe(config, found, task, data, work)
     return result
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------
 
 
-def foresee(config: RunConfig, train: Dataset | Stream, held_out: Dataset | None) -> Work:
+def foresee(config: RunConfig, task: Task, train: Dataset | Stream, held_out: Dataset | None) -> Work:
     """The steps of the run, the tokens they hold, and the largest forward passes among them."""
     batches = plan_of(config, train)
     steps = batches.total_steps(config.train.epochs, config.train.max_steps)
     if isinstance(train, Stream):
-        shapes, tokens = _streamed_shapes(config, train, batches, steps)
+        largest, tokens = _streamed(task, train, batches, steps)
     else:
-        shapes, tokens = _stored_shapes(config, train, batches, steps)
+        largest, tokens = _stored(task, train, batches, steps)
     evaluation = None
     if held_out is not None:
-        lengths, supervised = held_out.lengths, held_out.supervised
-        evaluation = memory.largest(
-            [
-                Shape(tuple(int(lengths[i]) for i in places), int(supervised[places].sum()))
-                for places in eval_batches(lengths, config.train.packing)
-            ]
-        )
-    return Work(steps, batches.steps_per_epoch, tokens, memory.largest(shapes), evaluation)
+        evaluation = _largest(task, held_out, eval_batches(held_out.lengths, task.together))
+    return Work(steps, batches.steps_per_epoch, tokens, largest, evaluation)
 
 
-def _stored_shapes(config: RunConfig, train: Dataset, batches: BatchPlan, steps: int) -> tuple[list[Shape], int]:
-    """The largest forward pass of each step, and the tokens of all steps."""
-    lengths, supervised = train.lengths, train.supervised
-    shapes, tokens = [], 0
-    for step in range(steps):
-        parts = batches.step(step)
-        tokens += sum(int(lengths[part].sum()) for part in parts)
-        passes = parts if config.train.packing else [[place] for part in parts for place in part]
-        largest = max(passes, key=lambda places: int(lengths[places].sum()))
-        shapes.append(Shape(tuple(int(n) for n in lengths[largest]), int(supervised[largest].sum())))
-    return shapes, tokens
+def _stored(task: Task, train: Dataset, batches: BatchPlan, steps: int) -> tuple[Batch, int]:
+    """The largest forward pass, and the tokens of all steps."""
+    lengths = train.lengths
+    parts = [part for step in range(steps) for part in batches.step(step)]
+    tokens = sum(int(lengths[part].sum()) for part in parts)
+    passes = parts if task.together else [[place] for part in parts for place in part]
+    return _largest(task, train, passes), tokens
 
 
-def _streamed_shapes(config: RunConfig, train: Stream, batches: BatchPlan, steps: int) -> tuple[list[Shape], int]:
+def _largest(task: Task, data: Dataset, passes: Sequence[Sequence[int]]) -> Batch:
+    """Of packed rows the longest, with the most supervised tokens that any has: at least as large as each; of padded rows the
+    batch with the most tokens, padding among them."""
+    lengths, supervised = data.lengths, data.supervised
+    if task.packed and not isinstance(task, Preference):
+        shapes = [Shape(tuple(int(lengths[i]) for i in part), int(supervised[list(part)].sum())) for part in passes]
+        return memory.blank(memory.largest(shapes))
+    largest = max(passes, key=lambda part: len(part) * int(lengths[list(part)].max()))
+    return _batch(task, [example for i in largest for example in data[int(i)]])
+
+
+def _batch(task: Task, examples: list[Example]) -> Batch:
+    return task.batches([examples], np.random.default_rng(0))[0]
+
+
+def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tuple[Batch, int]:
     """The same from some of the steps, evenly spread."""
     seen = np.unique(np.linspace(0, steps - 1, num=min(steps, _STREAM_STEPS)).astype(int))
-    shapes, tokens = [], 0
+    passes, tokens = [], 0
     for step in seen:
         for chosen in batches.step(int(step)):
             examples = [example for i in chosen for example in train[int(i)]]
-            tokens += sum(len(example.input_ids) for example in examples)
-            passes = [examples] if config.train.packing else [[example] for example in examples]
-            shapes += [memory.shape(part) for part in passes if part]
-    return shapes, tokens * steps // len(seen)
+            tokens += sum(example.num_tokens for example in examples)
+            passes += [examples] if task.together else [[example] for example in examples]
+    largest = max(passes, key=lambda examples: sum(example.num_tokens for example in examples))
+    return _batch(task, largest), tokens * steps // len(seen)
 
 
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------
@@ -146,7 +156,7 @@ def _modules(config: RunConfig, found: Found) -> tuple[dict[str, int], dict[str,
         found.targets, [name for name in names if name not in set(found.targets)],
     )]  # fmt: skip
     with torch.device("meta"):
-        adapted = attach(found.model, config.adapter, ADAPTER, TASKS[config.task.name].peft_task_type, config.seed)
+        adapted = attach(found.model, config.adapter, ADAPTER, found.kind, config.seed)
     sits = coverage(adapted, ADAPTER)
     return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters
 
@@ -173,7 +183,7 @@ def _existing(folder: Path) -> Path:
 # -- time ---------------------------------------------------------------------------------------------------------------
 
 
-def _probe(config: RunConfig, found: Found, data: Data, work: Work) -> None:
+def _probe(config: RunConfig, found: Found, task: Task, data: Data, work: Work) -> None:
     """Train some steps of the run in a temporary folder, and say how long all of them would take."""
     device = load.torch_device(config.hardware)
     if config.hardware.threads:
@@ -186,10 +196,12 @@ def _probe(config: RunConfig, found: Found, data: Data, work: Work) -> None:
             optim=dataclasses.replace(config.optim, schedule="constant", warmup_steps=0),
             tracker=dataclasses.replace(config.tracker, name="none"),
         )
-        ready = prepared.assemble(short, found, dataclasses.replace(data, held_out=None), device, prepared.Stages())
+        ready = prepared.assemble(
+            short, found, dataclasses.replace(data, held_out=None), task, device, prepared.Stages()
+        )
         prepared.load_adapted(ready)
         run = run_dir.create(short)
-        member = Member(ADAPTER, short, run, ready.base, ready.model, ready.train)
+        member = Member(ADAPTER, short, run, ready.base, ready.model, ready.train, task.learned)
         clock = fit([member], ready.train, None, ready.task, ready.accelerator)
     if clock.tokens_per_second is None:
         console.say("probe", f"only {work.steps} steps: train them")
@@ -230,8 +242,8 @@ def show(found: Plan, config: RunConfig, device: str, on_cuda: Memory) -> None:
     console.say("steps", f"{work.steps} ({work.steps_per_epoch} an epoch), {work.tokens:,} tokens in all")
     console.say(
         "largest",
-        f"{work.largest.tokens} tokens in one forward pass of {len(work.largest.lengths)} rows, {work.largest.supervised} of "
-        "them trained on",
+        f"{work.largest.num_tokens} tokens in one forward pass of {len(work.largest.lengths)} rows, "
+        f"{len(work.largest.targets)} things to learn",
     )
     _show_memory(found.memory, device, on_cuda)
     free = _gib(found.free_disk)

@@ -9,7 +9,7 @@ from lora_lab.config import RunConfig
 from lora_lab.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from lora_lab.tasks.causal_lm import Answer
+    from lora_lab.tasks.base import Answer
     from lora_lab.train.cohort import Member
 
 
@@ -23,15 +23,30 @@ def describe_steps(member: Member, config: RunConfig) -> str:
     return text + ")"
 
 
-def show_samples(base: list[Answer], tuned: list[Answer], count: int = 3) -> None:
-    """A few held-out rows with both models' answers side by side."""
-    if not base:
+def show_samples(answers: dict[str, list[Answer]], count: int = 3) -> None:
+    """A few held-out rows with each model's answers side by side."""
+    given = {name: found for name, found in answers.items() if found}
+    if not given:
         return
     rows = [
-        [_shorten(before.question), _shorten(before.reference), _shorten(before.text), _shorten(after.text)]
-        for before, after in list(zip(base, tuned, strict=True))[:count]
+        [_shorten(text) for text in (each[0].question, each[0].reference, *(one.text for one in each))]
+        for each in list(zip(*given.values(), strict=True))[:count]
     ]
-    console.show_table("held-out answers", ["question", "expected", "base", "tuned"], rows, numbers=slice(0, 0))
+    console.show_table("held-out answers", ["question", "expected", *given], rows, numbers=slice(0, 0))
+
+
+def show_details(details: dict[str, Any], most: int = 20) -> None:
+    """Metrics of each class or kind of entity, and which classes are taken for which."""
+    for key, title in (("per_class", "each class"), ("per_type", "each kind of entity")):
+        found = list(details.get(key, {}).items())
+        if found:
+            rows = [[name, *figures.values()] for name, figures in found[:most]]
+            left = f" (the first {most} of {len(found)})" if len(found) > most else ""
+            console.show_table(title + left, ["", *found[0][1]], rows)
+    matrix = details.get("confusion_matrix")
+    if matrix and len(matrix["labels"]) <= most:
+        rows = [[label, *counts] for label, counts in zip(matrix["labels"], matrix["rows"], strict=True)]
+        console.show_table("rows: the true class; columns: the predicted one", ["", *matrix["labels"]], rows)
 
 
 def _shorten(text: str, limit: int = 240) -> str:
@@ -40,7 +55,7 @@ def _shorten(text: str, limit: int = 240) -> str:
     return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
-def show_end(run: RunDir, result: dict[str, Any]) -> None:
+def show_end(run: RunDir, result: dict[str, Any], task: str) -> None:
     """The figures that matter, where things lie, and what to do next."""
     speed = result["tokens_per_second"]
     console.say(
@@ -52,4 +67,5 @@ def show_end(run: RunDir, result: dict[str, Any]) -> None:
     console.say("adapter", run.adapter)
     if run.merged.exists():
         console.say("merged", run.merged)
-    console.say("next", f"lora-lab chat run={run.path}   lora-lab evaluate run={run.path}")
+    chat = f"lora-lab chat run={run.path}   " if task == "causal_lm" else ""
+    console.say("next", f"{chat}lora-lab evaluate run={run.path}")

@@ -34,7 +34,7 @@ def save(member: Member) -> Path:
         "optimizer": scalars,
     }
     with storage.new_folder(folder, {"step": member.state.step}) as temporary:
-        files.write(temporary, member.model, member.name, member.config, member.base)
+        files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
         save_file(tensors, temporary / _OPTIMIZER)
         (temporary / _STATE).write_text(storage.dump_json(state), encoding="utf-8")
     keep = member.config.train.keep_checkpoints

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import tracking
 from lora_lab.adapters.attach import trainable
@@ -41,14 +41,27 @@ class Member:
     """
 
     def __init__(
-        self, name: str, config: RunConfig, run: RunDir, base: BaseFiles, model: PeftModel, data: Dataset | Stream
+        self,
+        name: str,
+        config: RunConfig,
+        run: RunDir,
+        base: BaseFiles,
+        model: PeftModel,
+        data: Dataset | Stream,
+        learned: dict[str, Any],
     ):
-        """`model` holds a freshly attached adapter `name`, which must be the active one; `data` are its training rows."""
+        """
+        Args:
+            model: holds a freshly attached adapter `name`, which must be the active one.
+            data: its training rows.
+            learned: what its task took from them.
+        """
         self.name = name
         self.config = config
         self.run = run
         self.base = base
         self.model = model
+        self.learned = learned
         self.parameters: dict[str, torch.nn.Parameter] = trainable(model)
         self.plan = plan_of(config, data)
         self.total_steps = self.plan.total_steps(config.train.epochs, config.train.max_steps)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from lora_lab.data.collate import pack
 from lora_lab.data.encode import Example
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.causal_lm import CausalLM
+    from lora_lab.tasks.base import Task
 
 
 @torch.no_grad()
-def first_non_finite(model: PeftModel, examples: list[Example], task: CausalLM, accelerator: Accelerator) -> str | None:
+def first_non_finite(model: PeftModel, examples: list[Example], task: Task, accelerator: Accelerator) -> str | None:
     """The first module, in the order of the forward pass, whose output holds NaN or infinity, with its type; else None."""
     found: list[str] = []
     hooks = [
@@ -31,7 +31,9 @@ def first_non_finite(model: PeftModel, examples: list[Example], task: CausalLM, 
             stack.callback(hook.remove)
         for example in examples:
             with accelerator.autocast():
-                task.loss(model, pack([example], model.device))
+                [batch] = task.batches([[example]], np.random.default_rng(0))
+                task.begin(model, [batch])
+                task.loss(model, batch.to(model.device))
             if found:
                 return f"{found[0]} in {example.origin}"
     return None

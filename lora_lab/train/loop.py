@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import resource
 import sys
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lora_lab import console, signals
 from lora_lab.adapters import files
-from lora_lab.data.collate import pack
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import Interrupted, TrainingError
-from lora_lab.train import checkpoint, diagnose, packing
+from lora_lab.train import checkpoint, diagnose, packing, regularize
 from lora_lab.train.cohort import Member
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lora_lab.tasks.causal_lm import CausalLM
+    from lora_lab.data.encode import Example
+    from lora_lab.tasks.base import Task
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
 
@@ -50,7 +52,7 @@ class Clock:
 
 
 def fit(
-    members: list[Member], train: Dataset | Stream, held_out: Dataset | None, task: CausalLM, accelerator: Accelerator
+    members: list[Member], train: Dataset | Stream, held_out: Dataset | None, task: Task, accelerator: Accelerator
 ) -> Clock:
     """Train every member to its end; each is left with its best or last adapter loaded (`train.keep_best`).
 
@@ -59,10 +61,10 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM; the last finished step is saved.
     """
     clock = Clock()
-    _prepare(members, train, accelerator)
+    _prepare(members, train, task, accelerator)
     with (
         signals.held() as arrived,
-        _attention(members),
+        packing.segment_attention(members[0].model) if task.packed and task.together else contextlib.nullcontext(),
         console.steps("train", sum(m.total_steps for m in members), sum(m.state.step for m in members)) as progress,
     ):
         while running := [member for member in members if not member.done]:
@@ -80,7 +82,7 @@ def fit(
     return clock
 
 
-def _prepare(members: list[Member], train: Dataset | Stream, accelerator: Accelerator) -> None:
+def _prepare(members: list[Member], train: Dataset | Stream, task: Task, accelerator: Accelerator) -> None:
     model = members[0].model
     if any(member.config.train.gradient_checkpointing for member in members):
         # not reentrant: that needs no gradient on the inputs, so backward still stops at the lowest adapted layer
@@ -88,21 +90,16 @@ def _prepare(members: list[Member], train: Dataset | Stream, accelerator: Accele
         # transformers renamed it on the way to 5.23
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if any(member.config.train.packing for member in members):
+    if task.packed and task.together:
         model.eval()
         with members[0].turn(), accelerator.autocast():
             packing.check_isolation(model, first_examples(train, 2))
 
 
-def _attention(members: list[Member]) -> contextlib.AbstractContextManager:
-    packed = any(member.config.train.packing for member in members)
-    return packing.segment_attention(members[0].model) if packed else contextlib.nullcontext()
-
-
 def _train_step(
     member: Member,
     train: Dataset | Stream,
-    task: CausalLM,
+    task: Task,
     accelerator: Accelerator,
     clock: Clock,
     progress: console.Steps,
@@ -111,24 +108,24 @@ def _train_step(
     """One optimizer step. False when a signal arrived before the update: then nothing has changed."""
     state, config = member.state, member.config
     started = time.perf_counter()
-    micro_batches = [[example for i in chosen for example in train[int(i)]] for chosen in member.plan.step(state.step)]
-    total = sum(float(example.weights.sum()) for examples in micro_batches for example in examples)
-    torch.manual_seed(member.plan.dropout_seed(state.step))
+    parts = _parts(member, train, task)
+    seed = member.plan.dropout_seed(state.step)
+    batches = task.batches(parts, np.random.default_rng(seed))
+    total = sum(batch.weight for batch in batches)
+    torch.manual_seed(seed)
     member.model.train()
 
-    # forward and backward: the step's loss is the weighted mean over all of its supervised tokens, however it is split
+    # forward and backward: the step's loss is the weighted mean over all that it learns from, however it is split
     loss_sum, tokens, supervised = 0.0, 0, 0
-    for examples in filter(None, micro_batches):  # of a stream, policies may drop every row of one
-        for part in [examples] if config.train.packing else [[example] for example in examples]:
-            if arrived:
-                member.optimizer.zero_grad()
-                return False
-            batch = pack(part, member.model.device)
-            with accelerator.autocast():
-                out = task.loss(member.model, batch)
-            accelerator.backward(out.loss / total)
-            loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
-            supervised += out.num_tokens
+    with accelerator.autocast():
+        task.begin(member.model, batches)
+    for batch in batches:
+        if arrived:
+            member.optimizer.zero_grad()
+            return False
+        out = regularize.learn(member, task, batch.to(member.model.device), total, accelerator)
+        loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
+        supervised += out.num_items
 
     if not tokens:  # nothing to learn from in this step
         member.schedule.step()
@@ -142,7 +139,7 @@ def _train_step(
     grad_norm = float(accelerator.clip_grad_norm_(list(member.parameters.values()), limit))
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         member.optimizer.zero_grad()
-        _stop_non_finite(member, loss_sum / total, grad_norm, micro_batches, task, accelerator)
+        _stop_non_finite(member, loss_sum / total, grad_norm, parts, task, accelerator)
     lr = member.schedule.get_last_lr()[0]
     member.optimizer.step()
     member.schedule.step()
@@ -163,11 +160,24 @@ def _train_step(
     return True
 
 
+def _parts(member: Member, train: Dataset | Stream, task: Task) -> list[list[Example]]:
+    """The examples of the coming step's micro-batches; for padded batches, rows of like length together."""
+    chosen = member.plan.step(member.state.step)
+    items = [train[int(i)] for part in chosen for i in part]
+    if not task.packed:
+        items.sort(key=lambda examples: sum(example.num_tokens for example in examples))
+    sizes = np.cumsum([len(part) for part in chosen])
+    starts = [0, *sizes]
+    return [
+        [example for examples in items[start:end] for example in examples] for start, end in itertools.pairwise(starts)
+    ]
+
+
 def _stop_non_finite(
-    member: Member, loss: float, grad_norm: float, micro_batches: list, task: CausalLM, accelerator: Accelerator
+    member: Member, loss: float, grad_norm: float, parts: list[list[Example]], task: Task, accelerator: Accelerator
 ) -> None:
     saved = checkpoint.save(member)
-    examples = [example for part in micro_batches for example in part]
+    examples = [example for part in parts for example in part]
     rows = ", ".join(example.origin for example in examples)
     where = diagnose.first_non_finite(member.model, examples, task, accelerator)
     first = (
@@ -180,13 +190,13 @@ def _stop_non_finite(
     )
 
 
-def _evaluate_and_save(member: Member, held_out: Dataset | None, task: CausalLM, accelerator: Accelerator) -> None:
+def _evaluate_and_save(member: Member, held_out: Dataset | None, task: Task, accelerator: Accelerator) -> None:
     state, config = member.state, member.config.train
     better = False
     if held_out is not None and member.due(config.eval_steps):
         member.model.eval()
         with accelerator.autocast():
-            metrics = task.measure(member.model, held_out, config.packing)
+            metrics = task.measure(member.model, held_out).metrics
         member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
         better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
         if better:

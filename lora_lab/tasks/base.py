@@ -1,0 +1,269 @@
+"""What every objective has in common. A new one is a file in this folder with an `Encoder` and a `Task`, named in `TASKS`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from lora_lab.base.load import ModelKind
+from lora_lab.config import RunConfig
+from lora_lab.data.collate import Batch, PaddedBatch, pad
+from lora_lab.data.dataset import Dataset, Stream
+from lora_lab.data.encode import Encoder, Example
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_EVAL_TOKENS = 2048  # tokens of one forward pass in evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSum:
+    """A sum over the items of a batch and what it is divided by, so that any split of a step adds up to the same."""
+
+    loss: torch.Tensor  # scalar, float32, the weighted sum (not the mean)
+    weight: float  # sum of the weights
+    num_items: int
+    logits: torch.Tensor | None  # [S, C] float32, detached
+
+    def without_logits(self) -> LossSum:
+        return dataclasses.replace(self, logits=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A generated or found answer beside the reference."""
+
+    question: str
+    reference: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model's metrics on the held-out rows, its answers to some of them, and what does not fit into one number."""
+
+    metrics: dict[str, float]
+    answers: list[Answer] = dataclasses.field(default_factory=list)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # such as a confusion matrix
+
+    def with_also(self, other: Measured) -> Measured:
+        """Both together."""
+        return Measured(
+            {**self.metrics, **other.metrics}, self.answers + other.answers, {**self.details, **other.details}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What a model said of one batch."""
+
+    examples: list[Example]
+    logits: torch.Tensor  # [S, C] float32 on the CPU; of large vocabularies the prediction alone, [S, 1]
+    predicted: np.ndarray  # [S] class of each item
+    targets: np.ndarray  # [S]
+
+
+class Pass(NamedTuple):
+    """One forward pass as a deployment would make it, for one row."""
+
+    inputs: dict[str, torch.Tensor]  # [1, T] each
+    positions: torch.Tensor | None  # [S] which of the logits count; None: all
+
+
+class Task:
+    """An objective: what rows become, which model learns from them, its loss and its metrics."""
+
+    encoder_class: ClassVar[type[Encoder]]
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
+    head: ClassVar[str] = "none"  # see `ModelKind`
+    packed: ClassVar[bool] = False  # rows can lie end to end in one forward pass
+
+    def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
+        """
+        Args:
+            learned: what `learn` found in the training rows, or a trained adapter remembers.
+            model: the model's `config.json`.
+        """
+        self.config = config.task
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
+        self.learned = learned
+        self.model = model
+        self.together = config.train.packing is not False  # else a forward pass for each row
+
+    # -- before training ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def learn(cls, config: RunConfig, train: Dataset | Stream) -> dict[str, Any]:
+        """What must be known of the training rows before the model is built; kept with the adapter, so plain values.
+
+        Raises:
+            DataError: the rows do not fit the task.
+        """
+        return {}
+
+    @classmethod
+    def kind(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> ModelKind:
+        """The transformers model that the base becomes."""
+        return ModelKind(cls.auto_class, cls.peft_task_type, cls.head, cls.settings(config, tokenizer, learned))
+
+    @classmethod
+    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
+        """Entries of the model's `config.json` that the task decides."""
+        return {}
+
+    @classmethod
+    def check_base(cls, config: PretrainedConfig) -> None:
+        """Refuse a base that the task cannot train.
+
+        Raises:
+            BaseModelError: saying why.
+        """
+
+    def check(self, data: Dataset) -> None:
+        """Refuse held-out rows that training cannot have prepared for.
+
+        Raises:
+            DataError: naming file and row.
+        """
+
+    # -- a step ---------------------------------------------------------------------------------------------------------
+
+    def batches(self, parts: Iterable[list[Example]], rng: np.random.Generator) -> list[Batch]:
+        """The batches of one optimizer step, a forward pass each.
+
+        Args:
+            parts: the examples of each micro-batch.
+            rng: of what is drawn anew in every step, in the order of the examples.
+        """
+        groups = parts if self.together else [[example] for part in parts for example in part]
+        return [self.collate(group, rng) for group in groups if group]
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> Batch:
+        """Put examples into one batch, on the CPU."""
+        raise NotImplementedError
+
+    def begin(self, model: PeftModel, batches: list[Batch]) -> None:
+        """What a loss must know of the whole step before its first batch."""
+
+    def logits(self, model: PeftModel, batch: Batch) -> torch.Tensor:
+        """[S, C] float32: for each item of the batch a score for each class (or token)."""
+        outputs = model(**batch.inputs)
+        return self.chosen(outputs.logits, batch).float()
+
+    def chosen(self, logits: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+        """The logits of the items, [S, C], of [B, C] or [B, T, C]."""
+        return logits if batch.places is None else logits[batch.places]
+
+    def loss(self, model: PeftModel, batch: Batch, rdrop_alpha: float | None = None) -> LossSum:
+        """The summed loss of a batch. With `rdrop_alpha`, of two passes with different dropout, and their divergence."""
+        smoothing = self.config.label_smoothing if model.training else 0.0  # in evaluation the loss is the true one
+        logits = self.logits(model, batch)
+        loss = self.item_losses(logits, batch, smoothing)
+        if rdrop_alpha is not None:
+            again = self.logits(model, batch)
+            loss = (loss + self.item_losses(again, batch, smoothing)) / 2 + rdrop_alpha * divergence(logits, again)
+        if batch.weights is not None:
+            loss = loss * batch.weights
+        return LossSum(loss.sum(), batch.weight, len(batch.targets), logits.detach())
+
+    def item_losses(self, logits: torch.Tensor, batch: Batch, smoothing: float) -> torch.Tensor:
+        """[S] the loss of each item."""
+        return cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
+
+    # -- measuring --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, model: PeftModel, data: Dataset) -> Measured:
+        """The loss (weighted mean over all items) and what `metrics` makes of all predictions."""
+        groups = [
+            [example for i in places for example in data[i]] for places in eval_batches(data.lengths, self.together)
+        ]
+        batches = self.batches(groups, np.random.default_rng(0))
+        self.begin(model, batches)
+        loss, weight, seen = 0.0, 0.0, []
+        for examples, batch in zip(groups, batches, strict=True):
+            out = self.loss(model, batch.to(model.device))
+            loss, weight = loss + out.loss.item(), weight + out.weight
+            seen.append(self.observed(examples, out.logits, batch))
+            del out  # the next batch's logits need the room
+        return self.metrics(loss / weight, seen)
+
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: Batch) -> Observed:
+        """What is kept of a batch until all have been seen."""
+        predicted = logits.argmax(-1).cpu()
+        kept = logits.cpu() if logits.shape[-1] <= 1000 else predicted[:, None].float()
+        return Observed(examples, kept, predicted.numpy(), batch.targets.cpu().numpy())
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        """Metrics by the names the field uses; `loss` among them."""
+        raise NotImplementedError
+
+    def examine(self, model: PeftModel, data: Dataset, title: str) -> Measured:
+        """What takes too long to be measured during training, such as generated answers. `title`: of the progress bar."""
+        return Measured({})
+
+    # -- merged checkpoints -----------------------------------------------------------------------------------------------
+
+    def passes(self, example: Example) -> list[Pass]:
+        """The forward passes by which models are compared on a row."""
+        batch = self.collate([example], np.random.default_rng(0))
+        return [Pass(batch.inputs, None if batch.places is None else batch.places[1])]
+
+    def compared_targets(self, example: Example) -> torch.Tensor:
+        """[S] what the logits of `compared` should say."""
+        return self.collate([example], np.random.default_rng(0)).targets
+
+    def compared(self, outputs: list[dict[str, torch.Tensor]], example: Example) -> torch.Tensor:
+        """The logits [S, C] that a row's passes give.
+
+        Args:
+            outputs: of each pass, by transformers' names, without the batch dimension, at `positions` only.
+        """
+        logits = outputs[0]["logits"]
+        return logits if logits.dim() == 2 else logits[None]
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """[S] mean of both KL divergences between the distributions of logits [S, C] (R-Drop, arXiv:2106.14448)."""
+    p, q = log_softmax(first, -1), log_softmax(second, -1)
+    forth, back = kl_div(q, p, reduction="none", log_target=True), kl_div(p, q, reduction="none", log_target=True)
+    return (forth + back).sum(-1) / 2
+
+
+def eval_batches(lengths: np.ndarray, together: bool) -> list[list[int]]:
+    """Places of the examples that evaluation puts together: of like length, as many as fit (at least one)."""
+    batches: list[list[int]] = []
+    limit = _EVAL_TOKENS if together else 0
+    room = 0
+    for place in np.argsort(lengths, kind="stable"):
+        size = int(lengths[place])
+        if size > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(int(place))
+        room -= size
+    return batches
+
+
+class PaddedTask(Task):
+    """A task whose rows are padded to the longest of their batch."""
+
+    def inputs(self, rows: list[np.ndarray], pair_starts: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """What a model is called with, of rows of token ids; token types where the tokenizer knows them."""
+        ids = pad(rows, self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        places = torch.arange(ids.shape[1])[None]
+        found = {"input_ids": ids, "attention_mask": (places < lengths[:, None]).long()}
+        if pair_starts is not None and "token_type_ids" in self.tokenizer.model_input_names:
+            starts = torch.tensor([start or len(row) for start, row in zip(pair_starts, rows, strict=True)])
+            found["token_type_ids"] = ((places >= starts[:, None]) & (places < lengths[:, None])).long()
+        return found

@@ -1,0 +1,135 @@
+"""Masked-language pretraining on domain text (BERT, arXiv:1810.04805), with masks drawn anew in every step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from lora_lab import console
+from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.dataset import Dataset, first_examples
+from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.formats import Record, RowError
+from lora_lab.errors import BaseModelError
+from lora_lab.tasks.base import Measured, Observed, PaddedTask
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_MASKED, _RANDOM = 0.8, 0.1  # shares of the chosen tokens that are masked, or replaced; the others stay as they are
+_COPIES = 64  # of a row with one token masked each, in one forward pass
+
+
+class MaskedEncoder(Encoder):
+    """Texts with the tokenizer's own marks around them, in pieces of at most `data.max_tokens`; every other token counts."""
+
+    formats = ("text",)
+    task_options = ("whole_words",)
+
+    def __init__(
+        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+    ):
+        super().__init__(config, task, tokenizer, vocab_size)
+        if tokenizer.mask_token_id is None:
+            raise BaseModelError(
+                "model.path: its tokenizer has no mask token, so task=masked_lm cannot mask. Use another base."
+            )
+
+    def example(self, record: Record, origin: str) -> Encoded:
+        found = self.tokenizer(
+            self.cleaned(record.text),
+            truncation=True,
+            max_length=self.config.max_tokens,
+            return_overflowing_tokens=True,
+            return_special_tokens_mask=True,
+        )
+        examples = []
+        for piece, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"], strict=True)):
+            weights = 1 - np.asarray(special, dtype=np.float32)
+            words = [-1 if word is None else word for word in found.word_ids(piece)]
+            content = to_json({"words": words}) if self.task.whole_words else ""
+            if weights.any():
+                examples.append(Example(np.asarray(ids, dtype=np.int64), weights, origin, content))
+        if not examples:
+            raise RowError("empty", "no token that could be masked. Remove the row.")
+        return Encoded(examples)
+
+
+class MaskedLM(PaddedTask):
+    """`task=masked_lm`."""
+
+    encoder_class = MaskedEncoder
+    auto_class = "AutoModelForMaskedLM"
+    peft_task_type = None
+    head = "missing"
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+        chosen, rows = [], []
+        for example in examples:  # all draws of one example before the next, so that batches can be split anywhere
+            chosen.append(self._choose(example, rng))
+            rows.append(self._corrupt(example.input_ids, chosen[-1], rng))
+        row_of = np.repeat(np.arange(len(examples)), [len(places) for places in chosen])
+        columns = np.concatenate(chosen)
+        targets = np.concatenate([e.input_ids[places] for e, places in zip(examples, chosen, strict=True)])
+        return PaddedBatch(
+            inputs=self.inputs(rows, [0] * len(rows)),
+            lengths=[len(row) for row in rows],
+            places=(torch.from_numpy(row_of), torch.from_numpy(columns)),
+            targets=torch.from_numpy(targets),
+            weights=None,
+            origins=[example.origin for example in examples],
+        )
+
+    def _choose(self, example: Example, rng: np.random.Generator) -> np.ndarray:
+        """Places of the tokens to be guessed: `mask_probability` of them, at least one."""
+        allowed = np.flatnonzero(example.supervised)
+        count = max(1, round(self.config.mask_probability * len(allowed)))
+        if not self.config.whole_words:
+            return np.sort(rng.choice(allowed, size=count, replace=False))
+        words = np.asarray(example.fields["words"])[allowed]
+        order = rng.permutation(np.unique(words))
+        sizes = np.cumsum([int((words == word).sum()) for word in order])
+        kept = order[: max(1, int(np.searchsorted(sizes, count, side="right")))]  # as many words as fit, at least one
+        return allowed[np.isin(words, kept)]
+
+    def _corrupt(self, ids: np.ndarray, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        changed, draws = ids.copy(), rng.random(len(places))
+        changed[places[draws < _MASKED]] = self.tokenizer.mask_token_id
+        replaced = places[(draws >= _MASKED) & (draws < _MASKED + _RANDOM)]
+        changed[replaced] = rng.integers(len(self.tokenizer), size=len(replaced))
+        return changed
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
+        return Measured({"loss": loss, "masked_accuracy": correct / sum(len(one.targets) for one in seen)})
+
+    @torch.no_grad()
+    def examine(self, model: PeftModel, data: Dataset, title: str) -> Measured:
+        """Pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659): exp of the mean loss of each token masked alone."""
+        rows = first_examples(data, self.config.pseudo_perplexity_rows)
+        if not rows:
+            return Measured({})
+        loss, tokens = 0.0, 0
+        with console.steps(title, len(rows)) as progress:
+            for row in rows:
+                places = np.flatnonzero(row.supervised)
+                for start in range(0, len(places), _COPIES):
+                    loss += self._one_by_one(model, row.input_ids, places[start : start + _COPIES])
+                tokens += len(places)
+                progress.advance()
+        return Measured({"pseudo_perplexity": math.exp(loss / tokens)})
+
+    def _one_by_one(self, model: PeftModel, ids: np.ndarray, places: np.ndarray) -> float:
+        """Summed loss of the tokens at `places`, each masked in a copy of its own."""
+        copies = np.tile(ids, (len(places), 1))
+        rows = np.arange(len(places))
+        copies[rows, places] = self.tokenizer.mask_token_id
+        inputs = {name: tensor.to(model.device) for name, tensor in self.inputs(list(copies)).items()}
+        logits = model(**inputs).logits[rows, places].float()
+        return cross_entropy(logits, torch.from_numpy(ids[places]).to(logits.device), reduction="sum").item()

@@ -1,0 +1,228 @@
+"""Learn from judgements: of two answers to a prompt the better one (DPO, IPO, SimPO, ORPO), or good and bad answers (KTO).
+
+The reference model is the same base with its adapter off: no second model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from lora_lab.adapters.attach import without_adapter
+from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.data.chat import ChatEncoder
+from lora_lab.data.collate import PackedBatch, pack
+from lora_lab.data.encode import Encoded, Example
+from lora_lab.data.formats import Record, RowError
+from lora_lab.tasks import preference_losses as losses
+from lora_lab.tasks.base import LossSum, Measured, Observed, Pass
+from lora_lab.tasks.causal_lm import DecoderTask
+from lora_lab.train import packing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_GOOD, _BAD = "good", "bad"
+_WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+class PreferenceEncoder(ChatEncoder):
+    """Two conversations that differ in their last answer, which alone counts. For KTO one conversation and a judgement; there
+    pairs become two examples."""
+
+    task_options = ("loss",)
+
+    def __init__(
+        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+    ):
+        super().__init__(config, task, tokenizer, vocab_size)
+        self.supervise = "last_answer"
+        single = ("feedback_messages", "feedback") if task.loss == "kto" else ()
+        self.formats = ("preference", *single)
+
+    def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
+        first = super().examples(records, origins)
+        worse = [dataclasses.replace(record, messages=record.rejected or record.messages) for record in records]
+        second = super().examples(worse, origins)
+        return [self._joined(*row) for row in zip(records, first, second, strict=True)]
+
+    def _joined(self, record: Record, better: Encoded | RowError, worse: Encoded | RowError) -> Encoded | RowError:
+        problem = next((found for found in (better, worse) if isinstance(found, RowError)), None)
+        if problem is not None:
+            return problem
+        good, bad = better.examples[-1], worse.examples[-1]
+        truncated, border = better.truncated or worse.truncated, better.cut_at_border or worse.cut_at_border
+        if record.rejected is None:
+            label = _GOOD if record.label else _BAD
+            return Encoded([dataclasses.replace(good, labels=(label,))], truncated, border)
+        if np.array_equal(good.input_ids, bad.input_ids):
+            return RowError(
+                "equal", "chosen and rejected are the same answer, so there is nothing to learn. Remove the row."
+            )
+        if self.task.loss == "kto":
+            pair = [dataclasses.replace(good, labels=(_GOOD,)), dataclasses.replace(bad, labels=(_BAD,))]
+        else:
+            pair = [dataclasses.replace(good, second_ids=bad.input_ids, second_weights=bad.weights)]
+        return Encoded(pair, truncated, border)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnswersBatch(PackedBatch):
+    """Answers with their prompts, end to end: all chosen ones, then all rejected ones; for KTO each once."""
+
+    owner: torch.Tensor  # [S] int64: the answer that each supervised token belongs to
+    num_rows: int  # pairs, or for KTO answers: what the step's loss is the mean of
+    good: torch.Tensor | None = None  # [num_rows] bool, KTO only
+    mismatched: AnswersBatch | None = None  # KTO: each prompt with the next row's answer
+
+    @property
+    def weight(self) -> float:
+        return float(self.num_rows)
+
+
+class Preference(DecoderTask):
+    """`task=preference`."""
+
+    encoder_class = PreferenceEncoder
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> AnswersBatch:
+        if self.config.loss != "kto":
+            worse = [dataclasses.replace(e, input_ids=e.second_ids, weights=e.second_weights) for e in examples]
+            return _answers([*examples, *worse], len(examples))
+        good = torch.tensor([example.labels == (_GOOD,) for example in examples])
+        return dataclasses.replace(_answers(examples, len(examples)), good=good)
+
+    def batches(self, parts: list[list[Example]], rng: np.random.Generator) -> list[AnswersBatch]:
+        parts = [part for part in parts if part]
+        found = super().batches(parts, rng)
+        if self.config.loss != "kto":
+            return found
+        every = [example for part in parts for example in part]
+        crossed = iter([_crossed(one, other) for one, other in zip(every, [*every[1:], *every[:1]], strict=True)])
+        return [
+            dataclasses.replace(batch, mismatched=_answers([next(crossed) for _ in part], len(part)))
+            for batch, part in zip(found, parts, strict=True)
+        ]
+
+    def begin(self, model: PeftModel, batches: list[AnswersBatch]) -> None:
+        """KTO's baseline: how far the policy is from the reference on answers to other prompts, over the whole step."""
+        if self.config.loss != "kto":
+            return
+        training = model.training
+        model.eval()
+        policy, reference = [], []
+        with torch.no_grad():
+            for batch in batches:
+                moved = batch.mismatched.to(model.device)
+                policy.append(self._log_probabilities(model, moved)[0])
+                with without_adapter(model):
+                    reference.append(self._log_probabilities(model, moved)[0])
+        model.train(training)
+        self.kl = losses.kto_kl(torch.cat(policy), torch.cat(reference))
+
+    def loss(self, model: PeftModel, batch: AnswersBatch, rdrop_alpha: float | None = None) -> LossSum:
+        policy, tokens = self._log_probabilities(model, batch)
+        reference = None if self.config.loss in _WITHOUT_REFERENCE else self._reference(model, batch)
+        smoothing = self.config.label_smoothing if model.training else 0.0
+        loss = self._loss(policy, reference, tokens, batch, smoothing).sum()
+        rewards = losses.rewards(policy.detach(), reference, tokens, self.config.beta)
+        return LossSum(loss, batch.weight, len(batch.targets), rewards.reshape(-1, batch.num_rows).T)
+
+    def _loss(
+        self,
+        policy: torch.Tensor,
+        reference: torch.Tensor | None,
+        tokens: torch.Tensor,
+        batch: AnswersBatch,
+        smoothing: float,
+    ) -> torch.Tensor:
+        config = self.config
+        if config.loss == "kto":
+            weights = config.desirable_weight, config.undesirable_weight
+            return losses.kto(policy, reference, batch.good, self.kl, config.beta, *weights)
+        pair, counts = policy.chunk(2), tokens.chunk(2)
+        if config.loss == "simpo":
+            return losses.simpo(*pair, *counts, config.beta, config.gamma, smoothing)
+        if config.loss == "orpo":
+            return losses.orpo(*pair, *counts, config.beta)
+        if config.loss == "ipo":
+            return losses.ipo(*pair, *reference.chunk(2), *counts, config.beta)
+        return losses.dpo(*pair, *reference.chunk(2), config.beta, smoothing)
+
+    def _log_probabilities(self, model: PeftModel, batch: AnswersBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """[answers] float32 summed log-probability of each answer's tokens, and how many they are."""
+        each = -cross_entropy(packing.logits(model, batch).float(), batch.targets, reduction="none")
+        zeros = torch.zeros(len(batch.lengths), device=each.device)
+        return zeros.index_add(0, batch.owner, each), zeros.index_add(0, batch.owner, torch.ones_like(each))
+
+    def _reference(self, model: PeftModel, batch: AnswersBatch) -> torch.Tensor:
+        """The same of the base alone, which draws no dropout."""
+        training = model.training
+        model.eval()
+        with torch.no_grad(), without_adapter(model):
+            found, _ = self._log_probabilities(model, batch)
+        model.train(training)
+        return found
+
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: AnswersBatch) -> Observed:
+        rewards = logits.cpu()
+        targets = np.ones(len(rewards)) if batch.good is None else batch.good.cpu().numpy()
+        return Observed(examples, rewards, rewards[:, 0].numpy(), targets)
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        """Rewards are implicit: how much likelier the answer is than for the reference. Ties count half."""
+        rewards = np.concatenate([one.logits.numpy() for one in seen])
+        if self.config.loss == "kto":
+            good = np.concatenate([one.targets for one in seen]).astype(bool)
+            better, worse = rewards[good, 0], rewards[~good, 0]
+            gaps = better[:, None] - worse[None]  # every good answer beside every bad one
+        else:
+            better, worse = rewards[:, 0], rewards[:, 1]
+            gaps = better - worse
+        found = {
+            "reward_accuracy": _mean((gaps > 0) + (gaps == 0) / 2),
+            "reward_margin": _mean(gaps),
+            "reward_chosen": _mean(better),
+            "reward_rejected": _mean(worse),
+        }
+        return Measured({"loss": loss, **found})
+
+    def passes(self, example: Example) -> list[Pass]:
+        return [Pass({"input_ids": one.input_ids}, one.logit_positions) for one in _each(example)]
+
+    def compared_targets(self, example: Example) -> torch.Tensor:
+        return torch.cat([one.targets for one in _each(example)])
+
+    def compared(self, outputs: list[dict[str, torch.Tensor]], example: Example) -> torch.Tensor:
+        return torch.cat([output["logits"] for output in outputs])
+
+
+def _answers(examples: list[Example], num_rows: int) -> AnswersBatch:
+    packed = pack([dataclasses.replace(e, weights=(e.weights > 0).astype(np.float32)) for e in examples])
+    owner = np.repeat(np.arange(len(examples)), [int(e.supervised.sum()) for e in examples])
+    values: dict[str, Any] = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+    return AnswersBatch(**values, owner=torch.from_numpy(owner), num_rows=num_rows)
+
+
+def _crossed(one: Example, other: Example) -> Example:
+    """The prompt of one example with the answer of another."""
+    start, begin = int(np.argmax(one.supervised)), int(np.argmax(other.supervised))
+    ids = np.concatenate([one.input_ids[:start], other.input_ids[begin:]])
+    weights = np.concatenate([one.weights[:start], other.weights[begin:]])
+    return Example(ids, weights, one.origin)
+
+
+def _each(example: Example) -> list[PackedBatch]:
+    found = [pack([example])]
+    if example.second_ids is not None:
+        found.append(pack([Example(example.second_ids, example.second_weights, example.origin)]))
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else 0.0

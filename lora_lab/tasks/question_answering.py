@@ -1,0 +1,142 @@
+"""Find the answer to a question as a piece of a context (extractive question answering)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.formats import Record, RowError
+from lora_lab.tasks import metrics
+from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_CANDIDATES = 20  # best starts, and best ends, that are paired
+_SHOWN = 32  # answers that are kept to be looked at
+
+
+class SpanEncoder(Encoder):
+    """A question and its context; a long context in windows that share `task.stride` tokens, an example each.
+
+    The target of a window that does not hold the whole answer is its first token, as for BERT on SQuAD.
+    """
+
+    formats = ("question_answering",)
+    task_options = ("stride",)
+
+    def example(self, record: Record, origin: str) -> Encoded:
+        text, start = record.label[0]
+        if start is None:
+            start = record.pair.find(text)
+        if start < 0 or not text.strip():
+            raise RowError("label", f"answer {text!r} does not stand in the context. Mend or remove the row.")
+        question = len(self.tokenizer(record.text, verbose=False)["input_ids"])
+        if question + self.task.stride + 8 > self.config.max_tokens:
+            raise self.too_long(
+                question,
+                f"They are the question's alone, and task.stride={self.task.stride} come on top. Raise data.max_tokens.",
+            )
+        found = self.tokenizer(
+            record.text,
+            record.pair,
+            truncation="only_second",
+            max_length=self.config.max_tokens,
+            stride=self.task.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        fields = {"question": record.text, "context": record.pair, "answers": [answer for answer, _ in record.label]}
+        examples = []
+        for window, ids in enumerate(found["input_ids"]):
+            offsets = np.asarray(found["offset_mapping"][window])
+            inside = np.array([part == 1 for part in found.sequence_ids(window)])
+            first, last = _span(offsets, inside, start, start + len(text))
+            examples.append(
+                Example(
+                    np.asarray(ids, dtype=np.int64),
+                    np.zeros(len(ids), dtype=np.float32),
+                    origin,
+                    to_json({**fields, "offsets": offsets[inside].tolist()}),
+                    labels=(str(first), str(last)),
+                    pair_start=int(np.flatnonzero(inside)[0]),
+                )
+            )
+        return Encoded(examples)
+
+
+def _span(offsets: np.ndarray, inside: np.ndarray, start: int, end: int) -> tuple[int, int]:
+    """First and last token of the characters from `start` to `end`; (0, 0) if the window does not hold all of them."""
+    places = np.flatnonzero(inside)
+    if not len(places) or offsets[places[0], 0] > start or offsets[places[-1], 1] < end:
+        return 0, 0
+    touched = places[(offsets[places, 1] > start) & (offsets[places, 0] < end)]
+    return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
+
+
+class QuestionAnswering(PaddedTask):
+    """`task=question_answering`. The items of a batch are the starts of all rows, then their ends."""
+
+    encoder_class = SpanEncoder
+    auto_class = "AutoModelForQuestionAnswering"
+    peft_task_type = None  # peft 0.21's class for QUESTION_ANS drops token_type_ids on the way to the model
+    head = "always"
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+        return PaddedBatch(
+            inputs=self.inputs([e.input_ids for e in examples], [e.pair_start for e in examples]),
+            lengths=[len(e.input_ids) for e in examples],
+            places=None,
+            targets=torch.tensor([int(e.labels[side]) for side in (0, 1) for e in examples]),
+            weights=None,
+            origins=[e.origin for e in examples],
+        )
+
+    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        outputs = model(**batch.inputs)
+        logits = torch.cat([outputs.start_logits, outputs.end_logits]).float()
+        padding = batch.inputs["attention_mask"].repeat(2, 1) == 0
+        return logits.masked_fill(
+            padding, -1e4
+        )  # an answer is never in the padding, so that its length counts for nothing
+
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Observed:
+        return Observed(examples, logits.cpu(), logits.argmax(-1).cpu().numpy(), batch.targets.cpu().numpy())
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        best: dict[str, tuple[float, str]] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        for one in seen:
+            starts, ends = one.logits.chunk(2)
+            for place, example in enumerate(one.examples):
+                found = self._best(starts[place].numpy(), ends[place].numpy(), example)
+                rows[example.origin] = example.fields
+                best[example.origin] = max(best.get(example.origin, found), found)
+        texts = {origin: text for origin, (_, text) in best.items()}
+        order = sorted(rows)
+        scores = metrics.squad([texts[o] for o in order], [rows[o]["answers"] for o in order], self.config.language)
+        answers = [Answer(rows[o]["question"], rows[o]["answers"][0], texts[o]) for o in order[:_SHOWN]]
+        return Measured({"loss": loss, **scores}, answers)
+
+    def _best(self, starts: np.ndarray, ends: np.ndarray, example: Example) -> tuple[float, str]:
+        """Score and text of the likeliest span of the window's context."""
+        fields = example.fields
+        offsets, first = fields["offsets"], example.pair_start
+        starts, ends = starts[first : first + len(offsets)], ends[first : first + len(offsets)]
+        pairs = [
+            (float(starts[i] + ends[j]), i, j)
+            for i in np.argsort(-starts, kind="stable")[:_CANDIDATES]
+            for j in np.argsort(-ends, kind="stable")[:_CANDIDATES]
+            if i <= j < i + self.config.max_answer_tokens
+        ]
+        if not pairs:
+            return -np.inf, ""
+        score, i, j = max(pairs)
+        return score, fields["context"][offsets[i][0] : offsets[j][1]]
+
+    def compared(self, outputs: list[dict[str, torch.Tensor]], example: Example) -> torch.Tensor:
+        return torch.stack([outputs[0]["start_logits"], outputs[0]["end_logits"]])

@@ -1,0 +1,70 @@
+"""Give texts, or pairs of texts, a number, such as how alike two sentences are."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_lab.config import RunConfig
+from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.encode import Example
+from lora_lab.data.formats import Record, RowError
+from lora_lab.tasks import metrics
+from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.classification import LabelEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class NumberEncoder(LabelEncoder):
+    """Labels are numbers, or text that is one (CSV files have nothing else)."""
+
+    def labels(self, record: Record) -> tuple[str, ...]:
+        try:
+            number = float(record.label)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RowError(
+                "label", f"label {record.label!r} is not a number. For classes there is task=classification."
+            )
+        return (repr(number),)
+
+
+class Regression(PaddedTask):
+    """`task=regression`: mean squared error."""
+
+    encoder_class = NumberEncoder
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+    head = "always"
+
+    @classmethod
+    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression", "pad_token_id": tokenizer.pad_token_id}
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+        return PaddedBatch(
+            inputs=self.inputs([e.input_ids for e in examples], [e.pair_start for e in examples]),
+            lengths=[len(e.input_ids) for e in examples],
+            places=None,
+            targets=torch.tensor([float(e.labels[0]) for e in examples], dtype=torch.float32),
+            weights=None,
+            origins=[e.origin for e in examples],
+        )
+
+    def item_losses(self, logits: torch.Tensor, batch: PaddedBatch, smoothing: float) -> torch.Tensor:
+        return (logits[:, 0] - batch.targets) ** 2
+
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Observed:
+        numbers = logits.float().cpu()
+        return Observed(examples, numbers, numbers[:, 0].numpy(), batch.targets.cpu().numpy())
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        targets = np.concatenate([one.targets for one in seen])
+        predicted = np.concatenate([one.predicted for one in seen])
+        return Measured({"loss": loss, **metrics.regression(targets, predicted)})

@@ -1,0 +1,125 @@
+"""Learn a score that is higher for the better of two answers (Bradley-Terry, as in arXiv:2203.02155)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_lab.config import DataConfig, RunConfig, TaskConfig
+from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.formats import Message, Record, RowError
+from lora_lab.tasks.base import Measured, Observed, PaddedTask, Pass
+from lora_lab.tasks.preference import PreferenceEncoder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+class RewardEncoder(Encoder):
+    """Both conversations as the chat template renders them; for a tokenizer without one, prompt and answer as a pair of
+    texts."""
+
+    formats = ("preference",)
+
+    def __init__(
+        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+    ):
+        super().__init__(config, task, tokenizer, vocab_size)
+        self.rendering = PreferenceEncoder(config, task, tokenizer) if tokenizer.chat_template else None
+
+    def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
+        if self.rendering is None:
+            return super().examples(records, origins)
+        return [
+            one
+            if isinstance(one, RowError)
+            else dataclasses.replace(one, examples=[_unweighted(e) for e in one.examples])
+            for one in self.rendering.examples(records, origins)
+        ]
+
+    def example(self, record: Record, origin: str) -> Encoded:
+        (better, start), (worse, other), truncated = self._pair(record.messages), self._pair(record.rejected), False
+        limit = self.config.max_tokens
+        if max(len(better), len(worse)) > limit:
+            raise self.too_long(max(len(better), len(worse)), "Raise data.max_tokens, or choose data.too_long=drop.")
+        if better == worse:
+            raise RowError(
+                "equal", "chosen and rejected are the same answer, so there is nothing to learn. Remove the row."
+            )
+        example = Example(
+            np.asarray(better, dtype=np.int64),
+            np.zeros(len(better), dtype=np.float32),
+            origin,
+            to_json({"messages": record.messages, "tools": None, "starts": [start, other]}),
+            second_ids=np.asarray(worse, dtype=np.int64),
+            second_weights=np.zeros(len(worse), dtype=np.float32),
+        )
+        return Encoded([example], truncated)
+
+    def _pair(self, messages: list[Message]) -> tuple[list[int], int]:
+        """Token ids, and where the answer begins."""
+        prompt = self.cleaned("\n\n".join(message["content"] for message in messages[:-1]))
+        found = self.tokenizer(prompt, messages[-1]["content"], verbose=False)
+        return found["input_ids"], found.sequence_ids().index(1)
+
+
+def _unweighted(example: Example) -> Example:
+    weights = (np.zeros_like(example.weights), np.zeros_like(example.second_weights))
+    return dataclasses.replace(example, weights=weights[0], second_weights=weights[1])
+
+
+class Reward(PaddedTask):
+    """`task=reward`. Rows of a batch: all chosen answers, then all rejected ones; an item is a pair."""
+
+    encoder_class = RewardEncoder
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+    head = "always"
+
+    @classmethod
+    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
+        return {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+        rows = [*(e.input_ids for e in examples), *(e.second_ids for e in examples)]
+        starts = [[e.fields.get("starts", [0, 0])[side] for e in examples] for side in (0, 1)]
+        return PaddedBatch(
+            inputs=self.inputs(rows, [*starts[0], *starts[1]]),
+            lengths=[len(row) for row in rows],
+            places=None,
+            targets=torch.ones(len(examples), dtype=torch.int64),
+            weights=None,
+            origins=[e.origin for e in examples],
+        )
+
+    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        better, worse = model(**batch.inputs).logits[:, 0].float().chunk(2)
+        return _compared(better, worse)
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        gaps = torch.cat([one.logits[:, 1] for one in seen])
+        return Measured(
+            {"loss": loss, "accuracy": (gaps > 0).float().mean().item(), "reward_margin": gaps.mean().item()}
+        )
+
+    def passes(self, example: Example) -> list[Pass]:
+        inputs = self.collate([example], np.random.default_rng(0)).inputs
+        lengths = len(example.input_ids), len(example.second_ids)
+        return [
+            Pass({name: rows[side : side + 1, :length] for name, rows in inputs.items()}, None)
+            for side, length in enumerate(lengths)
+        ]
+
+    def compared(self, outputs: list[dict[str, torch.Tensor]], example: Example) -> torch.Tensor:
+        better, worse = (output["logits"] for output in outputs)
+        return _compared(better, worse)
+
+
+def _compared(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
+    """[B, 2]: log-odds that the second, or the first, of two answers is the better one."""
+    return torch.stack([torch.zeros_like(better), better - worse], dim=-1)

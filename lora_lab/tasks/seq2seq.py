@@ -1,0 +1,108 @@
+"""Turn one text into another with an encoder-decoder: summaries, translations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lora_lab.data.collate import PaddedBatch, pad
+from lora_lab.data.dataset import Dataset, first_examples
+from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.formats import Record, RowError
+from lora_lab.tasks import metrics
+from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
+from lora_lab.tasks.generation import generate_all
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class SourceEncoder(Encoder):
+    """A source (with `task.prefix` before it) and its target, each with the tokenizer's own marks and of at most
+    `data.max_tokens`; a long source may be cut (`data.too_long`), a target never is."""
+
+    formats = ("source_target", "prompt_completion", "alpaca")
+    task_options = ("prefix",)
+
+    def example(self, record: Record, origin: str) -> Encoded:
+        if record.text is None or record.target is None:
+            raise RowError("not text", "source and target must be one text each, without earlier turns.")
+        source = self.cleaned(record.text)
+        ids = self.source_ids(source)
+        target = self.tokenizer(text_target=record.target, verbose=False)["input_ids"]
+        limit = self.config.max_tokens
+        if len(target) > limit:
+            raise self.too_long(len(target), "They are the target's, which is never cut. Raise data.max_tokens.")
+        truncated = len(ids) > limit
+        if truncated:
+            if self.config.too_long != "truncate_prompt":
+                raise self.too_long(len(ids), "Raise data.max_tokens, or choose data.too_long=drop or truncate_prompt.")
+            ids = self.tokenizer(self.task.prefix + source, truncation=True, max_length=limit, verbose=False)[
+                "input_ids"
+            ]
+        content = to_json({"source": source, "target": record.target})
+        example = Example(
+            np.asarray(ids, dtype=np.int64),
+            np.zeros(len(ids), dtype=np.float32),
+            origin,
+            content,
+            second_ids=np.asarray(target, dtype=np.int64),
+            second_weights=np.ones(len(target), dtype=np.float32),
+        )
+        return Encoded([example], truncated)
+
+    def source_ids(self, source: str) -> list[int]:
+        """What the model is given for a source."""
+        return self.tokenizer(self.task.prefix + source, verbose=False)["input_ids"]
+
+
+class Seq2Seq(PaddedTask):
+    """`task=seq2seq`: cross-entropy of the target's tokens."""
+
+    encoder_class = SourceEncoder
+    encoder: SourceEncoder
+    auto_class = "AutoModelForSeq2SeqLM"
+    peft_task_type = "SEQ_2_SEQ_LM"
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+        targets = [e.second_ids for e in examples]
+        # what the decoder has seen before it says a token: its start mark, then the target so far
+        started = [np.concatenate([[self.model.decoder_start_token_id], target[:-1]]) for target in targets]
+        rows = np.repeat(np.arange(len(examples)), [len(target) for target in targets])
+        columns = np.concatenate([np.arange(len(target)) for target in targets])
+        inputs = self.inputs([e.input_ids for e in examples])
+        inputs["decoder_input_ids"] = pad(started, self.tokenizer.pad_token_id)
+        return PaddedBatch(
+            inputs=inputs,
+            lengths=[e.num_tokens for e in examples],
+            places=(torch.from_numpy(rows), torch.from_numpy(columns)),
+            targets=torch.from_numpy(np.concatenate(targets)),
+            weights=None,
+            origins=[e.origin for e in examples],
+        )
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
+        tokens = sum(len(one.targets) for one in seen)
+        return Measured({"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": correct / tokens})
+
+    def examine(self, model: PeftModel, data: Dataset, title: str, shots: str = "") -> Measured:
+        """Generated targets of the first `task.generate_rows` rows; `shots`: text before each source."""
+        rows = [row.fields for row in first_examples(data, self.config.generate_rows)]
+        if not rows:
+            return Measured({})
+        sources = [
+            self.tokenizer(shots + self.config.prefix + row["source"], verbose=False)["input_ids"] for row in rows
+        ]
+        ends = [self.tokenizer.eos_token_id]
+        texts = generate_all(model, self.tokenizer, sources, self.config, ends, title)
+        answers = [Answer(row["source"], row["target"], text) for row, text in zip(rows, texts, strict=True)]
+        scores = metrics.overlap(texts, [row["target"] for row in rows], self.config.language)
+        return Measured(scores, answers)
+
+    def shots(self, train: Dataset, places: list[int]) -> str:
+        """Training rows as text that can stand before a source."""
+        rows = [train[place][0].fields for place in places]
+        return "".join(f"{self.config.prefix}{row['source']}\n{row['target']}\n\n" for row in rows)

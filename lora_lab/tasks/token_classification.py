@@ -1,0 +1,130 @@
+"""Give each word a tag, such as the kind of entity that it belongs to."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_lab.config import RunConfig
+from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.dataset import Dataset, Stream
+from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.formats import Record, RowError
+from lora_lab.errors import DataError
+from lora_lab.tasks import metrics
+from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.classification import check_labels, class_labels, class_weights, label_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
+
+
+class TagEncoder(Encoder):
+    """Words with blanks between them; the first token of each word has its tag."""
+
+    formats = ("token_labels",)
+
+    def example(self, record: Record, origin: str) -> Encoded:
+        text, starts = "", []
+        for word in record.tokens:
+            starts.append(len(text))
+            text += f"{word} "
+        found = self.tokenizer(text.rstrip(), return_offsets_mapping=True, verbose=False)
+        ids = np.asarray(found["input_ids"], dtype=np.int64)
+        if len(ids) > self.config.max_tokens:
+            raise self.too_long(len(ids), "Raise data.max_tokens, part the sentence, or choose data.too_long=drop.")
+        ends = [start + len(word) for start, word in zip(starts, record.tokens, strict=True)]
+        firsts = _first_tokens(np.asarray(found["offset_mapping"]), starts, ends)
+        # the tokenizer may drop a word that is nothing but, say, a control character: it is counted as O when measuring
+        kept = [place for place, token in enumerate(firsts) if token is not None]
+        if not kept:
+            raise RowError("empty", "the tokenizer leaves nothing of the words. Remove the row.")
+        weights = np.zeros(len(ids), dtype=np.float32)
+        weights[[firsts[place] for place in kept]] = 1
+        labels = tuple(record.label[place] for place in kept)
+        content = to_json({"words": record.tokens, "tags": record.label, "kept": kept})
+        return Encoded([Example(ids, weights, origin, content, labels)])
+
+
+def _first_tokens(offsets: np.ndarray, starts: list[int], ends: list[int]) -> list[int | None]:
+    """The first token that holds a character of each word; a token counts for the first of its words only."""
+    found: list[int | None] = []
+    token = 0
+    for start, end in zip(starts, ends, strict=True):
+        while token < len(offsets) and (offsets[token, 1] <= start or offsets[token, 0] == offsets[token, 1]):
+            token += 1
+        inside = token < len(offsets) and offsets[token, 0] < end
+        found.append(token if inside else None)
+        token += inside
+    return found
+
+
+class TokenClassification(PaddedTask):
+    """`task=token_classification`."""
+
+    encoder_class = TagEncoder
+    auto_class = "AutoModelForTokenClassification"
+    peft_task_type = "TOKEN_CLS"
+    head = "always"
+
+    @classmethod
+    def learn(cls, config: RunConfig, train: Dataset | Stream) -> dict[str, Any]:
+        labels = class_labels(config, train)
+        labels = sorted(labels, key=lambda label: label != "O")  # otherwise in their order
+        odd = [label for label in labels if label != "O" and not _ENTITY.fullmatch(label)]
+        if odd and isinstance(train, Dataset) and any("-" in label for label in labels if label not in odd):
+            raise DataError(
+                f"{train.key}: {train.origin_of(odd[0])}: tag {odd[0]!r} is neither O nor begins with B-, I-, E-, S- or M-, as "
+                "other tags do. Mend the row."
+            )
+        return {"labels": labels, "class_weights": class_weights(config, train, labels)}
+
+    @classmethod
+    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
+        return {**label_settings(learned), "pad_token_id": tokenizer.pad_token_id}
+
+    @property
+    def labels(self) -> list[str]:
+        return self.learned["labels"]
+
+    def check(self, data: Dataset) -> None:
+        check_labels(data, self.labels)
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+        places = [np.flatnonzero(example.supervised) for example in examples]
+        rows = np.repeat(np.arange(len(examples)), [len(columns) for columns in places])
+        targets = torch.tensor([self.labels.index(label) for example in examples for label in example.labels])
+        given = self.learned.get("class_weights")
+        return PaddedBatch(
+            inputs=self.inputs([e.input_ids for e in examples], [0] * len(examples)),
+            lengths=[len(e.input_ids) for e in examples],
+            places=(torch.from_numpy(rows), torch.from_numpy(np.concatenate(places))),
+            targets=targets,
+            weights=None if given is None else torch.tensor(given, dtype=torch.float32)[targets],
+            origins=[e.origin for e in examples],
+        )
+
+    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+        """By seqeval's definition of entities; without entities (parts of speech) by word."""
+        targets, predicted = [], []
+        for one in seen:
+            ends = np.cumsum([len(example.labels) for example in one.examples])
+            for example, found in zip(one.examples, np.split(one.predicted, ends[:-1]), strict=True):
+                fields = example.fields
+                tags = ["O" if "O" in self.labels else self.labels[0]] * len(fields["tags"])
+                for place, number in zip(fields["kept"], found, strict=True):
+                    tags[place] = self.labels[number]
+                targets.append(fields["tags"])
+                predicted.append(tags)
+        if all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels):
+            found, details = metrics.entities(targets, predicted)
+        else:
+            number = {label: place for place, label in enumerate(self.labels)}
+            flat = [[number[tag] for tags in side for tag in tags] for side in (targets, predicted)]
+            found, details = metrics.classification(*flat, self.labels)
+        return Measured({"loss": loss, **found}, details=details)

@@ -1,0 +1,111 @@
+"""One forward and backward pass, and what the field adds to it against overfitting: NEFTune, R-Drop, FGM."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_lab.data.collate import Batch, PackedBatch
+from lora_lab.errors import TrainingError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+    from lora_lab.tasks.base import LossSum, Task
+    from lora_lab.train.cohort import Member
+
+
+def learn(member: Member, task: Task, batch: Batch, total: float, accelerator: Accelerator) -> LossSum:
+    """Add the gradients of a batch's share in the step's loss; `total` is the step's weight."""
+    config, model = member.config.train, member.model
+    noise = _changed(model, _noise(config.neftune_alpha, batch)) if config.neftune_alpha else contextlib.nullcontext()
+    seen: list[torch.Tensor] = []
+    watch = _changed(model, _keep(seen)) if config.fgm_epsilon else contextlib.nullcontext()
+    with noise, watch:
+        with accelerator.autocast():
+            out = task.loss(model, batch, config.rdrop_alpha).without_logits()  # gradients need the room
+        accelerator.backward(out.loss / total)
+    if config.fgm_epsilon:
+        shifts = iter([_adversarial(embedded.grad, config.fgm_epsilon, batch) for embedded in seen])
+        with _changed(model, lambda embedded: embedded + next(shifts)):
+            with accelerator.autocast():
+                moved = task.loss(model, batch, config.rdrop_alpha)
+            accelerator.backward(moved.loss / total)
+    return out
+
+
+@contextlib.contextmanager
+def _changed(model: PeftModel, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside the block, what the input embeddings give [B, T, D] is changed, where it is learned from: neither in evaluation
+    nor for a reference model."""
+
+    reached = []
+
+    def hook(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        reached.append(module)
+        return change(output)
+
+    base = model.get_base_model()
+    shared = base.get_input_embeddings().weight  # an encoder-decoder has several modules with one weight
+    with contextlib.ExitStack() as stack:
+        for module in base.modules():
+            if isinstance(module, torch.nn.Embedding) and module.weight is shared:
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield
+    if not reached:
+        raise TrainingError(
+            "train.neftune_alpha, train.fgm_epsilon: this model does not use its input embeddings as a module, so they would "
+            "have no effect. Set them to null."
+        )
+
+
+def _noise(alpha: float, batch: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
+    """NEFTune (arXiv:2310.05914): uniform noise in [-1, 1] times alpha / sqrt(T D), T being each row's own length."""
+
+    def change(embedded: torch.Tensor) -> torch.Tensor:
+        scale = alpha / torch.sqrt(_lengths(batch, embedded) * embedded.shape[-1])
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
+
+    return change
+
+
+def _keep(seen: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Let gradients reach the embeddings' output, and remember where they will be."""
+
+    def change(embedded: torch.Tensor) -> torch.Tensor:
+        embedded = embedded.detach().requires_grad_()
+        seen.append(embedded)
+        return embedded
+
+    return change
+
+
+def _adversarial(gradient: torch.Tensor, epsilon: float, batch: Batch) -> torch.Tensor:
+    """FGM (arXiv:1605.07725): the step of L2 norm epsilon, for each row, that raises its loss most. [B, T, D]"""
+    squares = gradient.float().square().sum(-1)  # [B, T]
+    if isinstance(batch, PackedBatch):
+        owner = torch.repeat_interleave(
+            torch.arange(len(batch.lengths), device=squares.device), torch.tensor(batch.lengths, device=squares.device)
+        )
+        norms = (
+            torch.zeros(len(batch.lengths), device=squares.device).index_add(0, owner, squares[0]).sqrt()[owner][None]
+        )
+    else:
+        norms = squares.sum(1, keepdim=True).sqrt()
+    return (epsilon * gradient.float() / norms.clamp_min(1e-30).unsqueeze(-1)).to(gradient.dtype)
+
+
+def _lengths(batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
+    """[B, T, 1] or [B, 1, 1] float32: the number of tokens of the row that each token is in."""
+    if isinstance(batch, PackedBatch):
+        lengths = torch.tensor(batch.lengths, device=embedded.device)
+        return torch.repeat_interleave(lengths, lengths)[None, :, None].float()
+    mask = batch.inputs["attention_mask"]
+    own = mask if embedded.shape[1] == mask.shape[1] else torch.ones(embedded.shape[:2], device=embedded.device)
+    return own.sum(1)[:, None, None].float()

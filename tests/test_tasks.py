@@ -1,0 +1,792 @@
+"""Every task end to end on tiny models of the right kind: trained on a quantized base, resumed, merged, loaded by plain
+transformers, measured."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lora_lab import cli, prepared, run, run_dir
+from lora_lab.base import load
+from lora_lab.data import store
+from lora_lab.errors import LoraLabError
+from lora_lab.merge import reload
+from lora_lab.train import regularize
+from lora_lab.train.cohort import Member
+from tests.conftest import WORDS, make_tokenizer, write_jsonl
+
+# -- tiny models ----------------------------------------------------------------------------------------------------------
+
+
+def make_encoder_tokenizer(folder: Path):
+    """A WordPiece tokenizer in BERT's manner."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=marks, show_progress=False)
+    core.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_bert(folder: Path, with_head: bool = True) -> Path:
+    """A random BERT of 2 layers; without its head, only what sentence encoders publish."""
+    from transformers import BertConfig, BertForMaskedLM, BertModel
+
+    folder.mkdir(parents=True)
+    size = len(make_encoder_tokenizer(folder))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    (BertForMaskedLM if with_head else BertModel)(config).save_pretrained(folder)
+    return folder
+
+
+def make_t5(folder: Path) -> Path:
+    """A random T5 of 2 + 2 layers whose texts end with an end token."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    folder.mkdir(parents=True)
+    make_tokenizer(folder, chat_template=None, special=("<pad>", "</s>"), bos_token=None, eos_token="</s>")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, base) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("kinds")
+    return {
+        "llama": base,
+        "bert": make_bert(folder / "bert"),
+        "bert_without_head": make_bert(folder / "bare", with_head=False),
+        "t5": make_t5(folder / "t5"),
+    }
+
+
+# -- rows that can be learned -----------------------------------------------------------------------------------------------
+
+NUMBERS = {"one": 1.0, "two": 2.0, "three": 3.0}
+COLOURS, ANIMALS = ["red", "green", "blue"], ["cat", "dog", "bird"]
+
+
+def _text(draw: random.Random, count: int = 4) -> list[str]:
+    return draw.choices(["table", "lamp", "Oslo", "Graz"], k=draw.randint(2, count))
+
+
+def class_row(draw):
+    colour = draw.choice(COLOURS)
+    return {"text": " ".join([*_text(draw), colour, *_text(draw)]), "label": colour}
+
+
+def several_row(draw):
+    colours = draw.sample(COLOURS, k=draw.randint(0, 2))
+    return {"text": " ".join([*_text(draw), *colours]), "label": colours}
+
+
+def number_row(draw):
+    number = draw.choice(list(NUMBERS))
+    return {"text": " ".join([number, *_text(draw)]), "text_pair": " ".join(_text(draw)), "label": NUMBERS[number]}
+
+
+def tag_row(draw):
+    words = [*_text(draw), draw.choice(COLOURS), draw.choice(ANIMALS), *_text(draw)]
+    tags = ["B-colour" if w in COLOURS else "B-animal" if w in ANIMALS else "O" for w in words]
+    return {"tokens": words, "tags": tags}
+
+
+def span_row(draw):
+    before, colour = " ".join(_text(draw, 12)), draw.choice(COLOURS)
+    context = f"{before} {colour} {' '.join(_text(draw, 12))}"
+    answers = {"text": [colour], "answer_start": [len(before) + 1]}
+    return {"question": "table", "context": context, "answers": answers}
+
+
+def pair_row(draw):
+    words = _text(draw)
+    return {"source": " ".join(words), "target": " ".join(reversed(words))}
+
+
+def judged_row(draw):
+    return {
+        "prompt": " ".join(_text(draw)),
+        "chosen": " ".join(_text(draw)) + " cat",
+        "rejected": "dog " + " ".join(_text(draw)),
+    }
+
+
+def feedback_row(draw):
+    good = draw.random() < 0.5
+    return {"prompt": " ".join(_text(draw)), "completion": "cat lamp" if good else "dog table", "label": good}
+
+
+def text_row(draw):
+    return {
+        "text": " ".join(" ".join(draw.choice([["red", "cat"], ["blue", "dog"]])) for _ in range(draw.randint(2, 9)))
+    }
+
+
+# (task and its options, model, rows, metric that must improve, whether lower is better)
+CASES = {
+    "causal_lm": (["task=causal_lm", "task.generate_rows=2", "task.max_new_tokens=4"], "llama", pair_row, "perplexity", True),
+    "completion": (["task=completion", "data.max_tokens=16"], "llama", text_row, "perplexity", True),
+    "masked_lm": (["task=masked_lm", "task.pseudo_perplexity_rows=2"], "bert", text_row, "pseudo_perplexity", True),
+    "masked_lm-words": (["task=masked_lm", "task.whole_words=true"], "bert_without_head", text_row, "masked_accuracy", False),
+    "classification": (["task=classification"], "bert", class_row, "accuracy", False),
+    "classification-weights": (
+        ["task=classification", "task.class_weights=balanced", "task.label_smoothing=0.1"], "bert_without_head", class_row, "f1", False
+    ),
+    "classification-several": (["task=classification", "task.multi_label=true"], "bert", several_row, "loss", True),
+    "classification-decoder": (["task=classification"], "llama", class_row, "loss", True),
+    "regression": (["task=regression"], "bert", number_row, "mse", True),
+    "regression-decoder": (["task=regression"], "llama", number_row, "mse", True),
+    "token_classification": (["task=token_classification"], "bert", tag_row, "f1", False),
+    "token_classification-decoder": (["task=token_classification"], "llama", tag_row, "loss", True),
+    "question_answering": (
+        ["task=question_answering", "data.max_tokens=24", "task.stride=6"], "bert", span_row, "loss", True
+    ),
+    "seq2seq": (["task=seq2seq", "task.generate_rows=2", "task.max_new_tokens=6", "task.num_beams=2"], "t5", pair_row, "loss", True),
+    "preference-dpo": (["task=preference"], "llama", judged_row, "reward_accuracy", False),
+    "preference-ipo": (["task=preference", "task.loss=ipo"], "llama", judged_row, "loss", True),
+    "preference-simpo": (["task=preference", "task.loss=simpo", "task.beta=2"], "llama", judged_row, "reward_margin", False),
+    "preference-orpo": (["task=preference", "task.loss=orpo"], "llama", judged_row, "loss", True),
+    "preference-kto": (["task=preference", "task.loss=kto"], "llama", feedback_row, "reward_margin", False),
+    "reward": (["task=reward"], "bert", judged_row, "accuracy", False),
+    "reward-decoder": (["task=reward"], "llama", judged_row, "loss", True),
+}  # fmt: skip
+STEPS = 30
+
+
+@pytest.fixture
+def start(models, overrides, tmp_path):
+    """Overrides of a run of a case: `start('classification', 'quant=nf4')`."""
+
+    def make(case: str, *more: str, rows: int = 48) -> list[str]:
+        options, model, make_row, _, _ = CASES[case]
+        for name, seed, count in (("train", 0, rows), ("eval", 1, 12)):
+            draw = random.Random(seed)
+            write_jsonl(tmp_path / f"{name}.jsonl", [make_row(draw) for _ in range(count)])
+        return [
+            *overrides, f"model.path={models[model]}", f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl",
+            "data.check=warn", "optim.lr=0.005", "optim.warmup_steps=0", "optim.schedule=constant", "train.batch_size=8", "train.epochs=9",
+            f"train.max_steps={STEPS}", "train.save_steps=15", "train.eval_steps=30", "train.keep_best=false", *options, *more,
+        ]  # fmt: skip
+
+    return make
+
+
+LOOSE = (
+    "merge.max_loss_increase=9",
+    "merge.max_logit_diff=1e-3",
+)  # random weights feel quantization far more than trained ones
+
+
+IN_A_PROCESS_OF_ITS_OWN = (
+    "classification",
+    "question_answering",
+    "seq2seq",
+)  # the others reload in this one, to be quick
+
+
+def reload_here(command: list[str], _run=subprocess.run, **options) -> subprocess.CompletedProcess:
+    if "-P" not in command:
+        return _run(command, **options)
+    reload.main(*command[3:])
+    return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_task_end_to_end(case, start, tmp_path, models, capsys, monkeypatch):
+    """Trained on an NF4 base, better than before; resumed to the same bytes; merged at float32 and equal in plain transformers;
+    evaluated again from the run folder alone."""
+    folder = tmp_path / "run"
+    if case not in IN_A_PROCESS_OF_ITS_OWN:
+        monkeypatch.setattr("lora_lab.merge.parity.subprocess.run", reload_here)
+    assert cli.main(["train", *start(case, "quant=nf4", "export=merged", "export.dtype=float32", *LOOSE)]) == 0
+    capsys.readouterr()
+    result = json.loads((folder / "result.json").read_text())
+    metric, lower = CASES[case][3:]
+    before, after = result["base"][metric], result["tuned"][metric]
+    assert (after < before) if lower else (after > before), f"{metric}: {before} -> {after}"
+    assert all(np.isfinite(list(result["tuned"].values())))
+
+    merge = result["merge"]
+    assert merge["refused"] == []
+    assert merge["merged_vs_full_precision_base_and_adapter"]["max_logit_diff"] <= 2e-4
+    kind = prepared.TASKS[case.partition("-")[0]].auto_class
+    import transformers
+
+    _, loaded = getattr(transformers, kind).from_pretrained(folder / "merged", output_loading_info=True)
+    assert not any(loaded.values())
+
+    again = shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(again / "adapter")
+    shutil.rmtree(again / "merged")
+    shutil.rmtree(again / f"checkpoints/step-{STEPS}")
+    (again / "result.json").unlink()
+    saved = yaml.safe_load((again / "config.yaml").read_text())
+    saved |= {"run_dir": str(again), "export": {**saved["export"], "targets": []}}
+    (again / "config.yaml").write_text(yaml.safe_dump(saved))
+    run.resume(str(again), [])
+    weights = [path / "adapter/adapter_model.safetensors" for path in (folder, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    (tmp_path / "train.jsonl").unlink()  # what was learned of the training rows lies beside the adapter
+    evaluation = run.evaluate(str(folder), [])
+    for name, value in result["tuned"].items():
+        assert evaluation["tuned"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+# -- exactness --------------------------------------------------------------------------------------------------------------
+
+
+def gradients(task, model, parts) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of a step and its gradients, without dropout."""
+    model.zero_grad()
+    model.eval()
+    batches = task.batches(parts, np.random.default_rng(3))
+    total, loss = sum(batch.weight for batch in batches), 0.0
+    task.begin(model, batches)
+    for batch in batches:
+        part = task.loss(model, batch).loss / total
+        part.backward()
+        loss += part.item()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_split_of_a_step_is_the_same_step(case, start):
+    """One batch, rows of like length in two, and each row alone: equal to float32 rounding (1e-6 of the loss; 2e-5 of the
+    largest gradient, which sums over all rows in another order)."""
+    from lora_lab import compose
+
+    ready = prepared.prepare(compose.compose(start(case, rows=6)))
+    model = prepared.load_adapted(ready)
+    for parameter in model.parameters():  # away from the fresh adapter, whose gradients are half zero
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    examples = [example for i in range(len(ready.train)) for example in ready.train[i]]
+    whole = gradients(ready.task, model, [examples])
+    assert whole[1]
+    for parts in ([examples[:2], examples[2:]], [[example] for example in examples]):
+        loss, grads = gradients(ready.task, model, parts)
+        assert loss == pytest.approx(whole[0], rel=1e-6)
+        scale = max(g.abs().max().item() for g in whole[1].values())
+        for name, gradient in grads.items():
+            assert (gradient - whole[1][name]).abs().max().item() <= 2e-5 * scale, name
+
+
+def test_losses_of_classes_are_torchs_own(start):
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+    from lora_lab import compose
+
+    weights = [0.5, 2.0, 3.0]
+    ready = prepared.prepare(
+        compose.compose(start("classification", f"task.class_weights={weights}", "task.label_smoothing=0.1"))
+    )
+    model = prepared.load_adapted(ready)
+    [batch] = ready.task.batches([[ready.train[i][0] for i in range(9)]], np.random.default_rng(0))
+    logits = ready.task.logits(model, batch)
+    found = ready.task.loss(model.eval(), batch)  # measured without smoothing
+    expected = cross_entropy(logits, batch.targets, weight=torch.tensor(weights))
+    assert found.loss.item() / found.weight == pytest.approx(expected.item(), rel=1e-6)
+    smoothed = ready.task.item_losses(logits, batch, 0.1)
+    assert torch.allclose(smoothed, cross_entropy(logits, batch.targets, label_smoothing=0.1, reduction="none"))
+
+    several = prepared.prepare(compose.compose(start("classification-several")))
+    model = prepared.load_adapted(several)
+    [batch] = several.task.batches([[several.train[i][0] for i in range(9)]], np.random.default_rng(0))
+    raw = model(**batch.inputs).logits
+    found = several.task.loss(model.eval(), batch)
+    expected = binary_cross_entropy_with_logits(raw, batch.targets.reshape(9, 3).float())
+    assert found.loss.item() / found.weight == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_balanced_weights_are_scikit_learns(start, tmp_path):
+    from collections import Counter
+
+    from lora_lab import compose
+
+    config = compose.compose(start("classification-weights"))
+    counts = Counter(json.loads(line)["label"] for line in (tmp_path / "train.jsonl").read_text().splitlines())
+    learned = prepared.prepare(config).task.learned
+    assert learned["labels"] == sorted(counts)
+    assert learned["class_weights"] == pytest.approx([48 / (3 * counts[label]) for label in sorted(counts)])
+
+
+def test_documents_are_predicted_once_and_only_once(start, tmp_path):
+    from lora_lab import compose
+
+    ready = prepared.prepare(compose.compose(start("completion")))
+    texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    tokenizer = ready.encoder.tokenizer
+    predicted = [
+        token
+        for i in range(len(ready.train))
+        for example in ready.train[i]
+        for token in example.input_ids[example.supervised]
+    ]
+    expected = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][1:]]
+    assert predicted == expected
+    assert max(ready.train.lengths) <= 16
+    assert len(ready.train) < sum(len(ready.train[i]) for i in range(len(ready.train)))  # some blocks hold several
+
+
+def test_masks_are_drawn_as_bert_draws_them(start):
+    from lora_lab import compose
+
+    ready = prepared.prepare(compose.compose(start("masked_lm", "task.mask_probability=0.3")))
+    examples = [ready.train[i][0] for i in range(40)] * 40
+    [batch] = ready.task.batches([examples], np.random.default_rng(0))
+    rows, columns = batch.places
+    seen, mask = batch.inputs["input_ids"][rows, columns], ready.encoder.tokenizer.mask_token_id
+    shares = [(seen == mask).float().mean().item(), (seen == batch.targets).float().mean().item()]
+    assert shares == pytest.approx([0.8, 0.1], abs=0.03)
+    counts = np.bincount(rows.numpy())
+    assert all(count == max(1, round(0.3 * e.supervised.sum())) for count, e in zip(counts, examples, strict=True))
+    special = set(ready.encoder.tokenizer.all_special_ids)
+    assert not special & set(batch.targets.tolist())
+    [again] = ready.task.batches([examples], np.random.default_rng(1))
+    assert not torch.equal(again.inputs["input_ids"], batch.inputs["input_ids"])
+
+
+def test_whole_words_are_masked_together(start, tmp_path):
+    from lora_lab import compose
+
+    overrides = start("masked_lm-words", "task.mask_probability=0.5")
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "purple lamp purple Oslo zebras"}] * 2)
+    ready = prepared.prepare(compose.compose(overrides))
+    example = ready.train[0][0]
+    words = np.asarray(example.fields["words"])
+    assert len(words) > len(set(words.tolist())) + 1  # words of several tokens
+    for seed in range(20):
+        chosen = ready.task._choose(example, np.random.default_rng(seed))
+        assert set(np.flatnonzero(np.isin(words, words[chosen]))) == set(chosen)
+        assert len(chosen) >= 1
+
+
+def test_a_long_context_is_read_in_windows(start, tmp_path):
+    from lora_lab import compose
+
+    context = " ".join(["table"] * 30 + ["red"] + ["lamp"] * 30)
+    row = {
+        "question": "table",
+        "context": context,
+        "answers": {"text": ["red"], "answer_start": [context.index("red")]},
+    }
+    overrides = start("question_answering")
+    write_jsonl(tmp_path / "train.jsonl", [row, span_row(random.Random(5))])
+    ready = prepared.prepare(compose.compose(overrides))
+    windows = [example for example in ready.train if example.origin.endswith("row 1")]
+    assert len(windows) > 3
+    seen = set()
+    for window in windows:
+        fields, (first, last) = window.fields, map(int, window.labels)
+        seen |= {tuple(pair) for pair in fields["offsets"]}
+        if first:
+            start_char, end_char = (
+                fields["offsets"][first - window.pair_start][0],
+                fields["offsets"][last - window.pair_start][1],
+            )
+            assert context[start_char:end_char] == "red"
+    assert len(seen) == 61  # every word of the context is in some window
+    assert 1 <= sum(window.labels != ("0", "0") for window in windows) < len(windows)
+
+
+def test_the_best_span_of_all_windows_is_the_answer(start, tmp_path):
+    from lora_lab import compose
+    from lora_lab.tasks.base import Observed
+
+    ready = prepared.prepare(compose.compose(start("question_answering")))
+    seen = []
+    for example in ready.held_out:
+        logits = torch.full((2, len(example.input_ids)), -5.0)
+        logits[0, int(example.labels[0])], logits[1, int(example.labels[1])] = 5.0, 5.0
+        seen.append(Observed([example], logits, np.zeros(2), np.zeros(2)))
+    found = ready.task.metrics(0.0, seen).metrics
+    assert found["exact_match"] == found["f1"] == 1.0
+
+
+# -- against overfitting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(start):
+    """A case made ready on an adapter that is not fresh, and one batch of it."""
+    from lora_lab import compose
+
+    def make(case: str, *more: str):
+        ready = prepared.prepare(compose.compose(start(case, *more, rows=8)))
+        model = prepared.load_adapted(ready)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        member = Member(
+            "default", ready.config, run_dir.create(ready.config), ready.base, model, ready.train, ready.task.learned
+        )
+        [batch] = ready.task.batches([[e for i in range(6) for e in ready.train[i]]], np.random.default_rng(0))
+        ready.task.begin(model, [batch])
+        model.train()
+        return ready, member, batch
+
+    return make
+
+
+def grads_of(member) -> torch.Tensor:
+    found = torch.cat([p.grad.reshape(-1) for p in member.parameters.values() if p.grad is not None])
+    member.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("case", ["causal_lm", "classification", "seq2seq", "preference-dpo", "question_answering"])
+def test_neftune_adds_noise_of_the_papers_size_in_training_only(case, ready):
+    prepared_run, member, batch = ready(case, "train.neftune_alpha=5")
+    embeddings = [m for m in member.model.modules() if isinstance(m, torch.nn.Embedding)]
+    shared = member.model.get_base_model().get_input_embeddings().weight
+    seen, clean = [], []
+    for module in embeddings:
+        if module.weight is shared:
+            module.register_forward_hook(lambda _, __, out: clean.append(out.detach().clone()))
+    original = regularize._noise
+
+    def spy(alpha, given):
+        change = original(alpha, given)
+        return lambda embedded: seen.append((embedded, change(embedded))) or seen[-1][1]
+
+    regularize._noise, loss = spy, None
+    try:
+        for _ in range(2):
+            torch.manual_seed(0)
+            loss = regularize.learn(
+                member, prepared_run.task, batch, batch.weight, prepared_run.accelerator
+            ).loss.item()
+            grads = grads_of(member)
+    finally:
+        regularize._noise = original
+    embedded, noisy = seen[0]
+    noise = noisy - embedded
+    shortest = min(batch.lengths) if embedded.shape[0] == 1 else int(batch.inputs["attention_mask"].sum(1).min())
+    bound = 5 / (shortest * embedded.shape[-1]) ** 0.5
+    assert 0.5 * bound < noise.abs().max().item() <= bound * 1.0001
+    member.model.eval()
+    plain = prepared_run.task.loss(member.model, batch).loss.item()
+    assert plain != pytest.approx(loss, rel=1e-6)
+    assert grads.isfinite().all()
+    count = len(seen)
+    prepared_run.task.measure(member.model, prepared_run.held_out)
+    assert len(seen) == count
+
+
+@pytest.mark.parametrize("case", ["causal_lm", "classification", "seq2seq"])
+def test_fgm_is_the_gradient_here_and_at_the_worst_point_near(case, ready):
+    """Against a plain computation with the embeddings as explicit inputs."""
+    epsilon = 0.5
+    prepared_run, member, batch = ready(case, f"train.fgm_epsilon={epsilon}")
+    task, model = prepared_run.task, member.model
+    plain = task.loss(model, batch).loss / batch.weight
+    plain.backward()
+    clean = grads_of(member)
+    regularize.learn(member, task, batch, batch.weight, prepared_run.accelerator)
+    both = grads_of(member)
+    moved = both - clean  # the adversarial part alone
+    assert moved.norm() > 0.1 * clean.norm()
+    assert (moved - clean).norm() > 1e-3 * clean.norm()
+
+    kept: list[torch.Tensor] = []
+    with regularize._changed(model, regularize._keep(kept)):
+        (task.loss(model, batch).loss / batch.weight).backward()
+    member.model.zero_grad()
+    steps = [regularize._adversarial(embedded.grad, epsilon, batch) for embedded in kept]
+    for step in steps:
+        rows = step[0].split(batch.lengths) if step.shape[0] == 1 else step
+        assert torch.stack([row.norm() for row in rows]) == pytest.approx(torch.full((len(rows),), epsilon), rel=1e-5)
+    waiting = iter(steps)
+    with torch.enable_grad(), regularize._changed(model, lambda embedded: embedded + next(waiting)):
+        worse = task.loss(model, batch).loss / batch.weight
+    assert worse.item() > plain.item()  # it raises the loss
+    worse.backward()
+    assert torch.allclose(grads_of(member), moved, atol=1e-6 * moved.abs().max().item() + 1e-9, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case", ["causal_lm", "classification", "token_classification", "seq2seq", "question_answering"]
+)
+def test_rdrop_is_two_passes_and_their_divergence(case, ready):
+    from torch.nn.functional import cross_entropy
+
+    prepared_run, member, batch = ready(case, "train.rdrop_alpha=2.0", "adapter.lora_dropout=0.3")
+    task, model = prepared_run.task, member.model
+    torch.manual_seed(7)
+    found = regularize.learn(member, task, batch, batch.weight, prepared_run.accelerator)
+    torch.manual_seed(7)
+    p, q = task.logits(model, batch), task.logits(model, batch)
+    assert not torch.equal(p, q)
+    kl = torch.distributions.kl_divergence
+    one, two = (torch.distributions.Categorical(logits=x) for x in (p, q))
+    expected = (
+        (cross_entropy(p, batch.targets, reduction="none") + cross_entropy(q, batch.targets, reduction="none")) / 2
+        + 2.0 * (kl(one, two) + kl(two, one)) / 2
+    ).sum()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_dropout_is_for_training_only(ready):
+    prepared_run, member, batch = ready("causal_lm", "adapter.lora_dropout=0.5")
+    losses = [prepared_run.task.loss(member.model, batch).loss.item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    member.model.eval()
+    losses = [prepared_run.task.loss(member.model, batch).loss.item() for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_weight_decay_pulls_weights_towards_zero(start, tmp_path):
+    from safetensors.torch import load_file
+
+    norms = []
+    for decay in (0.0, 1.0):
+        folder = tmp_path / f"decay{decay}"
+        options = [f"optim.weight_decay={decay}", "optim.lr=0.02", f"run_dir={folder}"]
+        assert cli.main(["train", *start("completion", *options)]) == 0
+        weights = load_file(folder / "adapter/adapter_model.safetensors")
+        norms.append(sum(tensor.square().sum().item() for name, tensor in weights.items() if "lora_A" in name))
+    assert norms[1] < 0.8 * norms[0]
+
+
+def test_the_reference_model_has_no_adapter_no_dropout_and_no_gradient(ready):
+    prepared_run, member, batch = ready("preference-dpo", "adapter.lora_dropout=0.5")
+    reference = [prepared_run.task._reference(member.model, batch) for _ in range(2)]
+    assert torch.equal(*reference)
+    assert not reference[0].requires_grad
+    assert member.model.training
+    with member.model.disable_adapter():
+        base = prepared_run.task._log_probabilities(member.model.eval(), batch)[0]
+        assert torch.equal(prepared_run.task._reference(member.model, batch), base)
+        assert torch.equal(prepared_run.task._log_probabilities(member.model, batch)[0], base)  # still switched off
+    assert not torch.equal(prepared_run.task._log_probabilities(member.model, batch)[0], base)
+
+
+def test_augmented_rows_are_trained_on_and_never_held_out(start, tmp_path, capsys):
+    from lora_lab import compose
+
+    (tmp_path / "table.tsv").write_text("table\tdesk\nlamp\tlight\n")
+    options = [
+        "data.augment.methods=[delete,synonyms]",
+        "data.augment.copies=2",
+        f"data.augment.synonyms={tmp_path}/table.tsv",
+    ]
+    overrides = [text for text in start("classification", *options) if not text.startswith("data.eval=")]
+    for ready in (
+        prepared.prepare(compose.compose([*overrides, "data.eval_ratio=0.25"])),
+        prepared.prepare(compose.compose([*overrides, f"data.eval={tmp_path}/eval.jsonl"])),
+    ):
+        copies = [example.copy for example in ready.train]
+        assert 0.5 < sum(copy > 0 for copy in copies) / copies.count(0) <= 2
+        assert {example.copy for example in ready.held_out} == {0}
+        originals = {example.origin: example for example in ready.train if not example.copy}
+        changed = [example for example in ready.train if example.copy]
+        assert all(example.labels == originals[example.origin].labels for example in changed)
+        assert any(not np.array_equal(example.input_ids, originals[example.origin].input_ids) for example in changed)
+        assert not {example.origin for example in ready.train} & {
+            example.origin for example in ready.held_out if "train" in example.origin
+        }
+    assert "changed copies added" in capsys.readouterr().out
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "unknown class": ("classification", {"text": "red", "label": "purple"}, "eval", "eval.jsonl row 13: label 'purple' is in no training row"),
+    "class of the list": ("classification", {"text": "red", "label": "gren"}, "train", "train.jsonl row 49: label 'gren' is not in data.label_names (red, green, blue). Did you mean 'green'?"),
+    "number for a class": ("classification", {"text": "red", "label": 0.5}, "train", "train.jsonl row 49: label 0.5 is"),
+    "several": ("classification", {"text": "red", "label": ["red", "blue"]}, "train", "train.jsonl row 49: 2 labels"),
+    "no text": ("classification", {"text": " ", "label": "red"}, "train", "train.jsonl row 49"),
+    "no number": ("regression", {"text": "one", "text_pair": "lamp", "label": "high"}, "train", "train.jsonl row 49: label 'high' is not a number"),
+    "infinite": ("regression", {"text": "one", "text_pair": "lamp", "label": "inf"}, "train", "train.jsonl row 49: label 'inf' is not a number"),
+    "unknown tag": ("token_classification", {"tokens": ["red"], "tags": ["B-color"]}, "eval", "eval.jsonl row 13: label 'B-color' is in no training row"),
+    "odd tag": ("token_classification", {"tokens": ["red"], "tags": ["colour"]}, "train", "train.jsonl row 49: tag 'colour' is neither O nor begins with"),
+    "too few tags": ("token_classification", {"tokens": ["red", "cat"], "tags": ["O"]}, "train", "train.jsonl row 49: 2 tokens and 1 tags"),
+    "span": ("question_answering", {"question": "table", "context": "a red lamp", "answers": {"text": ["red"], "answer_start": [3]}}, "train", "train.jsonl row 49: answer 'red' does not stand at character 3"),
+    "absent span": ("question_answering", {"question": "table", "context": "a lamp", "answers": {"text": ["red"], "answer_start": []}}, "train", "train.jsonl row 49: answer 'red' does not stand in the context"),
+    "no start": ("question_answering", {"question": "table", "context": "a red lamp", "answers": {"text": ["red", "lamp"], "answer_start": [2]}}, "train", "train.jsonl row 49: 'answers' has 2 texts and the starts [2]"),
+    "equal answers": ("preference-dpo", {"prompt": "lamp", "chosen": "red", "rejected": "red"}, "train", "train.jsonl row 49: chosen and rejected are the same"),
+    "judgement": ("preference-kto", {"prompt": "lamp", "completion": "red", "label": "yes"}, "train", "train.jsonl row 49: label 'yes' is neither true"),
+    "empty target": ("seq2seq", {"source": "lamp", "target": ""}, "train", "train.jsonl row 49"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_label_names_file_and_row(name, start, tmp_path, monkeypatch, capsys):
+    case, row, file, says = WRONG[name]
+    monkeypatch.setattr("lora_lab.base.load.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    more = ["data.label_names=[red,green,blue]"] if name == "class of the list" else []
+    overrides = start(case, *more)
+    with open(tmp_path / f"{file}.jsonl", "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    assert cli.main(["train", *overrides]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+REFUSED = {
+    "multi": (["task.multi_label=true"], "llama", "task.multi_label=True: no effect with task=causal_lm; it is for classification"),
+    "packing": (["task=classification", "train.packing=true"], "bert", "train.packing=true: rows of task=classification are padded"),
+    "template": (["task=classification", "data.supervise=all"], "bert", "data.supervise: no effect with task=classification"),
+    "gamma": (["task=preference", "task.gamma=1"], "llama", "task.gamma: no effect with task.loss=dpo"),
+    "rdrop": (["task=preference", "train.rdrop_alpha=1"], "llama", "train.rdrop_alpha: compares distributions"),
+    "kto": (["task=preference", "task.loss=kto", "train.batch_size=1"], "llama", "so a step needs two"),
+    "augment": (["task=token_classification", "data.augment.methods=[swap]"], "bert", "would move the labels"),
+    "cut": (["task=question_answering", "data.too_long=truncate_prompt"], "bert", "are never cut"),
+    "pieces": (["task=completion", "data.too_long=drop"], "llama", "cuts long texts into pieces"),
+    "shots": (["task.few_shot=2"], "llama", "generated answers are compared, so set task.generate_rows"),
+    "encoder": ([], "bert", "sees the tokens that it would have to predict. Use a decoder, or task=masked_lm"),
+    "no mask": (["task=masked_lm"], "llama", "cannot build a masked language model"),
+    "no decoder": (["task=seq2seq"], "llama", "cannot build an encoder-decoder"),
+    "no dropout": (["train.rdrop_alpha=1"], "llama", "train.rdrop_alpha=1: nothing is dropped"),
+    "format": (["task=classification", "data.format=messages"], "bert", "data.format=messages is not for this task"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_a_task_is_refused(name, overrides, models, tmp_path, capsys):
+    more, model, says = REFUSED[name]
+    file = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"text": "red cat", "label": label, "tokens": ["a"], "tags": ["O"]} for label in (0, 1)],
+    )
+    assert cli.main(["train", *overrides, f"model.path={models[model]}", f"data.train={file}", *more]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_must_be_known_before_a_stream(start, capsys):
+    assert cli.main(["train", *start("classification", "data.max_tokens=64", "data.streaming=true")]) == 2
+    assert "Name them: data.label_names=[...]" in capsys.readouterr().err
+    assert (
+        cli.main(
+            [
+                "train",
+                *start(
+                    "classification", "data.max_tokens=64", "data.streaming=true", "data.label_names=[red,green,blue]"
+                ),
+            ]
+        )
+        == 0
+    )
+
+
+# -- verbs --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["causal_lm", "seq2seq"])
+def test_base_few_shot_and_tuned_side_by_side(case, start, tmp_path, capsys):
+    assert cli.main(["train", *start(case)]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", f"run={tmp_path}/run", "task.few_shot=3"]) == 0
+    printed = capsys.readouterr().out
+    evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert all(name in printed for name in ("base", "3-shot", "tuned"))
+    assert {"exact_match", "rougeL", "bleu", "chrf"} <= evaluation["3-shot"].keys() <= evaluation["tuned"].keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_data_and_plan_of_every_task(case, start, tmp_path, capsys):
+    """The rows can be looked at, and what training needs is foreseen without loading a weight."""
+    assert cli.main(["data", *start(case), f"--html={tmp_path}/data.html"]) in (0, 1)
+    assert "train.jsonl row" in capsys.readouterr().out
+    assert cli.main(["plan", *start(case)]) == 0
+    assert "peak of each phase" in capsys.readouterr().out
+
+
+def test_chat_is_for_models_that_answer(start, tmp_path, capsys):
+    assert cli.main(["train", *start("classification", "train.max_steps=1")]) == 0
+    assert cli.main(["chat", f"run={tmp_path}/run", "prompt=red"]) == 2
+    assert "trained for task=classification" in capsys.readouterr().err
+
+
+def test_a_head_that_the_base_has_is_trained_on(models, start, tmp_path):
+    """A classifier of other classes is replaced; one of as many goes on from where it was."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    for count in (3, 5):
+        folder = tmp_path / f"classifier{count}"
+        model = AutoModelForSequenceClassification.from_pretrained(models["bert"], num_labels=count)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(models["bert"]).save_pretrained(folder)
+        from lora_lab import compose
+
+        ready = prepared.prepare(compose.compose(start("classification", f"model.path={folder}")))
+        loaded = prepared.load_adapted(ready).get_base_model().classifier.original_module.weight
+        assert loaded.shape == (3, 64)
+        assert torch.equal(loaded, model.classifier.weight) is (count == 3)
+
+
+def test_half_a_base_is_refused(models, tmp_path, start, capsys):
+    """Missing weights that belong to no head are never filled with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models["bert"], tmp_path / "half")
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if "layer.1" in name and name.endswith("key.weight"))
+    del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert cli.main(["train", *start("classification", f"model.path={folder}")]) == 2
+    assert "no weights for" in capsys.readouterr().err
+    with pytest.raises(LoraLabError):
+        load.load_model(load.find(load.ModelConfig(path=str(folder))), load.ModelKind("AutoModelForMaskedLM", None, "missing"), "float32", load.QuantConfig(), torch.device("cpu"), 0)  # fmt: skip
+
+
+def test_what_decides_an_example_decides_the_cache_entry(start):
+    """Another task, stride or prefix is another entry; an option that changes no example is not."""
+    from lora_lab import compose
+    from lora_lab.data import sources
+
+    def key(case: str, *more: str) -> str:
+        config = compose.compose(start(case, *more))
+        encoder = prepared.find_base(config).encoder
+        [file] = sources.find("data.train", config.data.train)
+        name = store.format_of(file, encoder)
+        return store._key(file, file.digest(), name, encoder, None)
+
+    assert key("seq2seq") != key("seq2seq", "task.prefix=x")
+    assert key("seq2seq") == key("seq2seq", "task.max_new_tokens=9")
+    assert key("question_answering") != key("question_answering", "task.stride=7")
+    assert key("preference-dpo") != key("preference-kto")
