@@ -89,12 +89,15 @@ class Script:
 
     def lora(self, task_type: str | None) -> LoraConfig:
         adapter = self.config.adapter
+        # peft trains these heads whole, and refuses them where all-linear takes them in
+        heads = {"TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
         return LoraConfig(
             task_type=task_type,
             r=adapter.r,
             lora_alpha=adapter.lora_alpha,
             lora_dropout=adapter.lora_dropout,
             target_modules=adapter.target_modules,
+            exclude_modules=heads.get(task_type),
             use_rslora=adapter.use_rslora,
             use_dora=adapter.use_dora,
         )

@@ -314,6 +314,26 @@ def test_any_split_of_a_step_is_the_same_step(case, start):
             assert (gradient - whole[1][name]).abs().max().item() <= 2e-5 * scale, name
 
 
+@pytest.mark.parametrize("case", ["masked_lm", "masked_lm-words", "seq2seq"])
+def test_a_head_that_reads_some_places_only_says_the_same(case, start):
+    """Against the plain model, which computes logits everywhere: loss and gradients to float32 rounding."""
+    from torch.nn.functional import cross_entropy
+
+    from lora_lab import compose
+
+    ready = prepared.prepare(compose.compose(start(case, rows=6)))
+    model = prepared.load_adapted(ready).eval()
+    [batch] = ready.task.batches([[ready.train[i][0] for i in range(6)]], np.random.default_rng(0))
+    found = []
+    for logits in (ready.task.logits(model, batch), model(**batch.inputs).logits[batch.places]):
+        model.zero_grad()
+        loss = cross_entropy(logits, batch.targets)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert (found[0][1] - found[1][1]).abs().max() <= 1e-6 * found[1][1].abs().max()
+
+
 def test_losses_of_classes_are_torchs_own(start):
     from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -230,6 +231,22 @@ class Task:
         """
         logits = outputs[0]["logits"]
         return logits if logits.dim() == 2 else logits[None]
+
+
+@contextlib.contextmanager
+def head_only_at(model: PeftModel, places: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Inside the block a language model's output layer reads the hidden states at `places` only, [S, D] of [B, T, D], so its
+    logits are [S, V]: those at all other places would be thrown away, and are most of the memory.
+
+    Args:
+        places: row and token of each, [S] int64.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][places], *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

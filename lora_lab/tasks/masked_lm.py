@@ -16,7 +16,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
-from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.base import Measured, Observed, PaddedTask, head_only_at
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,6 +105,10 @@ class MaskedLM(PaddedTask):
         changed[replaced] = rng.integers(len(self.tokenizer), size=len(replaced))
         return changed
 
+    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        with head_only_at(model, batch.places):
+            return model(**batch.inputs).logits.float()
+
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
         return Measured({"loss": loss, "masked_accuracy": correct / sum(len(one.targets) for one in seen)})
@@ -131,5 +135,6 @@ class MaskedLM(PaddedTask):
         rows = np.arange(len(places))
         copies[rows, places] = self.tokenizer.mask_token_id
         inputs = {name: tensor.to(model.device) for name, tensor in self.inputs(list(copies)).items()}
-        logits = model(**inputs).logits[rows, places].float()
+        with head_only_at(model, (torch.from_numpy(rows), torch.from_numpy(places))):
+            logits = model(**inputs).logits.float()
         return cross_entropy(logits, torch.from_numpy(ids[places]).to(logits.device), reduction="sum").item()

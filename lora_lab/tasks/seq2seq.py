@@ -12,7 +12,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
+from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask, head_only_at
 from lora_lab.tasks.generation import generate_all
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ class Seq2Seq(PaddedTask):
             weights=None,
             origins=[e.origin for e in examples],
         )
+
+    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        with head_only_at(model, batch.places):
+            return model(**batch.inputs).logits.float()
 
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
