@@ -83,19 +83,19 @@ _POOLER = (
     "weights"
 )
 CASES = {
-    "spam": Case(["data.max_train_rows=1500", "data.max_eval_rows=500"], {"f1": "higher"}),
-    "sentiment": Case(["data.max_train_rows=1500", "data.max_eval_rows=400"], {"accuracy": "higher"}),
-    "similarity": Case(["data.max_train_rows=600", "data.max_eval_rows=300"], {"spearman": "higher"}),
-    "entities": Case(["data.max_train_rows=800", "data.max_eval_rows=300"], {"f1": "higher"}),
-    "news_zh": Case(["data.max_train_rows=2000", "data.max_eval_rows=1000"], {"accuracy": "higher"}, parameters=_POOLER),
-    "resume_zh": Case(["data.max_train_rows=1000", "data.max_eval_rows=300"], {"f1": "higher"}),
-    "reading_zh": Case(["data.max_train_rows=150", "data.max_eval_rows=50"], {"f1": "higher"}),
+    "spam": Case(["data.max_train_rows=700", "data.max_eval_rows=300"], {"f1": "higher"}),
+    "sentiment": Case(["data.max_train_rows=800", "data.max_eval_rows=400"], {"accuracy": "higher"}),
+    "similarity": Case(["data.max_train_rows=400", "data.max_eval_rows=200"], {"spearman": "higher"}),
+    "entities": Case(["data.max_train_rows=500", "data.max_eval_rows=200"], {"f1": "higher"}),
+    "news_zh": Case(["data.max_train_rows=1500", "data.max_eval_rows=500"], {"accuracy": "higher"}, parameters=_POOLER),
+    "resume_zh": Case(["data.max_train_rows=500", "data.max_eval_rows=200"], {"f1": "higher"}),
+    "reading_zh": Case(["data.max_train_rows=100", "data.max_eval_rows=40"], {"f1": "higher"}),
     "domain_zh": Case(
-        ["data.max_train_rows=300", "task.pseudo_perplexity_rows=8"],
+        ["data.max_train_rows=200", "task.pseudo_perplexity_rows=4"],
         {"pseudo_perplexity": "lower", "masked_accuracy": "higher"},
     ),
     "translation": Case(
-        ["data.max_train_rows=400", "data.max_eval_rows=60", "task.generate_rows=24", "task.max_new_tokens=40"],
+        ["data.max_train_rows=240", "data.max_eval_rows=40", "task.generate_rows=16", "task.max_new_tokens=40"],
         {"loss": "lower", "bleu": "higher"},
     ),
     "dialogue_summary": Case(
@@ -119,7 +119,7 @@ CASES = {
         needs="trl",
     ),
     "reward": Case(
-        ["data.max_train_rows=500", "data.max_eval_rows=150", "data.max_tokens=192"],
+        ["data.max_train_rows=300", "data.max_eval_rows=120", "data.max_tokens=192"],
         {"accuracy": "higher"},
         needs="trl",
     ),
