@@ -810,3 +810,18 @@ def test_what_decides_an_example_decides_the_cache_entry(start):
     assert key("seq2seq") == key("seq2seq", "task.max_new_tokens=9")
     assert key("question_answering") != key("question_answering", "task.stride=7")
     assert key("preference-dpo") != key("preference-kto")
+
+
+def test_padded_rows_are_put_together_by_length():
+    from lora_lab.data.encode import Example
+    from lora_lab.train.loop import of_like_length
+
+    lengths = [100, 10, 12, 11, 90, 40, 13, 41]
+    rows = [Example(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), str(n)) for n in lengths]
+
+    def found(most: int, enough: int) -> list[list[int]]:
+        return [[example.num_tokens for example in part] for part in of_like_length(rows, most, enough)]
+
+    assert found(8, 30) == [[10, 11, 12, 13], [40, 41], [90, 100]]
+    assert found(8, 10_000) == [sorted(lengths)]
+    assert found(3, 10_000) == [[10, 11, 12], [13, 40, 41], [90, 100]]

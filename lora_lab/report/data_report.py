@@ -19,6 +19,8 @@ from lora_lab.data.store import label_counts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lora_lab.data.encode import Example
+
 _BINS = 12
 _LABELS = 20
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -26,12 +28,13 @@ _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """One example as pieces of text of equal weight."""
+    """One example as pieces of text of equal weight, and what is learned of it that is no token of its text."""
 
     origin: str
     tokens: int
-    supervised: int
+    items: int
     pieces: list[tuple[str, float]]  # (text, weight): 0 is not trained on
+    learned: str  # label, tags, answer, or the second text (a target; the worse answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Overview:
     formats: str
     tokens: int
     supervised_share: float
+    by_token: bool  # tokens are learned, not rows as a whole
     percentiles: dict[str, int]
     bins: list[Bin]
     labels: dict[str, int]
@@ -78,6 +82,7 @@ def overview(data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> Ov
         formats=", ".join(dict.fromkeys(report.format for report in data.reports)),
         tokens=int(lengths.sum()),
         supervised_share=float(supervised.sum() / max(1, lengths.sum())),
+        by_token=bool(supervised.sum() > count),
         percentiles={name: int(np.percentile(lengths, q)) for name, q in marks.items()} if count else {},
         bins=_bins(lengths) if count else [],
         labels=dict(list(label_counts(data.reports).items())[:_LABELS]),
@@ -101,7 +106,19 @@ def _shown(data: Dataset, place: int, tokenizer: PreTrainedTokenizerBase) -> Sho
         (tokenizer.decode(example.input_ids[start:end]), float(example.weights[start]))
         for start, end in itertools.pairwise(edges)
     ]
-    return Shown(example.origin, len(example.input_ids), int(example.supervised.sum()), pieces)
+    return Shown(example.origin, example.num_tokens, example.num_items, pieces, _learned(example, tokenizer))
+
+
+def _learned(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    fields = example.fields
+    if example.second_ids is not None:
+        return tokenizer.decode(example.second_ids)
+    if "tags" in fields:
+        pairs = zip(fields["words"], fields["tags"], strict=True)
+        return " ".join(f"{word}/{tag}" for word, tag in pairs if tag != "O") or "no tag but O"
+    if "answers" in fields:
+        return fields["answers"][0] if any(map(int, example.labels)) else "not in this window"
+    return ", ".join(example.labels)
 
 
 def show(overviews: list[Overview], findings: list[Finding], config: DataConfig, rows: int) -> None:
@@ -130,12 +147,13 @@ def _show_lengths(data: Overview, limit: int) -> None:
     marks = ", ".join(f"{name} {value}" for name, value in data.percentiles.items())
     title = f"{data.key}: tokens of {data.examples} examples ({marks}; data.max_tokens={limit})"
     console.show_table(title, ["tokens", "examples", ""], bars, numbers=slice(1, 2))
-    console.say("trained", f"{100 * data.supervised_share:.1f} % of {data.tokens:,} tokens are trained on")
+    if data.by_token:
+        console.say("trained", f"{100 * data.supervised_share:.1f} % of {data.tokens:,} tokens are trained on")
 
 
 def _show_row(row: Shown) -> None:
     """Trained text stands out: green in a terminal, between ⟦ and ⟧ elsewhere."""
-    text = Text(f"── {row.origin}: {row.tokens} tokens, {row.supervised} trained ", style="bold cyan")
+    text = Text(f"── {row.origin}: {row.tokens} tokens, {row.items} learned ", style="bold cyan")
     text.append("──\n")
     for piece, weight in row.pieces:
         mark = "" if weight in (0, 1) else f"(weight {weight:g})"
@@ -143,6 +161,9 @@ def _show_row(row: Shown) -> None:
             text.append(mark + piece, style="bold green" if weight else "default")
         else:
             text.append(f"⟦{mark}{piece}⟧" if weight else piece)
+    if row.learned:
+        text.append("\n→ ")
+        text.append(row.learned, style="bold green")
     console.out.print(text)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import resource
 import sys
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from lora_lab.tasks.base import Task
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
+_ENOUGH_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass that another one beside it is worth its start
 
 
 @dataclasses.dataclass
@@ -163,14 +163,24 @@ def _train_step(
 def _parts(member: Member, train: Dataset | Stream, task: Task) -> list[list[Example]]:
     """The examples of the coming step's micro-batches; for padded batches, rows of like length together."""
     chosen = member.plan.step(member.state.step)
-    items = [train[int(i)] for part in chosen for i in part]
-    if not task.packed:
-        items.sort(key=lambda examples: sum(example.num_tokens for example in examples))
-    sizes = np.cumsum([len(part) for part in chosen])
-    starts = [0, *sizes]
-    return [
-        [example for examples in items[start:end] for example in examples] for start, end in itertools.pairwise(starts)
-    ]
+    parts = [[example for i in part for example in train[int(i)]] for part in chosen]
+    if task.packed:
+        return parts
+    device = member.model.device.type
+    return of_like_length([e for part in parts for e in part], member.plan.micro_batch_size, _ENOUGH_TOKENS[device])
+
+
+def of_like_length(examples: list[Example], most: int, enough_tokens: int) -> list[list[Example]]:
+    """The examples in batches of at most so many, ended early where the rest would be mostly padding. A step is the same however
+    it is split, so that costs nothing but the start of another forward pass."""
+    parts: list[list[Example]] = []
+    for example in sorted(examples, key=lambda one: one.num_tokens):
+        part = parts[-1] if parts else []
+        large = len(part) * example.num_tokens > enough_tokens
+        if not part or len(part) == most or (large and example.num_tokens > 1.5 * part[0].num_tokens):
+            parts.append([])
+        parts[-1].append(example)
+    return parts
 
 
 def _stop_non_finite(
