@@ -11,7 +11,8 @@ functions, so that both sides are measured alike. What is usual decides, also wh
 - peft's class for task_type QUESTION_ANS does not hand token types on to the model.
 - DPOTrainer and RewardTrainer keep the adapter of a quantized base in bfloat16; RewardTrainer's collator knows no token
   types. Their dropout is left as the model has it, as everywhere else here.
-- A quantized base is readied by prepare_model_for_kbit_training, which keeps what is not quantized in float32.
+- peft's prepare_model_for_kbit_training is left out: it would keep in float32 what is not quantized, and lora_lab keeps it in
+  model.dtype. On a few answers of SmolLM2 in NF4 that alone is 0.02 nats.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
     BitsAndBytesConfig,
@@ -104,11 +105,7 @@ class Script:
 
     def adapted(self, auto_class: type, task_type: str | None, **settings: Any) -> torch.nn.Module:
         """The base with a fresh adapter."""
-        model = self.model(auto_class, **settings)
-        if self.config.quant.method != "none":
-            checkpointing = self.config.train.gradient_checkpointing
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-        return get_peft_model(model, self.lora(task_type))
+        return get_peft_model(self.model(auto_class, **settings), self.lora(task_type))
 
     def arguments(self, num_examples: int) -> dict[str, Any]:
         """Of `TrainingArguments` or a subclass."""
@@ -118,7 +115,7 @@ class Script:
         warmup = int(optim.warmup_steps) if optim.warmup_steps >= 1 else round(optim.warmup_steps * steps)
         micro = train.micro_batch_size or train.batch_size
         return {
-            "output_dir": tempfile.mkdtemp(prefix="plain_task_"),  # stays empty
+            "output_dir": tempfile.gettempdir(),  # nothing is written there
             "seed": self.config.seed,
             "max_steps": steps,
             "per_device_train_batch_size": micro,

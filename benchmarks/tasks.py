@@ -64,7 +64,8 @@ _FILES = [
 RULE = (
     "Equal or better: lora_lab's mean is better, or both means differ by no more than 2 * sqrt((sd_a^2 + sd_b^2) / n), the "
     "standard deviations being those over n seeds. With three seeds and no true difference about one comparison in "
-    "seventeen exceeds that to lora_lab's disadvantage by chance."
+    "seventeen exceeds that to lora_lab's disadvantage by chance. Inconclusive: the means may differ by more than what the "
+    "plain script gains over the base."
 )
 
 
@@ -85,14 +86,18 @@ _POOLER = (
 CASES = {
     "spam": Case(["data.max_train_rows=800", "data.max_eval_rows=300", "data.max_tokens=48", "train.batch_size=16"], {"f1": "higher"}),
     "sentiment": Case(["data.max_train_rows=800", "data.max_eval_rows=300", "train.batch_size=16"], {"accuracy": "higher"}),
-    "similarity": Case(["data.max_train_rows=400", "data.max_eval_rows=200", "train.batch_size=16"], {"spearman": "higher"}),
-    "entities": Case(["data.max_train_rows=500", "data.max_eval_rows=200", "train.epochs=2"], {"f1": "higher"}),
+    "similarity": Case(
+        ["data.max_train_rows=600", "data.max_eval_rows=200", "train.batch_size=8", "optim.lr=5e-4"], {"spearman": "higher"}
+    ),
+    "entities": Case(
+        ["data.max_train_rows=900", "data.max_eval_rows=200", "train.batch_size=8", "optim.lr=5e-4"], {"f1": "higher"}
+    ),
     "news_zh": Case(["data.max_train_rows=1500", "data.max_eval_rows=500", "train.epochs=2"], {"accuracy": "higher"}, parameters=_POOLER),
     "resume_zh": Case(["data.max_train_rows=500", "data.max_eval_rows=200"], {"f1": "higher"}),
     "reading_zh": Case(["data.max_train_rows=100", "data.max_eval_rows=40"], {"f1": "higher"}),
     "domain_zh": Case(
-        ["data.max_train_rows=200", "task.pseudo_perplexity_rows=4"],
-        {"pseudo_perplexity": "lower", "masked_accuracy": "higher"},
+        ["data.max_train_rows=200", "task.pseudo_perplexity_rows=16"],
+        {"pseudo_perplexity": "lower"},
     ),
     "translation": Case(
         ["data.max_train_rows=240", "data.max_eval_rows=40", "task.generate_rows=16", "task.max_new_tokens=40"],
@@ -100,21 +105,21 @@ CASES = {
     ),
     "dialogue_summary": Case(
         [
-            "data.max_train_rows=120", "data.max_eval_rows=30", "data.max_tokens=192", "task.generate_rows=6",
+            "data.max_train_rows=140", "data.max_eval_rows=60", "data.max_tokens=192", "task.generate_rows=4",
             "task.max_new_tokens=40",
         ],
         {"loss": "lower", "rougeL": "higher"},
     ),
     "assistant": Case(
-        ["data.max_train_rows=110", "data.eval_ratio=0.2", "data.max_tokens=128"],
+        ["data.max_train_rows=70", "data.eval_ratio=0.2", "data.max_tokens=128"],
         {"loss": "lower"},
     ),
     "shakespeare": Case(
-        ["data.max_train_rows=130", "data.eval_ratio=0.15", "data.max_tokens=128", "train.max_steps=null"],
+        ["data.max_train_rows=80", "data.eval_ratio=0.15", "data.max_tokens=128", "train.max_steps=null"],
         {"loss": "lower"},
     ),
     "preference": Case(
-        ["data.max_train_rows=400", "data.max_eval_rows=120", "data.max_tokens=128", "train.batch_size=4"],
+        ["data.max_train_rows=250", "data.max_eval_rows=70", "data.max_tokens=128", "train.batch_size=4"],
         {"loss": "lower", "reward_accuracy": "higher"},
         needs="trl",
     ),
@@ -299,21 +304,28 @@ def _compared(name: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         difference = means[OURS] - means[PLAIN]
         allowed = 2 * math.sqrt(sum(deviation**2 for deviation in deviations.values()) / len(seeds))
         better = difference >= 0 if direction == "higher" else difference <= 0
+        base = statistics.fmean(sides[OURS][seed]["base"][metric] for seed in seeds)
         lines.append(
             {
                 "case": name,
                 "metric": metric,
                 "direction": direction,
                 "seeds": seeds,
-                "base": statistics.fmean(sides[OURS][seed]["base"][metric] for seed in seeds),
+                "base": base,
                 "mean": means,
                 "sd": deviations,
                 "difference": difference,
                 "allowed": allowed,
-                "verdict": "equal or better" if better or abs(difference) <= allowed else "worse",
+                "verdict": _verdict(better, abs(difference), allowed, abs(means[PLAIN] - base)),
             }
         )
     return lines
+
+
+def _verdict(better: bool, difference: float, allowed: float, gain: float) -> str:
+    if allowed > gain:
+        return "inconclusive"
+    return "equal or better" if better or difference <= allowed else "worse"
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -343,11 +355,12 @@ def _table(result: dict[str, Any]) -> str:
     lines += [f"| {name} | | | | | | | skipped: {reason} |" for name, reason in result["skipped"].items()]
     lines += [
         "",
-        "Seconds are those of the training steps alone (means over seeds), as information: both systems had all cores, one "
-        "run at a time.",
+        "Differences that are nobody's merit: peft's class for question answering drops token types, which the plain script "
+        "follows; the plain script concatenates documents, so shakespeare takes other steps; masks of domain_zh differ; TRL keeps "
+        "the adapter of a quantized base in bfloat16, lora_lab in float32.",
         "",
-        "| case | seeds | rows: training, held out | steps: lora_lab, plain | seconds: lora_lab, plain | trainable parameters |",
-        "|---|---|---|---|---|---|",
+        "| case | seeds | rows: training, held out | steps: lora_lab, plain | trainable parameters |",
+        "|---|---|---|---|---|",
     ]
     for name in CASES:
         own = {s: [run for run in runs if (run["case"], run["system"]) == (name, s)] for s in (OURS, PLAIN)}
@@ -355,17 +368,11 @@ def _table(result: dict[str, Any]) -> str:
             continue
         first = own[OURS][0]
         steps = ", ".join(str(own[s][0]["steps"]) for s in own)
-        seconds = ", ".join(_mean_of(own[s], "train_seconds") for s in own)
         lines.append(
-            f"| {name} | {len(own[OURS])} | {first['rows']['train']}, {first['rows']['eval']} | {steps} | {seconds} | "
+            f"| {name} | {len(own[OURS])} | {first['rows']['train']}, {first['rows']['eval']} | {steps} | "
             f"{_parameters(CASES[name], *(own[s][0]['trainable_parameters'] for s in own))} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _mean_of(runs: list[dict[str, Any]], key: str) -> str:
-    values = [run[key] for run in runs if run[key] is not None]
-    return f"{statistics.fmean(values):.1f}" if values else "-"
 
 
 def _parameters(case: Case, ours: int, plain: int) -> str:
