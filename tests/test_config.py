@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import typing
+from pathlib import Path
+
 import pytest
 
 from lora_lab import compose
-from lora_lab.config import all_keys, parse
+from lora_lab.config import TaskName, all_keys, parse
 from lora_lab.errors import ConfigError
 from lora_lab.explain import explain
 
@@ -172,3 +175,21 @@ def test_mistakes_inside_a_list_of_sources(value, says, overrides):
     with pytest.raises(ConfigError) as error:
         compose.compose([*overrides, f"data.train={value}"])
     assert says in str(error.value)
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_valid_and_says_what_was_measured(name, tmp_path):
+    config = compose.compose([f"recipe={name}", f"run_dir={tmp_path}"])
+    assert config.name == name
+    assert "hf" in config.export.targets
+    header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
+    for stated in (f"lora-lab train recipe={name}", "minutes", "GiB"):
+        assert stated in header, stated
+
+
+def test_there_is_a_recipe_for_every_task(tmp_path):
+    tasks = {compose.compose([f"recipe={file.stem}", f"run_dir={tmp_path}"]).task.name for file in RECIPES.glob("*.yaml")}
+    assert tasks == set(typing.get_args(TaskName))

@@ -85,7 +85,8 @@ class CausalLM(DecoderTask):
         return [
             message
             for place in places
-            for message in train[place][0].messages
+            for example in train[place][:1]
+            for message in example.messages
             if message["role"] not in ("system", "developer")
         ]
 

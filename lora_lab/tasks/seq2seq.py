@@ -108,5 +108,5 @@ class Seq2Seq(PaddedTask):
 
     def shots(self, train: Dataset, places: list[int]) -> str:
         """Training rows as text that can stand before a source."""
-        rows = [train[place][0].fields for place in places]
+        rows = [example.fields for place in places for example in train[place][:1]]
         return "".join(f"{self.config.prefix}{row['source']}\n{row['target']}\n\n" for row in rows)
