@@ -69,12 +69,9 @@ class ClassEncoder(LabelEncoder):
         return tuple(class_name(label) for label in (record.label if several else [record.label]))
 
 
-class Classification(PaddedTask):
-    """`task=classification`."""
+class ClassTask(PaddedTask):
+    """A task with named classes, known from the training rows."""
 
-    encoder_class = ClassEncoder
-    auto_class = "AutoModelForSequenceClassification"
-    peft_task_type = "SEQ_CLS"
     head = "always"
 
     @classmethod
@@ -84,10 +81,10 @@ class Classification(PaddedTask):
 
     @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
-        kind = "multi_label" if config.task.multi_label else "single_label"
+        labels = learned.get("labels") or ["0", "1"]  # as long as they are not known, any number will do
         return {
-            **label_settings(learned),
-            "problem_type": f"{kind}_classification",
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
             "pad_token_id": tokenizer.pad_token_id,
         }
 
@@ -97,6 +94,19 @@ class Classification(PaddedTask):
 
     def check(self, data: Dataset) -> None:
         check_labels(data, self.labels)
+
+
+class Classification(ClassTask):
+    """`task=classification`."""
+
+    encoder_class = ClassEncoder
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+
+    @classmethod
+    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
+        kind = "multi_label" if config.task.multi_label else "single_label"
+        return {**super().settings(config, tokenizer, learned), "problem_type": f"{kind}_classification"}
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         targets = torch.tensor([self._target(example) for example in examples]).reshape(
@@ -213,9 +223,3 @@ def class_weights(config: RunConfig, train: Dataset | Stream, labels: list[str])
     rows = np.repeat(present, [counts[label] for label in present])
     balanced = dict(zip(present, compute_class_weight("balanced", classes=np.array(present), y=rows), strict=True))
     return [float(balanced.get(label, 1.0)) for label in labels]  # a class without rows weighs nothing anywhere
-
-
-def label_settings(learned: dict[str, Any]) -> dict[str, Any]:
-    """Entries of `config.json` that name the classes."""
-    labels = learned.get("labels") or ["0", "1"]  # as long as they are not known, any number will do
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}

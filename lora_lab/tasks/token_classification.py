@@ -15,11 +15,11 @@ from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Measured, Observed, PaddedTask
-from lora_lab.tasks.classification import check_labels, class_labels, class_weights, label_settings
+from lora_lab.tasks.base import Measured, Observed
+from lora_lab.tasks.classification import ClassTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
 
@@ -64,36 +64,24 @@ def _first_tokens(offsets: np.ndarray, starts: list[int], ends: list[int]) -> li
     return found
 
 
-class TokenClassification(PaddedTask):
+class TokenClassification(ClassTask):
     """`task=token_classification`."""
 
     encoder_class = TagEncoder
     auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
-    head = "always"
 
     @classmethod
     def learn(cls, config: RunConfig, train: Dataset | Stream) -> dict[str, Any]:
-        labels = class_labels(config, train)
-        labels = sorted(labels, key=lambda label: label != "O")  # otherwise in their order
+        learned = super().learn(config, train)
+        labels = learned["labels"]
         odd = [label for label in labels if label != "O" and not _ENTITY.fullmatch(label)]
         if odd and isinstance(train, Dataset) and any("-" in label for label in labels if label not in odd):
             raise DataError(
                 f"{train.key}: {train.origin_of(odd[0])}: tag {odd[0]!r} is neither O nor begins with B-, I-, E-, S- or M-, as "
                 "other tags do. Mend the row."
             )
-        return {"labels": labels, "class_weights": class_weights(config, train, labels)}
-
-    @classmethod
-    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
-        return {**label_settings(learned), "pad_token_id": tokenizer.pad_token_id}
-
-    @property
-    def labels(self) -> list[str]:
-        return self.learned["labels"]
-
-    def check(self, data: Dataset) -> None:
-        check_labels(data, self.labels)
+        return learned
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         places = [np.flatnonzero(example.supervised) for example in examples]
