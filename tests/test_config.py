@@ -178,7 +178,14 @@ def test_mistakes_inside_a_list_of_sources(value, says, overrides):
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NOT_MEASURED = {"sentiment", "entities", "dialogue_summary", "assistant", "domain_zh", "preference"}  # as a whole; benchmarks/tasks.py has them cut short
+NOT_MEASURED = {
+    "sentiment",
+    "entities",
+    "dialogue_summary",
+    "assistant",
+    "domain_zh",
+    "preference",
+}  # as a whole; benchmarks/tasks.py has them cut short
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))
@@ -192,5 +199,7 @@ def test_every_recipe_is_valid_and_says_what_was_measured(name, tmp_path):
 
 
 def test_there_is_a_recipe_for_every_task(tmp_path):
-    tasks = {compose.compose([f"recipe={file.stem}", f"run_dir={tmp_path}"]).task.name for file in RECIPES.glob("*.yaml")}
+    tasks = {
+        compose.compose([f"recipe={file.stem}", f"run_dir={tmp_path}"]).task.name for file in RECIPES.glob("*.yaml")
+    }
     assert tasks == set(typing.get_args(TaskName))

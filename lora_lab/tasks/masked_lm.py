@@ -87,16 +87,16 @@ class MaskedLM(PaddedTask):
         )
 
     def _choose(self, example: Example, rng: np.random.Generator) -> np.ndarray:
-        """Places of the tokens to be guessed: `mask_probability` of them, at least one."""
+        """Places of the tokens to be guessed: each token, or word, with `mask_probability`; at least one.
+
+        Their number is left to chance: with the same share in every row, a model gets used to that share, and guesses worse
+        where fewer tokens are hidden.
+        """
         allowed = np.flatnonzero(example.supervised)
-        count = max(1, round(self.config.mask_probability * len(allowed)))
-        if not self.config.whole_words:
-            return np.sort(rng.choice(allowed, size=count, replace=False))
-        words = np.asarray(example.fields["words"])[allowed]
-        order = rng.permutation(np.unique(words))
-        sizes = np.cumsum([int((words == word).sum()) for word in order])
-        kept = order[: max(1, int(np.searchsorted(sizes, count, side="right")))]  # as many words as fit, at least one
-        return allowed[np.isin(words, kept)]
+        words = np.asarray(example.fields["words"])[allowed] if self.config.whole_words else np.arange(len(allowed))
+        distinct = np.unique(words)
+        chosen = distinct[rng.random(len(distinct)) < self.config.mask_probability]
+        return allowed[np.isin(words, chosen if len(chosen) else rng.choice(distinct))]
 
     def _corrupt(self, ids: np.ndarray, places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         changed, draws = ids.copy(), rng.random(len(places))
