@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long lint install clean
+.PHONY: demo test test-long bench lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, prove
 	$(BIN)/lora-lab train recipe=demo
@@ -14,6 +14,10 @@ test: install  ## the default tests: CPU, offline, under 5 minutes
 
 test-long: install  ## the long tier too: every step of a run interrupted, hundreds of kills
 	$(BIN)/python -m pytest -n 2 -m "long or not long"
+
+bench: install  ## speed and memory beside other tools; TRL is installed apart, nothing else depends on it
+	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl
+	PYTHONPATH=.bench $(BIN)/python -m benchmarks.speed
 
 lint: install  ## style
 	$(BIN)/ruff check .

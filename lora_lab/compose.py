@@ -27,7 +27,7 @@ from lora_lab.errors import ConfigError, nearest
 from lora_lab.schema import MISSING
 
 GROUPS = (
-    "model quant adapter task data optim train hardware tracker export recipe".split()
+    "model quant adapter task data optim train hardware speed tracker export recipe".split()
 )  # folders of conf/, in the order of a run
 _SECRET = re.compile(r"\$\{\s*oc\.env\s*:\s*\w*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*", re.IGNORECASE)
 _TRUSTED_TARGETS = ("hydra._internal.", "hydra_plugins.")  # Hydra's own launchers, sweepers and plugins

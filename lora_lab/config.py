@@ -327,6 +327,25 @@ class HardwareConfig:
 
 
 @section
+class SpeedConfig:
+    """Exact accelerations: each computes what it replaces, up to rounding, and is left out where it cannot be proved."""
+
+    fused_projections: Annotated[
+        bool, Field(description="layers that read the same input, and their LoRA, as one function")
+    ] = True
+    fused_mlp: Annotated[bool, Field(description="a gated MLP with its LoRA as one function")] = True
+    fused_norms: Annotated[bool, Field(description="RMS norms that keep no float32 copies")] = True
+    short_attention: Annotated[
+        bool, Field(description="attention of short rows by matrix products (CPU, bfloat16, packed rows)")
+    ] = True
+    chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
+    dequantize: Annotated[
+        Literal["auto", "once", "always"],
+        Field(description="4-bit weights: kept dequantized, or dequantized in every pass; auto: by the free memory"),
+    ] = "auto"
+
+
+@section
 class TrackerConfig:
     """Where curves go beside `metrics.jsonl`, through accelerate's trackers."""
 
@@ -394,6 +413,7 @@ class RunConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
+    speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)

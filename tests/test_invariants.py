@@ -242,6 +242,8 @@ def test_members_of_a_cohort_train_as_if_alone(config_of, tmp_path, eval_file):
         model = attach(model, config.adapter, f"member{i}", prepared.kind, config.seed)
         run, learned = run_dir.create(config), prepared.task.learned
         members.append(Member(f"member{i}", config, run, prepared.base, model, prepared.train, learned))
+    prepared.model = model
+    stages.accelerate(prepared)
     fit(members, prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     for i, (config, member) in enumerate(zip(configs, members, strict=True)):
         alone, losses = train_once(config, tmp_path / f"solo{i}")

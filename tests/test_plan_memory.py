@@ -62,7 +62,7 @@ def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
 def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     config = config_of(f"model.dtype={dtype}")
     found, prepared = _estimate(config, device="cuda"), stages.prepare(config)
-    member = SimpleNamespace(config=config, model=_real(config).train())
+    member = SimpleNamespace(config=config, model=stages.load_adapted(prepared).train())
     batch, usage = memory.blank(LONG), memory._Usage(memory._MAPPED)
     with usage, memory.packing.segment_attention(member.model):
         usage.ignore(memory._tensors(member.model))
@@ -108,6 +108,7 @@ def test_no_weights_are_needed_or_allocated(config_of, tmp_path):
     ).save_pretrained(tmp_path)  # fmt: skip
     config = config_of("model.dtype=bfloat16", "quant=nf4", "quant.double_quant=false")
     task = object.__new__(CausalLM)  # there is no tokenizer
+    task.short_attention = True
     task.config, task.together = config.task, True
     batch = memory.blank(Shape((512,), 128))
     files = load.BaseFiles("big", tmp_path, "")

@@ -26,6 +26,9 @@ from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skeleton
 from lora_lab.config import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
+from lora_lab.fast import apply
+from lora_lab.fast.loss import plain_head
+from lora_lab.tasks.causal_lm import DecoderTask
 from lora_lab.train import packing
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ class Memory:
     """Predicted memory in bytes: what it is for, and how much is in use at most in each phase."""
 
     base: int  # weights as they are stored, quantized or not, without those that stay in the mapped file
+    dequantized: int  # 4-bit weights that are kept dequantized beside it
     mapped_file: int  # the checkpoint's pages: in memory as long as one weight is a view of them (CPU)
     adapter: int
     gradients: int
@@ -134,6 +138,7 @@ def estimate(
 
     fake = FakeTensorMode()
     _give_fake_storage(model, fake)
+    dequantized = _accelerate(model, config, task, train, fake)
     step = _step(model, config, task, train, fake, learn=True)
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
     libraries = _LIBRARIES if on_cpu else 0
@@ -141,7 +146,7 @@ def estimate(
     holes = left + round(_HOLES[config.model.dtype] * step.requested) if on_cpu else 0
     batches = config.train
     several = not task.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
-    fixed = libraries + kept + own + adapter
+    fixed = libraries + kept + own + dequantized + adapter
     phases = {
         "load": libraries + (file if on_cpu else 0) + own + adapter + (max(left, _quantizing(model)) if on_cpu else 0),
         # a step's later micro-batches begin with the gradients of the earlier ones
@@ -160,7 +165,7 @@ def estimate(
         heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full) if on_cpu else full
         phases["merge"] = libraries + (file if on_cpu else 0) + heap + logits
     return Memory(
-        own, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, libraries, phases
+        own, dequantized, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, libraries, phases
     )  # fmt: skip
 
 
@@ -358,11 +363,8 @@ class _Usage(TorchDispatchMode):
 def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, learn: bool) -> _Usage:
     """What one forward pass takes, and with `learn` a backward pass; gradients are counted, weights are not."""
     usage = _Usage(_MAPPED)
-    model.train(learn)
-    for module in model.modules():
-        if isinstance(module, Linear8bitLt):
-            module.train()  # the inference path looks for outliers, and a tensor without content has none
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+    _set_mode(model, learn)
+    autocast = _autocast(config)
     attention = packing.segment_attention(model) if task.packed and task.together else contextlib.nullcontext()
     batch = _without_content(batch, mode)
     with mode, usage, attention, torch.set_grad_enabled(learn):
@@ -375,6 +377,28 @@ def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: F
         del loss
     model.zero_grad()
     return usage
+
+
+def _set_mode(model: PeftModel, learn: bool) -> None:
+    model.train(learn)
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.train()  # the inference path looks for outliers, and a tensor without content has none
+
+
+def _autocast(config: RunConfig) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+
+
+def _accelerate(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode) -> int:
+    """Replace the modules as a run would; bytes of the weights that it keeps dequantized."""
+    batch = _without_content(batch, mode)
+    _set_mode(model, learn=False)
+    with mode, _autocast(config):
+        applied = apply.accelerate(model, config.speed, lambda: task.logits(model, batch), prove=False)
+    if isinstance(task, DecoderTask):
+        task.chunked_loss = config.speed.chunked_loss and plain_head(model.get_base_model()) is not None
+    return applied.kept_bytes
 
 
 def _without_content(batch: Batch, mode: FakeTensorMode) -> Batch:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lora_lab.config import RunConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.data.encode import Example
+from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
+from lora_lab.fast.loss import TokenLosses, without_head
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, Measured, Observed, Pass, Task
+from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
 from lora_lab.tasks.generation import generate_all
 from lora_lab.train import packing
 
@@ -27,6 +29,11 @@ class DecoderTask(Task):
     """A task of a language model: rows lie end to end, and each supervised token is an item."""
 
     packed = True
+    chunked_loss = False  # whether the model's output layer is one that `fast.loss` can stand for
+
+    def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
+        super().__init__(config, encoder, learned, model)
+        self.short_attention = config.speed.short_attention and self.together
 
     @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
@@ -42,7 +49,34 @@ class DecoderTask(Task):
         return pack(examples)
 
     def logits(self, model: PeftModel, batch: PackedBatch) -> torch.Tensor:
-        return packing.logits(model, batch).float()
+        return packing.logits(model, batch, self.short_attention).float()
+
+    def token_losses(
+        self, model: PeftModel, batch: PackedBatch, smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each supervised token [S], and its logits [S, V] or, in chunks, the likeliest token alone [S, 1]."""
+        if not self.chunked_loss:
+            logits = self.logits(model, batch)
+            return self.item_losses(logits, batch, smoothing), logits.detach()
+        base = model.get_base_model()
+        with without_head(base):
+            hidden = packing.logits(model, batch, self.short_attention)
+        head = base.get_output_embeddings()
+        weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
+        losses, likeliest = TokenLosses.apply(hidden, weight, bias, batch.targets, smoothing)
+        return losses, likeliest[:, None]
+
+    def loss(self, model: PeftModel, batch: PackedBatch, rdrop_alpha: float | None = None) -> LossSum:
+        if rdrop_alpha is not None:  # compares whole distributions
+            return super().loss(model, batch, rdrop_alpha)
+        losses, logits = self.token_losses(model, batch, self.config.label_smoothing if model.training else 0.0)
+        if batch.weights is not None:
+            losses = losses * batch.weights
+        return LossSum(losses.sum(), batch.weight, len(batch.targets), logits)
+
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PackedBatch) -> Observed:
+        predicted = (logits[:, 0] if self.chunked_loss else logits.argmax(-1)).cpu()
+        return Observed(examples, predicted[:, None].float(), predicted.numpy(), batch.targets.cpu().numpy())
 
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from lora_lab.adapters.attach import without_adapter
 from lora_lab.config import DataConfig, TaskConfig
@@ -21,7 +20,6 @@ from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import preference_losses as losses
 from lora_lab.tasks.base import LossSum, Measured, Observed, Pass
 from lora_lab.tasks.causal_lm import DecoderTask
-from lora_lab.train import packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -156,7 +154,7 @@ class Preference(DecoderTask):
 
     def _log_probabilities(self, model: PeftModel, batch: AnswersBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """[answers] float32 summed log-probability of each answer's tokens, and how many they are."""
-        each = -cross_entropy(packing.logits(model, batch).float(), batch.targets, reduction="none")
+        each = -self.token_losses(model, batch)[0]
         zeros = torch.zeros(len(batch.lengths), device=each.device)
         return zeros.index_add(0, batch.owner, each), zeros.index_add(0, batch.owner, torch.ones_like(each))
 

@@ -32,6 +32,9 @@ class State:
     best_step: int | None = None
     worse_evaluations: int = 0  # in a row
     stopped_early: bool = False
+    micro_batch_size: int | None = None  # these three: what a lack of memory led to, see oom.py
+    checkpointing: bool = False
+    offloading: bool = False
 
 
 class Member:

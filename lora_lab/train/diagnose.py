@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lora_lab.data.encode import Example
+from lora_lab.fast.apply import plain
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +27,7 @@ def first_non_finite(model: PeftModel, examples: list[Example], task: Task, acce
         for name, module in model.get_base_model().named_modules()
         if not any(module.children())
     ]
-    with contextlib.ExitStack() as stack:
+    with plain(model), contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.remove)
         for example in examples:

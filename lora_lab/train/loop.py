@@ -20,7 +20,7 @@ from lora_lab import console, signals
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import Interrupted, TrainingError
-from lora_lab.train import checkpoint, diagnose, packing, regularize
+from lora_lab.train import checkpoint, diagnose, oom, packing, regularize
 from lora_lab.train.cohort import Member
 
 if TYPE_CHECKING:
@@ -84,12 +84,8 @@ def fit(
 
 def _prepare(members: list[Member], train: Dataset | Stream, task: Task, accelerator: Accelerator) -> None:
     model = members[0].model
-    if any(member.config.train.gradient_checkpointing for member in members):
-        # not reentrant: that needs no gradient on the inputs, so backward still stops at the lowest adapted layer
-        base = model.get_base_model()
-        # transformers renamed it on the way to 5.23
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    for member in members:
+        oom.apply(member)
     if task.packed and task.together:
         model.eval()
         with members[0].turn(), accelerator.autocast():
@@ -108,24 +104,21 @@ def _train_step(
     """One optimizer step. False when a signal arrived before the update: then nothing has changed."""
     state, config = member.state, member.config
     started = time.perf_counter()
-    parts = _parts(member, train, task)
     seed = member.plan.dropout_seed(state.step)
-    batches = task.batches(parts, np.random.default_rng(seed))
-    total = sum(batch.weight for batch in batches)
-    torch.manual_seed(seed)
-    member.model.train()
 
     # forward and backward: the step's loss is the weighted mean over all that it learns from, however it is split
-    loss_sum, tokens, supervised = 0.0, 0, 0
-    with accelerator.autocast():
-        task.begin(member.model, batches)
-    for batch in batches:
-        if arrived:
+    learned = None
+    while learned is None:
+        parts = _parts(member, train, task)
+        try:
+            learned = _learn(member, parts, task, accelerator, seed, arrived)
+        except (RuntimeError, MemoryError) as error:
             member.optimizer.zero_grad()
+            _need_less(member, error)
+            continue
+        if learned is None:
             return False
-        out = regularize.learn(member, task, batch.to(member.model.device), total, accelerator)
-        loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
-        supervised += out.num_items
+    loss_sum, total, tokens, supervised = learned
 
     if not tokens:  # nothing to learn from in this step
         member.schedule.step()
@@ -158,6 +151,44 @@ def _train_step(
         **{"tok/s": f"{clock.tokens_per_second or speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
     )
     return True
+
+
+def _learn(
+    member: Member, parts: list[list[Example]], task: Task, accelerator: Accelerator, seed: int, arrived: list[int]
+) -> tuple[float, float, int, int] | None:
+    """Add the gradients of a step: its summed loss, weight, tokens and supervised items. None when a signal arrived."""
+    batches = task.batches(parts, np.random.default_rng(seed))
+    total = sum(batch.weight for batch in batches)
+    torch.manual_seed(seed)
+    member.model.train()
+    loss_sum, tokens, supervised = 0.0, 0, 0
+    with accelerator.autocast():
+        task.begin(member.model, batches)
+    for batch in batches:
+        if arrived:
+            member.optimizer.zero_grad()
+            return None
+        with oom.offloaded(member):
+            out = regularize.learn(member, task, batch.to(member.model.device), total, accelerator)
+        loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
+        supervised += out.num_items
+    return loss_sum, total, tokens, supervised
+
+
+def _need_less(member: Member, error: Exception) -> None:
+    """After a failed allocation, make the member need less memory; other errors go on."""
+    if not oom.is_out_of_memory(error):
+        raise error
+    error.__traceback__ = None  # it holds the activations that did not fit
+    done = oom.step_down(member)
+    if done is None:
+        raise TrainingError(
+            f"Step {member.state.step + 1} does not fit into memory, one row at a time and checkpointed. Set a smaller "
+            "data.max_tokens, quant=nf4 or speed.dequantize=always; lora-lab plan shows what needs how much."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    console.say("memory", f"step {member.state.step + 1} does not fit: {done}; the step itself stays the same")
 
 
 def _parts(member: Member, train: Dataset | Stream, task: Task) -> list[list[Example]]:

@@ -22,8 +22,14 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
+    options = {"fused": True} if config.name == "adamw" else {}  # one kernel for all tensors
     return classes[config.name](
-        list(parameters), lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
+        list(parameters),
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        **options,
     )
 
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import TrainingError
+from lora_lab.fast import attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,23 +41,26 @@ def _segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    short_attention: bool = False,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment. Signature and result ([1, T, heads, head size]) are transformers'."""
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with soft capping or sinks")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    short_attention = short_attention and not dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16
     pieces = []
     for q, k, v in zip(
         *(x.split(segment_lengths or [query.shape[2]], dim=2) for x in (query, key, value)), strict=True
     ):
-        mask = (
-            _window_mask(q.shape[2], sliding_window, q.device)
-            if sliding_window and sliding_window < q.shape[2]
-            else None
-        )
+        length = q.shape[2]
+        mask = _window_mask(length, sliding_window, q.device) if sliding_window and sliding_window < length else None
+        if short_attention and mask is None and length <= attention.LONGEST:
+            pieces.append(attention.ShortAttention.apply(q[0], k[0], v[0], scale)[None])
+            continue
         pieces.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
             )
         )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
@@ -89,17 +93,30 @@ def segment_attention(model: PeftModel) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-def logits(model: PeftModel, batch: PackedBatch) -> torch.Tensor:
-    """Logits [S, V] at the supervised positions of a packed batch, all other positions skipped in the output head."""
-    extra = {"segment_lengths": batch.lengths} if len(batch.lengths) > 1 else {}
-    with segment_attention(model) if extra else contextlib.nullcontext():
-        outputs = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.logit_positions,
-            use_cache=False,
-            **extra,
-        )
+def logits(model: PeftModel, batch: PackedBatch, short_attention: bool = False) -> torch.Tensor:
+    """Logits [S, V] at the supervised positions of a packed batch, all other positions skipped in the output head.
+
+    Args:
+        short_attention: see `fast.attention`.
+    """
+    extra = {"segment_lengths": batch.lengths} if len(batch.lengths) > 1 or short_attention else {}
+    if short_attention:
+        extra["short_attention"] = True
+    try:
+        with segment_attention(model) if extra else contextlib.nullcontext():
+            outputs = model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                logits_to_keep=batch.logit_positions,
+                use_cache=False,
+                **extra,
+            )
+    except (NotImplementedError, TypeError) as error:
+        if not extra:
+            raise
+        raise TrainingError(
+            f"train.packing=true: this model cannot be packed ({error}). Set train.packing=false."
+        ) from error
     return outputs.logits[0]
 
 
@@ -116,14 +133,9 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
     if len(pair) < 2:
         return
     device = model.get_base_model().device
-    try:
-        with torch.no_grad():
-            packed = logits(model, pack(pair, device)).float()
-            alone = torch.cat([logits(model, pack([example], device)).float() for example in pair])
-    except (NotImplementedError, TypeError) as error:
-        raise TrainingError(
-            f"train.packing=true: this model cannot be packed ({error}). Set train.packing=false."
-        ) from error
+    with torch.no_grad():
+        packed = logits(model, pack(pair, device)).float()
+        alone = torch.cat([logits(model, pack([example], device)).float() for example in pair])
     gap = ((packed - alone).norm() / alone.norm()).item()
     limit = _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
     if not gap <= limit:

@@ -1,0 +1,262 @@
+"""One system trains some steps on given rows: python -m benchmarks.speed_worker SYSTEM SPEC.json OUT.json
+
+The part of benchmarks/speed.py that runs in a process of its own. Every system starts from the same adapter and takes the same
+rows in the same order; what is measured is written as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+BEGAN = float(os.environ.get("BENCHMARK_BEGAN", time.time()))  # when the process was started
+
+
+class Watch:
+    """Times of the end of each step."""
+
+    def __init__(self) -> None:
+        self.loaded = 0.0
+        self.begun = 0.0
+        self.steps: list[float] = []
+
+    def result(self, losses: list[float]) -> dict[str, Any]:
+        ends = [self.begun, *self.steps]
+        return {
+            "load_seconds": self.loaded - BEGAN,
+            "first_step_seconds": self.steps[0] - BEGAN,
+            "step_seconds": [later - earlier for earlier, later in itertools.pairwise(ends)],
+            "losses": losses,
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+
+
+def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
+    """`lora-lab train` up to its last step, without evaluation."""
+    from safetensors.torch import load_file, save_file
+
+    from lora_lab import compose, prepared, run_dir
+    from lora_lab.adapters.attach import trainable
+    from lora_lab.train import loop
+    from lora_lab.train.cohort import Member
+
+    watch = Watch()
+    config = compose.compose(spec["overrides"])
+    ready = prepared.prepare(config)
+    model = prepared.load_adapted(ready)
+    watch.loaded = time.time()
+    parameters = trainable(model)
+    if Path(spec["adapter"]).exists():
+        for name, tensor in load_file(spec["adapter"]).items():
+            parameters[name].data.copy_(tensor)
+    else:
+        save_file({name: parameter.data for name, parameter in parameters.items()}, spec["adapter"])
+    member = Member("default", config, run_dir.create(config), ready.base, model, ready.train, ready.task.learned)
+    plain = loop._train_step
+
+    def timed(*given: Any) -> bool:
+        finished = plain(*given)
+        watch.steps.append(time.time())
+        return finished
+
+    loop._train_step = timed
+    watch.begun = time.time()
+    if spec.get("rows") is None:  # only asked what the rows are
+        order = [int(i) for step in range(member.total_steps) for part in member.plan.step(step) for i in part]
+        rows = [ready.train[i][0] for i in order]
+        return {
+            "rows": [
+                {
+                    "input_ids": row.input_ids.tolist(),
+                    "labels": [int(t) if w else -100 for t, w in zip(row.input_ids, row.weights, strict=True)],
+                }
+                for row in rows
+            ],
+            "model": str(ready.base.folder),
+        }
+    loop.fit([member], ready.train, None, ready.task, ready.accelerator)
+    return watch.result([line["loss"] for line in member.log.read() if "loss" in line])
+
+
+def _callback(watch: Watch) -> Any:
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            watch.begun = time.time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            watch.steps.append(time.time())
+
+    return Callback()
+
+
+def _arguments(spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output_dir": "unused",
+        "max_steps": spec["steps"],
+        "per_device_train_batch_size": spec["batch_size"],
+        "learning_rate": spec["lr"],
+        "lr_scheduler_type": "constant",
+        "weight_decay": spec["weight_decay"],
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def _model(spec: dict[str, Any], dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if spec["quant"] == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=getattr(torch, dtype), quantization_config=quantization, device_map={"": "cpu"}
+    )
+
+
+def _start_alike(model: Any, adapter: str) -> None:
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(adapter).items():
+        parameters[name].data.copy_(tensor)
+
+
+def _trl(spec: dict[str, Any], dtype: str, **settings: Any) -> dict[str, Any]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    watch = Watch()
+    model = _model(spec, dtype)
+    watch.loaded = time.time()
+    arguments = SFTConfig(**_arguments(spec), max_length=max(len(row["input_ids"]) for row in spec["rows"]), **settings)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(spec["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(spec["model"]),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=spec["r"], lora_alpha=spec["lora_alpha"], target_modules="all-linear"
+        ),
+        callbacks=[_callback(watch)],
+    )
+    _start_alike(trainer.model, spec["adapter"])
+    trainer.train()
+    return watch.result([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+def trl(spec: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer with its own defaults: weights in float32 under bfloat16 autocast, checkpointing, padding."""
+    return _trl(spec, "float32")
+
+
+def trl_bf16(spec: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer with bfloat16 weights and without checkpointing."""
+    return _trl(spec, "bfloat16", gradient_checkpointing=False)
+
+
+def trl_packed(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with packing, as many rows in a step."""
+    return _trl(spec, "bfloat16", gradient_checkpointing=False, packing=True)
+
+
+def transformers_peft(spec: dict[str, Any]) -> dict[str, Any]:
+    """transformers' Trainer and peft, bfloat16 weights."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    watch = Watch()
+    config = LoraConfig(task_type="CAUSAL_LM", r=spec["r"], lora_alpha=spec["lora_alpha"], target_modules="all-linear")
+    model = get_peft_model(_model(spec, "bfloat16"), config)
+    watch.loaded = time.time()
+    _start_alike(model, spec["adapter"])
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**_arguments(spec), bf16=True),
+        train_dataset=Dataset.from_list(spec["rows"]),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        callbacks=[_callback(watch)],
+    )
+    trainer.train()
+    return watch.result([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+def matrix_products(spec: dict[str, Any]) -> dict[str, Any]:
+    """GFLOP/s of plain bfloat16 products at the shapes of the model's own layers, weighted as a token uses them; and the GFLOP that
+    a token of these rows needs: 4 for each weight of the body and, of supervised tokens, of the head; 6 r (in + out) for LoRA;
+    6 s d in each layer for causal attention to s tokens (s: the rows' mean length, weighted by tokens)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec["model"]))
+    shapes: dict[tuple[int, int], int] = {}
+    head, config = model.get_output_embeddings(), model.config
+    lengths = [len(row["input_ids"]) for row in spec["rows"]]
+    context = sum(length**2 for length in lengths) / sum(lengths)
+    heads = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    needed = 4 * head.weight.numel() * spec["supervised_share"] + 6 * context * heads * config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = (module.out_features, module.in_features)
+            shapes[shape] = shapes.get(shape, 0) + 1
+            if module is not head:
+                needed += 4 * module.weight.numel() + 6 * spec["r"] * sum(shape)
+    flops = seconds = 0.0
+    for (rows, columns), count in shapes.items():
+        x, weight = torch.randn(spec["tokens"], columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - started)
+        seconds += count * sorted(times[1:])[2]
+        flops += count * 2 * spec["tokens"] * rows * columns
+    return {"gflops_per_second": flops / seconds / 1e9, "gflop_per_token": needed / 1e9}
+
+
+SYSTEMS = {
+    "lora_lab": lora_lab,
+    "trl": trl,
+    "trl_bf16": trl_bf16,
+    "trl_packed": trl_packed,
+    "transformers_peft": transformers_peft,
+    "matrix_products": matrix_products,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", choices=[*SYSTEMS, "rows"])
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    spec = json.loads(args.spec.read_text())
+    system = SYSTEMS["lora_lab" if args.system == "rows" else args.system]
+    args.out.write_text(json.dumps(system(spec)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Which accelerations a model gets, each proved on its modules first, with the reason where one is not used."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import Linear as LoraLayer
+from peft.tuners.lora import LoraLayer as AnyLoraLayer
+from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
+from torch import nn
+
+from lora_lab.config import SpeedConfig
+from lora_lab.fast import mlp, norm
+from lora_lab.fast.frozen import FrozenWeight, Scratch
+from lora_lab.fast.linear import Layout, LoraLinear
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_PLAIN = (nn.Linear, Linear4bit)
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
+_KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
+
+
+class Projection:
+    """A linear layer of the model, adapted or not."""
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name, self.module = name, module
+        self.base: nn.Linear = module.base_layer if isinstance(module, AnyLoraLayer) else module
+        self.plain = module.forward
+
+    @property
+    def adapted(self) -> bool:
+        return self.module is not self.base
+
+    def members(self) -> list[str]:
+        """The active adapters."""
+        if not self.adapted or self.module.disable_adapters:
+            return []
+        return [name for name in self.module.active_adapters if name in self.module.lora_A]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the layer is as it was found: not merged, and one adapter at most."""
+        return not self.adapted or (not self.module.merged and len(self.module.active_adapters) <= 1)
+
+    def factors(self, member: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, D] and the scaled B [N, r]."""
+        layer = self.module
+        return layer.lora_A[member].weight.to(dtype), (layer.lora_B[member].weight * layer.scaling[member]).to(dtype)
+
+    def dropout(self, member: str) -> float:
+        dropout = self.module.lora_dropout[member]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def drawn(self, member: str, shape: torch.Size, x: torch.Tensor) -> torch.Tensor | None:
+        """[T, D] bool: what dropout leaves, drawn as the plain layer draws it."""
+        p = self.dropout(member)
+        if not p:
+            return None
+        four_bit = isinstance(self.module, LoraLayer4bit) and torch.is_autocast_enabled(x.device.type)
+        dtype = x.dtype if four_bit else self.module.lora_A[member].weight.dtype
+        return torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1 - p).bool().view(-1, shape[-1])
+
+
+def lora(projections: list[Projection], x: torch.Tensor, shape: torch.Size) -> tuple[list[Layout], list[torch.Tensor]]:
+    """The layouts and factors of projections that read a tensor of `shape`, in the type of `x`."""
+    layouts, factors = [], []
+    for member in dict.fromkeys(name for one in projections for name in one.members()):
+        own = [one if member in one.members() else None for one in projections]
+        pairs = [one and one.factors(member, x.dtype) for one in own]
+        keep = [one and one.drawn(member, shape, x) for one in own]
+        ranks = [len(pair[0]) if pair else 0 for pair in pairs]
+        p = max(one.dropout(member) for one in own if one)
+        layouts.append(Layout(slice(None), ranks, keep, 1 / (1 - p) if p < 1 else 0.0))
+        factors.append(torch.cat([pair[0] for pair in pairs if pair]))
+        factors += [
+            pair[1] if pair else x.new_empty(one.base.out_features, 0)
+            for pair, one in zip(pairs, projections, strict=True)
+        ]
+    return layouts, factors
+
+
+def computed_in(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the type in which a matrix product would compute."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class Group:
+    """Projections that are called with the same tensor, one after another; the first call computes them all."""
+
+    def __init__(self, projections: list[Projection], scratch: Scratch):
+        self.projections = projections
+        self.weight = FrozenWeight([one.base for one in projections], scratch)
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def forward(self, place: int) -> Callable[..., torch.Tensor]:
+        """What replaces the forward of a projection."""
+        own = self.projections[place]
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args or kwargs or not all(one.ready for one in self.projections):
+                return own.plain(x, *args, **kwargs)
+            if x is not self._input or place not in self._outputs:
+                self._input, self._outputs = x, dict(enumerate(self._compute(x)))
+            out = self._outputs.pop(place)
+            if not self._outputs:
+                self._input = None
+            return out
+
+        return forward
+
+    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = computed_in(x)
+        layouts, factors = lora(self.projections, inputs, x.shape)
+        return LoraLinear.apply(inputs, self.weight, layouts, *factors).split(self.weight.sizes, -1)
+
+
+class FusedMLP:
+    """A gated MLP."""
+
+    def __init__(self, module: nn.Module, up: list[Projection], down: Projection, scratch: Scratch):
+        self.module, self.up, self.down = module, up, down
+        self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
+        self.plain = module.forward
+        self.act = mlp.activation(module.act_fn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not all(one.ready for one in (*self.up, self.down)):
+            return self.plain(x)
+        inputs = computed_in(x)
+        first, factors = lora(self.up, inputs, x.shape)
+        inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
+        second, more = lora([self.down], inputs, inner)
+        return mlp.GatedMLP.apply(inputs, self.weights, (first, second), self.act, *factors, *more)
+
+
+@dataclasses.dataclass
+class Applied:
+    """What was replaced, and why the rest was not."""
+
+    lines: list[str] = dataclasses.field(default_factory=list)
+    modules: list[nn.Module] = dataclasses.field(default_factory=list)
+    weights: list[FrozenWeight] = dataclasses.field(default_factory=list)
+    kept_bytes: int = 0  # of dequantized weights
+
+    def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+        module.forward = forward
+        self.modules.append(module)
+
+    def undo(self) -> None:
+        """Give every module its own forward back."""
+        for module in self.modules:
+            module.__dict__.pop("forward", None)
+        self.modules, self.weights = [], []
+
+
+@contextlib.contextmanager
+def plain(model: PeftModel) -> Iterator[None]:
+    """Inside the block every module computes by itself."""
+    forwards = [(module, module.__dict__.pop("forward")) for module in model.modules() if "forward" in module.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in forwards:
+            module.forward = forward
+
+
+def accelerate(model: PeftModel, speed: SpeedConfig, run: Callable[[], torch.Tensor], prove: bool = True) -> Applied:
+    """Replace what `speed` allows and the model's modules permit.
+
+    Args:
+        run: a forward pass of the model, in evaluation; gives a tensor that is compared before and after.
+        prove: whether results are compared; False for a model whose tensors have no content.
+    """
+    applied, scratch = Applied(), Scratch()
+    projections, refused = _projections(model)
+    with torch.no_grad():
+        before, order = _watched(projections, run)
+    if speed.fused_mlp:
+        _fuse_mlps(model, projections, scratch, applied, prove)
+    if speed.fused_projections:
+        _fuse_projections(projections, order, scratch, applied)
+    if refused:
+        applied.lines.append(f"plain: {refused}")
+    if speed.fused_norms:
+        _fuse_norms(model, applied, prove)
+    _keep_weights(model, speed, applied)
+    if not prove:
+        return applied
+    with torch.no_grad():
+        after = run()
+    gap = ((after.float() - before.float()).norm() / before.float().norm()).item()
+    if not gap <= _ROUNDING[model.get_base_model().dtype]:
+        applied.undo()
+        applied.lines = [f"none: they would change this model's outputs by {gap:.1e} of their norm"]
+    return applied
+
+
+def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
+    """Linear layers of frozen weights by name, and why adapted ones are not among them."""
+    head = model.get_base_model().get_output_embeddings()
+    found: dict[str, Projection] = {}
+    reasons: dict[str, int] = {}
+    inside = ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, AnyLoraLayer):
+            inside = f"{name}."
+            reason = _unfit(module)
+            if reason:
+                reasons[reason] = reasons.get(reason, 0) + 1
+            else:
+                found[name] = Projection(name, module)
+        elif (
+            type(module) in _PLAIN
+            and module is not head
+            and not module.weight.requires_grad
+            and ".modules_to_save." not in name
+            and ".original_module" not in name
+        ):
+            found[name] = Projection(name, module)
+    return found, ", ".join(f"{count} layers with {reason}" for reason, count in reasons.items())
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why an adapted layer stays plain; empty if it need not."""
+    if type(module) not in (LoraLayer, LoraLayer4bit) or type(module.base_layer) not in _PLAIN:
+        return type(module.base_layer).__name__
+    if module.lora_variant:
+        return "DoRA" if any(module.use_dora.values()) else "a LoRA variant"
+    if any(module.lora_bias.values()) or module.fan_in_fan_out is True:
+        return "a LoRA bias"
+    return ""
+
+
+def _watched(
+    projections: dict[str, Projection], run: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]:
+    """What `run` gives, and which layers were called with which tensor, in order."""
+    calls: list[tuple[str, torch.Tensor]] = []
+    handles = [
+        one.module.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0])))
+        for name, one in projections.items()
+    ]
+    try:
+        return run(), calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fuse_mlps(
+    model: PeftModel, projections: dict[str, Projection], scratch: Scratch, applied: Applied, prove: bool
+) -> None:
+    count, other = 0, ""
+    for name, module in model.named_modules():
+        parts = [f"{name}.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        if not (hasattr(module, "act_fn") and all(part in projections for part in parts)):
+            continue
+        gate, up, down = (projections[part] for part in parts)
+        if mlp.activation(module.act_fn) is None:
+            other = f"activation {type(module.act_fn).__name__}"
+            continue
+        fused = FusedMLP(module, [gate, up], down, scratch)
+        if prove and not _equal(module, fused, gate.base.in_features):
+            other = f"{type(module).__name__} computes something else"
+            continue
+        applied.replace(module, fused.forward)
+        applied.weights += fused.weights
+        for part in parts:
+            del projections[part]
+        count += 1
+    if count or other:
+        applied.lines.append(f"gated MLP fused: {count}" + (f" (not: {other})" if other else ""))
+
+
+def _equal(module: nn.Module, fused: FusedMLP, width: int) -> bool:
+    weight = fused.down.base.weight
+    dtype = fused.down.base.compute_dtype if isinstance(fused.down.base, Linear4bit) else weight.dtype
+    probe = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(
+        weight.device, dtype or torch.float32
+    )
+    with torch.no_grad():
+        plain, own = module(probe).float(), fused.forward(probe).float()
+    return bool((own - plain).norm() <= _ROUNDING[probe.dtype] * plain.norm())
+
+
+def _fuse_projections(
+    projections: dict[str, Projection], order: list[tuple[str, torch.Tensor]], scratch: Scratch, applied: Applied
+) -> None:
+    sizes: dict[int, int] = {}
+    for names in _same_input(projections, order):
+        own = [projections[name] for name in names]
+        if not any(one.adapted or isinstance(one.base, Linear4bit) for one in own):
+            continue
+        group = Group(own, scratch)
+        for place, one in enumerate(own):
+            applied.replace(one.module, group.forward(place))
+        applied.weights.append(group.weight)
+        sizes[len(own)] = sizes.get(len(own), 0) + 1
+    if sizes:
+        parts = ", ".join(f"{count} x {size}" for size, count in sorted(sizes.items(), reverse=True))
+        applied.lines.append(f"projections fused: {parts}")
+
+
+def _same_input(projections: dict[str, Projection], order: list[tuple[str, torch.Tensor]]) -> Iterator[list[str]]:
+    """Names of the layers that are called once each, one after another, with the same tensor."""
+    calls: dict[str, int] = {}
+    for name, _ in order:
+        calls[name] = calls.get(name, 0) + 1
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+    for name, tensor in order:
+        if name not in projections:
+            groups.append((tensor, []))
+        elif calls[name] > 1:
+            groups.append((tensor, [name]))
+        elif groups and groups[-1][0] is tensor and groups[-1][1] and calls[groups[-1][1][0]] == 1:
+            groups[-1][1].append(name)
+        else:
+            groups.append((tensor, [name]))
+    yield from dict.fromkeys(tuple(names) for _, names in groups if names)
+
+
+def _fuse_norms(model: PeftModel, applied: Applied, prove: bool) -> None:
+    count = 0
+    for module in model.modules():
+        if "RMSNorm" not in type(module).__name__ and "T5LayerNorm" not in type(module).__name__:
+            continue
+        found = norm.of_module(module, prove)
+        if found is None:
+            continue
+        eps, scale = found
+        applied.replace(
+            module, lambda x, module=module, eps=eps, scale=scale: norm.RMSNorm.apply(x, module.weight, eps, scale)
+        )
+        count += 1
+    if count:
+        applied.lines.append(f"RMS norms fused: {count}")
+
+
+def _keep_weights(model: PeftModel, speed: SpeedConfig, applied: Applied) -> None:
+    """Decide whether 4-bit weights are dequantized once or in every pass."""
+    dtype, device = model.get_base_model().dtype, model.get_base_model().device
+    needed = sum(weight.num_bytes(dtype) for weight in applied.weights)
+    if not needed:
+        return
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    keep = needed <= _KEEP_SHARE * free if speed.dequantize == "auto" else speed.dequantize == "once"
+    for weight in applied.weights:
+        weight.keep = keep
+    applied.kept_bytes = needed if keep else 0
+    amount = f"{needed / 2**30:.2f} GiB, {free / 2**30:.1f} free"
+    applied.lines.append(f"4-bit weights dequantized {'once' if keep else 'in every pass'} ({amount})")

@@ -1,0 +1,90 @@
+"""Weights that never change, of linear layers that read the same input, as one matrix."""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+
+class Scratch:
+    """One buffer for everybody who needs a dequantized weight for a moment."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def like(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[rows, columns], valid until the next call."""
+        count, own = rows * columns, self._buffer
+        if own is None or own.numel() < count or own.dtype != dtype or own.device != device:
+            self._buffer = own = torch.empty(count, dtype=dtype, device=device)
+        return own[:count].view(rows, columns)
+
+
+class FrozenWeight:
+    """The weights [N_i, D] of some layers, one under another, [N, D].
+
+    The parameters of unquantized layers become views of the whole, so nothing is held twice. Layers in 4 bits are dequantized:
+    every time into a shared buffer, or once and kept (`keep`), which is the same numbers in more memory and less time.
+    """
+
+    def __init__(self, layers: list[nn.Linear], scratch: Scratch):
+        self.sizes = [layer.out_features for layer in layers]
+        self.in_features = layers[0].in_features
+        self.keep = False
+        self._layers, self._scratch = layers, scratch
+        self._quantized = [isinstance(layer, Linear4bit) for layer in layers]
+        self._dense: torch.Tensor | None = None
+        self._bias = _joined_bias(layers)
+        if not any(self._quantized):
+            self._dense = layers[0].weight.data
+            if len(layers) > 1:
+                self._dense = torch.cat([layer.weight.data for layer in layers])
+                for layer, part in zip(layers, self._dense.split(self.sizes), strict=True):
+                    layer.weight.data = part
+
+    @property
+    def quantized(self) -> bool:
+        return any(self._quantized)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """What keeping it dequantized takes."""
+        return sum(self.sizes) * self.in_features * dtype.itemsize if self.quantized else 0
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[N, D] in `dtype`, valid until the next call of anybody."""
+        if self._dense is not None:
+            return self._dense.to(dtype)
+        device = self._layers[0].weight.device
+        shape = (sum(self.sizes), self.in_features)
+        whole = (
+            torch.empty(shape, dtype=dtype, device=device) if self.keep else self._scratch.like(*shape, dtype, device)
+        )
+        for layer, part, quantized in zip(self._layers, whole.split(self.sizes), self._quantized, strict=True):
+            _write(layer, part) if quantized else part.copy_(layer.weight)
+        if self.keep:
+            self._dense = whole
+        return whole
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self._bias is None else self._bias.to(dtype)
+
+
+def _write(layer: Linear4bit, out: torch.Tensor) -> None:
+    state = layer.weight.quant_state
+    data = layer.weight.data.view(-1, 1)
+    if state.dtype == out.dtype and out.device.type == "cuda":  # bitsandbytes writes in place there only
+        dequantize_4bit(data, state, out=out)
+    else:
+        out.copy_(dequantize_4bit(data, state))
+
+
+def _joined_bias(layers: list[nn.Linear]) -> torch.Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    parts = [
+        torch.zeros(layer.out_features, device=layer.weight.device) if layer.bias is None else layer.bias.data
+        for layer in layers
+    ]
+    return torch.cat([part.float() for part in parts])

@@ -1,0 +1,54 @@
+"""RMSNorm (arXiv:1910.07467) that keeps its input and one number a token for backward, instead of float32 copies."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def _round_first(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight * x.to(dtype)  # Llama's way
+
+
+def _round_last(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x * (1.0 + weight.float())).to(dtype)  # Gemma's way
+
+
+_SCALES = {"weight": (_round_first, 0.0), "1 + weight": (_round_last, 1.0)}
+
+
+class RMSNorm(torch.autograd.Function):
+    """x [..., D] -> [..., D]; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, scale: str):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.scale = scale
+        ctx.save_for_backward(x, inverse, weight)
+        return _SCALES[scale][0](wide * inverse, weight, x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        x, inverse, weight = ctx.saved_tensors
+        normal = x.float() * inverse
+        wide = dy.float() * (weight.float() + _SCALES[ctx.scale][1])
+        shared = (wide * normal).mean(-1, keepdim=True)
+        return wide.sub_(normal.mul_(shared)).mul_(inverse).to(dy.dtype), None, None, None
+
+
+def of_module(module: nn.Module, prove: bool = True) -> tuple[float, str] | None:
+    """A norm module's epsilon and kind of scale, if this function gives the very numbers that it gives; without proof, some."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if eps is None or weight is None or weight.dim() != 1 or weight.requires_grad:
+        return None
+    if not prove:
+        return eps, next(iter(_SCALES))
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, len(weight), generator=generator).to(weight)
+    with torch.no_grad():
+        for scale in _SCALES:
+            if torch.equal(module(probe), RMSNorm.apply(probe, weight, eps, scale)):
+                return eps, scale
+    return None

@@ -1,0 +1,300 @@
+"""Every exact acceleration beside the plain modules that it stands for: loss and gradients, in float32, on several kinds of model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from lora_lab import prepared as stages
+from lora_lab.adapters.attach import trainable
+from lora_lab.data.dataset import first_examples
+from lora_lab.fast import apply, norm
+from lora_lab.fast.attention import ShortAttention
+from lora_lab.fast.frozen import FrozenWeight, Scratch
+from lora_lab.fast.linear import Layout, LoraLinear
+from lora_lab.fast.loss import TokenLosses
+from tests.conftest import make_tokenizer, write_jsonl
+from tests.test_tasks import make_bert, make_t5
+
+# float32 sums in another order: of the loss, and of the gradient's norm after two layers (measured: at most 2.3e-6)
+LOSS, GRADIENT = 1e-6, 3e-6
+ACCELERATIONS = ("fused_projections", "fused_mlp", "fused_norms", "short_attention", "chunked_loss")
+
+
+def make_decoder(folder: Path, kind: str) -> Path:
+    """A random decoder of 2 layers of a family that transformers knows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    settings = {
+        "vocab_size": len(make_tokenizer(folder)), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.05, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    if kind == "gemma3_text":
+        settings["layer_types"] = ["sliding_attention", "full_attention"]
+        settings["sliding_window"] = 16
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    for parameter in model.parameters():  # norms and biases start at one or zero, where mistakes do not show
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    found = {kind: make_decoder(folder / kind, kind) for kind in ("llama", "qwen2", "qwen3", "gemma3_text", "mistral")}
+    return found | {"bert": make_bert(folder / "bert"), "t5": make_t5(folder / "t5")}
+
+
+def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor], stages.Prepared]:
+    """Loss, and gradients by name, of the first rows, from an adapter that does something."""
+    prepared = stages.prepare(config)
+    model = stages.load_adapted(prepared)
+    torch.manual_seed(seed)
+    for parameter in trainable(model).values():
+        parameter.data.normal_(std=0.05)
+    model.train()
+    [batch] = prepared.task.batches([first_examples(prepared.train, 4)], np.random.default_rng(seed))
+    torch.manual_seed(seed)
+    with prepared.accelerator.autocast():
+        loss = prepared.task.loss(model, batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in trainable(model).items()}, prepared
+
+
+def assert_same(one, other) -> None:
+    (loss, gradients, _), (expected, plain, _) = one, other
+    assert abs(loss - expected) <= LOSS * abs(expected)
+    assert gradients.keys() == plain.keys()
+    found, true = (torch.cat([tensors[name].flatten() for name in plain]) for tensors in (gradients, plain))
+    assert true.norm() > 0
+    assert (found - true).norm() / true.norm() <= GRADIENT
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text", "mistral"])
+def test_a_decoder_learns_what_its_plain_modules_learn(families, config_of, kind):
+    model = f"model.path={families[kind]}"
+    fast = first_step(config_of(model))
+    assert_same(fast, first_step(config_of(model, "speed=plain")))
+    fused = [name for name, module in fast[2].model.named_modules() if "forward" in module.__dict__]
+    assert sum(name.endswith(".mlp") for name in fused) == 2
+    assert sum(name.endswith("q_proj") for name in fused) == 2
+    assert sum("norm" in name for name in fused) >= 5
+    assert fast[2].task.chunked_loss
+
+
+@pytest.mark.parametrize("option", ACCELERATIONS)
+def test_each_acceleration_can_be_used_alone(families, config_of, option):
+    only = ["speed=plain", f"speed.{option}=true", f"model.path={families['llama']}"]
+    assert_same(first_step(config_of(*only)), first_step(config_of(*only[::2], "speed=plain")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["adapter.lora_dropout=0.3"],
+        ["adapter.use_rslora=true", "adapter.rank_pattern={q_proj: 7, down_proj: 2}"],
+        ["adapter.target_modules=[q_proj,v_proj,up_proj]"],
+        ["adapter.target_modules=[q_proj,down_proj]", "adapter.layers_to_transform=[1]"],
+        ["adapter.use_dora=true"],
+        ["train.gradient_checkpointing=true"],
+        ["task.label_smoothing=0.1"],
+        ["task=completion"],
+        ["quant=nf4"],
+        ["quant=nf4", "speed.dequantize=always", "quant.double_quant=true"],
+        ["quant=fp4", "speed.dequantize=once", "adapter.lora_dropout=0.2"],
+        ["quant=nf4", "adapter.target_modules=[o_proj]"],
+    ],
+    ids=lambda settings: ",".join(settings).replace("adapter.", ""),
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_setting_learns_what_its_plain_modules_learn(families, config_of, tmp_path, settings, seed):
+    given = [f"model.path={families['llama']}", *settings]
+    if "task=completion" in settings:
+        given.append(
+            f"data.train={write_jsonl(tmp_path / 'text.jsonl', [{'text': 'red lamp ' * n} for n in range(3, 9)])}"
+        )
+    plain = [one for one in given if "dequantize" not in one]
+    assert_same(first_step(config_of(*given), seed), first_step(config_of(*plain, "speed=plain"), seed))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_an_encoder_learns_what_its_plain_modules_learn(families, config_of, tmp_path, kind):
+    rows = [{"text": f"table {colour} lamp", "label": colour} for colour in ("red", "green", "blue", "red")]
+    task = "classification"
+    if kind == "t5":
+        rows, task = [{"source": row["text"], "target": row["label"]} for row in rows], "seq2seq"
+    given = [f"model.path={families[kind]}", f"task={task}", f"data.train={write_jsonl(tmp_path / 'rows.jsonl', rows)}"]
+    fast = first_step(config_of(*given))
+    assert_same(fast, first_step(config_of(*given, "speed=plain")))
+    assert sum("forward" in module.__dict__ for module in fast[2].model.modules()) >= 12
+
+
+def test_a_model_is_measured_and_answers_alike(families, config_of, eval_file):
+    common = [
+        f"model.path={families['llama']}",
+        f"data.eval={eval_file}",
+        "task.generate_rows=3",
+        "task.max_new_tokens=8",
+    ]
+    found = []
+    for speed in ("fast", "plain"):
+        *_, prepared = first_step(config_of(*common, f"speed={speed}"))
+        found.append((prepared.measure_base(), prepared.measure("tuned")))
+    for one, other in zip(*found, strict=True):
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+        assert one.answers == other.answers
+
+
+def test_bfloat16_is_as_near_to_float32_as_plain_bfloat16(families, config_of):
+    model = f"model.path={families['llama']}"
+    _, exact, _ = first_step(config_of(model, "speed=plain"))
+    gaps = []
+    for speed in ("fast", "plain"):
+        _, found, _ = first_step(config_of(model, "model.dtype=bfloat16", f"speed={speed}"))
+        whole = torch.cat([(found[name] - exact[name]).flatten() for name in exact])
+        gaps.append((whole.norm() / torch.cat([g.flatten() for g in exact.values()]).norm()).item())
+    assert gaps[0] <= 1.25 * gaps[1]  # rounding is a matter of chance, so not exactly
+
+
+def test_members_learn_from_their_own_rows(families):
+    """Two members of unlike ranks on slices of the same tokens, one of them without some layers: each as if alone."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(16, size).requires_grad_(False) for size in (12, 8)]
+    weight = FrozenWeight(layers, Scratch())
+    x = torch.randn(1, 10, 16, requires_grad=True)
+    ranks, rows = [(3, 2), (5, 0)], [slice(0, 4), slice(4, 10)]
+    factors = [
+        [
+            torch.randn(sum(r), 16, requires_grad=True),
+            *(torch.randn(n, k, requires_grad=True) for n, k in zip((12, 8), r, strict=True)),
+        ]
+        for r in ranks
+    ]
+    layouts = [Layout(part, list(r), [None, None]) for part, r in zip(rows, ranks, strict=True)]
+    out = LoraLinear.apply(x, weight, layouts, *(tensor for own in factors for tensor in own))
+    every = [tensor for own in factors for tensor in own if tensor.numel()]
+    direction = torch.randn_like(out)
+    found = torch.autograd.grad(out, [x, *every], direction)
+    plain = torch.cat([layer(x) for layer in layers], -1)
+    parts = []
+    for part, r, (a, *bs) in zip(rows, ranks, factors, strict=True):
+        h = (x[:, part] @ a.t()).split(list(r), -1)
+        parts.append(plain[:, part] + torch.cat([one @ b.t() for one, b in zip(h, bs, strict=True)], -1))
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-5)
+    for one, other in zip(found, torch.autograd.grad(expected, [x, *every], direction), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_in_chunks_equal_cross_entropy(monkeypatch, smoothing, bias):
+    from lora_lab.fast import loss
+
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 1)  # the smallest chunks, of 64 tokens
+    monkeypatch.setattr(loss, "_CACHED_BYTES", 4 * 50 * 7)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(150, 8, requires_grad=True), torch.randn(50, 8)
+    shift = torch.randn(50) if bias else None
+    targets, weights = torch.randint(50, (150,)), torch.rand(150)
+    losses, likeliest = TokenLosses.apply(hidden, weight, shift, targets, smoothing)
+    logits = torch.nn.functional.linear(hidden, weight, shift)
+    expected = cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(likeliest, logits.argmax(1))
+    [found] = torch.autograd.grad((losses * weights).square().sum(), hidden)
+    [plain] = torch.autograd.grad((expected * weights).square().sum(), hidden)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 37])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
+def test_short_attention_equals_torch(length, heads):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+    )
+    found = ShortAttention.apply(q[0], k[0], v[0], 0.3)[None]
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    for one, other in zip(*(torch.autograd.grad(out, (q, k, v), direction) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_norm_that_computes_something_else_stays_plain():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class OtherRMSNorm(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    assert norm.of_module(LlamaRMSNorm(8).requires_grad_(False)) is not None
+    assert norm.of_module(OtherRMSNorm(8).requires_grad_(False)) is None
+    assert norm.of_module(LlamaRMSNorm(8)) is None  # its weight is trained
+
+
+def test_an_mlp_that_computes_something_else_stays_plain(families, config_of, monkeypatch, capsys):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * plain(self, x))
+    config = config_of(f"model.path={families['llama']}")
+    assert_same(first_step(config), first_step(config_of(f"model.path={families['llama']}", "speed=plain")))
+    assert "LlamaMLP computes something else" in capsys.readouterr().out
+
+
+def test_accelerations_that_change_the_outputs_are_taken_back(families, config_of, monkeypatch, capsys):
+    forward = LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda *given: forward(*given) * 1.1)
+    fast = first_step(config_of(f"model.path={families['llama']}"))
+    assert "none: they would change this model's outputs" in capsys.readouterr().out
+    monkeypatch.setattr(LoraLinear, "forward", forward)
+    assert_same(fast, first_step(config_of(f"model.path={families['llama']}", "speed=plain")))
+
+
+def test_plain_inside_a_block(families, config_of):
+    *_, prepared = first_step(config_of(f"model.path={families['llama']}"))
+    replaced = [module for module in prepared.model.modules() if "forward" in module.__dict__]
+    assert replaced
+    with apply.plain(prepared.model):
+        assert not [module for module in prepared.model.modules() if "forward" in module.__dict__]
+    assert [module for module in prepared.model.modules() if "forward" in module.__dict__] == replaced
+
+
+def test_unquantized_weights_are_not_held_twice(families, config_of):
+    *_, prepared = first_step(config_of(f"model.path={families['llama']}"))
+    layer = prepared.model.get_base_model().model.layers[0]
+    q, k = (getattr(layer.self_attn, name).base_layer.weight for name in ("q_proj", "k_proj"))
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    gate, up = (getattr(layer.mlp, name).base_layer.weight for name in ("gate_proj", "up_proj"))
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+
+
+def test_backward_stops_at_the_lowest_adapted_layer(families, config_of):
+    """No gradient is computed for what lies below: the inputs of the first adapted layer need none."""
+    prepared = stages.prepare(
+        config_of(
+            f"model.path={families['llama']}",
+            "adapter.target_modules=[q_proj,down_proj]",
+            "adapter.layers_to_transform=[1]",
+        )
+    )
+    model = stages.load_adapted(prepared).train()
+    needs = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(
+            lambda _, inputs, output: needs.append((inputs[0].requires_grad, output.requires_grad))
+        )
+    [batch] = prepared.task.batches([first_examples(prepared.train, 2)], np.random.default_rng(0))
+    prepared.task.loss(model, batch).loss.backward()
+    assert needs == [(False, False), (False, True)]
