@@ -40,6 +40,7 @@ TRICKS = {
     "without_fused_norms": "speed.fused_norms=false",
     "without_short_attention": "speed.short_attention=false",
     "without_chunked_loss": "speed.chunked_loss=false",
+    "without_last_layer_rows": "speed.last_layer_rows=false",
     "without_dequantizing_once": "speed.dequantize=always",
 }
 _LIMIT = 900  # seconds of one run
@@ -47,13 +48,14 @@ _LIMIT = 900  # seconds of one run
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Rows, model and how it is held."""
+    """Rows, model, how it is held, and whom it is compared with."""
 
     rows: str  # short, mixed or long
+    peers: tuple[str, ...]
     quant: str = "none"
     checkpointing: bool = False
     model: str = "smollm2-135m-instruct-hf"
-    steps: int = 5
+    steps: int = 3
     batch_size: int = 8
 
     def overrides(self, folder: Path) -> list[str]:
@@ -69,11 +71,11 @@ class Workload:
 
 
 WORKLOADS = {
-    "mixed_bf16": Workload("mixed"),
-    "mixed_nf4": Workload("mixed", quant="nf4"),
-    "long_bf16": Workload("long", steps=4, batch_size=4),
-    "short_bf16": Workload("short", batch_size=32),
-    "mixed_nf4_checkpointed": Workload("mixed", quant="nf4", checkpointing=True),
+    "mixed_bf16": Workload("mixed", ("lora_lab_plain", *PEERS)),
+    "mixed_nf4": Workload("mixed", ("trl", "trl_bf16"), quant="nf4"),
+    "long_bf16": Workload("long", ("lora_lab_plain",), batch_size=4),
+    "short_bf16": Workload("short", ("lora_lab_plain", "trl_bf16"), batch_size=32),
+    "mixed_nf4_checkpointed": Workload("mixed", ("lora_lab_plain", "trl"), quant="nf4", checkpointing=True),
 }
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--workloads", type=lambda text: text.split(","), default=["mixed_bf16", "mixed_nf4", "long_bf16"]
     )
-    parser.add_argument("--systems", type=lambda text: text.split(","), default=[*OWN, *PEERS])
+    parser.add_argument("--systems", type=lambda text: text.split(","), help="instead of each workload's own")
     parser.add_argument(
         "--tricks", action="store_true", help="lora_lab with and without each of its accelerations instead"
     )
@@ -114,8 +116,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.tricks:
         args.systems = ["lora_lab", *TRICKS, "lora_lab_plain"]
-    if importlib.util.find_spec("trl") is None:
-        args.systems = [name for name in args.systems if not name.startswith("trl")]
+    trl = importlib.util.find_spec("trl") is not None
+    if not trl:
         print("trl is not installed: left out", file=sys.stderr)
     result = json.loads(args.out.read_text()) if args.out.exists() else {"runs": []}
     result |= {
@@ -129,7 +131,9 @@ def main() -> None:
         specs = {name: _prepare(name, folder) for name, folder in folders.items()}
         for repeat in range(args.repeats):
             for name, spec in specs.items():
-                for system in [*args.systems, "matrix_products"]:
+                for system in [*(args.systems or ("lora_lab", *WORKLOADS[name].peers)), "matrix_products"]:
+                    if system.startswith("trl") and not trl:
+                        continue
                     if (name, system, repeat) in {
                         (run["workload"], run["system"], run["repeat"]) for run in result["runs"]
                     }:

@@ -339,6 +339,9 @@ class SpeedConfig:
         bool, Field(description="attention of short rows by matrix products (CPU, bfloat16, packed rows)")
     ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
+    last_layer_rows: Annotated[
+        bool, Field(description="packed rows: the last layer behind its attention only where there is a loss")
+    ] = True
     dequantize: Annotated[
         Literal["auto", "once", "always"],
         Field(description="4-bit weights: kept dequantized, or dequantized in every pass; auto: by the free memory"),

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from lora_lab import prepared as stages
 from lora_lab.adapters.attach import trainable
 from lora_lab.data.dataset import first_examples
-from lora_lab.fast import apply, norm
+from lora_lab.fast import apply, norm, rows
 from lora_lab.fast.attention import ShortAttention
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
@@ -22,7 +22,7 @@ from tests.test_tasks import make_bert, make_t5
 
 # float32 sums in another order: of the loss, and of the gradient's norm after two layers (measured: at most 2.3e-6)
 LOSS, GRADIENT = 1e-6, 3e-6
-ACCELERATIONS = ("fused_projections", "fused_mlp", "fused_norms", "short_attention", "chunked_loss")
+ACCELERATIONS = ("fused_projections", "fused_mlp", "fused_norms", "short_attention", "chunked_loss", "last_layer_rows")
 
 
 def make_decoder(folder: Path, kind: str) -> Path:
@@ -89,6 +89,7 @@ def test_a_decoder_learns_what_its_plain_modules_learn(families, config_of, kind
     assert sum(name.endswith("q_proj") for name in fused) == 2
     assert sum("norm" in name for name in fused) >= 5
     assert fast[2].task.chunked_loss
+    assert rows.installed(fast[2].model.get_base_model()) == (kind != "gemma3_text")  # Gemma has other norms
 
 
 @pytest.mark.parametrize("option", ACCELERATIONS)

@@ -16,7 +16,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
 from lora_lab.config import SpeedConfig
-from lora_lab.fast import mlp, norm
+from lora_lab.fast import mlp, norm, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
 
@@ -194,6 +194,10 @@ def accelerate(model: PeftModel, speed: SpeedConfig, run: Callable[[], torch.Ten
         applied.lines.append(f"plain: {refused}")
     if speed.fused_norms:
         _fuse_norms(model, applied, prove)
+    layer = rows.last_layer(model.get_base_model())
+    if speed.last_layer_rows and layer is not None:
+        applied.replace(layer, rows.forward_of(layer))
+        applied.lines.append("last layer only where there is a loss")
     _keep_weights(model, speed, applied)
     if not prove:
         return applied

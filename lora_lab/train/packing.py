@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import TrainingError
-from lora_lab.fast import attention
+from lora_lab.fast import attention, rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -99,20 +99,17 @@ def logits(model: PeftModel, batch: PackedBatch, short_attention: bool = False) 
     Args:
         short_attention: see `fast.attention`.
     """
-    extra = {"segment_lengths": batch.lengths} if len(batch.lengths) > 1 or short_attention else {}
-    if short_attention:
-        extra["short_attention"] = True
+    packed = len(batch.lengths) > 1 or short_attention
+    extra: dict[str, Any] = {"segment_lengths": batch.lengths, "short_attention": short_attention} if packed else {}
+    if rows.installed(model.get_base_model()):
+        extra["wanted_positions"] = batch.logit_positions
+    else:
+        extra["logits_to_keep"] = batch.logit_positions
     try:
-        with segment_attention(model) if extra else contextlib.nullcontext():
-            outputs = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                logits_to_keep=batch.logit_positions,
-                use_cache=False,
-                **extra,
-            )
+        with segment_attention(model) if packed else contextlib.nullcontext():
+            outputs = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)
     except (NotImplementedError, TypeError) as error:
-        if not extra:
+        if not packed:
             raise
         raise TrainingError(
             f"train.packing=true: this model cannot be packed ({error}). Set train.packing=false."
