@@ -264,6 +264,8 @@ def load_adapted(prepared: Prepared) -> PeftModel:
 def accelerate(prepared: Prepared) -> None:
     """Replace what the configuration allows, and say what was replaced."""
     task, model, data = prepared.task, prepared.model.eval(), prepared.held_out or prepared.train
+    if data is None:  # nothing to try them on, and little to gain
+        return
     with prepared.accelerator.autocast():
         [batch] = task.batches([first_examples(data, 1)[:1]], np.random.default_rng(0))
         batch = batch.to(model.device)

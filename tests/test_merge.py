@@ -38,16 +38,17 @@ def trained(config_of, tmp_path, eval_file):
     ids=["untied", "tied", "dora", "rslora"],
 )
 def test_float32_merge_equals_base_and_adapter(trained, base, tied_base, tied, adapter):
-    """Reloaded by plain transformers in a process of its own: logits equal to 1e-4."""
+    """Reloaded by plain transformers in a process of its own: logits of this random model, which are large, equal to 2e-4."""
     folder = trained(
         f"model.path={tied_base if tied else base}", "export=merged", "export.dtype=float32", *adapter
     ).path
     report = json.loads((folder / "merge_report.json").read_text())
     gap = report["merged_vs_full_precision_base_and_adapter"]
-    limit = 5e-4 if "adapter=dora" in adapter else 1e-4  # DoRA divides by norms, live and merged in another order
+    limit = 5e-4 if "adapter=dora" in adapter else 2e-4  # DoRA divides by norms, live and merged in another order
     assert gap["max_logit_diff"] <= limit
     assert gap["top1_agreement"] == 1.0
-    assert report["merged_vs_model_as_trained"]["max_logit_diff"] <= limit  # trained on float32 as well
+    # trained on float32 as well, by functions that sum in another order
+    assert report["merged_vs_model_as_trained"]["max_logit_diff"] <= limit
     assert json.loads((folder / "merged/config.json").read_text())["tie_word_embeddings"] is tied
     assert report["refused"] == []
 
@@ -182,7 +183,7 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
     ).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=ids).logits, mine.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain(input_ids=ids).logits, mine.eval()(input_ids=ids).logits, rtol=0, atol=1e-4)
         with plain.disable_adapter():
             assert not torch.allclose(plain(input_ids=ids).logits, mine(input_ids=ids).logits, atol=1e-2)
 
