@@ -536,16 +536,8 @@ def preference(script: Script) -> Metrics:
         max_length=None,  # no row is too long
         disable_dropout=False,
     )
-    trainer = DPOTrainer(
-        model=script.model(transformers.AutoModelForCausalLM),
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=script.tokenizer,
-        peft_config=script.lora("CAUSAL_LM"),
-    )
-    script.run(trainer)
-    found = trainer.evaluate()
+    model = script.model(transformers.AutoModelForCausalLM)
+    found = _by_trl(script, DPOTrainer, model, arguments, (train, held_out), "CAUSAL_LM")
     return {
         "loss": found["eval_loss"],
         "reward_accuracy": found["eval_rewards/accuracies"],
@@ -575,21 +567,28 @@ def reward(script: Script) -> Metrics:
         for rows in (script.train_rows, script.eval_rows)
     )
     arguments = RewardConfig(**script.arguments(len(train)), max_length=None, disable_dropout=False)
-    trainer = RewardTrainer(
-        model=script.model(transformers.AutoModelForSequenceClassification, num_labels=1),
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=script.tokenizer,
-        peft_config=script.lora("SEQ_CLS"),
-    )
-    script.run(trainer)
-    found = trainer.evaluate()
+    model = script.model(transformers.AutoModelForSequenceClassification, num_labels=1)
+    found = _by_trl(script, RewardTrainer, model, arguments, (train, held_out), "SEQ_CLS")
     return {
         "loss": found["eval_loss"],
         "accuracy": found["eval_accuracy"],
         "reward_margin": found["eval_margin"],
     }
+
+
+def _by_trl(
+    script: Script, trainer_class: type, model: torch.nn.Module, arguments: Any, rows: tuple, task_type: str
+) -> Metrics:
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        processing_class=script.tokenizer,
+        peft_config=script.lora(task_type),
+    )
+    script.run(trainer)
+    return trainer.evaluate()
 
 
 _TASKS = {

@@ -38,6 +38,9 @@ class QuantConfig:
     skip_modules: Annotated[list[str] | None, Field(description="modules left unquantized; null: the output head")] = (
         None
     )
+    cache: Annotated[
+        bool, Field(description="keep the quantized base on disk (nf4, fp4 only), so that later runs load faster")
+    ] = True
 
 
 TaskName = Literal[

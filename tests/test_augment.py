@@ -329,12 +329,12 @@ def test_the_digest_knows_the_models(tmp_path):
 
 
 def test_a_good_configuration_is_accepted(tmp_path):
-    require(AugmentConfig(methods=["delete"], rate=0.5, copies=3))
-    require(
-        AugmentConfig(
-            methods=list(METHODS), copies=4, synonyms="table.tsv", back_translation=["a", "b"], prefixes=["", ""]
-        )
-    )  # paths are looked up later
+    files = {"synonyms": "table.tsv", "back_translation": ["a", "b"], "prefixes": ["", ""]}  # are looked up later
+    for config in (
+        AugmentConfig(methods=["delete"], rate=0.5),
+        AugmentConfig(methods=list(METHODS), copies=4, **files),
+    ):
+        assert require(config) is None
 
 
 @pytest.mark.parametrize(

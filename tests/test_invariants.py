@@ -359,3 +359,47 @@ def test_unpackable_architecture_is_refused_or_runs_unpacked(tmp_path, config_of
         config_of(f"model.path={folder}", "train.max_steps=1", "train.packing=false"), tmp_path / "b"
     )
     assert len(losses) == 1
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_kept_quantized_base_is_the_one_that_was_quantized(tmp_path, cache, method, double):
+    """The same bytes, loaded without quantizing; damaged, it is made again."""
+    import shutil
+
+    from lora_lab.base import quantized
+    from lora_lab.config import ModelConfig
+
+    shutil.rmtree(cache / "quantized", ignore_errors=True)
+    base = make_base(tmp_path / "base")
+    files, kind, quant = (
+        load.find(ModelConfig(path=str(base))),
+        load.ModelKind(),
+        QuantConfig(method=method, double_quant=double),
+    )
+
+    def tensors() -> dict[str, torch.Tensor]:
+        model = load.load_model(files, kind, "bfloat16", quant, torch.device("cpu"), 0)
+        found = {}
+        for name, parameter in model.named_parameters():
+            assert not parameter.requires_grad
+            found[name] = parameter.data
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                found |= {f"{name}.{key}": value for key, value in state.as_dict().items() if torch.is_tensor(value)}
+        return found
+
+    first = tensors()
+    folder = quantized.folder_of(files, kind, "bfloat16", quant, "cpu")
+    assert quantized.usable(folder)
+    again = tensors()
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(tensor.dtype == torch.uint8 for tensor in first.values())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert all(torch.equal(first[name], tensor) for name, tensor in tensors().items())
+    assert quantized.usable(folder)
+    other = QuantConfig(method=method, double_quant=not double)
+    assert quantized.folder_of(files, kind, "bfloat16", other, "cpu") != folder
+    assert quantized.folder_of(files, kind, "bfloat16", QuantConfig(method=method, cache=False), "cpu") is None

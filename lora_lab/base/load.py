@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_lab.base import gguf, inspect
+from lora_lab.base import gguf, inspect, quantized
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import download, is_hub_id, local_path
 from lora_lab.config import HardwareConfig, ModelConfig, QuantConfig
@@ -193,12 +193,14 @@ def load_model(
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is missing or new is said below
     torch.manual_seed(seed)
+    kept = quantized.folder_of(files, kind, dtype, quant, device.type)
+    again = kept is not None and quantized.usable(kept)
+    how = {"config": model_config(files.folder, kind), "quantization_config": bitsandbytes_config(quant, dtype, kind)}
     try:
         model, report = getattr(transformers, kind.auto_class).from_pretrained(
-            files.folder,
-            config=model_config(files.folder, kind),
+            kept if again else files.folder,
+            **({} if again else how),  # what is kept says itself how it was quantized
             dtype=getattr(torch, dtype),
-            quantization_config=bitsandbytes_config(quant, dtype, kind),
             device_map={"": device},
             use_safetensors=True,
             output_loading_info=True,
@@ -217,6 +219,8 @@ def load_model(
             f"model.path={files.name}: no weights for {absent[0]} ({len(absent)} tensors): transformers would fill them "
             f"with random numbers. The folder does not hold a whole {type(model).__name__}."
         )
+    if kept is not None and not again:
+        quantized.keep(model, kept)
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights in place at the first evaluation, and gradients are lost after
         # that. A frozen base stays as it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from lora_lab.config import SpeedConfig
 from lora_lab.fast import mlp, norm, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch
-from lora_lab.fast.linear import Layout, LoraLinear
+from lora_lab.fast.modules import FusedMLP, Group, Projection
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,122 +26,6 @@ if TYPE_CHECKING:
 _PLAIN = (nn.Linear, Linear4bit)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
-
-
-class Projection:
-    """A linear layer of the model, adapted or not."""
-
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
-        self.base: nn.Linear = module.base_layer if isinstance(module, AnyLoraLayer) else module
-        self.plain = module.forward
-
-    @property
-    def adapted(self) -> bool:
-        return self.module is not self.base
-
-    def members(self) -> list[str]:
-        """The active adapters."""
-        if not self.adapted or self.module.disable_adapters:
-            return []
-        return [name for name in self.module.active_adapters if name in self.module.lora_A]
-
-    @property
-    def ready(self) -> bool:
-        """Whether the layer is as it was found: not merged, and one adapter at most."""
-        return not self.adapted or (not self.module.merged and len(self.module.active_adapters) <= 1)
-
-    def factors(self, member: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, D] and the scaled B [N, r]."""
-        layer = self.module
-        return layer.lora_A[member].weight.to(dtype), (layer.lora_B[member].weight * layer.scaling[member]).to(dtype)
-
-    def dropout(self, member: str) -> float:
-        dropout = self.module.lora_dropout[member]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-    def drawn(self, member: str, shape: torch.Size, x: torch.Tensor) -> torch.Tensor | None:
-        """[T, D] bool: what dropout leaves, drawn as the plain layer draws it."""
-        p = self.dropout(member)
-        if not p:
-            return None
-        four_bit = isinstance(self.module, LoraLayer4bit) and torch.is_autocast_enabled(x.device.type)
-        dtype = x.dtype if four_bit else self.module.lora_A[member].weight.dtype
-        return torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1 - p).bool().view(-1, shape[-1])
-
-
-def lora(projections: list[Projection], x: torch.Tensor, shape: torch.Size) -> tuple[list[Layout], list[torch.Tensor]]:
-    """The layouts and factors of projections that read a tensor of `shape`, in the type of `x`."""
-    layouts, factors = [], []
-    for member in dict.fromkeys(name for one in projections for name in one.members()):
-        own = [one if member in one.members() else None for one in projections]
-        pairs = [one and one.factors(member, x.dtype) for one in own]
-        keep = [one and one.drawn(member, shape, x) for one in own]
-        ranks = [len(pair[0]) if pair else 0 for pair in pairs]
-        p = max(one.dropout(member) for one in own if one)
-        layouts.append(Layout(slice(None), ranks, keep, 1 / (1 - p) if p < 1 else 0.0))
-        factors.append(torch.cat([pair[0] for pair in pairs if pair]))
-        factors += [
-            pair[1] if pair else x.new_empty(one.base.out_features, 0)
-            for pair, one in zip(pairs, projections, strict=True)
-        ]
-    return layouts, factors
-
-
-def computed_in(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the type in which a matrix product would compute."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-class Group:
-    """Projections that are called with the same tensor, one after another; the first call computes them all."""
-
-    def __init__(self, projections: list[Projection], scratch: Scratch):
-        self.projections = projections
-        self.weight = FrozenWeight([one.base for one in projections], scratch)
-        self._input: torch.Tensor | None = None
-        self._outputs: dict[int, torch.Tensor] = {}
-
-    def forward(self, place: int) -> Callable[..., torch.Tensor]:
-        """What replaces the forward of a projection."""
-        own = self.projections[place]
-
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if args or kwargs or not all(one.ready for one in self.projections):
-                return own.plain(x, *args, **kwargs)
-            if x is not self._input or place not in self._outputs:
-                self._input, self._outputs = x, dict(enumerate(self._compute(x)))
-            out = self._outputs.pop(place)
-            if not self._outputs:
-                self._input = None
-            return out
-
-        return forward
-
-    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs = computed_in(x)
-        layouts, factors = lora(self.projections, inputs, x.shape)
-        return LoraLinear.apply(inputs, self.weight, layouts, *factors).split(self.weight.sizes, -1)
-
-
-class FusedMLP:
-    """A gated MLP."""
-
-    def __init__(self, module: nn.Module, up: list[Projection], down: Projection, scratch: Scratch):
-        self.module, self.up, self.down = module, up, down
-        self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
-        self.plain = module.forward
-        self.act = mlp.activation(module.act_fn)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not all(one.ready for one in (*self.up, self.down)):
-            return self.plain(x)
-        inputs = computed_in(x)
-        first, factors = lora(self.up, inputs, x.shape)
-        inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
-        second, more = lora([self.down], inputs, inner)
-        return mlp.GatedMLP.apply(inputs, self.weights, (first, second), self.act, *factors, *more)
 
 
 @dataclasses.dataclass

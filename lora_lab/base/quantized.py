@@ -1,0 +1,67 @@
+"""A base in 4 bits is kept as it was quantized, so that later loads need not quantize it again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from lora_lab import storage
+from lora_lab.base.resolve import cache_dir
+from lora_lab.config import QuantConfig
+from lora_lab.errors import CheckpointError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lora_lab.base.load import BaseFiles, ModelKind
+
+_FORMAT = 1  # raised when what is kept changes, so that older cache entries are not used
+
+
+def folder_of(files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig, device: str) -> Path | None:
+    """Where this base is kept in 4 bits; None where it is not: nothing to quantize, or parts that every run makes anew."""
+    if quant.method not in ("nf4", "fp4") or not quant.cache or kind.new_modules:
+        return None
+    versions = [importlib.metadata.version(name) for name in ("bitsandbytes", "transformers", "torch")]
+    made_of = [
+        _FORMAT,
+        files.fingerprint,
+        kind.auto_class,
+        kind.settings,
+        dtype,
+        dataclasses.asdict(quant),
+        device,
+        versions,
+    ]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "quantized" / digest[:32]
+
+
+def usable(folder: Path) -> bool:
+    """Whether the folder holds a base that is what was written; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    try:
+        storage.verify(folder)
+    except CheckpointError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
+
+
+def keep(model: PreTrainedModel, folder: Path) -> None:
+    """Write a quantized model that has just been loaded; a cache that cannot be written costs time, nothing else."""
+    with contextlib.suppress(OSError, RunError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with storage.new_folder(folder, {}) as temporary:
+                    model.save_pretrained(temporary)
