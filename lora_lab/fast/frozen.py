@@ -36,11 +36,13 @@ class FrozenWeight:
         self._layers, self._scratch = layers, scratch
         self._quantized = [isinstance(layer, Linear4bit) for layer in layers]
         self._dense: torch.Tensor | None = None
+        self.joined_bytes = 0  # of unquantized weights that were copied together
         self._bias = _joined_bias(layers)
         if not any(self._quantized):
             self._dense = layers[0].weight.data
             if len(layers) > 1:
                 self._dense = torch.cat([layer.weight.data for layer in layers])
+                self.joined_bytes = self._dense.numel() * self._dense.element_size()
                 for layer, part in zip(layers, self._dense.split(self.sizes), strict=True):
                     layer.weight.data = part
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
+from lora_lab.base import quantized
 from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skeleton
 from lora_lab.config import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
@@ -45,11 +46,9 @@ MIB = 2**20
 _LIBRARIES = 100 * MIB
 # glibc maps blocks of this size one by one and returns them when freed; smaller ones share a heap that does not shrink.
 _MAPPED = 32 * MIB
-# Share of the bytes that a step requests in heap blocks which ends as holes too small to use again: torch asks for
-# aligned blocks, and small objects settle between them. One figure for all bfloat16 recipes of benchmarks/plan_memory.py;
-# each for itself would have it at 0.03 (checkpointing), 0.05 (NF4), 0.07 (none), 0.08 (int8). In float32 nothing is cast,
-# so a step requests less and leaves more between: 0.10 (short rows) to 0.17 (rows of 960 tokens).
-_HOLES = {"bfloat16": 0.045, "float32": 0.14}
+# Heap beyond what a step has in use at once, as a share of that: holes too small to use again, because torch asks for aligned
+# blocks and small objects settle between them. Measured in NF4 0.25, with checkpointing 0.30, in bfloat16 0.53.
+_HOLES = 0.35
 # Heap that quantizing while loading leaves behind: 245 to 454 MiB in four 4-bit runs, 147 MiB in one of int8.
 _LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB}
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
@@ -75,7 +74,7 @@ class Memory:
     """Predicted memory in bytes: what it is for, and how much is in use at most in each phase."""
 
     base: int  # weights as they are stored, quantized or not, without those that stay in the mapped file
-    dequantized: int  # 4-bit weights that are kept dequantized beside it
+    dequantized: int  # weights that are kept beside it: dequantized, or joined to be read together
     mapped_file: int  # the checkpoint's pages: in memory as long as one weight is a view of them (CPU)
     adapter: int
     gradients: int
@@ -138,12 +137,14 @@ def estimate(
 
     fake = FakeTensorMode()
     _give_fake_storage(model, fake)
-    dequantized = _accelerate(model, config, task, train, fake)
+    dequantized = _accelerate(model, config, task, train, fake, mapped=views)
     step = _step(model, config, task, train, fake, learn=True)
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
     libraries = _LIBRARIES if on_cpu else 0
-    left = _LEFT_BY_QUANTIZING[config.quant.method] if on_cpu else 0
-    holes = left + round(_HOLES[config.model.dtype] * step.requested) if on_cpu else 0
+    kept_before = quantized.folder_of(base, kind, config.model.dtype, config.quant, device_type)
+    quantizes = kept_before is None or not kept_before.exists()
+    left = _LEFT_BY_QUANTIZING[config.quant.method] if on_cpu and quantizes else 0
+    holes = left + round(_HOLES * step.heap_peak) if on_cpu else 0
     batches = config.train
     several = not task.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
     fixed = libraries + kept + own + dequantized + adapter
@@ -315,7 +316,7 @@ class _Usage(TorchDispatchMode):
         super().__init__()
         self.mapped = mapped  # blocks from this size on are not on the heap
         self.known: set[int] = set()
-        self.heap = self.large = self.requested = 0
+        self.heap = self.large = 0
         self.heap_peak = self.large_peak = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -343,7 +344,6 @@ class _Usage(TorchDispatchMode):
             self.large += size
         else:
             self.heap += size
-            self.requested += size
         self.heap_peak, self.large_peak = max(self.heap_peak, self.heap), max(self.large_peak, self.large)
         self.peak = max(self.peak, self.heap_peak + self.large)  # the heap does not shrink
         if momentary:
@@ -390,15 +390,18 @@ def _autocast(config: RunConfig) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
 
 
-def _accelerate(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode) -> int:
-    """Replace the modules as a run would; bytes of the weights that it keeps dequantized."""
+def _accelerate(
+    model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, mapped: bool
+) -> int:
+    """Replace the modules as a run would; bytes of the weights that it keeps dequantized or joined."""
     batch = _without_content(batch, mode)
     _set_mode(model, learn=False)
     with mode, _autocast(config):
         applied = apply.accelerate(model, config.speed, lambda: task.logits(model, batch), prove=False)
     if isinstance(task, DecoderTask):
         task.chunked_loss = config.speed.chunked_loss and plain_head(model.get_base_model()) is not None
-    return applied.kept_bytes
+    # a layer's own weights are given back when they are joined, unless they are pages of the checkpoint
+    return applied.kept_bytes + (sum(weight.joined_bytes for weight in applied.weights) if mapped else 0)
 
 
 def _without_content(batch: Batch, mode: FakeTensorMode) -> Batch:

@@ -32,7 +32,7 @@ from lora_lab.train.loop import fit, peak_memory_gib
 _CARDS_GIB = (8, 12, 16, 24)
 _MEANINGS = {
     "base": "base, as it is stored",
-    "dequantized": "base, kept dequantized",
+    "dequantized": "base, dequantized or joined",
     "mapped_file": "base, mapped from its file",
     "adapter": "adapter",
     "gradients": "gradients (within activations)",
