@@ -16,7 +16,7 @@ test-long: install  ## the long tier too: every step of a run interrupted, hundr
 	$(BIN)/python -m pytest -n 2 -m "long or not long"
 
 bench: install  ## speed and memory beside other tools; TRL is installed apart, nothing else depends on it
-	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl
+	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0
 	PYTHONPATH=.bench $(BIN)/python -m benchmarks.speed
 
 lint: install  ## style

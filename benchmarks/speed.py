@@ -82,6 +82,8 @@ WORKLOADS = {
 def _rows(kind: str, count: int) -> list[dict[str, str]]:
     """GSM8K questions and answers: as they are, five of them in a row, or the first sentence of the question and the result."""
     file = Path(os.environ.get("LORA_LAB_DATA", "data")) / "gsm8k_train" / "train.jsonl.gz"
+    if not file.exists():
+        sys.exit(f"{file}: not found. Name the folder that holds it: LORA_LAB_DATA=FOLDER make bench")
     found = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()[: count * 5]]
     every = [{"prompt": row["question"], "completion": row["answer"]} for row in found]
     if kind == "mixed":

@@ -458,6 +458,10 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if quant.skip_modules and quant.method == "none":
         found.append("quant.skip_modules: no effect with quant.method=none. Drop it or choose a method.")
+    if not quant.cache and quant.method not in ("nf4", "fp4"):
+        found.append(f"quant.cache=false: no effect with quant.method={quant.method}, which is never kept. Drop it.")
+    if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4"):
+        found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         found.append(
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "

@@ -21,15 +21,13 @@ from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
-from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import ConfigError, DataError
-from lora_lab.fast import apply, loss
+from lora_lab.fast import apply
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.base import Measured, Task
-from lora_lab.tasks.causal_lm import DecoderTask
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -267,24 +265,13 @@ def accelerate(prepared: Prepared) -> None:
     if data is None:  # nothing to try them on, and little to gain
         return
     with prepared.accelerator.autocast():
-        [batch] = task.batches([first_examples(data, 1)[:1]], np.random.default_rng(0))
+        [batch] = task.batches([first_examples(data, 1)], np.random.default_rng(0))
         batch = batch.to(model.device)
-        applied = apply.accelerate(model, prepared.config.speed, lambda: task.logits(model, batch))
-        if prepared.config.speed.chunked_loss and isinstance(task, DecoderTask):
-            applied.lines.append(_chunk_loss(task, model, batch))
-    console.say("speed", "; ".join(applied.lines) or "plain")
-
-
-@torch.no_grad()
-def _chunk_loss(task: DecoderTask, model: PeftModel, batch: Batch) -> str:
-    """Let the task compute its loss in chunks, if that is the loss that it computes now."""
-    if loss.plain_head(model.get_base_model()) is None:
-        return "whole logits (the output layer is adapted)"
-    before, _ = task.token_losses(model, batch)
-    task.chunked_loss = True
-    after, _ = task.token_losses(model, batch)
-    task.chunked_loss = torch.allclose(before, after, rtol=1e-3, atol=1e-3)
-    return "loss in chunks" if task.chunked_loss else "whole logits (the model changes them after its output layer)"
+        applied = apply.accelerate(
+            model, prepared.config.speed, lambda: task.logits(model, batch), apply.free_bytes(model.device)
+        )
+        own = task.accelerate(model, batch)
+    console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
 
 
 def load_trained(run: RunDir, prepared: Prepared) -> PeftModel:

@@ -52,9 +52,26 @@ def test_refuses(override, says):
         assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", ["quant.cache=false", "speed.dequantize=once"])
+def test_settings_of_4_bit_weights_alone(setting):
+    with pytest.raises(ConfigError, match=rf"{setting}: no effect with quant\.method=none"):
+        compose.compose(["data.train=t.jsonl", "quant=none", setting])
+    compose.compose(["data.train=t.jsonl", "quant=nf4", setting])
+
+
 def test_contradictory_quantization():
     with pytest.raises(ConfigError, match=r"quant\.double_quant=true: no effect with quant\.method=int8"):
         compose.compose(["data.train=t.jsonl", "quant=int8", "quant.double_quant=true"])
+
+
+@pytest.mark.parametrize(("gib", "rows"), [(8, 1), (12, 2), (16, 4), (24, 8)])
+def test_a_card_has_its_settings(gib, rows):
+    config = compose.compose(["data.train=t.jsonl", f"hardware=gpu_{gib}gb"])
+    assert config.hardware.device == "cuda"
+    assert config.train.gradient_checkpointing
+    assert config.train.micro_batch_size == rows
+    mine = compose.compose(["data.train=t.jsonl", f"hardware=gpu_{gib}gb", "train.micro_batch_size=3"])
+    assert mine.train.micro_batch_size == 3
 
 
 def test_all_problems_in_one_message():

@@ -107,9 +107,7 @@ def test_no_weights_are_needed_or_allocated(config_of, tmp_path):
         vocab_size=128256, dtype="bfloat16",
     ).save_pretrained(tmp_path)  # fmt: skip
     config = config_of("model.dtype=bfloat16", "quant=nf4", "quant.double_quant=false")
-    task = object.__new__(CausalLM)  # there is no tokenizer
-    task.short_attention = True
-    task.config, task.together = config.task, True
+    task = CausalLM(config, SimpleNamespace(tokenizer=None), {}, None)
     batch = memory.blank(Shape((512,), 128))
     files = load.BaseFiles("big", tmp_path, "")
     found = memory.estimate(config, files, load.ModelKind(), task, batch, None, "cuda")

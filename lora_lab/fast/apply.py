@@ -59,11 +59,19 @@ def plain(model: PeftModel) -> Iterator[None]:
             module.forward = forward
 
 
-def accelerate(model: PeftModel, speed: SpeedConfig, run: Callable[[], torch.Tensor], prove: bool = True) -> Applied:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def accelerate(
+    model: PeftModel, speed: SpeedConfig, run: Callable[[], torch.Tensor], free: int, prove: bool = True
+) -> Applied:
     """Replace what `speed` allows and the model's modules permit.
 
     Args:
         run: a forward pass of the model, in evaluation; gives a tensor that is compared before and after.
+        free: bytes of which dequantized weights may take a share.
         prove: whether results are compared; False for a model whose tensors have no content.
     """
     applied, scratch = Applied(), Scratch()
@@ -82,7 +90,7 @@ def accelerate(model: PeftModel, speed: SpeedConfig, run: Callable[[], torch.Ten
     if speed.last_layer_rows and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
         applied.lines.append("last layer only where there is a loss")
-    _keep_weights(model, speed, applied)
+    _keep_weights(model, speed, free, applied)
     if not prove:
         return applied
     with torch.no_grad():
@@ -109,7 +117,7 @@ def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
             if reason:
                 reasons[reason] = reasons.get(reason, 0) + 1
             else:
-                found[name] = Projection(name, module)
+                found[name] = Projection(module)
         elif (
             type(module) in _PLAIN
             and module is not head
@@ -117,7 +125,7 @@ def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
             and ".modules_to_save." not in name
             and ".original_module" not in name
         ):
-            found[name] = Projection(name, module)
+            found[name] = Projection(module)
     return found, ", ".join(f"{count} layers with {reason}" for reason, count in reasons.items())
 
 
@@ -237,13 +245,11 @@ def _fuse_norms(model: PeftModel, applied: Applied, prove: bool) -> None:
         applied.lines.append(f"RMS norms fused: {count}")
 
 
-def _keep_weights(model: PeftModel, speed: SpeedConfig, applied: Applied) -> None:
+def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:
     """Decide whether 4-bit weights are dequantized once or in every pass."""
-    dtype, device = model.get_base_model().dtype, model.get_base_model().device
-    needed = sum(weight.num_bytes(dtype) for weight in applied.weights)
+    needed = sum(weight.num_bytes(model.get_base_model().dtype) for weight in applied.weights)
     if not needed:
         return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     keep = needed <= _KEEP_SHARE * free if speed.dequantize == "auto" else speed.dequantize == "once"
     for weight in applied.weights:
         weight.keep = keep

@@ -18,8 +18,8 @@ from lora_lab.fast.linear import Layout, LoraLinear
 class Projection:
     """A linear layer of the model, adapted or not."""
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
+    def __init__(self, module: nn.Module):
+        self.module = module
         self.base: nn.Linear = module.base_layer if isinstance(module, AnyLoraLayer) else module
         self.plain = module.forward
 
@@ -116,7 +116,7 @@ class FusedMLP:
     """A gated MLP."""
 
     def __init__(self, module: nn.Module, up: list[Projection], down: Projection, scratch: Scratch):
-        self.module, self.up, self.down = module, up, down
+        self.up, self.down = up, down
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward
         self.act = mlp.activation(module.act_fn)

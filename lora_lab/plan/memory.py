@@ -28,8 +28,6 @@ from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skelet
 from lora_lab.config import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.fast import apply
-from lora_lab.fast.loss import plain_head
-from lora_lab.tasks.causal_lm import DecoderTask
 from lora_lab.train import packing
 
 if TYPE_CHECKING:
@@ -137,7 +135,7 @@ def estimate(
 
     fake = FakeTensorMode()
     _give_fake_storage(model, fake)
-    dequantized = _accelerate(model, config, task, train, fake, mapped=views)
+    dequantized = _accelerate(model, config, task, train, fake, on_cpu, mapped=views)
     step = _step(model, config, task, train, fake, learn=True)
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
     libraries = _LIBRARIES if on_cpu else 0
@@ -391,15 +389,15 @@ def _autocast(config: RunConfig) -> torch.autocast:
 
 
 def _accelerate(
-    model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, mapped: bool
+    model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, on_cpu: bool, mapped: bool
 ) -> int:
     """Replace the modules as a run would; bytes of the weights that it keeps dequantized or joined."""
+    free = apply.free_bytes(torch.device("cpu")) if on_cpu else 0  # of another machine's GPU nothing is known
     batch = _without_content(batch, mode)
     _set_mode(model, learn=False)
     with mode, _autocast(config):
-        applied = apply.accelerate(model, config.speed, lambda: task.logits(model, batch), prove=False)
-    if isinstance(task, DecoderTask):
-        task.chunked_loss = config.speed.chunked_loss and plain_head(model.get_base_model()) is not None
+        applied = apply.accelerate(model, config.speed, lambda: task.logits(model, batch), free, prove=False)
+        task.accelerate(model, batch, prove=False)
     # a layer's own weights are given back when they are joined, unless they are pages of the checkpoint
     return applied.kept_bytes + (sum(weight.joined_bytes for weight in applied.weights) if mapped else 0)
 

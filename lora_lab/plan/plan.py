@@ -14,7 +14,7 @@ import torch
 
 from lora_lab import console, prepared, run_dir
 from lora_lab.adapters.attach import attach, coverage, linear_layers
-from lora_lab.base import load
+from lora_lab.base import load, quantized
 from lora_lab.config import RunConfig
 from lora_lab.data.build import Data
 from lora_lab.data.collate import Batch
@@ -87,6 +87,9 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
     disk = _disk(config, trainable, base, evaluated=data.held_out is not None)
+    cached = quantized.folder_of(found.base, found.kind, config.model.dtype, config.quant, device.type)
+    if cached is not None and not cached.exists():
+        disk["quantized base (cache folder)"] = estimated.base
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
     show(result, config, device.type, on_cuda)
     if probe:

@@ -31,7 +31,7 @@ class LossSum:
     loss: torch.Tensor  # scalar, float32, the weighted sum (not the mean)
     weight: float  # sum of the weights
     num_items: int
-    logits: torch.Tensor | None  # [S, C] float32, detached
+    logits: torch.Tensor | None  # [S, C] float32, detached; of a loss in chunks the likeliest token alone, [S, 1] int64
 
     def without_logits(self) -> LossSum:
         return dataclasses.replace(self, logits=None)
@@ -179,6 +179,15 @@ class Task:
     def item_losses(self, logits: torch.Tensor, batch: Batch, smoothing: float) -> torch.Tensor:
         """[S] the loss of each item."""
         return cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
+
+    def accelerate(self, model: PeftModel, batch: Batch, prove: bool = True) -> str:
+        """Let the task's own computations use what `speed` allows on this model; says what was done, if anything could be.
+
+        Args:
+            batch: to try it on.
+            prove: whether results are compared; False for a model whose tensors have no content.
+        """
+        return ""
 
     # -- measuring --------------------------------------------------------------------------------------------------------
 

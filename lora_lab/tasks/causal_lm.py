@@ -14,7 +14,7 @@ from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
-from lora_lab.fast.loss import TokenLosses, without_head
+from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
 from lora_lab.tasks.generation import generate_all
@@ -33,6 +33,7 @@ class DecoderTask(Task):
 
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         super().__init__(config, encoder, learned, model)
+        self.speed = config.speed
         self.short_attention = config.speed.short_attention and self.together
 
     @classmethod
@@ -44,6 +45,19 @@ class DecoderTask(Task):
                 f"model.path: {config.model_type} sees the tokens that it would have to predict. Use a decoder, or "
                 "task=masked_lm."
             )
+
+    @torch.no_grad()
+    def accelerate(self, model: PeftModel, batch: PackedBatch, prove: bool = True) -> str:
+        if not self.speed.chunked_loss:
+            return ""
+        if plain_head(model.get_base_model()) is None:
+            return "whole logits (the output layer is adapted)"
+        before = self.token_losses(model, batch)[0] if prove else None
+        self.chunked_loss = True
+        if prove:
+            after, _ = self.token_losses(model, batch)
+            self.chunked_loss = torch.allclose(before, after, rtol=1e-3, atol=1e-3)
+        return "loss in chunks" if self.chunked_loss else "whole logits (the model changes them after its output layer)"
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PackedBatch:
         return pack(examples)

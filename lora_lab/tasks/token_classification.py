@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed
 from lora_lab.tasks.classification import ClassTask
-
-if TYPE_CHECKING:
-    pass
 
 _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
 

@@ -107,17 +107,9 @@ def _train_step(
     seed = member.plan.dropout_seed(state.step)
 
     # forward and backward: the step's loss is the weighted mean over all that it learns from, however it is split
-    learned = None
-    while learned is None:
-        parts = _parts(member, train, task)
-        try:
-            learned = _learn(member, parts, task, accelerator, seed, arrived)
-        except (RuntimeError, MemoryError) as error:
-            member.optimizer.zero_grad()
-            _need_less(member, error)
-            continue
-        if learned is None:
-            return False
+    parts, learned = _learn_in_memory(member, train, task, accelerator, seed, arrived)
+    if learned is None:
+        return False
     loss_sum, total, tokens, supervised = learned
 
     if not tokens:  # nothing to learn from in this step
@@ -151,6 +143,19 @@ def _train_step(
         **{"tok/s": f"{clock.tokens_per_second or speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
     )
     return True
+
+
+def _learn_in_memory(
+    member: Member, train: Dataset | Stream, task: Task, accelerator: Accelerator, seed: int, arrived: list[int]
+) -> tuple[list[list[Example]], tuple[float, float, int, int] | None]:
+    """`_learn` on the coming step, in smaller parts as long as it does not fit; the parts, and what `_learn` gives."""
+    while True:
+        parts = _parts(member, train, task)
+        try:
+            return parts, _learn(member, parts, task, accelerator, seed, arrived)
+        except (RuntimeError, MemoryError) as error:
+            member.optimizer.zero_grad()
+            _need_less(member, error)
 
 
 def _learn(

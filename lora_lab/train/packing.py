@@ -46,7 +46,7 @@ def _segment_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment. Signature and result ([1, T, heads, head size]) are transformers'."""
     if softcap is not None or s_aux is not None:
-        raise NotImplementedError("attention with soft capping or sinks")
+        raise _unpackable("attention with soft capping or sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     short_attention = short_attention and not dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16
     pieces = []
@@ -108,13 +108,15 @@ def logits(model: PeftModel, batch: PackedBatch, short_attention: bool = False) 
     try:
         with segment_attention(model) if packed else contextlib.nullcontext():
             outputs = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **extra)
-    except (NotImplementedError, TypeError) as error:
-        if not packed:
-            raise
-        raise TrainingError(
-            f"train.packing=true: this model cannot be packed ({error}). Set train.packing=false."
-        ) from error
+    except TypeError as error:
+        if packed and "unexpected keyword argument" in str(error):  # a forward that passes nothing on to its attention
+            raise _unpackable(str(error)) from error
+        raise
     return outputs.logits[0]
+
+
+def _unpackable(why: str) -> TrainingError:
+    return TrainingError(f"train.packing=true: this model cannot be packed ({why}). Set train.packing=false.")
 
 
 def check_isolation(model: PeftModel, examples: list[Example]) -> None:
