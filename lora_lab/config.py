@@ -338,8 +338,8 @@ class SpeedConfig:
     ] = True
     fused_mlp: Annotated[bool, Field(description="a gated MLP with its LoRA as one function")] = True
     fused_norms: Annotated[bool, Field(description="RMS norms that keep no float32 copies")] = True
-    short_attention: Annotated[
-        bool, Field(description="attention of short rows by matrix products (CPU, bfloat16, packed rows)")
+    block_attention: Annotated[
+        bool, Field(description="attention by blocks of matrix products (CPU, bfloat16, packed rows)")
     ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[

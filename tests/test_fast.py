@@ -13,7 +13,7 @@ from lora_lab import prepared as stages
 from lora_lab.adapters.attach import trainable
 from lora_lab.data.dataset import first_examples
 from lora_lab.fast import apply, norm, rows
-from lora_lab.fast.attention import ShortAttention
+from lora_lab.fast.attention import SegmentAttention
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
 from lora_lab.fast.loss import TokenLosses
@@ -22,7 +22,7 @@ from tests.test_tasks import make_bert, make_t5
 
 # float32 sums in another order: of the loss, and of the gradient's norm after two layers (measured: at most 2.3e-6)
 LOSS, GRADIENT = 1e-6, 3e-6
-ACCELERATIONS = ("fused_projections", "fused_mlp", "fused_norms", "short_attention", "chunked_loss", "last_layer_rows")
+ACCELERATIONS = ("fused_projections", "fused_mlp", "fused_norms", "block_attention", "chunked_loss", "last_layer_rows")
 
 
 def make_decoder(folder: Path, kind: str) -> Path:
@@ -217,15 +217,23 @@ def test_losses_in_chunks_equal_cross_entropy(monkeypatch, smoothing, bias):
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 37])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [2, 1], [37], [40, 38, 5, 50, 41, 1], [128, 129], [300, 20, 7, 257, 25]],
+    ids=str,
+)
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
-def test_short_attention_equals_torch(length, heads):
+def test_block_attention_equals_torch(lengths, heads):
     torch.manual_seed(0)
+    total = sum(lengths)
     q, k, v = (
-        torch.randn(1, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (heads[0], heads[1], heads[1])
+        torch.randn(1, total, n, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for n in (*heads, heads[1])
     )
-    found = ShortAttention.apply(q[0], k[0], v[0], 0.3)[None]
-    expected = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    found = SegmentAttention.apply(q[0], k[0], v[0], tuple(lengths), 0.3)[None]
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    expected = torch.cat(
+        [scaled_dot_product_attention(*part, is_causal=True, scale=0.3, enable_gqa=True) for part in parts], 2
+    )
     torch.testing.assert_close(found, expected)
     direction = torch.randn_like(found)
     for one, other in zip(*(torch.autograd.grad(out, (q, k, v), direction) for out in (found, expected)), strict=True):

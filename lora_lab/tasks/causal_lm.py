@@ -34,7 +34,7 @@ class DecoderTask(Task):
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         super().__init__(config, encoder, learned, model)
         self.speed = config.speed
-        self.short_attention = config.speed.short_attention and self.together
+        self.block_attention = config.speed.block_attention and self.together
 
     @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
@@ -63,7 +63,7 @@ class DecoderTask(Task):
         return pack(examples)
 
     def logits(self, model: PeftModel, batch: PackedBatch) -> torch.Tensor:
-        return packing.logits(model, batch, self.short_attention).float()
+        return packing.logits(model, batch, self.block_attention).float()
 
     def token_losses(
         self, model: PeftModel, batch: PackedBatch, smoothing: float = 0.0
@@ -74,7 +74,7 @@ class DecoderTask(Task):
             return self.item_losses(logits, batch, smoothing), logits.detach()
         base = model.get_base_model()
         with without_head(base):
-            hidden = packing.logits(model, batch, self.short_attention)
+            hidden = packing.logits(model, batch, self.block_attention)
         head = base.get_output_embeddings()
         weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
         losses, likeliest = TokenLosses.apply(hidden, weight, bias, batch.targets, smoothing)

@@ -6,6 +6,7 @@ The plain twin is one forward pass per example (`train.packing=false`).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,23 +42,22 @@ def _segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    short_attention: bool = False,
+    block_attention: bool = False,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment. Signature and result ([1, T, heads, head size]) are transformers'."""
     if softcap is not None or s_aux is not None:
         raise _unpackable("attention with soft capping or sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    short_attention = short_attention and not dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    lengths, window = segment_lengths or [query.shape[2]], sliding_window or math.inf
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if block_attention and on_cpu and not dropout and max(lengths) <= window:
+        out = attention.SegmentAttention.apply(query[0], key[0], value[0], tuple(lengths), scale)[None]
+        return out.transpose(1, 2).contiguous(), None
     pieces = []
-    for q, k, v in zip(
-        *(x.split(segment_lengths or [query.shape[2]], dim=2) for x in (query, key, value)), strict=True
-    ):
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         length = q.shape[2]
-        mask = _window_mask(length, sliding_window, q.device) if sliding_window and sliding_window < length else None
-        if short_attention and mask is None and length <= attention.LONGEST:
-            pieces.append(attention.ShortAttention.apply(q[0], k[0], v[0], scale)[None])
-            continue
+        mask = _window_mask(length, sliding_window, q.device) if window < length else None
         pieces.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -93,14 +93,14 @@ def segment_attention(model: PeftModel) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-def logits(model: PeftModel, batch: PackedBatch, short_attention: bool = False) -> torch.Tensor:
+def logits(model: PeftModel, batch: PackedBatch, block_attention: bool = False) -> torch.Tensor:
     """Logits [S, V] at the supervised positions of a packed batch, all other positions skipped in the output head.
 
     Args:
-        short_attention: see `fast.attention`.
+        block_attention: see `fast.attention`.
     """
-    packed = len(batch.lengths) > 1 or short_attention
-    extra: dict[str, Any] = {"segment_lengths": batch.lengths, "short_attention": short_attention} if packed else {}
+    packed = len(batch.lengths) > 1 or block_attention
+    extra: dict[str, Any] = {"segment_lengths": batch.lengths, "block_attention": block_attention} if packed else {}
     if rows.installed(model.get_base_model()):
         extra["wanted_positions"] = batch.logit_positions
     else:
