@@ -306,6 +306,12 @@ class TrainConfig:
         float | None, Field(gt=0, description="pull two dropout passes together with this weight (arXiv:2106.14448)")
     ] = None
     gradient_checkpointing: Annotated[bool, Field(description="recompute activations: slower, far less memory")] = False
+    recompute_every: Annotated[
+        int, Field(ge=1, description="with gradient_checkpointing: recompute every so-many-th layer only")
+    ] = 1
+    offload_activations: Annotated[
+        bool, Field(description="with gradient_checkpointing: what is kept lies in the machine's memory (GPU)")
+    ] = False
     eval_steps: Annotated[
         int | None, Field(ge=1, description="held-out loss every so many steps; null: each epoch")
     ] = None
@@ -467,6 +473,15 @@ def contradictions(config: RunConfig) -> list[str]:
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
             f"the sequences of a whole step. Did you mean train.batch_size={train.micro_batch_size}?"
         )
+    if not train.gradient_checkpointing:
+        found += [
+            f"train.{name}: no effect without train.gradient_checkpointing=true. Set that too, or drop it."
+            for name, value in (
+                ("recompute_every", train.recompute_every != 1),
+                ("offload_activations", train.offload_activations),
+            )
+            if value
+        ]
     found += _task_contradictions(config) + _data_contradictions(data)
     if data.eval is None and data.eval_ratio is None:
         needs_eval = {

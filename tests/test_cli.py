@@ -109,6 +109,7 @@ def test_named_format_with_missing_column(overrides, capsys):
 def test_target_modules_that_match_nothing(overrides, capsys):
     message = fails(["train", *overrides, "adapter.target_modules=[q_proj,kproj]"], capsys)
     assert "kproj matches no linear layer. Did you mean 'k_proj'?" in message
+    assert "no layer is left" in fails(["train", *overrides, "adapter.layers_to_transform=[]"], capsys)
     assert "the model's layers are 0 to 3" in fails(["train", *overrides, "adapter.layers_to_transform=[9]"], capsys)
     for setting in (
         "adapter.rank_pattern={v_proj: 8}",

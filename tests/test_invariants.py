@@ -92,9 +92,11 @@ def test_any_split_of_a_step_is_the_same_step(config_of, micro):
     assert relative_gap(split, whole) <= GRADIENT
 
 
-def test_gradient_checkpointing_changes_nothing(config_of, tmp_path):
+@pytest.mark.parametrize("every", [1, 2])
+def test_gradient_checkpointing_changes_nothing(config_of, tmp_path, every):
     plain, plain_losses = train_once(config_of("train.max_steps=3"), tmp_path / "a")
-    checked, losses = train_once(config_of("train.max_steps=3", "train.gradient_checkpointing=true"), tmp_path / "b")
+    settings = ["train.gradient_checkpointing=true", f"train.recompute_every={every}"]
+    checked, losses = train_once(config_of("train.max_steps=3", *settings), tmp_path / "b")
     assert losses == pytest.approx(plain_losses, rel=LOSS)
     assert relative_gap(checked, plain) <= 1e-5
 

@@ -82,6 +82,31 @@ def test_the_steps_down_and_what_they_leave_the_same(config_of):
     assert member.model.get_base_model().is_activation_checkpointing
 
 
+def test_selective_checkpointing_gives_way_to_full(config_of):
+    config = config_of("train.batch_size=1", "train.gradient_checkpointing=true", "train.recompute_every=2")
+    prepared, model = prepared_and_model(config)
+    member = member_of(prepared, config)
+    layers = model.get_base_model().model.layers
+    oom.apply(member)
+    assert [layer.gradient_checkpointing for layer in layers] == [i % 2 == 0 for i in range(len(layers))]
+    assert oom.step_down(member).startswith("activations")
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert oom.step_down(member) is None
+
+
+def test_backward_ends_at_the_lowest_adapted_layer(config_of):
+    config = config_of("train.gradient_checkpointing=true", "adapter.layers_to_transform=[1]")
+    prepared, model = prepared_and_model(config)
+    oom.apply(member_of(prepared, config))
+    seen = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
+    model.train()
+    prepared.task.loss(model, prepared.task.collate(prepared.train[0], None)).loss.backward()
+    assert seen[0] is False
+    assert seen[1] is True
+
+
 def test_a_resumed_member_keeps_what_was_changed(config_of, tmp_path):
     from lora_lab.train import checkpoint
 

@@ -66,15 +66,34 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
     for number in adapter.layers_to_transform or []:
         if depth is not None and not 0 <= number < depth:
             raise AdapterError(f"adapter.layers_to_transform={number}: the model's layers are 0 to {depth - 1}.")
+    if adapter.layers_to_transform is not None:
+        targeted = [name for name in targeted if _layer_number(name) in adapter.layers_to_transform]
+        if not targeted:
+            raise AdapterError(f"adapter.layers_to_transform={adapter.layers_to_transform}: no layer is left to adapt.")
     return targeted
 
 
+def _layer_number(name: str) -> int | None:
+    """The layer that a module is in, by peft's rule: the last number in its name."""
+    found = re.match(r".*\.[^.]*\.(\d+)\.", f".{name}.")
+    return int(found[1]) if found else None
+
+
 def linear_layers(model: nn.Module) -> list[str]:
-    """Names of all linear layers (also quantized ones, and transformers' `Conv1D`)."""
+    """Names of all linear layers of a base (also quantized or adapted ones, and transformers' `Conv1D`)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    found, inside = [], None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        adapted = isinstance(module, BaseTunerLayer)
+        inside = f"{name}." if adapted else inside
+        if isinstance(module.get_base_layer() if adapted else module, (nn.Linear, Conv1D)):
+            found.append(name)
+    return found
 
 
 def _matching(key: str, names: str | list[str], layers: list[str], shown: str | None = None) -> list[str]:
@@ -123,11 +142,10 @@ def attach(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     torch.manual_seed(seed)
     config = adapter.peft_config(kind.peft_task_type)
-    if kind.new_modules:
-        if not isinstance(model, PeftModel):
-            config.target_modules = check_targets(base, adapter, kind.new_modules)
-            config.exclude_modules = None
-        config.modules_to_save = list(kind.new_modules)
+    config.modules_to_save = list(kind.new_modules) or None
+    if kind.new_modules or adapter.layers_to_transform is not None:  # peft has no rule that says the same
+        config.target_modules = check_targets(base, adapter, kind.new_modules)
+        config.exclude_modules = None
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -165,5 +183,5 @@ def coverage(model: PeftModel, name: str) -> Coverage:
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters]
     own = sum(parameter.numel() for parameter in trainable(model).values())
     _, total = model.get_nb_trainable_parameters()  # counts two weights in each byte of 4-bit storage
-    inner = {n for n in linear_layers(model) if not re.search(r"\.lora_|\.base_layer$|\.modules_to_save\.", n)}
-    return Coverage(len(adapted), len(inner) + len(adapted), own, total - own)
+    layers = [layer for layer in linear_layers(model) if ".modules_to_save." not in layer]
+    return Coverage(len(adapted), len(layers), own, total - own)

@@ -39,7 +39,11 @@ class LoraAdapter:
         """The peft configuration of this adapter; `task_type` is peft's `TaskType` name, or None."""
         import peft
 
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "method"}
+        not_pefts = (
+            "method",
+            "layers_to_transform",
+        )  # the latter is resolved to names: peft refuses it beside 'all-linear'
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in not_pefts}
         fields["rank_pattern"] = fields["rank_pattern"] or {}
         fields["alpha_pattern"] = fields["alpha_pattern"] or {}
         return peft.LoraConfig(task_type=task_type, **fields)

@@ -28,7 +28,7 @@ from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skelet
 from lora_lab.config import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.fast import apply
-from lora_lab.train import packing
+from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -193,9 +193,7 @@ def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[Peft
         model.requires_grad_(False).eval()
         adapted = attach(model, config.adapter, "default", kind, config.seed)
     if config.train.gradient_checkpointing:
-        inner = adapted.get_base_model()
-        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # as train/loop.py
+        oom.recompute(adapted, config.train.recompute_every, offload=False)
     return adapted, weights
 
 

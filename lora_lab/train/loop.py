@@ -173,8 +173,7 @@ def _learn(
         if arrived:
             member.optimizer.zero_grad()
             return None
-        with oom.offloaded(member):
-            out = regularize.learn(member, task, batch.to(member.model.device), total, accelerator)
+        out = regularize.learn(member, task, batch.to(member.model.device), total, accelerator)
         loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
         supervised += out.num_items
     return loss_sum, total, tokens, supervised

@@ -6,13 +6,14 @@ step's loss stay what they are. What was changed is part of the member's state, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lora_lab.train.cohort import Member
 
 
@@ -29,11 +30,16 @@ def apply(member: Member) -> None:
     if state.micro_batch_size is not None:
         member.plan = dataclasses.replace(member.plan, micro_batch_size=state.micro_batch_size)
     if _checkpointed(member):
-        # not reentrant: that needs no gradient on the inputs, so backward still stops at the lowest adapted layer
-        base = member.model.get_base_model()
-        # transformers renamed it on the way to 5.23
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        every = 1 if state.checkpointing else member.config.train.recompute_every
+        recompute(member.model, every, _offloaded(member))
+
+
+def recompute(model: PeftModel, every: int, offload: bool) -> None:
+    """Let every so-many-th layer keep its input only, and compute the rest again in the backward pass."""
+    base = model.get_base_model()
+    offload = offload and base.device.type == "cuda"  # on a CPU everything is there already
+    base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every, offload=offload)
+    base.disable_input_require_grads()  # without reentrance not needed, and backward ends at the lowest adapted layer
 
 
 def step_down(member: Member) -> str | None:
@@ -43,20 +49,20 @@ def step_down(member: Member) -> str | None:
         state.micro_batch_size = size // 2
         apply(member)
         return f"micro-batches of {state.micro_batch_size} instead of {size} rows"
-    if not _checkpointed(member):
+    if not _checkpointed(member) or (not state.checkpointing and member.config.train.recompute_every > 1):
         state.checkpointing = True
         apply(member)
         return "activations are computed again in the backward pass (train.gradient_checkpointing=true)"
-    if member.model.device.type == "cuda" and not state.offloading:
+    if member.model.device.type == "cuda" and not _offloaded(member):
         state.offloading = True
-        return "what the backward pass needs is kept in the machine's memory"
+        apply(member)
+        return "what the backward pass needs is kept in the machine's memory (train.offload_activations=true)"
     return None
-
-
-def offloaded(member: Member) -> contextlib.AbstractContextManager:
-    """Inside the block, what is saved for the backward pass goes to the machine's memory if the state says so."""
-    return torch.autograd.graph.save_on_cpu(pin_memory=True) if member.state.offloading else contextlib.nullcontext()
 
 
 def _checkpointed(member: Member) -> bool:
     return member.state.checkpointing or member.config.train.gradient_checkpointing
+
+
+def _offloaded(member: Member) -> bool:
+    return member.state.offloading or member.config.train.offload_activations
