@@ -351,6 +351,13 @@ class SpeedConfig:
     last_layer_rows: Annotated[
         bool, Field(description="packed rows: the last layer behind its attention only where there is a loss")
     ] = True
+    prefix_cache: Annotated[
+        bool,
+        Field(
+            description="packed rows: keep what the frozen layers before the lowest adapted one make of each row "
+            "(adapter.layers_to_transform); equal up to rounding, so a resumed run is too"
+        ),
+    ] = False
     dequantize: Annotated[
         Literal["auto", "once", "always"],
         Field(description="4-bit weights: kept dequantized, or dequantized in every pass; auto: by the free memory"),
@@ -468,6 +475,17 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append(f"quant.cache=false: no effect with quant.method={quant.method}, which is never kept. Drop it.")
     if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4"):
         found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")
+    if config.speed.prefix_cache:
+        reasons = {
+            f"task={task.name}, whose rows are padded": task.name not in PACKED_TASKS,
+            "train.packing=false": train.packing is False,
+            "quant=int8, which rounds a row by the rows beside it": quant.method == "int8",
+            "train.neftune_alpha": train.neftune_alpha,
+            "train.fgm_epsilon": train.fgm_epsilon,
+        }
+        found += [
+            f"speed.prefix_cache=true: not with {why}. Drop one of the two." for why, given in reasons.items() if given
+        ]
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         found.append(
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from lora_lab import console, tracking
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, check_targets, coverage, without_adapter
+from lora_lab.adapters.attach import attach, check_targets, coverage, layer_number, without_adapter
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
@@ -116,6 +116,11 @@ def find_base(config: RunConfig) -> Found:
     kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
     targets = check_targets(model, config.adapter, kind.new_modules)
     _say_too_high_rank(model, targets, config.adapter.r)
+    if config.speed.prefix_cache and min(layer_number(name) or 0 for name in targets) == 0:
+        raise ConfigError(
+            "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
+            "only (adapter.layers_to_transform), or drop it."
+        )
     _check_dropout(model, config)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)

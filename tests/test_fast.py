@@ -12,12 +12,15 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from lora_lab import prepared as stages
 from lora_lab.adapters.attach import trainable
 from lora_lab.data.dataset import first_examples
-from lora_lab.fast import apply, norm, rows
+from lora_lab.errors import ConfigError
+from lora_lab.fast import apply, norm, prefix, rows
 from lora_lab.fast.attention import SegmentAttention
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
 from lora_lab.fast.loss import TokenLosses
+from lora_lab.train.loop import fit
 from tests.conftest import make_tokenizer, write_jsonl
+from tests.test_invariants import member_of, prepared_and_model, relative_gap
 from tests.test_tasks import make_bert, make_t5
 
 # float32 sums in another order: of the loss, and of the gradient's norm after two layers (measured: at most 2.3e-6)
@@ -307,3 +310,48 @@ def test_backward_stops_at_the_lowest_adapted_layer(families, config_of):
     [batch] = prepared.task.batches([first_examples(prepared.train, 2)], np.random.default_rng(0))
     prepared.task.loss(model, batch).loss.backward()
     assert needs == [(False, False), (False, True)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_a_frozen_prefix_is_computed_once(families, config_of, tmp_path, kind):
+    """Three epochs in other orders: the same adapter, and from the second epoch on the frozen layers compute nothing."""
+    settings = [
+        f"model.path={families[kind]}",
+        "adapter.layers_to_transform=[1]",
+        "train.epochs=3",
+        "train.batch_size=4",
+    ]
+    found, calls = [], []
+    for kept in ("false", "true"):
+        config = config_of(*settings, f"speed.prefix_cache={kept}", f"run_dir={tmp_path}/{kept}")
+        prepared, model = prepared_and_model(config)
+        member = member_of(prepared, config)
+        layer = model.get_base_model().model.layers[0]
+        count: list[int] = []
+        layer.mlp.register_forward_hook(lambda *_, count=count: count.append(1))
+        fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+        found.append({name: parameter.detach().clone() for name, parameter in member.parameters.items()})
+        calls.append(len(count))
+    assert relative_gap(found[1], found[0]) <= 1e-5
+    assert calls[0] > 15
+    assert calls[1] <= calls[0] // 3 + 3  # the first epoch, and the check of packing
+
+
+def test_a_prefix_stops_growing_at_its_limit():
+    kept = prefix.Prefix([], limit=3 * 4 * 5)
+    kept._keep(torch.ones(7, 3), [b"a", b"b"], [4, 3])
+    assert kept.num_bytes == 3 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["adapter.layers_to_transform=[0,1]"], "the first layer is adapted"),
+        (["train.neftune_alpha=5"], "not with train.neftune_alpha"),
+        (["quant=int8"], "not with quant=int8"),
+        (["task=masked_lm"], "whose rows are padded"),
+    ],
+)
+def test_a_prefix_that_cannot_be_kept_is_refused(config_of, settings, says):
+    with pytest.raises(ConfigError, match=says):
+        stages.prepare(config_of("speed.prefix_cache=true", *settings))

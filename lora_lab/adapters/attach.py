@@ -67,13 +67,13 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
         if depth is not None and not 0 <= number < depth:
             raise AdapterError(f"adapter.layers_to_transform={number}: the model's layers are 0 to {depth - 1}.")
     if adapter.layers_to_transform is not None:
-        targeted = [name for name in targeted if _layer_number(name) in adapter.layers_to_transform]
+        targeted = [name for name in targeted if layer_number(name) in adapter.layers_to_transform]
         if not targeted:
             raise AdapterError(f"adapter.layers_to_transform={adapter.layers_to_transform}: no layer is left to adapt.")
     return targeted
 
 
-def _layer_number(name: str) -> int | None:
+def layer_number(name: str) -> int | None:
     """The layer that a module is in, by peft's rule: the last number in its name."""
     found = re.match(r".*\.[^.]*\.(\d+)\.", f".{name}.")
     return int(found[1]) if found else None

@@ -16,7 +16,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
 from lora_lab.config import SpeedConfig
-from lora_lab.fast import mlp, norm, rows
+from lora_lab.fast import mlp, norm, prefix, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection
 
@@ -91,6 +91,8 @@ def accelerate(
         applied.replace(layer, rows.forward_of(layer))
         applied.lines.append("last layer only where there is a loss")
     _keep_weights(model, speed, free, applied)
+    if speed.prefix_cache:
+        _keep_prefix(model, free, applied)
     if not prove:
         return applied
     with torch.no_grad():
@@ -256,3 +258,13 @@ def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Appl
     applied.kept_bytes = needed if keep else 0
     amount = f"{needed / 2**30:.2f} GiB, {free / 2**30:.1f} free"
     applied.lines.append(f"4-bit weights dequantized {'once' if keep else 'in every pass'} ({amount})")
+
+
+def _keep_prefix(model: PeftModel, free: int, applied: Applied) -> None:
+    found = prefix.find(model, free)
+    if isinstance(found, str):
+        applied.lines.append(f"no frozen prefix is kept: {found}")
+        return
+    for place, layer in enumerate(found.layers):
+        applied.replace(layer, found.forward_of(place))
+    applied.lines.append(f"{len(found.layers)} frozen layers once for each row (up to {found.limit / 2**30:.1f} GiB)")

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import TrainingError
-from lora_lab.fast import attention, rows
+from lora_lab.fast import attention, prefix, rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -101,6 +101,8 @@ def logits(model: PeftModel, batch: PackedBatch, block_attention: bool = False) 
     """
     packed = len(batch.lengths) > 1 or block_attention
     extra: dict[str, Any] = {"segment_lengths": batch.lengths, "block_attention": block_attention} if packed else {}
+    if packed and prefix.installed(model.get_base_model()):
+        extra["row_keys"] = prefix.row_keys(batch.input_ids, batch.lengths)
     if rows.installed(model.get_base_model()):
         extra["wanted_positions"] = batch.logit_positions
     else:
