@@ -15,8 +15,9 @@ test: install  ## the default tests: CPU, offline, under 5 minutes
 test-long: install  ## the long tier too: every step of a run interrupted, hundreds of kills
 	$(BIN)/python -m pytest -n 2 -m "long or not long"
 
-bench: install  ## speed and memory beside other tools; TRL is installed apart, nothing else depends on it
-	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0
+bench: install  ## speed and memory beside other tools; these are installed apart, nothing else depends on them
+	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \
+	  litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 torchmetrics==1.9.0 jsonargparse==4.53.0
 	PYTHONPATH=.bench $(BIN)/python -m benchmarks.speed
 
 lint: install  ## style

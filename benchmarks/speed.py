@@ -5,7 +5,8 @@ take turns, again and again, so that a slower hour of the machine meets them all
 step is left out of tokens/s and shown by itself. The rate of plain matrix products is measured between them.
 
 GSM8K rows are found by LORA_LAB_DATA, the model by LORA_LAB_MODELS. Runs that the result file holds are not repeated; delete it
-to begin again. Beside the JSON file a table (.md) is written.
+to begin again. Beside the JSON file a table (.md) and a plot (.svg) are written. TRL and LitGPT are left out where they are not
+installed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ import gzip
 import importlib.util
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,11 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import speed_report
 from benchmarks.tasks import _machine, _versions
 
 _ROOT = Path(__file__).parents[1]
 _OUT = Path(__file__).parent / "results" / "speed.json"
-PEERS = ("trl", "trl_bf16", "trl_packed", "transformers_peft")
+PEERS = ("trl", "trl_bf16", "trl_packed", "transformers_peft", "litgpt")
 OWN = ("lora_lab", "lora_lab_plain")
 # each acceleration left out, of which --tricks tells what it is worth
 TRICKS = {
@@ -50,19 +50,19 @@ _LIMIT = 900  # seconds of one run
 class Workload:
     """Rows, model, how it is held, and whom it is compared with."""
 
-    rows: str  # short, mixed or long
+    rows: str  # short, mixed, long, or length:N (all of about so many tokens)
     peers: tuple[str, ...]
     quant: str = "none"
     checkpointing: bool = False
-    model: str = "smollm2-135m-instruct-hf"
+    model: str = "smollm2-135m-instruct-hf"  # or shape:..., a model of random weights
     steps: int = 3
     batch_size: int = 8
 
     def overrides(self, folder: Path) -> list[str]:
         """Of lora_lab; what peers are told is read from here too."""
-        models = os.environ.get("LORA_LAB_MODELS", "models")
+        path = folder / "model" if self.model.startswith("shape:") else _models() / self.model
         return [
-            "model=hub", f"model.path={models}/{self.model}", f"quant={self.quant}", "hardware=cpu", "tracker=none",
+            "model=hub", f"model.path={path}", f"quant={self.quant}", "hardware=cpu", "tracker=none",
             f"data.train={folder}/rows.jsonl", "data.check=off", "data.duplicates=keep", "data.max_tokens=2048", "adapter.r=16",
             "adapter.lora_alpha=32", "optim.lr=2e-4", "optim.schedule=constant", "optim.warmup_steps=0",
             f"train.max_steps={self.steps}", "train.epochs=100", f"train.batch_size={self.batch_size}",
@@ -72,11 +72,26 @@ class Workload:
 
 WORKLOADS = {
     "mixed_bf16": Workload("mixed", ("lora_lab_plain", *PEERS)),
-    "mixed_nf4": Workload("mixed", ("trl", "trl_bf16"), quant="nf4"),
-    "long_bf16": Workload("long", ("lora_lab_plain",), batch_size=4),
-    "short_bf16": Workload("short", ("lora_lab_plain", "trl_bf16"), batch_size=32),
+    "mixed_nf4": Workload("mixed", ("lora_lab_plain", "trl", "trl_bf16"), quant="nf4"),
+    "long_bf16": Workload("long", ("lora_lab_plain", "transformers_peft"), batch_size=4),
+    "short_bf16": Workload("short", ("lora_lab_plain", "trl_bf16", "transformers_peft"), batch_size=32),
+    "mixed_int8": Workload("mixed", ("lora_lab_plain", "trl_bf16"), quant="int8"),
+    "mixed_bf16_checkpointed": Workload("mixed", ("lora_lab_plain", "trl"), checkpointing=True),
     "mixed_nf4_checkpointed": Workload("mixed", ("lora_lab_plain", "trl"), quant="nf4", checkpointing=True),
+    "vocabulary_262k": Workload("mixed", ("lora_lab_plain", "trl", "trl_bf16"), model="gemma-3-270m-hf", batch_size=4),
 }
+CURVES = {
+    "length": {
+        f"length_{length}": Workload(f"length:{length}", ("lora_lab_plain", "trl"), batch_size=4096 // length, steps=2)
+        for length in (128, 256, 512, 1024, 2048)
+    },
+    # hidden size, layers, heads, key heads, width of the MLP: SmolLM2-135M and -360M, Llama 3.2 1B
+    "size": {
+        f"size_{name}": Workload("mixed", ("lora_lab_plain", "trl"), model=f"shape:{shape}", batch_size=4, steps=2)
+        for name, shape in (("135M", "576,30,9,3,1536"), ("360M", "960,32,15,5,2560"), ("1.2B", "2048,16,32,8,8192"))
+    },
+}
+EVERY = WORKLOADS | CURVES["length"] | CURVES["size"]
 
 
 def _rows(kind: str, count: int) -> list[dict[str, str]]:
@@ -88,6 +103,16 @@ def _rows(kind: str, count: int) -> list[dict[str, str]]:
     every = [{"prompt": row["question"], "completion": row["answer"]} for row in found]
     if kind == "mixed":
         return every[:count]
+    if kind.startswith("length:"):
+        letters = 3 * int(kind.removeprefix("length:"))  # of these texts a token is about so many
+        text = "\n\n".join(row[side] for row in every for side in ("prompt", "completion")) * 3
+        return [
+            {
+                "prompt": text[i * letters : (i + 1) * letters - letters // 2],
+                "completion": text[(i + 1) * letters - letters // 2 : (i + 1) * letters],
+            }
+            for i in range(count)
+        ]
     if kind == "short":
         return [
             {"prompt": row["prompt"].split(". ")[0], "completion": row["completion"].rpartition("#### ")[2]}
@@ -107,7 +132,10 @@ def _rows(kind: str, count: int) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--workloads", type=lambda text: text.split(","), default=["mixed_bf16", "mixed_nf4", "long_bf16"]
+        "--workloads",
+        type=lambda text: text.split(","),
+        default=["mixed_bf16", "mixed_nf4", "long_bf16"],
+        help=f"of {', '.join(EVERY)}; or length, size: whole curves",
     )
     parser.add_argument("--systems", type=lambda text: text.split(","), help="instead of each workload's own")
     parser.add_argument(
@@ -118,23 +146,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.tricks:
         args.systems = ["lora_lab", *TRICKS, "lora_lab_plain"]
-    trl = importlib.util.find_spec("trl") is not None
-    if not trl:
-        print("trl is not installed: left out", file=sys.stderr)
+    args.workloads = [name for given in args.workloads for name in CURVES.get(given, [given])]
+    missing = {name for name in ("trl", "litgpt") if importlib.util.find_spec(name) is None}
+    for name in sorted(missing):
+        print(f"{name} is not installed: left out", file=sys.stderr)
     result = json.loads(args.out.read_text()) if args.out.exists() else {"runs": []}
     result |= {
         "machine": _machine(),
         "versions": _versions(),
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
     }
     with tempfile.TemporaryDirectory(prefix="lora_lab_speed_") as temporary:
         folders = {name: Path(temporary) / name for name in args.workloads}
         specs = {name: _prepare(name, folder) for name, folder in folders.items()}
         for repeat in range(args.repeats):
             for name, spec in specs.items():
-                for system in [*(args.systems or ("lora_lab", *WORKLOADS[name].peers)), "matrix_products"]:
-                    if system.startswith("trl") and not trl:
+                for system in [*(args.systems or ("lora_lab", *EVERY[name].peers)), "matrix_products"]:
+                    if system.partition("_")[0] in missing:
                         continue
                     if (name, system, repeat) in {
                         (run["workload"], run["system"], run["repeat"]) for run in result["runs"]
@@ -142,16 +169,26 @@ def main() -> None:
                         continue
                     found = _run(system, spec, folders[name])
                     if found is not None:
-                        result["runs"].append({"workload": name, "system": system, "repeat": repeat, **found})
+                        head = {
+                            "workload": name,
+                            "system": system,
+                            "repeat": repeat,
+                            "commit": _commit(),
+                            "when": _now(),
+                        }
+                        result["runs"].append({**head, **found})
                         _write(args.out, result)
                         print(_shown(result["runs"][-1]), flush=True)
-    print(table(result))
+    print(speed_report.table(result))
+    speed_report.plot(result, args.out.with_suffix(".svg"))
 
 
 def _prepare(name: str, folder: Path) -> dict[str, Any]:
     """Write the rows, and let lora_lab say which tokens they are, in which order, and how the adapter starts."""
-    work = WORKLOADS[name]
+    work = EVERY[name]
     folder.mkdir()
+    if work.model.startswith("shape:"):
+        _random_model(work.model.removeprefix("shape:"), folder / "model")
     count = work.steps * work.batch_size
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(work.rows, count)))
     spec = {
@@ -201,6 +238,28 @@ def _run(system: str, spec: dict[str, Any], folder: Path) -> dict[str, Any] | No
     return found
 
 
+def _models() -> Path:
+    return Path(os.environ.get("LORA_LAB_MODELS", "models"))
+
+
+def _random_model(shape: str, folder: Path) -> None:
+    """A Llama of a shape with random bfloat16 weights, and SmolLM2's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = dict(zip(names, map(int, shape.split(",")), strict=True))
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(_models() / "smollm2-135m-instruct-hf")
+    config = LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+
+
 def _commit() -> str:
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False
@@ -223,58 +282,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(temporary, out)
-    out.with_suffix(".md").write_text(table(result))
-
-
-def table(result: dict[str, Any]) -> str:
-    """The results as Markdown: medians, ranges, and ratios to lora_lab."""
-    machine = result["machine"]
-    lines = [
-        "# Speed and memory beside other tools",
-        "",
-        "Made by `python -m benchmarks.speed`. Same rows, same order, same adapter to start from; medians (least to most) over the "
-        "repeats of one alternating run. `lora_lab_plain` is the same loop and packing with `speed=plain`: transformers' and peft's "
-        "own modules.",
-        "",
-        f"- {result['date']}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, commit {result['commit']}",
-        f"- {', '.join(f'{name} {version}' for name, version in result['versions'].items())}, {platform.system()}",
-    ]
-    for name in dict.fromkeys(run["workload"] for run in result["runs"]):
-        lines += ["", f"## {name}", ""]
-        runs = [run for run in result["runs"] if run["workload"] == name]
-        products = [run for run in runs if run["system"] == "matrix_products"]
-        speeds = [run["tokens_per_second"] for run in runs if run["system"] == "lora_lab"]
-        if products and speeds:
-            rate, needed = (
-                statistics.median(run["gflops_per_second"] for run in products),
-                products[0]["gflop_per_token"],
-            )
-            lines += [
-                f"Plain bfloat16 products at this model's shapes: {rate:.0f} GFLOP/s. A token needs {needed:.3f} GFLOP, so lora_lab "
-                f"works at {statistics.median(speeds) * needed / rate:.0%} of that rate.",
-                "",
-            ]
-        lines += [
-            "| system | tokens/s | lora_lab is faster by | peak GiB | lora_lab needs | load s | first step s | first loss | last loss |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        medians = {}
-        for system in dict.fromkeys(run["system"] for run in runs if "step_seconds" in run):
-            own = [run for run in runs if run["system"] == system]
-            medians[system] = {
-                key: statistics.median(run[key] for run in own)
-                for key in ("tokens_per_second", "peak_gib", "load_seconds", "first_step_seconds")
-            }
-            speeds = [run["tokens_per_second"] for run in own]
-            ours, this = medians.get("lora_lab", medians[system]), medians[system]
-            losses = [statistics.median(run["losses"][place] for run in own) for place in (0, -1)]
-            lines.append(
-                f"| {system} | {this['tokens_per_second']:.0f} ({min(speeds):.0f} to {max(speeds):.0f}) | "
-                f"{ours['tokens_per_second'] / this['tokens_per_second']:.2f} x | {this['peak_gib']:.2f} | "
-                f"{ours['peak_gib'] / this['peak_gib']:.0%} | {this['load_seconds']:.1f} | {this['first_step_seconds']:.1f} | "
-                f"{losses[0]:.4f} | {losses[1]:.4f} |"
-            )
-    return "\n".join(lines) + "\n"
+    out.with_suffix(".md").write_text(speed_report.table(result))
 
 
 if __name__ == "__main__":

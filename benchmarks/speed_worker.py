@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def _model(spec: dict[str, Any], dtype: str) -> Any:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
+    if spec["quant"] == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(
         spec["model"], dtype=getattr(torch, dtype), quantization_config=quantization, device_map={"": "cpu"}
     )
@@ -201,6 +204,57 @@ def transformers_peft(spec: dict[str, Any]) -> dict[str, Any]:
     return watch.result([line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
+def litgpt(spec: dict[str, Any]) -> dict[str, Any]:
+    """LitGPT's LoRA model, padding and loss as in its `finetune_lora` (a row in each forward pass, bf16-true), each row's loss
+    weighted by its tokens as the others weight it; its adapter starts from its own random numbers."""
+    import torch
+    from litgpt.config import Config as Names
+    from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.utils import chunked_cross_entropy
+    from safetensors.torch import load_file
+
+    watch = Watch()
+    every = dict.fromkeys(("query", "key", "value", "projection", "mlp"), True)
+    config = Config.from_name(
+        "SmolLM2-135M-Instruct", lora_r=spec["r"], lora_alpha=spec["lora_alpha"], lora_dropout=0.0,
+        **{f"lora_{name}": on for name, on in every.items()},
+    )  # fmt: skip
+    weights: dict[str, Any] = {}
+    copy_weights_hf_llama(
+        Names.from_name("SmolLM2-135M-Instruct"), {}, weights, load_file(Path(spec["model"]) / "model.safetensors")
+    )
+    torch.manual_seed(0)
+    model = GPT(config).bfloat16()
+    lacking, unknown = model.load_state_dict(weights, strict=False)
+    if unknown or any("lora_" not in name and "lm_head" not in name for name in lacking):
+        raise ValueError(f"not the model's weights: {lacking} {unknown}")
+    mark_only_lora_as_trainable(model)
+    model.max_seq_length = max(len(row["input_ids"]) for row in spec["rows"])
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=spec["lr"], weight_decay=spec["weight_decay"]
+    )
+    watch.loaded = watch.begun = time.time()
+    losses = []
+    for step in range(spec["steps"]):
+        rows = spec["rows"][step * spec["batch_size"] : (step + 1) * spec["batch_size"]]
+        total = sum(label != -100 for row in rows for label in row["labels"])
+        losses.append(0.0)
+        for row in rows:
+            ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+            logits = model(ids, lm_head_chunk_size=128)
+            logits[-1] = logits[-1][..., :-1, :]
+            share = (labels[:, 1:] != -100).sum() / total
+            loss = chunked_cross_entropy(logits, labels[:, 1:], ignore_index=-100) * share
+            loss.backward()
+            losses[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.steps.append(time.time())
+    return watch.result(losses)
+
+
 def matrix_products(spec: dict[str, Any]) -> dict[str, Any]:
     """GFLOP/s of plain bfloat16 products at the shapes of the model's own layers, weighted as a token uses them; and the GFLOP that
     a token of these rows needs: 4 for each weight of the body and, of supervised tokens, of the head; 6 r (in + out) for LoRA;
@@ -224,16 +278,18 @@ def matrix_products(spec: dict[str, Any]) -> dict[str, Any]:
             shapes[shape] = shapes.get(shape, 0) + 1
             if module is not head:
                 needed += 4 * module.weight.numel() + 6 * spec["r"] * sum(shape)
-    flops = seconds = 0.0
-    for (rows, columns), count in shapes.items():
-        x, weight = torch.randn(spec["tokens"], columns).bfloat16(), torch.randn(rows, columns).bfloat16()
-        times = []
-        for _ in range(6):
+    operands = {
+        (rows, columns): (torch.randn(spec["tokens"], columns).bfloat16(), torch.randn(rows, columns).bfloat16())
+        for rows, columns in shapes
+    }
+    times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    for _ in range(20):  # the shapes take turns too
+        for shape, (x, weight) in operands.items():
             started = time.perf_counter()
             torch.nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - started)
-        seconds += count * sorted(times[1:])[2]
-        flops += count * 2 * spec["tokens"] * rows * columns
+            times[shape].append(time.perf_counter() - started)
+    seconds = sum(count * statistics.median(times[shape][2:]) for shape, count in shapes.items())
+    flops = sum(count * 2 * spec["tokens"] * rows * columns for (rows, columns), count in shapes.items())
     return {"gflops_per_second": flops / seconds / 1e9, "gflop_per_token": needed / 1e9}
 
 
@@ -243,6 +299,7 @@ SYSTEMS = {
     "trl_bf16": trl_bf16,
     "trl_packed": trl_packed,
     "transformers_peft": transformers_peft,
+    "litgpt": litgpt,
     "matrix_products": matrix_products,
 }
 
