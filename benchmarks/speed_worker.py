@@ -59,14 +59,13 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
     else:
         save_file({name: parameter.data for name, parameter in parameters.items()}, spec["adapter"])
     member = Member("default", config, run_dir.create(config), ready.base, model, ready.train, ready.task.learned)
-    plain = loop._train_step
+    plain = loop._log
 
-    def timed(*given: Any) -> bool:
-        finished = plain(*given)
+    def timed(*given: Any) -> None:
+        plain(*given)
         watch.steps.append(time.time())
-        return finished
 
-    loop._train_step = timed
+    loop._log = timed
     watch.begun = time.time()
     if spec.get("rows") is None:  # only asked what the rows are
         order = [int(i) for step in range(member.total_steps) for part in member.plan.step(step) for i in part]
@@ -134,7 +133,11 @@ def _model(spec: dict[str, Any], dtype: str) -> Any:
 
 
 def _start_alike(model: Any, adapter: str) -> None:
+    """Start from a saved adapter, if there is one."""
     from safetensors.torch import load_file
+
+    if not Path(adapter).exists():
+        return
 
     parameters = dict(model.named_parameters())
     for name, tensor in load_file(adapter).items():

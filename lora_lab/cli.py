@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-lab: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as error:
-        hint = f"; what was finished is saved. Go on with: lora-lab resume run={error.run}" if error.run else ""
+        what = f"sweep={error.sweep}" if error.sweep else f"run={error.run}"
+        hint = f"; what was finished is saved. Go on with: lora-lab resume {what}" if error.sweep or error.run else ""
         print(f"lora-lab: stopped{hint}", file=sys.stderr)
         return error.exit_code
 
@@ -190,17 +191,19 @@ def _plan(args: argparse.Namespace) -> int:
 def _multirun(args: argparse.Namespace) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
     _quiet_libraries()
-    from lora_lab import console, hydra_app, run
+    from lora_lab import hydra_app
+    from lora_lab.sweep import sweep
 
-    failures = hydra_app.multirun(args.overrides, args.config_dir, run.train)
-    for folder, error in failures:
-        print(f"lora-lab: {folder}: {error}", file=sys.stderr)
-    console.say("sweep", f"{len(failures)} of its runs failed" if failures else "all runs finished")
-    return max((error.exit_code for _, error in failures), default=0)
+    whole = sweep.Sweep()
+    failures = hydra_app.multirun(args.overrides, args.config_dir, whole.launch)
+    return whole.end(failures)
 
 
 def _on_run(args: argparse.Namespace) -> int:
-    """The verbs that work on an existing run folder."""
+    """The verbs that work on an existing run folder, or on a sweep's."""
+    sweeps = [text.partition("=")[2] for text in args.overrides if text.startswith("sweep=")]
+    if sweeps and args.verb in ("resume", "merge"):
+        return _on_sweep(args, sweeps[-1])
     named = [text.partition("=")[2] for text in args.overrides if text.startswith("run=")]
     if len(named) != 1 or not named[0]:
         raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
@@ -209,6 +212,18 @@ def _on_run(args: argparse.Namespace) -> int:
 
     verbs = {"resume": run.resume, "evaluate": run.evaluate, "merge": run.merge, "chat": chat.chat}
     verbs[args.verb](named[0], [text for text in args.overrides if not text.startswith("run=")])
+    return 0
+
+
+def _on_sweep(args: argparse.Namespace, folder: str) -> int:
+    """`resume` and `merge` with `sweep=DIR`."""
+    _quiet_libraries()
+    from lora_lab.sweep import sweep
+
+    rest = [text for text in args.overrides if not text.startswith("sweep=")]
+    if args.verb == "resume":
+        return sweep.resume(folder, rest)
+    sweep.merge(folder, rest)
     return 0
 
 

@@ -27,7 +27,7 @@ from lora_lab.errors import ConfigError, nearest
 from lora_lab.schema import MISSING
 
 GROUPS = (
-    "model quant adapter task data optim train hardware speed tracker export recipe".split()
+    "model quant adapter task data optim train hardware speed tracker export sweep recipe".split()
 )  # folders of conf/, in the order of a run
 _SECRET = re.compile(r"\$\{\s*oc\.env\s*:\s*\w*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*", re.IGNORECASE)
 _TRUSTED_TARGETS = ("hydra._internal.", "hydra_plugins.")  # Hydra's own launchers, sweepers and plugins
@@ -142,7 +142,8 @@ def _first_point(text: str) -> str:
     override = parse_override(text)
     if not override.is_sweep_override():
         return text
-    return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+    first = override.value().start if override.is_interval_sweep() else next(iter(override.sweep_string_iterator()))
+    return f"{text.partition('=')[0]}={first}"
 
 
 @contextlib.contextmanager

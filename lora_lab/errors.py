@@ -72,6 +72,7 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` can swallow it."""
 
     run: object = None  # folder of the run that was stopped, once there is one
+    sweep: object = None  # or of the sweep
 
     def __init__(self, signum: int):
         super().__init__(f"by signal {signum}")

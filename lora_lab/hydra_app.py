@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,15 +16,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lora_lab.compose import compose_prepared, conf_dir, to_run_config
 from lora_lab.config import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError
+from lora_lab.sweep.jobs import Outcome
 
 
 def multirun(
-    overrides: Sequence[str], config_dir: str | None, job: Callable[[RunConfig], Any]
+    overrides: Sequence[str], config_dir: str | None, launch: Callable[[list[RunConfig]], list[Outcome]]
 ) -> list[tuple[str, LoraLabError]]:
-    """Ordinary Hydra multirun: call `job` for each point of the sweep, in `hydra.sweep.dir`.
+    """Ordinary Hydra multirun, in `hydra.sweep.dir`: the cohort launcher gives all points that the sweeper asks for to `launch`
+    at once, other launchers one after another.
+
+    Args:
+        launch: trains these runs; what each was worth.
 
     Returns:
-        The folder and error of each job that failed; the others ran to their end.
+        The folder and error of each point whose configuration cannot be used.
 
     Raises:
         ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
@@ -32,17 +37,24 @@ def multirun(
     _, prepared = compose_prepared(overrides, config_dir, multirun=True)
     if any(text.startswith("run_dir=") for text in overrides):
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
-    failures = []
+    failures: list[tuple[str, LoraLabError]] = []
 
-    def task(tree: DictConfig) -> None:
-        folder = HydraConfig.get().runtime.output_dir
-        try:
-            with open_dict(tree):
-                tree.run_dir = folder
-            job(to_run_config(tree))
-        except LoraLabError as error:
-            failures.append((folder, error))
+    def cohort(points: list[tuple[DictConfig, Path]]) -> list[Outcome]:
+        configs = {}
+        for place, (tree, folder) in enumerate(points):
+            try:
+                with open_dict(tree):
+                    tree.run_dir = str(folder)
+                configs[place] = to_run_config(tree)
+            except LoraLabError as error:
+                failures.append((str(folder), error))
+        values = dict(zip(configs, launch(list(configs.values())), strict=True))
+        return [values.get(place, Outcome(None)) for place in range(len(points))]
 
+    def task(tree: DictConfig) -> Outcome:
+        return cohort([(tree, Path(HydraConfig.get().runtime.output_dir))])[0]
+
+    task.cohort = cohort
     _hydra_main(["-m", *prepared], "run", task)
     return failures
 

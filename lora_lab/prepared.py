@@ -25,6 +25,7 @@ from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.fast import apply
+from lora_lab.fast.roster import Roster
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.base import Measured, Task
@@ -64,6 +65,8 @@ class Prepared:
     accelerator: Accelerator
     stages: Stages
     model: PeftModel | None = None
+    roster: Roster = dataclasses.field(default_factory=Roster)
+    alone: str = "no model is loaded"  # why several adapters cannot share a pass; empty if they can
 
     def data_hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every data file, by configuration key."""
@@ -249,15 +252,22 @@ def assemble(
     )
 
 
-def load_adapted(prepared: Prepared) -> PeftModel:
-    """Load the (quantized) base and put a fresh adapter on it; `prepared.model` holds it."""
-    config = prepared.config
+def load_adapted(prepared: Prepared, members: dict[str, RunConfig] | None = None) -> PeftModel:
+    """Load the (quantized) base and put fresh adapters on it, of which the last is active; `prepared.model` holds it.
+
+    Args:
+        members: the configuration that each adapter is made by; None: the run's own adapter alone.
+    """
+    config, members = prepared.config, members or {ADAPTER: prepared.config}
     with prepared.stages("load_base"):
         model = load.load_model(
             prepared.base, prepared.kind, config.model.dtype, config.quant, prepared.device, config.seed
         )
-        prepared.model = attach(model, config.adapter, ADAPTER, prepared.kind, config.seed)
-    console.say("adapter", coverage(prepared.model, ADAPTER))
+        for name, own in members.items():
+            model = attach(model, own.adapter, name, prepared.kind, own.seed)
+        prepared.model = model
+    more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
+    console.say("adapter", f"{coverage(model, name)}{more}")
     accelerate(prepared)
     if prepared.kind.new_modules:
         console.say("head", f"{', '.join(prepared.kind.new_modules)}: trained whole, in float32")
@@ -268,6 +278,7 @@ def accelerate(prepared: Prepared) -> None:
     """Replace what the configuration allows, and say what was replaced."""
     task, model, data = prepared.task, prepared.model.eval(), prepared.held_out or prepared.train
     if data is None:  # nothing to try them on, and little to gain
+        prepared.alone = "there are no rows to prove it on"
         return
     with prepared.accelerator.autocast():
         [batch] = task.batches([first_examples(data, 1)], np.random.default_rng(0))
@@ -276,6 +287,7 @@ def accelerate(prepared: Prepared) -> None:
             model, prepared.config.speed, lambda: task.logits(model, batch), apply.free_bytes(model.device)
         )
         own = task.accelerate(model, batch)
+    prepared.roster, prepared.alone = applied.roster, applied.alone
     console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
 
 

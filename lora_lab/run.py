@@ -77,49 +77,66 @@ def _stoppable(run: RunDir) -> Iterator[None]:
 
 def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
     """evaluate the base -> fit -> evaluate -> merge -> result.json"""
-    config, held_out, stages = prepared.config, prepared.held_out, prepared.stages
+    config = prepared.config
     member = Member(ADAPTER, config, run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
     console.say("steps", summary.describe_steps(member, config))
     if resume_from is not None:
         checkpoint.restore(member, resume_from)
     member.log.rewind(member.state.step)
+    before = measure_base(prepared)
+    with prepared.stages("train"):
+        clock = fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    result = finish(member, prepared, before, clock, show=True)
 
-    before = after = Measured({})
-    if held_out is not None:
-        with stages("evaluate_base"):
-            before = prepared.measure_base()
-    with stages("train"):
-        clock = fit([member], prepared.train, held_out, prepared.task, prepared.accelerator)
-    with storage.new_folder(run.adapter, {"step": member.state.step, "best_step": member.state.best_step}) as temporary:
-        files.write(temporary, prepared.model, ADAPTER, config, prepared.base, prepared.task.learned)
-    result = _training_result(member, clock)
-    if held_out is not None:
-        with stages("evaluate"):
-            after = prepared.measure("tuned")
-        _show_measured(held_out, {"base": before, "tuned": after})
-
-    merged, refused = None, None
+    refused = None
     if "hf" in config.export.targets:
-        with stages("merge"):
+        with prepared.stages("merge"):
             rows, trained_logits = _probe(prepared)
             prepared.model = member.model = member.optimizer = member.parameters = None  # room for the unquantized base
             try:
-                merged = _merge(run, prepared, rows, trained_logits)
+                result["merge"] = _merge(run, prepared, rows, trained_logits)
             except MergeError as error:  # told at the end: the training itself is complete
-                refused, merged = error, {"refused": [str(error)]}
-    result |= {
-        "base": before.metrics or None,
-        "tuned": after.metrics or None,
-        "details": after.details or None,
-        "merge": merged,
-        "peak_memory_with_merge_gib": round(peak_memory_gib(), 3),
-        "seconds": stages.seconds,
-        "versions": run_dir.versions(),
-    }
+                refused, result["merge"] = error, {"refused": [str(error)]}
+    result |= {"peak_memory_with_merge_gib": round(peak_memory_gib(), 3), "seconds": prepared.stages.seconds}
     storage.write_text(run.result, storage.dump_json(result))
     summary.show_end(run, result, config.task.name)
     if refused is not None:
         raise refused
+
+
+def measure_base(prepared: Prepared) -> Measured:
+    """The base on the held-out rows, if there are any."""
+    if prepared.held_out is None:
+        return Measured({})
+    with prepared.stages("evaluate_base"):
+        return prepared.measure_base()
+
+
+def finish(member: Member, prepared: Prepared, before: Measured, clock: Clock, show: bool) -> dict[str, Any]:
+    """Write a trained member's adapter and measure it; what its `result.json` says.
+
+    Args:
+        before: the base's metrics.
+        show: whether metrics and answers are shown.
+    """
+    run, state, after = member.run, member.state, Measured({})
+    with member.turn():
+        with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
+            files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
+        result = _training_result(member, clock)
+        if prepared.held_out is not None:
+            with prepared.stages("evaluate"):
+                after = prepared.measure("tuned")
+    if show and prepared.held_out is not None:
+        _show_measured(prepared.held_out, {"base": before, "tuned": after})
+    return result | {
+        "base": before.metrics or None,
+        "tuned": after.metrics or None,
+        "details": after.details or None,
+        "merge": None,
+        "seconds": prepared.stages.seconds,
+        "versions": run_dir.versions(),
+    }
 
 
 def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
@@ -134,6 +151,8 @@ def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
         "supervised_tokens": state.supervised_tokens,
         "tokens_per_second": clock.tokens_per_second,
         "peak_memory_gib": round(peak_memory_gib(), 3),
+        "own_memory_mib": round(member.memory / 2**20, 2),
+        "train_seconds": round(member.seconds, 2),
         "coverage": dataclasses.asdict(coverage(member.model, member.name)),
     }
 

@@ -109,6 +109,22 @@ def open_existing(path: str) -> RunDir:
     return run
 
 
+def check_same(run: RunDir, config: RunConfig) -> None:
+    """Refuse to go on with a run folder that was made for other values.
+
+    Raises:
+        RunError: naming the keys.
+    """
+    before = dict(compose.leaves(dataclasses.asdict(compose.load(run.config))))
+    now = dict(compose.leaves(dataclasses.asdict(config)))
+    other = [key for key in now if before.get(key) != now[key] and key not in ("run_dir", "name")]
+    if other:
+        raise RunError(
+            f"{run.path}: holds a run with another {', '.join(other)}; nothing in it was touched. Choose another "
+            "hydra.sweep.dir, or the values that it was begun with."
+        )
+
+
 def write_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
     """Record what the run is made of: versions, the base's fingerprint, the data's hashes, the code's commit."""
     manifest = {

@@ -19,6 +19,7 @@ from lora_lab.config import SpeedConfig
 from lora_lab.fast import mlp, norm, prefix, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection
+from lora_lab.fast.roster import Roster
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +37,8 @@ class Applied:
     modules: list[nn.Module] = dataclasses.field(default_factory=list)
     weights: list[FrozenWeight] = dataclasses.field(default_factory=list)
     kept_bytes: int = 0  # of dequantized weights
+    roster: Roster = dataclasses.field(default_factory=Roster)
+    alone: str = ""  # why several members cannot share a pass; empty if they can
 
     def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         module.forward = forward
@@ -46,6 +49,7 @@ class Applied:
         for module in self.modules:
             module.__dict__.pop("forward", None)
         self.modules, self.weights = [], []
+        self.alone = "the accelerations that it needs are not used"
 
 
 @contextlib.contextmanager
@@ -84,6 +88,7 @@ def accelerate(
         _fuse_projections(projections, order, scratch, applied)
     if refused:
         applied.lines.append(f"plain: {refused}")
+    applied.alone = _alone(model, applied, refused)
     if speed.fused_norms:
         _fuse_norms(model, applied, prove)
     layer = rows.last_layer(model.get_base_model())
@@ -102,6 +107,19 @@ def accelerate(
         applied.undo()
         applied.lines = [f"none: they would change this model's outputs by {gap:.1e} of their norm"]
     return applied
+
+
+def _alone(model: PeftModel, applied: Applied, refused: str) -> str:
+    """Why several members cannot share a pass: each adapter's layers must know whose rows they see."""
+    if refused:
+        return refused
+    replaced = {id(inner) for module in applied.modules for inner in module.modules()}
+    lacking = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, AnyLoraLayer) and id(module) not in replaced
+    ]
+    return f"{len(lacking)} layers compute by themselves (the first: {lacking[0]})" if lacking else ""
 
 
 def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
@@ -170,7 +188,7 @@ def _fuse_mlps(
         if mlp.activation(module.act_fn) is None:
             other = f"activation {type(module.act_fn).__name__}"
             continue
-        fused = FusedMLP(module, [gate, up], down, scratch)
+        fused = FusedMLP(module, [gate, up], down, scratch, applied.roster)
         if prove and not _equal(module, fused, gate.base.in_features):
             other = f"{type(module).__name__} computes something else"
             continue
@@ -202,7 +220,7 @@ def _fuse_projections(
         own = [projections[name] for name in names]
         if not any(one.adapted or isinstance(one.base, Linear4bit) for one in own):
             continue
-        group = Group(own, scratch)
+        group = Group(own, scratch, applied.roster)
         for place, one in enumerate(own):
             applied.replace(one.module, group.forward(place))
         applied.weights.append(group.weight)

@@ -13,6 +13,7 @@ from torch import nn
 from lora_lab.fast import mlp
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
+from lora_lab.fast.roster import Roster
 
 
 class Projection:
@@ -29,9 +30,11 @@ class Projection:
 
     def members(self) -> list[str]:
         """The active adapters."""
-        if not self.adapted or self.module.disable_adapters:
-            return []
-        return [name for name in self.module.active_adapters if name in self.module.lora_A]
+        return [name for name in self.module.active_adapters if self.has(name)] if self.adapted else []
+
+    def has(self, member: str) -> bool:
+        """Whether a member's adapter works here now."""
+        return self.adapted and not self.module.disable_adapters and member in self.module.lora_A
 
     @property
     def ready(self) -> bool:
@@ -47,32 +50,54 @@ class Projection:
         dropout = self.module.lora_dropout[member]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
-    def drawn(self, member: str, shape: torch.Size, x: torch.Tensor) -> torch.Tensor | None:
+    def drawn(
+        self, member: str, shape: torch.Size, x: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor | None:
         """[T, D] bool: what dropout leaves, drawn as the plain layer draws it."""
         p = self.dropout(member)
         if not p:
             return None
         four_bit = isinstance(self.module, LoraLayer4bit) and torch.is_autocast_enabled(x.device.type)
         dtype = x.dtype if four_bit else self.module.lora_A[member].weight.dtype
-        return torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1 - p).bool().view(-1, shape[-1])
+        drawn = torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1 - p, generator=generator)
+        return drawn.bool().view(-1, shape[-1])
 
 
-def lora(projections: list[Projection], x: torch.Tensor, shape: torch.Size) -> tuple[list[Layout], list[torch.Tensor]]:
+def lora(
+    projections: list[Projection], roster: Roster, x: torch.Tensor, shape: torch.Size
+) -> tuple[list[Layout], list[torch.Tensor]]:
     """The layouts and factors of projections that read a tensor of `shape`, in the type of `x`."""
-    layouts, factors = [], []
-    for member in dict.fromkeys(name for one in projections for name in one.members()):
-        own = [one if member in one.members() else None for one in projections]
-        pairs = [one and one.factors(member, x.dtype) for one in own]
-        keep = [one and one.drawn(member, shape, x) for one in own]
-        ranks = [len(pair[0]) if pair else 0 for pair in pairs]
-        p = max(one.dropout(member) for one in own if one)
-        layouts.append(Layout(slice(None), ranks, keep, 1 / (1 - p) if p < 1 else 0.0))
-        factors.append(torch.cat([pair[0] for pair in pairs if pair]))
-        factors += [
-            pair[1] if pair else x.new_empty(one.base.out_features, 0)
-            for pair, one in zip(pairs, projections, strict=True)
+    if not roster.seats:
+        active = dict.fromkeys(name for one in projections for name in one.members())
+        found = [_lora(projections, name, slice(None), None, x, shape) for name in active]
+    else:
+        found = [
+            _lora(projections, seat.member, rows, seat.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
+            for seat, rows in roster.rows(shape[:-1].numel())
+            if any(one.has(seat.member) for one in projections)
         ]
-    return layouts, factors
+    return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
+
+
+def _lora(
+    projections: list[Projection],
+    member: str,
+    rows: slice,
+    generator: torch.Generator | None,
+    x: torch.Tensor,
+    shape: torch.Size,
+) -> tuple[Layout, list[torch.Tensor]]:
+    """One member's layout on some rows, a tensor of `shape`, and its factors."""
+    own = [one if one.has(member) else None for one in projections]
+    pairs = [one and one.factors(member, x.dtype) for one in own]
+    keep = [one and one.drawn(member, shape, x, generator) for one in own]
+    ranks = [len(pair[0]) if pair else 0 for pair in pairs]
+    p = max(one.dropout(member) for one in own if one)
+    layout = Layout(rows, ranks, keep, 1 / (1 - p) if p < 1 else 0.0)
+    bs = [
+        pair[1] if pair else x.new_empty(one.base.out_features, 0) for pair, one in zip(pairs, projections, strict=True)
+    ]
+    return layout, [torch.cat([pair[0] for pair in pairs if pair]), *bs]
 
 
 def computed_in(x: torch.Tensor) -> torch.Tensor:
@@ -84,8 +109,8 @@ def computed_in(x: torch.Tensor) -> torch.Tensor:
 class Group:
     """Projections that are called with the same tensor, one after another; the first call computes them all."""
 
-    def __init__(self, projections: list[Projection], scratch: Scratch):
-        self.projections = projections
+    def __init__(self, projections: list[Projection], scratch: Scratch, roster: Roster):
+        self.projections, self.roster = projections, roster
         self.weight = FrozenWeight([one.base for one in projections], scratch)
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
@@ -108,15 +133,15 @@ class Group:
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = computed_in(x)
-        layouts, factors = lora(self.projections, inputs, x.shape)
+        layouts, factors = lora(self.projections, self.roster, inputs, x.shape)
         return LoraLinear.apply(inputs, self.weight, layouts, *factors).split(self.weight.sizes, -1)
 
 
 class FusedMLP:
     """A gated MLP."""
 
-    def __init__(self, module: nn.Module, up: list[Projection], down: Projection, scratch: Scratch):
-        self.up, self.down = up, down
+    def __init__(self, module: nn.Module, up: list[Projection], down: Projection, scratch: Scratch, roster: Roster):
+        self.up, self.down, self.roster = up, down, roster
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward
         self.act = mlp.activation(module.act_fn)
@@ -125,7 +150,7 @@ class FusedMLP:
         if not all(one.ready for one in (*self.up, self.down)):
             return self.plain(x)
         inputs = computed_in(x)
-        first, factors = lora(self.up, inputs, x.shape)
+        first, factors = lora(self.up, self.roster, inputs, x.shape)
         inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
-        second, more = lora([self.down], inputs, inner)
+        second, more = lora([self.down], self.roster, inputs, inner)
         return mlp.GatedMLP.apply(inputs, self.weights, (first, second), self.act, *factors, *more)

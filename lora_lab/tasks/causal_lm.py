@@ -83,10 +83,13 @@ class DecoderTask(Task):
     def loss(self, model: PeftModel, batch: PackedBatch, rdrop_alpha: float | None = None) -> LossSum:
         if rdrop_alpha is not None:  # compares whole distributions
             return super().loss(model, batch, rdrop_alpha)
-        losses, logits = self.token_losses(model, batch, self.config.label_smoothing if model.training else 0.0)
-        if batch.weights is not None:
-            losses = losses * batch.weights
+        losses, logits = self.weighted_losses(model, batch)
         return LossSum(losses.sum(), batch.weight, len(batch.targets), logits)
+
+    def weighted_losses(self, model: PeftModel, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`token_losses`, smoothed in training, times the tokens' weights."""
+        losses, logits = self.token_losses(model, batch, self.config.label_smoothing if model.training else 0.0)
+        return losses if batch.weights is None else losses * batch.weights, logits
 
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: PackedBatch) -> Observed:
         predicted = (logits[:, 0] if self.chunked_loss else logits.argmax(-1)).cpu()

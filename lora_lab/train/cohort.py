@@ -71,15 +71,33 @@ class Member:
         self.optimizer = build_optimizer(config.optim, self.parameters.values())
         self.schedule = build_schedule(config.optim, self.optimizer, self.total_steps)
         self.state = State()
+        self.stop_at = self.total_steps  # where it rests, which may be before its end
+        self.failure: Exception | None = None
+        self.seconds = 0.0  # its share of the time that steps took since it was built
         self.log = tracking.open_log(run.path, config.tracker)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are there for this member alone: adapter, gradients, optimizer."""
+        states = [
+            value for state in self.optimizer.state.values() for value in state.values() if hasattr(value, "nbytes")
+        ]
+        return 2 * sum(parameter.nbytes for parameter in self.parameters.values()) + sum(
+            value.nbytes for value in states
+        )
 
     @property
     def done(self) -> bool:
         return self.state.step >= self.total_steps or self.state.stopped_early
 
+    @property
+    def resting(self) -> bool:
+        """Whether it makes no further steps for now."""
+        return self.done or self.failure is not None or self.state.step >= self.stop_at
+
     def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps (None: every epoch), and at the end, is due now."""
-        return self.done or self.state.step % (every or self.plan.steps_per_epoch) == 0
+        return self.resting or self.state.step % (every or self.plan.steps_per_epoch) == 0
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The only training loop. It trains a cohort: members take turns on one frozen base, step by step.
+"""The only training loop. It trains a cohort step by step on one frozen base: members share passes, or take turns.
 
 Order within a step: forward and backward over the micro-batches, check, clip, update, log, evaluate, save.
 """
@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,13 +21,14 @@ from lora_lab import console, signals
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import Interrupted, TrainingError
-from lora_lab.train import checkpoint, diagnose, oom, packing, regularize
+from lora_lab.train import checkpoint, diagnose, joint, oom, packing, regularize
 from lora_lab.train.cohort import Member
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lora_lab.data.encode import Example
+    from lora_lab.fast.roster import Roster
     from lora_lab.tasks.base import Task
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
@@ -37,13 +39,14 @@ _ENOUGH_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass that another on
 class Clock:
     """Speed of the steps since the start or the resume, evaluation and saving left out."""
 
+    warm_up: int = _WARM_UP_STEPS
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
 
     def add(self, seconds: float, tokens: int) -> None:
         self.steps += 1
-        if self.steps > _WARM_UP_STEPS:
+        if self.steps > self.warm_up:
             self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
 
     @property
@@ -51,132 +54,221 @@ class Clock:
         return self.tokens / self.seconds if self.seconds else None
 
 
+@dataclasses.dataclass
+class Step:
+    """What a member learned in the step that it is in."""
+
+    parts: list[list[Example]]
+    loss: float  # weighted sum
+    weight: float  # what it is divided by
+    tokens: int
+    supervised: int
+
+
+@dataclasses.dataclass
+class Loop:
+    """What all steps of a cohort share."""
+
+    train: Dataset | Stream
+    held_out: Dataset | None
+    task: Task
+    accelerator: Accelerator
+    arrived: list[int]  # signals
+    progress: console.Steps
+    clock: Clock
+    roster: Roster | None  # None: members take turns
+    width: int  # members in one pass, at most
+
+
 def fit(
-    members: list[Member], train: Dataset | Stream, held_out: Dataset | None, task: Task, accelerator: Accelerator
+    members: list[Member],
+    train: Dataset | Stream,
+    held_out: Dataset | None,
+    task: Task,
+    accelerator: Accelerator,
+    roster: Roster | None = None,
+    width: int = 1,
+    used_up: Callable[[list[Member]], bool] = lambda members: False,
 ) -> Clock:
-    """Train every member to its end; each is left with its best or last adapter loaded (`train.keep_best`).
+    """Train every member to where it stops; those at their end are left with their best or last adapter loaded
+    (`train.keep_best`).
+
+    A member that fails leaves the others as they are: its error is in `member.failure`. The only member's error is raised.
+
+    Args:
+        roster: of the model's modules, for members that share passes; None: they take turns.
+        width: how many members share a pass, at most.
+        used_up: whether the members should rest where they are; asked after each of them made a step.
 
     Raises:
-        TrainingError: a non-finite loss or gradient; the last good state is saved.
-        Interrupted: Ctrl-C or SIGTERM; the last finished step is saved.
+        TrainingError: a non-finite loss or gradient of the only member; the last good state is saved.
+        Interrupted: Ctrl-C or SIGTERM; the last finished steps are saved.
     """
-    clock = Clock()
-    _prepare(members, train, task, accelerator)
+    todo = sum(member.stop_at - member.state.step for member in members)
     with (
         signals.held() as arrived,
         packing.segment_attention(members[0].model) if task.packed and task.together else contextlib.nullcontext(),
-        console.steps("train", sum(m.total_steps for m in members), sum(m.state.step for m in members)) as progress,
+        console.steps("train", sum(m.stop_at for m in members), sum(m.state.step for m in members)) as progress,
     ):
-        while running := [member for member in members if not member.done]:
-            for member in running:
-                with member.turn():
-                    finished = _train_step(member, train, task, accelerator, clock, progress, arrived)
-                    if finished:
-                        _evaluate_and_save(member, held_out, task, accelerator)
+        loop = Loop(
+            train, held_out, task, accelerator, arrived, progress, Clock(_WARM_UP_STEPS * len(members)), roster, width
+        )
+        if todo:
+            _prepare(members, loop)
+        while running := [member for member in members if not member.resting]:
+            width = loop.width if loop.roster else 1
+            for start in range(0, len(running), width):
+                _step_and_save(running[start : start + width], loop, alone=len(members) == 1)
                 if arrived:
                     _save_all(members)
                     raise Interrupted(arrived[0])
+            if used_up(members):
+                _save_all(running)
+                break
     for member in members:
-        _load_best(member)
-        member.log.close()
-    return clock
+        if member.done and member.failure is None:
+            _load_best(member)
+            member.log.close()
+    return loop.clock
 
 
-def _prepare(members: list[Member], train: Dataset | Stream, task: Task, accelerator: Accelerator) -> None:
-    model = members[0].model
+def _prepare(members: list[Member], loop: Loop) -> None:
     for member in members:
         oom.apply(member)
-    if task.packed and task.together:
-        model.eval()
-        with members[0].turn(), accelerator.autocast():
-            packing.check_isolation(model, first_examples(train, 2))
+    if loop.task.packed and loop.task.together:
+        members[0].model.eval()
+        with members[0].turn(), loop.accelerator.autocast():
+            packing.check_isolation(members[0].model, first_examples(loop.train, 2))
+    if loop.roster is not None:
+        joint.check(members, loop.train, loop.task, loop.roster, loop.accelerator)
 
 
-def _train_step(
-    member: Member,
-    train: Dataset | Stream,
-    task: Task,
-    accelerator: Accelerator,
-    clock: Clock,
-    progress: console.Steps,
-    arrived: list[int],
-) -> bool:
-    """One optimizer step. False when a signal arrived before the update: then nothing has changed."""
-    state, config = member.state, member.config
+def _step_and_save(members: list[Member], loop: Loop, alone: bool) -> None:
+    """One optimizer step of each of these members, and what is due after it."""
     started = time.perf_counter()
-    seed = member.plan.dropout_seed(state.step)
+    try:
+        learned = _learn_together(members, loop) if len(members) > 1 else _learn_in_memory(members[0], loop)
+    except Exception as error:
+        if len(members) == 1:
+            _fail(members[0], error, alone)
+            return
+        console.say("joint", f"a shared step failed ({error}); its members take it in turns")
+        for member in members:
+            member.optimizer.zero_grad()
+            _step_and_save([member], loop, alone)
+        return
+    if learned is None:  # a signal arrived: nothing has changed
+        return
+    shared = (time.perf_counter() - started) / len(members)
+    for member, step in zip(members, learned, strict=True):
+        started = time.perf_counter()
+        try:
+            with member.turn():
+                _update(member, step, loop)
+                _log(member, step, loop, shared + time.perf_counter() - started)
+                _evaluate_and_save(member, loop.held_out, loop.task, loop.accelerator)
+        except Exception as error:
+            _fail(member, error, alone)
 
-    # forward and backward: the step's loss is the weighted mean over all that it learns from, however it is split
-    parts, learned = _learn_in_memory(member, train, task, accelerator, seed, arrived)
-    if learned is None:
-        return False
-    loss_sum, total, tokens, supervised = learned
 
-    if not tokens:  # nothing to learn from in this step
+def _fail(member: Member, error: Exception, alone: bool) -> None:
+    """Leave a member out from now on; the only one's error goes up."""
+    member.optimizer.zero_grad()
+    if alone:
+        raise error
+    member.failure = error
+    console.say("failed", f"{member.run.path}: {error}")
+
+
+def _learn_together(members: list[Member], loop: Loop) -> list[Step] | None:
+    """The gradients of each member's coming step, in shared passes of fewer members if they do not fit into memory."""
+    shares = [joint.share(member, loop.train) for member in members]
+    members[0].model.train()
+    while True:
+        try:
+            for start in range(0, len(shares), loop.width):
+                if loop.arrived:
+                    for member in members:
+                        member.optimizer.zero_grad()
+                    return None
+                joint.learn(shares[start : start + loop.width], loop.task, loop.roster, loop.accelerator)
+            return [Step(one.parts, one.loss, one.weight, one.tokens, one.supervised) for one in shares]
+        except (RuntimeError, MemoryError) as error:
+            if not oom.is_out_of_memory(error) or loop.width == 1:
+                raise
+            error.__traceback__ = None  # it holds the activations that did not fit
+            loop.width = (loop.width + 1) // 2
+            console.say("memory", f"passes of {loop.width} members from now on; the steps themselves stay the same")
+            for member in members:
+                member.optimizer.zero_grad()
+
+
+def _learn_in_memory(member: Member, loop: Loop) -> list[Step] | None:
+    """The gradients of the coming step, in smaller parts as long as it does not fit; None when a signal arrived."""
+    with member.turn():
+        while True:
+            parts = _parts(member, loop.train, loop.task)
+            try:
+                return _learn(member, parts, loop)
+            except (RuntimeError, MemoryError) as error:
+                member.optimizer.zero_grad()
+                _need_less(member, error)
+
+
+def _learn(member: Member, parts: list[list[Example]], loop: Loop) -> list[Step] | None:
+    """Forward and backward: the step's loss is the weighted mean over all that it learns from, however it is split."""
+    seed, task = member.plan.dropout_seed(member.state.step), loop.task
+    batches = task.batches(parts, np.random.default_rng(seed))
+    step = Step(parts, 0.0, sum(batch.weight for batch in batches), 0, 0)
+    torch.manual_seed(seed)
+    member.model.train()
+    with loop.accelerator.autocast():
+        task.begin(member.model, batches)
+    for batch in batches:
+        if loop.arrived:
+            member.optimizer.zero_grad()
+            return None
+        out = regularize.learn(member, task, batch.to(member.model.device), step.weight, loop.accelerator)
+        step.loss, step.tokens = step.loss + out.loss.item(), step.tokens + batch.num_tokens
+        step.supervised += out.num_items
+    return [step]
+
+
+def _update(member: Member, step: Step, loop: Loop) -> None:
+    """Check, clip, update."""
+    state, config = member.state, member.config
+    if not step.tokens:  # nothing to learn from in this step
         member.schedule.step()
         state.step += 1
         member.log.write(state.step, loss=None, tokens=state.tokens)
-        progress.advance(loss="no rows")
-        return True
-
-    # check, clip, update
+        return
     limit = math.inf if config.optim.max_grad_norm is None else config.optim.max_grad_norm
-    grad_norm = float(accelerator.clip_grad_norm_(list(member.parameters.values()), limit))
-    if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+    grad_norm = float(loop.accelerator.clip_grad_norm_(list(member.parameters.values()), limit))
+    if not (math.isfinite(step.loss) and math.isfinite(grad_norm)):
         member.optimizer.zero_grad()
-        _stop_non_finite(member, loss_sum / total, grad_norm, parts, task, accelerator)
+        _stop_non_finite(member, step.loss / step.weight, grad_norm, step.parts, loop.task, loop.accelerator)
     lr = member.schedule.get_last_lr()[0]
     member.optimizer.step()
     member.schedule.step()
     member.optimizer.zero_grad()
-
-    # log
     state.step += 1
-    state.tokens += tokens
-    state.supervised_tokens += supervised
-    clock.add(time.perf_counter() - started, tokens)
-    speed = tokens / (time.perf_counter() - started)
-    member.log.write(state.step, loss=loss_sum / total, grad_norm=grad_norm, lr=lr, tokens=state.tokens)
-    progress.advance(
-        loss=f"{loss_sum / total:.4f}",
-        lr=f"{lr:.2e}",
-        **{"tok/s": f"{clock.tokens_per_second or speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
+    state.tokens += step.tokens
+    state.supervised_tokens += step.supervised
+    member.log.write(state.step, loss=step.loss / step.weight, grad_norm=grad_norm, lr=lr, tokens=state.tokens)
+
+
+def _log(member: Member, step: Step, loop: Loop, seconds: float) -> None:
+    if not step.tokens:
+        loop.progress.advance(loss="no rows")
+        return
+    member.seconds += seconds
+    loop.clock.add(seconds, step.tokens)
+    speed = loop.clock.tokens_per_second or step.tokens / seconds
+    loop.progress.advance(
+        loss=f"{step.loss / step.weight:.4f}",
+        lr=f"{member.schedule.get_last_lr()[0]:.2e}",
+        **{"tok/s": f"{speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
     )
-    return True
-
-
-def _learn_in_memory(
-    member: Member, train: Dataset | Stream, task: Task, accelerator: Accelerator, seed: int, arrived: list[int]
-) -> tuple[list[list[Example]], tuple[float, float, int, int] | None]:
-    """`_learn` on the coming step, in smaller parts as long as it does not fit; the parts, and what `_learn` gives."""
-    while True:
-        parts = _parts(member, train, task)
-        try:
-            return parts, _learn(member, parts, task, accelerator, seed, arrived)
-        except (RuntimeError, MemoryError) as error:
-            member.optimizer.zero_grad()
-            _need_less(member, error)
-
-
-def _learn(
-    member: Member, parts: list[list[Example]], task: Task, accelerator: Accelerator, seed: int, arrived: list[int]
-) -> tuple[float, float, int, int] | None:
-    """Add the gradients of a step: its summed loss, weight, tokens and supervised items. None when a signal arrived."""
-    batches = task.batches(parts, np.random.default_rng(seed))
-    total = sum(batch.weight for batch in batches)
-    torch.manual_seed(seed)
-    member.model.train()
-    loss_sum, tokens, supervised = 0.0, 0, 0
-    with accelerator.autocast():
-        task.begin(member.model, batches)
-    for batch in batches:
-        if arrived:
-            member.optimizer.zero_grad()
-            return None
-        out = regularize.learn(member, task, batch.to(member.model.device), total, accelerator)
-        loss_sum, tokens = loss_sum + out.loss.item(), tokens + batch.num_tokens
-        supervised += out.num_items
-    return loss_sum, total, tokens, supervised
 
 
 def _need_less(member: Member, error: Exception) -> None:
@@ -255,8 +347,9 @@ def _evaluate_and_save(member: Member, held_out: Dataset | None, task: Task, acc
 
 def _save_all(members: list[Member]) -> None:
     for member in members:
-        with member.turn():
-            checkpoint.save(member)
+        if member.failure is None:
+            with member.turn():
+                checkpoint.save(member)
 
 
 def _load_best(member: Member) -> None:

@@ -130,7 +130,7 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
         TrainingError: packed logits differ from those of each example alone by more than rounding.
     """
     # The first may end on a supervised token that the second must not see; both are cut short to be quick.
-    pair = [_tail(example) for example in examples[:2]]
+    pair = [tail(example) for example in examples[:2]]
     if len(pair) < 2:
         return
     device = model.get_base_model().device
@@ -146,7 +146,7 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
         )
 
 
-def _tail(example: Example, tokens: int = 48) -> Example:
+def tail(example: Example, tokens: int = 48) -> Example:
     """The last tokens of an example, the answer's end among them, as an example of their own."""
     ids, weights = example.input_ids[-tokens:], example.weights[-tokens:].copy()
     weights[0], weights[-1] = 0, 1

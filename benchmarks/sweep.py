@@ -1,0 +1,223 @@
+"""A sweep of eight adapters in every way there is: python -m benchmarks.sweep [--quants none,nf4] [--steps 24] [--out RESULT.json]
+
+Ranks 4, 8, 16, 32 times learning rates 1e-4, 1e-3 on short rows, 8 in a step: as one cohort with shared passes, as one cohort in
+turns, with successive halving, as eight `lora-lab train` one after another, and as eight runs of TRL's SFTTrainer (bfloat16
+weights, no checkpointing; without the evaluations that the others make). Measured: the time until everything is trained and
+ranked, training tokens a second, peak memory, and regret: the held-out loss of the chosen run minus the grid's lowest.
+
+Needs the same data and model folders as benchmarks/speed.py. Runs that the result file holds are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import speed
+from benchmarks.tasks import _machine, _versions
+
+_OUT = Path(__file__).parent / "results" / "sweep.json"
+RANKS, RATES = (4, 8, 16, 32), (1e-4, 1e-3)
+SYSTEMS = ("joint", "turns", "halving", "processes", "trl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quants", type=lambda text: text.split(","), default=["none", "nf4"])
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=_OUT)
+    args = parser.parse_args()
+    result = json.loads(args.out.read_text()) if args.out.exists() else {"runs": []}
+    result |= {"machine": _machine(), "versions": _versions(), "steps": args.steps}
+    done = {(run["quant"], run["system"], run["repeat"]) for run in result["runs"]}
+    with tempfile.TemporaryDirectory(prefix="lora_lab_sweep_") as temporary:
+        rows = _write_rows(Path(temporary), args.steps)
+        for repeat, quant, system in itertools.product(range(args.repeats), args.quants, args.systems):
+            if (quant, system, repeat) in done or (system == "trl" and importlib.util.find_spec("trl") is None):
+                continue
+            folder = Path(temporary) / f"{quant}_{system}_{repeat}"
+            folder.mkdir()
+            started = time.perf_counter()
+            found = {"joint": _cohort, "turns": _cohort, "halving": _cohort, "processes": _processes, "trl": _trl}[
+                system
+            ](system, _overrides(rows, quant, args.steps), folder)
+            run = {
+                "quant": quant,
+                "system": system,
+                "repeat": repeat,
+                "seconds": time.perf_counter() - started,
+                **found,
+            }
+            result["runs"].append({**run, "commit": speed._commit(), "when": speed._now()})
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(json.dumps(run), flush=True)
+    args.out.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+def _write_rows(folder: Path, steps: int) -> Path:
+    """GSM8K's questions without their last sentences, and the result alone: about 40 tokens with the chat's own."""
+    file = Path(os.environ.get("LORA_LAB_DATA", "data")) / "gsm8k_train" / "train.jsonl.gz"
+    found = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
+    rows = [
+        {"prompt": row["question"].split(". ")[0], "completion": row["answer"].rpartition("#### ")[2]} for row in found
+    ]
+    rows = [row for row in rows if len(row["prompt"]) < 80]
+    random.Random(0).shuffle(rows)
+    held_out = 64
+    for name, part in (("eval", rows[:held_out]), ("train", rows[held_out : held_out + 8 * steps])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def _overrides(rows: Path, quant: str, steps: int) -> list[str]:
+    return [
+        "model=hub", f"model.path={speed._models()}/smollm2-135m-instruct-hf", f"quant={quant}", "hardware=cpu", "tracker=none",
+        f"data.train={rows}/train.jsonl", f"data.eval={rows}/eval.jsonl", "data.check=off", "data.duplicates=keep",
+        f"train.max_steps={steps}", "train.batch_size=8", "train.eval_steps=1000000",
+    ]  # fmt: skip
+
+
+def _command(words: list[str]) -> tuple[str, float]:
+    """What a `lora-lab` command printed, and its peak memory in GiB."""
+    code = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
+        "print(done.stdout); print(done.stderr, file=sys.stderr); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, "-m", *words],
+        cwd=speed._ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+    return done.stdout, int(done.stdout.split()[-1]) / 2**20
+
+
+def _cohort(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
+    more = {
+        "joint": ["sweep.execution=joint"],
+        "turns": ["sweep.execution=turns"],
+        "halving": ["sweep=halving", "sweep.eta=3"],
+    }
+    points = [f"adapter.r={','.join(map(str, RANKS))}", f"optim.lr={','.join(map(str, RATES))}"]
+    said, peak = _command(["lora_lab", "train", "-m", *overrides, *more[system], *points, f"hydra.sweep.dir={folder}"])
+    results = [json.loads(file.read_text()) for file in folder.glob("*/result.json")]
+    speeds = [result["tokens_per_second"] for result in results]
+    return {
+        "tokens_per_second": max(speeds),
+        "peak_gib": peak,
+        "losses": {
+            file.parent.name: json.loads(file.read_text())["tuned"]["loss"] for file in folder.glob("*/result.json")
+        },
+        "step_losses": _curves(folder),
+        "steps_made": sum(max(line["step"] for line in _metrics(file)) for file in folder.glob("*/metrics.jsonl")),
+        "width": int((re.search(r"(\d+) in each pass", said) or [0, 1])[1]),
+    }
+
+
+def _metrics(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _curves(folder: Path) -> dict[str, list[float]]:
+    return {
+        file.parent.name: [line["loss"] for line in _metrics(file) if "loss" in line]
+        for file in folder.glob("*/metrics.jsonl")
+    }
+
+
+def _processes(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
+    peaks, speeds = [], []
+    for number, (rank, rate) in enumerate(itertools.product(RANKS, RATES)):
+        point = [f"adapter.r={rank}", f"optim.lr={rate}", f"run_dir={folder}/{number}"]
+        _, peak = _command(["lora_lab", "train", *overrides, *point])
+        result = json.loads((folder / str(number) / "result.json").read_text())
+        peaks.append(peak)
+        speeds.append(result["tokens_per_second"])
+    losses = {file.parent.name: json.loads(file.read_text())["tuned"]["loss"] for file in folder.glob("*/result.json")}
+    return {
+        "tokens_per_second": sum(speeds) / len(speeds),
+        "peak_gib": max(peaks),
+        "losses": losses,
+        "step_losses": _curves(folder),
+    }
+
+
+def _trl(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """The same rows in the order that lora_lab gives them; adapters start from TRL's own random numbers."""
+    settings = dict(text.partition("=")[::2] for text in overrides)
+    spec = {
+        "rows": None, "adapter": str(folder / "none"), "overrides": overrides, "steps": int(settings["train.max_steps"]),
+        "batch_size": 8, "quant": settings["quant"], "weight_decay": 0.0, "lora_alpha": 32, "supervised_share": 1.0,
+    }  # fmt: skip
+    spec |= speed._run("rows", spec, folder)
+    (folder / "none").unlink()
+    spec["real_tokens"] = [
+        sum(len(r["input_ids"]) for r in spec["rows"][8 * s : 8 * s + 8]) for s in range(spec["steps"])
+    ]
+    runs = [
+        speed._run("trl_bf16", {**spec, "r": rank, "lr": rate}, folder)
+        for rank, rate in itertools.product(RANKS, RATES)
+    ]
+    speeds = [run["tokens_per_second"] for run in runs]
+    return {"tokens_per_second": sum(speeds) / len(speeds), "peak_gib": max(run["peak_gib"] for run in runs)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    machine = result["machine"]
+    lines = [
+        "# A sweep of eight adapters", "",
+        f"Made by `python -m benchmarks.sweep`: SmolLM2-135M, ranks {RANKS} times learning rates {RATES}, {result['steps']} steps of 8 "
+        "rows of about 50 tokens, and evaluations on 64 rows before and after.", "",
+        f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; commits "
+        f"{', '.join(dict.fromkeys(run['commit'] for run in result['runs']))}",
+        f"- {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
+    ]  # fmt: skip
+    for quant in dict.fromkeys(run["quant"] for run in result["runs"]):
+        lines += [
+            "", f"## {'bfloat16' if quant == 'none' else quant}", "",
+            "| system | until all is ranked, s | faster than eight processes | tokens/s in training | peak GiB | regret |",
+            "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        runs = [run for run in result["runs"] if run["quant"] == quant]
+        grid = [run for run in runs if run["system"] in ("joint", "turns", "processes")]
+        lowest = min((min(run["losses"].values()) for run in grid), default=None)
+        alone = next((run["seconds"] for run in runs if run["system"] == "processes"), None)
+        for run in runs:
+            regret = f"{min(run['losses'].values()) - lowest:+.4f}" if run.get("losses") and lowest is not None else ""
+            faster = f"{alone / run['seconds']:.2f} x" if alone else ""
+            lines.append(
+                f"| {run['system']} | {run['seconds']:.0f} | {faster} | {run['tokens_per_second']:.0f} | {run['peak_gib']:.2f} | {regret} |"
+            )
+        curves = [run["step_losses"] for run in runs if run["system"] in ("joint", "processes")]
+        if len(curves) == 2:
+            gap = max(
+                abs(one - other) / other
+                for name in curves[0]
+                for one, other in zip(curves[0][name], curves[1][name], strict=True)
+            )
+            lines += [
+                "",
+                f"Largest relative difference of a step's loss, shared passes to runs of their own: {gap:.1e}.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

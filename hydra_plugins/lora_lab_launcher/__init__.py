@@ -1,0 +1,1 @@
+"""Hydra's way to lora_lab's cohorts: hydra/launcher=cohort."""

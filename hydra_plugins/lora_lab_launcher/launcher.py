@@ -1,0 +1,55 @@
+"""Hands all points of a sweep over at once, so that lora_lab can train them together.
+
+Hydra imports every module in this namespace for every application, so this one imports nothing else and does nothing until it
+is asked to launch. (No annotations as strings: Hydra's scan cannot read them beside dataclasses.)
+"""
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import open_dict
+
+
+class CohortLauncher(Launcher):
+    """`hydra/launcher=cohort`: one call for all points, in place of one after another."""
+
+    def setup(self, *, hydra_context, task_function, config):
+        """Keep what `launch` needs."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides, initial_job_idx):
+        """Compose each point and give them to the application's `cohort`, which returns a value for each."""
+        cohort = getattr(self.task_function, "cohort", None)
+        if cohort is None:
+            raise RuntimeError("hydra/launcher=cohort is lora_lab's; use hydra/launcher=basic in other applications.")
+        setup_globals()
+        points = [self._point(overrides, initial_job_idx + place) for place, overrides in enumerate(job_overrides)]
+        values = cohort([(tree, folder) for tree, folder, _ in points])
+        return [
+            JobReturn(
+                overrides=list(overrides),
+                cfg=tree,
+                working_dir=str(folder),
+                _return_value=value,
+                status=JobStatus.COMPLETED,
+            )
+            for (tree, folder, overrides), value in zip(points, values, strict=True)
+        ]
+
+    def _point(self, overrides, number):
+        tree = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(tree):
+            tree.hydra.job.id, tree.hydra.job.num = f"job_id_{number}", number
+        HydraConfig.instance().set_config(tree)
+        return tree, Path(tree.hydra.sweep.dir) / str(tree.hydra.sweep.subdir), list(overrides)
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name="cohort",
+    node={"_target_": "hydra_plugins.lora_lab_launcher.launcher.CohortLauncher"},
+    provider="lora_lab",
+)

@@ -1,0 +1,240 @@
+"""A sweep as one page that needs nothing from elsewhere: ranking, heat map, parallel coordinates, curves, Pareto fronts."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_lab import storage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FONT = ["Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A run's losses by step, of each of its seeds."""
+
+    name: str
+    title: str
+    train: list[dict[int, float]]
+    held_out: list[dict[int, float]]
+
+
+def read_curve(name: str, title: str, folders: Sequence[Path]) -> Curve:
+    """The losses in the metrics of a run and of its repeats."""
+    found = [[json.loads(line) for line in _lines(folder / "metrics.jsonl")] for folder in folders]
+    return Curve(
+        name, title, [_by_step(lines, "loss") for lines in found], [_by_step(lines, "eval_loss") for lines in found]
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _by_step(lines: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+
+
+def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
+    """Write the page; what cannot be drawn from these runs is left out.
+
+    Args:
+        result: what `ranking.json` says.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    places = [place for place in result["ranking"] if place["metric"] is not None]
+    plots: list[tuple[str, Callable[[], Figure | None]]] = [
+        ("Heat map", lambda: _heat_map(places, result["metric"])),
+        ("Parallel coordinates", lambda: _parallel(places, result["metric"])),
+        ("Losses", lambda: _curves(curves)),
+        (f"{result['metric']} against cost", lambda: _pareto(places, result)),
+    ]
+    figures = [(title, figure) for title, draw in plots if (figure := draw()) is not None]
+    keys = list(dict.fromkeys(key for place in result["ranking"] for key in place["values"]))
+    environment = Environment(loader=PackageLoader("lora_lab.report", "templates"), autoescape=True)
+    page = environment.get_template("sweep.html.jinja").render(
+        result=result, keys=keys, figures=[(title, _svg(figure)) for title, figure in figures]
+    )
+    storage.write_text(file, page)
+
+
+def _figure(width: float, height: float) -> Figure:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["font.family"] = "sans-serif"
+    mpl.rcParams["font.sans-serif"] = _FONT
+    mpl.rcParams["svg.hashsalt"] = "lora_lab"
+    mpl.rcParams["svg.fonttype"] = "none"
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _levels(places: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    values = {json.dumps(place["values"].get(key)): place["values"].get(key) for place in places}.values()
+    numeric = all(isinstance(value, int | float) for value in values)
+    return sorted(values) if numeric else list(values)
+
+
+def _varying(places: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for place in places for key in place["values"])
+    return [key for key in keys if len(_levels(places, key)) > 1]
+
+
+def _heat_map(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
+    """The two first values that vary, rank and learning rate before others; the mean over all others."""
+    keys = sorted(_varying(places), key=lambda key: (key != "adapter.r", key != "optim.lr"))
+    if len(keys) < 2:
+        return None
+    down, across = (_levels(places, key) for key in keys[:2])
+    cells = np.full((len(down), len(across)), np.nan)
+    for row, first in enumerate(down):
+        for column, second in enumerate(across):
+            found = [
+                p["metric"] for p in places if (p["values"].get(keys[0]), p["values"].get(keys[1])) == (first, second)
+            ]
+            cells[row, column] = statistics.fmean(found) if found else np.nan
+    figure = _figure(1.8 + 1.1 * len(across), 1.6 + 0.55 * len(down))
+    ax = figure.subplots()
+    image = ax.imshow(cells, cmap="viridis_r", aspect="auto")
+    middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
+    for (row, column), value in np.ndenumerate(cells):
+        if math.isfinite(value):
+            ax.text(column, row, f"{value:.4f}", ha="center", va="center", color="white" if value > middle else "black")
+    ax.set_xticks(range(len(across)), [_label(value) for value in across])
+    ax.set_yticks(range(len(down)), [_label(value) for value in down])
+    ax.set_xlabel(keys[1])
+    ax.set_ylabel(keys[0])
+    figure.colorbar(image, label=metric)
+    return figure
+
+
+def _parallel(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
+    keys = _varying(places)
+    if not keys or len(places) < 2:
+        return None
+    import matplotlib as mpl
+
+    figure = _figure(2 + 1.8 * len(keys), 3.6)
+    ax = figure.subplots()
+    metrics = [place["metric"] for place in places]
+    scale = mpl.colors.Normalize(min(metrics), max(metrics))
+    levels = {key: _levels(places, key) for key in keys}
+    for place in reversed(places):  # the best is drawn last
+        heights = [_height(levels[key].index(place["values"].get(key)), len(levels[key])) for key in keys]
+        heights.append(float(scale(place["metric"])))
+        ax.plot(
+            range(len(heights)), heights, "o-", color=mpl.colormaps["viridis_r"](scale(place["metric"])), lw=1.6, ms=4
+        )
+    for x, key in enumerate(keys):
+        ax.axvline(x, color="#bbbbbb", lw=1, zorder=0)
+        for number, value in enumerate(levels[key]):
+            ax.text(x + 0.03, _height(number, len(levels[key])), _label(value), fontsize=8, va="bottom")
+    ax.axvline(len(keys), color="#bbbbbb", lw=1, zorder=0)
+    for share in (0.0, 1.0):
+        ax.text(len(keys) + 0.03, share, f"{scale.inverse(share):.4f}", fontsize=8, va="bottom")
+    ax.set_xticks(range(len(keys) + 1), [*map(_short, keys), metric])
+    ax.set_yticks([])
+    ax.set_xlim(-0.1, len(keys) + 0.5)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    return figure
+
+
+def _height(number: int, count: int) -> float:
+    return number / (count - 1) if count > 1 else 0.5
+
+
+def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
+    if not any(curve.train and curve.train[0] for curve in curves):
+        return None
+    figure = _figure(11, 3.8)
+    left, right = figure.subplots(1, 2)
+    for number, curve in enumerate(curves[:most]):
+        colour = f"C{number}"
+        _draw(left, [_smoothed(one) for one in curve.train], colour, curve.title)
+        _draw(right, curve.held_out, colour, curve.title, marker="o")
+    more = f" (the {most} best of {len(curves)})" if len(curves) > most else ""
+    for ax, title in ((left, f"training loss, smoothed{more}"), (right, f"held-out loss{more}")):
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step")
+        ax.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _smoothed(losses: dict[int, float], weight: float = 0.8) -> dict[int, float]:
+    found, mean = {}, None
+    for step, loss in losses.items():
+        mean = loss if mean is None else weight * mean + (1 - weight) * loss
+        found[step] = mean
+    return found
+
+
+def _draw(ax: Axes, seeds: Sequence[dict[int, float]], colour: str, label: str, marker: str = "") -> None:
+    """The mean over the seeds, and one standard deviation around it."""
+    steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    if not steps:
+        return
+    values = np.array([[one[step] for step in steps] for one in seeds])
+    mean = values.mean(0)
+    ax.plot(steps, mean, color=colour, label=label, lw=1.4, marker=marker, ms=3)
+    if len(seeds) > 1:
+        spread = values.std(0, ddof=1)
+        ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+
+
+def _pareto(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure | None:
+    costs = [
+        (key, label)
+        for key, label in (
+            ("parameters", "adapter, parameters"),
+            ("memory", "memory of its own, MiB"),
+            ("seconds", "training, seconds"),
+        )
+        if len({place[key] for place in places if place[key] is not None}) > 1
+    ]
+    if not costs or len(places) < 2:
+        return None
+    sign = 1 if result["lower_is_better"] else -1
+    figure = _figure(4 * len(costs), 3.6)
+    for (key, label), ax in zip(costs, figure.subplots(1, len(costs), squeeze=False)[0], strict=True):
+        points = sorted(
+            (place[key], sign * place["metric"], place["name"]) for place in places if place[key] is not None
+        )
+        front = [point for i, point in enumerate(points) if all(point[1] < other[1] for other in points[:i])]
+        ax.scatter([x for x, _, _ in points], [sign * y for _, y, _ in points], color="#8c8c8c", s=18)
+        ax.plot([x for x, _, _ in front], [sign * y for _, y, _ in front], "o-", color="#1b6ca8", ms=5)
+        for x, y, name in points:
+            ax.annotate(name, (x, sign * y), textcoords="offset points", xytext=(4, 3), fontsize=8)
+        ax.set_xlabel(label)
+        ax.set_ylabel(result["metric"])
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,184 @@
+"""Jobs that share a base, trained as one cohort: base loaded and rows read once, each job in a run folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lora_lab import console, run_dir, storage
+from lora_lab.adapters.attach import check_targets
+from lora_lab.base import load
+from lora_lab.config import SweepConfig
+from lora_lab.data.dataset import first_examples
+from lora_lab.errors import ConfigError, LoraLabError, nearest
+from lora_lab.fast.roster import Roster
+from lora_lab.prepared import Prepared, load_adapted, prepare
+from lora_lab.run import finish, measure_base
+from lora_lab.sweep import halving
+from lora_lab.sweep.budget import Budget
+from lora_lab.sweep.jobs import Job, groups, why_apart
+from lora_lab.tasks.base import Measured
+from lora_lab.train import checkpoint, joint
+from lora_lab.train.cohort import Member
+from lora_lab.train.loop import Clock, fit
+
+
+def train(jobs: list[Job]) -> None:
+    """Train all jobs that are not finished, group by group; a job that fails has its error, and leaves the others alone.
+
+    Raises:
+        Interrupted: after the state of every member was saved.
+    """
+    for job in jobs:
+        _open(job)
+    waiting = [job for job in jobs if job.error is None and job.result is None]
+    if len(waiting) < len(jobs):
+        console.say("sweep", f"{sum(job.result is not None for job in jobs)} of {len(jobs)} runs are finished already")
+    parts = groups(waiting)
+    for number, part in enumerate(parts):
+        if number:
+            console.say("group", f"{len(part)} runs of their own: other {why_apart(parts[0][0], part[0])}")
+        _train_group(part)
+        gc.collect()  # the last group's base makes room
+
+
+def _open(job: Job) -> None:
+    """Make the job's run folder; one that it has made before is gone on with."""
+    try:
+        if job.run.config.exists():
+            run_dir.check_same(job.run, job.config)
+        else:
+            run_dir.create(job.config)
+    except LoraLabError as error:
+        job.error = error
+
+
+def _train_group(jobs: list[Job]) -> None:
+    """Train jobs that share a base. What goes wrong with what they share is the error of each."""
+    with contextlib.ExitStack() as stack:
+        jobs = _those(jobs, lambda job: stack.enter_context(job.run.locked()))
+        try:
+            _train_together(jobs)
+        except Exception as error:
+            for job in jobs:
+                job.error = job.error or (None if job.result else error)
+
+
+def _train_together(jobs: list[Job]) -> None:
+    prepared = prepare(jobs[0].config)
+    skeleton = load.skeleton(prepared.base.folder, prepared.kind)
+    jobs = _those(jobs, lambda job: check_targets(skeleton, job.config.adapter, prepared.kind.new_modules))
+    if not jobs:
+        return
+    load_adapted(prepared, {_name(place): job.config for place, job in enumerate(jobs)})
+    before = measure_base(prepared)
+    _check_metric(jobs[0].config.sweep, before)
+    members: dict[str, Member] = {}
+    for place, job in enumerate(jobs):
+        _those([job], lambda job, place=place: members.update({job.title: _member(_name(place), job, prepared)}))
+    _train_members([(job, members[job.title]) for job in jobs if job.error is None], prepared, before)
+
+
+def _those(jobs: list[Job], action: Callable[[Job], Any]) -> list[Job]:
+    """The jobs with which the action goes well; the others have its error."""
+    for job in jobs:
+        try:
+            action(job)
+        except Exception as error:
+            job.error = error
+            console.say("failed", f"{job.title}: {error}")
+    return [job for job in jobs if job.error is None]
+
+
+def _name(place: int) -> str:
+    return f"member{place}"
+
+
+def _check_metric(sweep: SweepConfig, before: Measured) -> None:
+    if sweep.strategy == "halving" and not before.metrics:
+        raise ConfigError("sweep=halving: compares held-out losses. Set data.eval=FILE or data.eval_ratio=0.1.")
+    if before.metrics and sweep.metric not in before.metrics:
+        raise ConfigError(
+            f"sweep.metric={sweep.metric}: not measured here.{nearest(sweep.metric, before.metrics)} There are: "
+            f"{', '.join(before.metrics)}."
+        )
+
+
+def _member(name: str, job: Job, prepared: Prepared) -> Member:
+    """The job's member, gone on with from its newest valid checkpoint."""
+    prepared.model.set_adapter(name)
+    member = Member(name, job.config, job.run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
+    run_dir.check_manifest(job.run, prepared.base, prepared.data_hashes())
+    run_dir.write_manifest(job.run, prepared.base, prepared.data_hashes())
+    found, skipped = checkpoint.newest_valid(job.run.checkpoints)
+    for line in skipped:
+        console.say("skipped", line)
+    if found is not None:
+        checkpoint.restore(member, found)
+        console.say("resume", f"{job.title} from {found}")
+    member.log.rewind(member.state.step)
+    return member
+
+
+def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: Measured) -> None:
+    if not pairs:
+        return
+    sweep, members = pairs[0][0].config.sweep, [member for _, member in pairs]
+    roster, width = _execution(members, prepared, sweep)
+    budget = Budget.of(sweep.budget)
+    with prepared.stages("train"):
+        for rung in halving.rungs(members, sweep):
+            alive = [member for member in rung.members if member.failure is None]
+            if not alive:
+                break
+            clock = fit(
+                alive,
+                prepared.train,
+                prepared.held_out,
+                prepared.task,
+                prepared.accelerator,
+                roster,
+                width,
+                budget.used_up,
+            )
+            rung.choose(alive)
+    for job, member in pairs:
+        job.error = member.failure
+        if member.done and member.failure is None:
+            _those([job], lambda job, member=member: _finish(job, member, prepared, before, clock))
+        elif member.failure is None:
+            step, loss = member.state.step, halving.loss_at(member, member.state.step)
+            job.stopped, job.stopped_at = f"stopped at step {step} of {member.total_steps}", step
+            job.stopped_loss = loss if math.isfinite(loss) else None
+
+
+def _finish(job: Job, member: Member, prepared: Prepared, before: Measured, clock: Clock) -> None:
+    result = finish(member, prepared, before, clock, show=False)
+    storage.write_text(job.run.result, storage.dump_json(result))
+
+
+def _execution(members: list[Member], prepared: Prepared, sweep: SweepConfig) -> tuple[Roster | None, int]:
+    """The roster for shared passes and how many members fit into one; None for turns."""
+    if len(members) == 1 or sweep.execution == "turns":
+        return None, 1
+    against = joint.reason_against(prepared.task, members, prepared.alone)
+    if against and sweep.execution == "joint":
+        raise ConfigError(f"sweep.execution=joint: {against}. Set sweep.execution=turns.")
+    if against:
+        console.say("cohort", f"{len(members)} runs take turns on one base: {against}")
+        return None, 1
+    rows = first_examples(prepared.train, 64)
+    tokens = (
+        sum(len(row.input_ids) for row in rows) / len(rows) * max(member.plan.micro_batch_size for member in members)
+    )
+    width = max(1, min(len(members), int(sweep.joint_tokens // tokens)))
+    if width == 1:
+        console.say(
+            "cohort", f"{len(members)} runs take turns: one micro-batch fills sweep.joint_tokens={sweep.joint_tokens}"
+        )
+        return None, 1
+    console.say("cohort", f"{len(members)} runs on one base, {width} in each pass")
+    return prepared.roster, width

@@ -1,0 +1,143 @@
+"""The runs of a sweep, and which of them can train on one base as one cohort."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_lab import compose, console
+from lora_lab.compose import leaves
+from lora_lab.config import RunConfig
+from lora_lab.errors import RunError
+from lora_lab.run_dir import RunDir
+
+# what decides the base, the rows and the passes over them; everything else is a member's own
+_SHARED = ("model", "quant", "data", "task", "hardware", "speed", "tracker", "sweep")
+_SHARED_OF_TRAIN = ("packing", "gradient_checkpointing", "recompute_every", "offload_activations")
+
+
+@dataclasses.dataclass
+class Job:
+    """One point of a sweep: its configuration, and what came of it."""
+
+    config: RunConfig
+    values: dict[str, Any]  # what sets it apart from the other points, by key
+    error: Exception | None = None
+    stopped: str = ""  # why it did not reach its end, without an error
+    stopped_at: int | None = None  # the step after which it stopped
+    stopped_loss: float | None = None  # its held-out loss there
+    repeats: str | None = None  # name of the job whose values it has, with another seed
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(Path(self.config.run_dir))
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What its `result.json` says, once it is finished."""
+        return json.loads(self.run.result.read_text(encoding="utf-8")) if self.run.result.exists() else None
+
+    @property
+    def title(self) -> str:
+        """Such as '3 (adapter.r=8 optim.lr=0.001)'."""
+        return f"{self.run.path.name} ({' '.join(f'{key}={_shown(value)}' for key, value in self.values.items())})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run was worth to a sweeper."""
+
+    score: float | None  # lower is better; None: failed
+    stopped_at: int | None = None  # the step after which it was stopped early
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def jobs_of(configs: list[RunConfig], known: Sequence[Job] = ()) -> list[Job]:
+    """A job for each configuration that no earlier one equals; the others are named and left out.
+
+    Args:
+        known: jobs of some of these configurations, whose outcome is kept.
+    """
+    outcomes = {job.config.run_dir: job for job in known}
+    flat = [_values(config) for config in configs]
+    found: list[Job] = []
+    seen: dict[str, str] = {}
+    differing = [key for key in flat[0] if any(one.get(key) != flat[0][key] for one in flat)] if flat else []
+    for config, values in zip(configs, flat, strict=True):
+        text = json.dumps(values, sort_keys=True)
+        if text in seen:
+            console.say("sweep", f"{config.run_dir} would repeat {seen[text]}: left out")
+            continue
+        seen[text] = config.run_dir
+        job = outcomes.get(config.run_dir) or Job(config, {})
+        found.append(dataclasses.replace(job, values={key: values.get(key) for key in differing}))
+    return found
+
+
+def repeats(best: Sequence[Job], jobs: Sequence[Job]) -> list[Job]:
+    """The best jobs again, with further seeds (`sweep.seeds`) that none of them has had."""
+    found = []
+    for job in best:
+        taken = {other.config.seed for other in jobs if _but_seed(other) == _but_seed(job)}
+        free = (seed for seed in itertools.count(job.config.seed + 1) if seed not in taken)
+        for seed in itertools.islice(free, job.config.sweep.seeds):
+            folder = f"{job.config.run_dir}_seed{seed}"
+            config = dataclasses.replace(job.config, seed=seed, run_dir=folder)
+            found.append(Job(config, {**job.values, "seed": seed}, repeats=job.run.path.name))
+    return found
+
+
+def _but_seed(job: Job) -> str:
+    return json.dumps({key: value for key, value in _values(job.config).items() if key != "seed"}, sort_keys=True)
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    """Every value by key, but for the run's own name and folder."""
+    return {key: value for key, value in leaves(dataclasses.asdict(config)) if key not in ("name", "run_dir")}
+
+
+def groups(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs that can share a base, together, in order."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(json.dumps(_shared(job.config), sort_keys=True), []).append(job)
+    return list(found.values())
+
+
+def _shared(config: RunConfig) -> dict[str, Any]:
+    from lora_lab.tasks import TASKS  # with torch: not needed to read a command line
+
+    tree = dataclasses.asdict(config)
+    shared = {key: value for name in _SHARED for key, value in leaves(tree[name], f"{name}.")}
+    shared |= {f"train.{name}": tree["train"][name] for name in _SHARED_OF_TRAIN}
+    if TASKS[config.task.name].head != "none":
+        shared["seed"] = config.seed  # a new head is drawn with it while the base is loaded
+    return shared
+
+
+def why_apart(one: Job, other: Job) -> str:
+    """The keys by which two jobs cannot share a base."""
+    first, second = _shared(one.config), _shared(other.config)
+    return ", ".join(key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key))
+
+
+def in_folder(folder: Path) -> list[Job]:
+    """The jobs of a sweep folder, as they were when it began.
+
+    Raises:
+        RunError: there is no sweep in it.
+    """
+    runs = [
+        file for file in folder.glob("*/config.yaml") if "_seed" not in file.parent.name
+    ]  # those are repeats of others
+    runs.sort(key=lambda file: (len(file.parent.name), file.parent.name))
+    if not runs:
+        raise RunError(f"sweep={folder}: no sweep there. Name a folder that lora-lab train -m made.")
+    return jobs_of([compose.load(file) for file in runs])

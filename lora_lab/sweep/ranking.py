@@ -1,0 +1,229 @@
+"""Which run of a sweep is best, and whether that can be told from chance."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from lora_lab import console, storage
+from lora_lab.errors import RunError
+from lora_lab.report import sweep_report
+from lora_lab.sweep.jobs import Job, Outcome
+
+_LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "mse", "mae", "rmse")
+_CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A run's place in the ranking."""
+
+    name: str
+    values: dict[str, Any]
+    metric: float | None  # of its own seed
+    metrics: list[float]  # of all its seeds
+    parameters: int | None  # of its adapter
+    memory: float | None  # MiB of its adapter, gradients and optimizer
+    seconds: float | None
+    steps: int | None
+    note: str  # why it has no metric, or did not reach its end
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.metrics) if self.metrics else math.inf
+
+
+def metric(job: Job) -> float | None:
+    """The held-out metric of a finished run; None if it has none or it is not finite."""
+    tuned = (job.result or {}).get("tuned") or {}
+    value = tuned.get(job.config.sweep.metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def score(job: Job) -> float | None:
+    """The metric such that lower is better."""
+    value = metric(job)
+    return value if value is None or job.config.sweep.metric in _LOWER_IS_BETTER else -value
+
+
+def outcome(job: Job) -> Outcome:
+    """What the job was worth to a sweeper; one that was stopped early, its loss there."""
+    if job.stopped_at is None:
+        return Outcome(score(job))
+    return Outcome(job.stopped_loss if job.config.sweep.metric == "loss" else None, job.stopped_at)
+
+
+def best(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that are worth further seeds: the best of those that have a metric."""
+    scored = [job for job in jobs if score(job) is not None]
+    return sorted(scored, key=score)[: jobs[0].config.sweep.top]
+
+
+def rank(folder: Path, jobs: Sequence[Job], again: Sequence[Job]) -> dict[str, Any]:
+    """Rank, say in words what is known, and write `ranking.json`, `ranking.csv` and `report.html`."""
+    sweep = jobs[0].config.sweep
+    sign = 1 if sweep.metric in _LOWER_IS_BETTER else -1
+    places = sorted((_place(job, again) for job in jobs), key=lambda place: (place.metric is None, sign * place.mean))
+    words, take = judge(places, sweep.metric, sign)
+    result = {
+        "folder": str(folder),
+        "metric": sweep.metric,
+        "lower_is_better": sign == 1,
+        "take": take,
+        "judgement": words,
+        "ranking": [dataclasses.asdict(one) for one in places],
+    }
+    storage.write_text(folder / "ranking.json", storage.dump_json(result))
+    storage.write_text(folder / "ranking.csv", _csv(places, sweep.metric))
+    folders = {
+        job.run.path.name: [job.run.path, *(o.run.path for o in again if o.repeats == job.run.path.name)]
+        for job in jobs
+    }
+    curves = [sweep_report.read_curve(place.name, _title(place), folders[place.name]) for place in places]
+    sweep_report.write(folder / "report.html", result, curves)
+    _show(places, sweep.metric)
+    console.say("ranking", words)
+    console.say("report", folder / "report.html")
+    return result
+
+
+def _place(job: Job, again: Sequence[Job]) -> Place:
+    result = job.result or {}
+    own = metric(job)
+    others = [metric(other) for other in again if other.repeats == job.run.path.name]
+    note = f"failed: {job.error}" if job.error is not None else job.stopped
+    return Place(
+        job.run.path.name,
+        job.values,
+        own,
+        [value for value in (own, *others) if value is not None],
+        result.get("coverage", {}).get("trainable_parameters"),
+        result.get("own_memory_mib"),
+        result.get("train_seconds"),
+        result.get("steps"),
+        note,
+    )
+
+
+def judge(places: Sequence[Place], name: str, sign: int) -> tuple[str, str | None]:
+    """What can be said, and the run to take: of those that cannot be told from the best, the one with the smallest adapter."""
+    finished = [place for place in places if place.metric is not None]
+    if not finished:
+        return f"no run has a held-out {name}, so none is best", None
+    first = finished[0]
+    if len(finished) == 1:
+        return f"{_title(first)} is the only run with a held-out {name}", first.name
+    if len(first.metrics) < 2:
+        second = finished[1]
+        return (
+            f"{_title(first)} has the best {name} ({first.metric:.4f}, then {second.metric:.4f}), by one seed each, so chance is not "
+            "known. sweep.seeds=3 repeats the best.",
+            first.name,
+        )
+    alike = [place for place in finished[1:] if len(place.metrics) > 1 and not _differ(first, place)]
+    apart = [place for place in finished[1:] if len(place.metrics) > 1 and place not in alike]
+    words = [f"{_title(first)} is better than {_title(place)} ({_interval(first, place, sign)})" for place in apart]
+    take = min([first, *alike], key=lambda place: place.parameters or math.inf)
+    if alike:
+        names = " and ".join(_title(place) for place in (first, *alike))
+        words.insert(
+            0,
+            f"{names} cannot be told apart here ({_interval(first, alike[0], sign)}); take {_title(take)}, the smaller adapter",
+        )
+    return "; ".join(words), take.name
+
+
+def _differ(one: Place, other: Place) -> bool:
+    low, high = _difference(one, other)
+    return not low <= 0 <= high
+
+
+def _difference(one: Place, other: Place) -> tuple[float, float]:
+    """Welch's interval for the difference of the means over seeds."""
+    found = stats.ttest_ind(other.metrics, one.metrics, equal_var=False)
+    if not math.isfinite(found.statistic):  # no spread at all
+        gap = other.mean - one.mean
+        return gap, gap
+    interval = found.confidence_interval(_CONFIDENCE)
+    return float(interval.low), float(interval.high)
+
+
+def _interval(one: Place, other: Place, sign: int) -> str:
+    low, high = sorted(sign * bound for bound in _difference(one, other))
+    return f"difference {low:+.4f} to {high:+.4f}, {_CONFIDENCE:.0%} interval over {len(one.metrics)} and {len(other.metrics)} seeds"
+
+
+def _title(place: Place) -> str:
+    values = " ".join(
+        f"{key.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"
+        for key, value in place.values.items()
+    )
+    return values or f"run {place.name}"
+
+
+def _show(places: Sequence[Place], name: str) -> None:
+    keys = list(dict.fromkeys(key for place in places for key in place.values))
+    seeds = any(len(place.metrics) > 1 for place in places)
+    header = [
+        "run",
+        *(key.rpartition(".")[2] for key in keys),
+        name,
+        *(["seeds: mean", "spread"] if seeds else []),
+        "parameters",
+        "",
+    ]
+    rows = [
+        [
+            place.name,
+            *(place.values.get(key) for key in keys),
+            place.metric,
+            *([place.mean if len(place.metrics) > 1 else None, _spread(place)] if seeds else []),
+            f"{place.parameters:,}" if place.parameters else None,
+            place.note.partition(". ")[0],
+        ]
+        for place in places
+    ]
+    console.show_table("ranking, the best first", header, rows)
+
+
+def _spread(place: Place) -> float | None:
+    return statistics.stdev(place.metrics) if len(place.metrics) > 1 else None
+
+
+def _csv(places: Sequence[Place], name: str) -> str:
+    keys = list(dict.fromkeys(key for place in places for key in place.values))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(
+        ["rank", "run", *keys, name, "mean", "seeds", "parameters", "own_memory_mib", "train_seconds", "steps", "note"]
+    )
+    for number, place in enumerate(places, 1):
+        mean = place.mean if place.metrics else None
+        table.writerow(
+            [number, place.name, *(place.values.get(key) for key in keys), place.metric, mean, len(place.metrics), place.parameters,
+             place.memory, place.seconds, place.steps, place.note]
+        )  # fmt: skip
+    return text.getvalue()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The ranking that was written into a sweep's folder.
+
+    Raises:
+        RunError: there is none.
+    """
+    file = folder / "ranking.json"
+    if not file.is_file():
+        raise RunError(
+            f"sweep={folder}: no ranking.json there. Name a sweep's folder, or finish it: lora-lab resume sweep={folder}"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,83 @@
+"""A sweep from its first run to its ranking."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_lab import console, run
+from lora_lab.config import RunConfig
+from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
+from lora_lab.sweep import cohort, ranking
+from lora_lab.sweep.jobs import Job, Outcome, in_folder, jobs_of, repeats
+
+
+class Sweep:
+    """What was launched so far; a sweeper may launch several times."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    @property
+    def folder(self) -> Path:
+        return self.jobs[0].run.path.parent
+
+    def launch(self, configs: list[RunConfig]) -> list[Outcome]:
+        """Train these runs; what each was worth."""
+        new = jobs_of(configs)
+        self.jobs += new
+        _train(new)
+        found = {job.config.run_dir: ranking.outcome(job) for job in new}
+        return [found.get(config.run_dir, Outcome(None)) for config in configs]
+
+    def end(self, refused: list[tuple[str, LoraLabError]]) -> int:
+        """Repeat the best over seeds, rank, list what failed; the exit code.
+
+        Args:
+            refused: folder and error of points that could not be used at all.
+        """
+        if self.jobs:
+            self.jobs = jobs_of([job.config for job in self.jobs], self.jobs)
+            again = repeats(ranking.best(self.jobs), self.jobs)
+            if again:
+                console.say("seeds", f"{len(again)} runs more, to tell the best from chance")
+                _train(again)
+            ranking.rank(self.folder, self.jobs, again)
+        failed = [(job.run.path, job.error) for job in self.jobs if job.error is not None] + refused
+        for folder, error in failed:
+            print(f"lora-lab: {folder}: {error}", file=sys.stderr)
+        console.say("sweep", f"{len(failed)} of its runs failed" if failed else "all runs finished")
+        return max((error.exit_code if isinstance(error, LoraLabError) else 1 for _, error in failed), default=0)
+
+
+def _train(jobs: list[Job]) -> None:
+    try:
+        cohort.train(jobs)
+    except Interrupted as interruption:
+        interruption.sweep = jobs[0].run.path.parent
+        raise
+
+
+def resume(folder: str, overrides: list[str]) -> int:
+    """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on."""
+    if overrides:
+        raise ConfigError(
+            f"{overrides[0]}: resume takes no overrides, because it would not be the same sweep any more."
+        )
+    whole = Sweep()
+    whole.jobs = in_folder(Path(folder).expanduser())
+    _train(whole.jobs)
+    return whole.end([])
+
+
+def merge(folder: str, overrides: list[str]) -> dict[str, Any]:
+    """`lora-lab merge sweep=DIR [member=NAME]`: merge the run that the ranking says to take, or the named one."""
+    path = Path(folder).expanduser()
+    named = [text.partition("=")[2] for text in overrides if text.startswith("member=")]
+    chosen = named[-1] if named else ranking.read(path)["take"]
+    if chosen is None or not (path / str(chosen) / "config.yaml").is_file():
+        there = ", ".join(sorted(one.parent.name for one in path.glob("*/config.yaml")))
+        raise RunError(f"sweep={folder}: no run {chosen} to merge. Name one of {there or 'none'}: member=NAME")
+    console.say("merge", path / chosen)
+    return run.merge(str(path / chosen), [text for text in overrides if not text.startswith("member=")])

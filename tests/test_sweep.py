@@ -1,0 +1,420 @@
+"""Sweeps: members of a cohort are what they would be alone, leave each other alone, survive kills, and are ranked honestly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_lab import cli, compose, run, storage
+from lora_lab.errors import RunError, TrainingError
+from lora_lab.sweep import cohort, halving, jobs, ranking
+from lora_lab.sweep.budget import Budget
+from lora_lab.train import joint, loop
+
+UNLIKE = [
+    ["adapter.r=2", "optim.lr=0.02", "seed=3", "adapter.lora_alpha=4"],
+    ["adapter.r=8", "adapter.target_modules=[q_proj,down_proj]", "train.batch_size=3", "optim.schedule=cosine"],
+    ["adapter.use_rslora=true", "adapter.rank_pattern={v_proj: 7}", "train.max_steps=4", "optim.weight_decay=0.1"],
+    ["adapter.lora_dropout=0.3", "train.batch_size=4", "train.micro_batch_size=2", "optim.max_grad_norm=0.1"],
+]
+
+
+@pytest.fixture
+def points(overrides, eval_file, tmp_path):
+    """Configurations that differ as told, each with a run folder of its own in a sweep."""
+
+    def make(*each: list[str], name: str = "sweep"):
+        shared = [*overrides, f"data.eval={eval_file}", "train.epochs=2"]
+        return [compose.compose([*shared, *own, f"run_dir={tmp_path}/{name}/{i}"]) for i, own in enumerate(each)]
+
+    return make
+
+
+def trained(configs) -> list[jobs.Job]:
+    found = jobs.jobs_of(configs)
+    cohort.train(found)
+    return found
+
+
+def adapter_of(folder: Path) -> torch.Tensor:
+    state = load_file(folder / "adapter/adapter_model.safetensors")
+    return torch.cat([state[name].flatten() for name in sorted(state)])
+
+
+def losses_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [value for line in lines for key, value in line.items() if key in ("loss", "eval_loss")]
+
+
+def assert_same_run(one: Path, other: Path, rtol: float = 1e-5) -> None:
+    """Loss curves and adapters of two runs; float32 sums in another order, through up to fourteen steps of Adam."""
+    assert losses_of(one) == pytest.approx(losses_of(other), rel=rtol)
+    found, expected = adapter_of(one), adapter_of(other)
+    assert ((found - expected).norm() / expected.norm()).item() <= 3 * rtol
+
+
+# -- exactness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_unlike_members_that_share_passes_equal_runs_of_their_own(points, quant):
+    each = [[*own, f"quant={quant}"] for own in UNLIKE]
+    found = trained(points(*each))
+    assert [job.error for job in found] == [None] * 4
+    for config in points(*each, name="alone"):
+        alone = run.train(config)
+        assert_same_run(alone.path.parents[1] / "sweep" / alone.path.name, alone.path)
+
+
+@pytest.mark.parametrize("more", [["sweep.execution=turns"], ["adapter.use_dora=true"], ["speed=plain"]], ids=str)
+def test_members_in_turns_equal_runs_of_their_own_to_the_byte(points, capsys, more):
+    each = [[*own, *more] for own in (["adapter.r=2", "seed=3"], ["adapter.r=8", "optim.lr=0.002"])]
+    trained(points(*each))
+    if "sweep.execution=turns" not in more:
+        assert "take turns on one base" in capsys.readouterr().out
+    for config in points(*each, name="alone"):
+        alone = run.train(config)
+        files = [
+            folder / "adapter/adapter_model.safetensors"
+            for folder in (alone.path, alone.path.parents[1] / "sweep" / alone.path.name)
+        ]
+        assert storage.sha256(files[0]) == storage.sha256(files[1])
+
+
+def test_a_shared_pass_is_refused_where_it_would_not_be_exact(points):
+    found = trained(points(["adapter.r=2"], ["adapter.r=4", "adapter.use_dora=true"], ["adapter.r=8"]))
+    assert [job.error for job in found] == [None] * 3
+    found = trained(
+        points(*([f"adapter.r={r}", "adapter.use_dora=true", "sweep.execution=joint"] for r in (2, 4)), name="dora")
+    )
+    assert "sweep.execution=joint: " in str(found[0].error)
+    assert "DoRA" in str(found[0].error)
+
+
+def test_rows_that_reach_the_wrong_member_are_noticed(points, monkeypatch):
+    from lora_lab.fast.roster import Roster
+
+    plain = Roster.rows
+    monkeypatch.setattr(
+        Roster, "rows", lambda self, count: zip(self.seats, [rows for _, rows in plain(self, count)][::-1], strict=True)
+    )
+    found = trained(points(["seed=1"], ["seed=2"]))
+    assert all(isinstance(job.error, TrainingError) for job in found)
+    assert "a shared pass changes the gradients" in str(found[0].error)
+
+
+def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys):
+    plain = joint.learn
+
+    def learn(shares, *more):
+        if len(shares) > 2:
+            raise torch.OutOfMemoryError("no room")
+        plain(shares, *more)
+
+    monkeypatch.setattr(joint, "check", lambda *_: None)
+    monkeypatch.setattr(joint, "learn", learn)
+    each = [[f"seed={i}"] for i in range(4)]
+    found = trained(points(*each))
+    assert [job.error for job in found] == [None] * 4
+    assert "passes of 2 members from now on" in capsys.readouterr().out
+    assert_same_run(found[3].run.path, run.train(points(*each, name="alone")[3]).path)
+
+
+# -- isolation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["joint", "turns"])
+@pytest.mark.parametrize("fault", ["raises", "diverges"])
+def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execution, fault):
+    plain = loop._update
+
+    def update(member, step, inside):
+        if member.run.path.name == "1" and member.state.step == 3:
+            if fault == "raises":
+                raise ValueError("a bug in an optimizer")
+            next(iter(member.parameters.values())).data.fill_(float("nan"))
+        plain(member, step, inside)
+
+    each = [[f"adapter.r={r}", f"sweep.execution={execution}"] for r in (2, 4, 8)]
+    alone = [run.train(config) for config in points(*each, name="alone")]
+    monkeypatch.setattr(loop, "_update", update)
+    found = trained(points(*each))
+    assert [job.error is None for job in found] == [True, False, True]
+    assert ("a bug in an optimizer" if fault == "raises" else "not finite") in str(found[1].error)
+    for place in (0, 2):
+        assert_same_run(found[place].run.path, alone[place].path)
+    assert not found[1].run.result.exists()
+
+
+def test_points_that_cannot_be_used_do_not_stop_the_others(overrides, eval_file, tmp_path, capsys):
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    sweep = [
+        "train",
+        "-m",
+        *points,
+        f"data.eval={eval_file}",
+        "train.max_steps=2",
+        "adapter.r=4,-1",
+        "adapter.target_modules=[q_proj],[nope]",
+    ]
+    assert cli.main([*sweep, f"hydra.sweep.dir={tmp_path}/sweep"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("adapter.r=-1: must be an integer, at least 1") == 2
+    assert "adapter.target_modules: nope matches no linear layer" in captured.err
+    assert "3 of its runs failed" in captured.out
+    assert (tmp_path / "sweep/0/result.json").exists()
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_cannot_share_a_base_form_groups(points, capsys):
+    found = trained(points(["adapter.r=2"], ["adapter.r=4"], ["quant=nf4"], ["adapter.r=2", "name=again"]))
+    said = capsys.readouterr().out
+    assert len(found) == 3
+    assert "would repeat" in said
+    assert "1 runs of their own: other quant.method" in said
+    assert said.count("tiny, float32, quant none") == 1
+    assert found[1].title == '1 (quant.method="none" quant.double_quant=false adapter.r=4)'
+
+
+# -- stopping and going on ------------------------------------------------------------------------------------------------
+
+
+def _sweep_command(overrides, eval_file, folder) -> list[str]:
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    return [
+        "train", "-m", *points, f"data.eval={eval_file}", "train.epochs=4", "train.save_steps=2", "adapter.r=2,4,8",
+        f"hydra.sweep.dir={folder}",
+    ]  # fmt: skip
+
+
+_KILLED = """
+import os, signal, sys
+from lora_lab import cli
+from lora_lab.train import loop
+plain, count, last = loop._update, [0], int(sys.argv[1])
+def update(*given):
+    plain(*given)
+    count[0] += 1
+    if count[0] == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop._update = update
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("updates", [5, 32])
+def test_a_killed_sweep_goes_on_where_it_stopped(overrides, eval_file, tmp_path, capsys, updates):
+    assert cli.main(_sweep_command(overrides, eval_file, tmp_path / "whole")) == 0
+    command = _sweep_command(overrides, eval_file, tmp_path / "killed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(updates), *command], env=environment, check=False, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not list((tmp_path / "killed").glob("*/result.json"))
+    capsys.readouterr()
+    again = command if updates == 5 else ["resume", f"sweep={tmp_path}/killed"]
+    assert cli.main(again) == 0
+    assert capsys.readouterr().out.count("resume") == (1 if updates == 5 else 3)
+    for name in "012":
+        assert_same_run(tmp_path / "killed" / name, tmp_path / "whole" / name)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*/result.json")}
+    assert cli.main(["resume", f"sweep={tmp_path}/killed"]) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert "3 of 3 runs are finished already" in capsys.readouterr().out
+
+
+def test_a_sweep_is_not_gone_on_with_other_values(overrides, eval_file, tmp_path, capsys):
+    command = [*_sweep_command(overrides, eval_file, tmp_path / "sweep"), "train.max_steps=2"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "optim.lr=0.001"]) == 2
+    assert "holds a run with another optim.lr" in capsys.readouterr().err
+
+
+# -- spending less --------------------------------------------------------------------------------------------------------
+
+
+def test_halving_stops_the_worse_and_the_better_are_as_if_alone(points):
+    each = [[f"optim.lr={lr}", "sweep=halving", "sweep.eta=2"] for lr in (1e-5, 3e-3, 1e-4, 1e-2)]
+    found = trained(points(*each))
+    finished = [job for job in found if job.result is not None]
+    assert [job.stopped.split(" of ")[0] for job in found if job.stopped] == [
+        "stopped at step 2",
+        "stopped at step 5",
+        "stopped at step 2",
+    ] or len(finished) == 1
+    assert len(finished) == 1
+    alone = {config.optim.lr: config for config in points(*each, name="alone")}
+    kept = finished[0]
+    whole = run.train(alone[kept.config.optim.lr])
+    assert adapter_of(kept.run.path).numpy() == pytest.approx(adapter_of(whole.path).numpy(), abs=1e-4)
+    # what went on was the better half, each time
+    first = {job.config.optim.lr: halving_loss(job, 2) for job in found}
+    went_on = [lr for lr in first if any(job.config.optim.lr == lr and "step 2 " not in job.stopped for job in found)]
+    assert sorted(first, key=first.get)[:2] == sorted(went_on, key=first.get)
+
+
+def halving_loss(job, step: int) -> float:
+    lines = [json.loads(line) for line in (job.run.path / "metrics.jsonl").read_text().splitlines()]
+    return next(line["eval_loss"] for line in lines if line["step"] == step and "eval_loss" in line)
+
+
+def test_a_budget_ends_a_sweep(points):
+    found = trained(points(["adapter.r=2", "sweep.budget=7steps"], ["adapter.r=4", "sweep.budget=7steps"]))
+    assert [job.stopped for job in found] == ["stopped at step 4 of 10"] * 2
+    assert [job.error for job in found] == [None, None]
+    budget = Budget.of("30minutes")
+    assert not budget.used_up([])
+    budget.began -= 1801
+    assert budget.used_up([])
+
+
+def test_rungs_spend_what_they_promise():
+    class Member:
+        total_steps, stop_at, failure = 90, 90, None
+
+    members = [Member() for _ in range(9)]
+    config = compose.compose(["data.train=t.jsonl", "sweep=halving"]).sweep
+    spent, at = 0, 0
+    for rung in halving.rungs(members, config):
+        spent += len(rung.members) * (rung.members[0].stop_at - at)
+        at, rung.kept = rung.members[0].stop_at, rung.members[: rung.keep]
+    assert spent == 9 * 10 + 3 * 20 + 1 * 60  # instead of 9 * 90
+
+
+# -- ranking ----------------------------------------------------------------------------------------------------------------
+
+
+def _place(name: str, metrics: list[float], parameters: int = 100) -> ranking.Place:
+    return ranking.Place(
+        name, {"adapter.r": int(name)}, metrics[0] if metrics else None, metrics, parameters, 1.0, 1.0, 10, ""
+    )
+
+
+def test_what_cannot_be_told_apart_is_said_and_the_smaller_taken():
+    places = [_place("64", [1.00, 1.04, 0.98], 400), _place("16", [1.01, 0.99, 1.05], 100), _place("8", [1.3])]
+    words, take = ranking.judge(places, "loss", 1)
+    assert words.startswith("r=64 and r=16 cannot be told apart here (difference -0.0")
+    assert words.endswith("take r=16, the smaller adapter")
+    assert take == "16"
+
+
+def test_a_difference_beyond_the_noise_is_said():
+    words, take = ranking.judge([_place("64", [1.00, 1.01, 0.99]), _place("16", [1.21, 1.22, 1.20])], "loss", 1)
+    assert "r=64 is better than r=16 (difference +0.1" in words
+    assert take == "64"
+
+
+def test_one_seed_is_no_proof():
+    words, take = ranking.judge([_place("4", [1.0]), _place("8", [1.1])], "loss", 1)
+    assert "chance is not known" in words
+    assert take == "4"
+    assert ranking.judge([_place("4", [])], "loss", 1)[1] is None
+
+
+def test_a_sweep_ends_with_ranking_seeds_report_and_merge(overrides, eval_file, tmp_path, capsys):
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    folder = tmp_path / "sweep"
+    command = [
+        "train",
+        "-m",
+        *points,
+        f"data.eval={eval_file}",
+        "train.max_steps=3",
+        "adapter.r=2,4",
+        "optim.lr=0.01,0.001",
+        "sweep.seeds=2",
+    ]
+    assert cli.main([*command, f"hydra.sweep.dir={folder}"]) == 0
+    result = json.loads((folder / "ranking.json").read_text())
+    assert [len(place["metrics"]) for place in result["ranking"]] == [3, 3, 1, 1]
+    metrics = [place["metric"] for place in result["ranking"][2:]]
+    assert metrics == sorted(metrics)
+    rows = list(csv.DictReader((folder / "ranking.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == [place["name"] for place in result["ranking"]]
+    assert {row["adapter.r"] for row in rows} == {"2", "4"}
+    assert result["judgement"] in capsys.readouterr().out
+    assert cli.main(["merge", f"sweep={folder}", "export.dtype=float32"]) == 0
+    assert (folder / result["take"] / "merged/config.json").exists()
+    with pytest.raises(RunError, match="no run nope to merge"):
+        from lora_lab.sweep import sweep
+
+        sweep.merge(str(folder), ["member=nope"])
+    assert cli.main(["resume", f"sweep={folder}"]) == 0  # nothing is left to do, seeds included
+    assert json.loads((folder / "ranking.json").read_text()) == result
+
+
+CHROMIUM = next(
+    (
+        path
+        for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+        if Path(path).exists()
+    ),
+    None,
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+def test_the_report_is_drawn_by_a_browser(overrides, eval_file, tmp_path):
+    from PIL import Image
+
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    folder = tmp_path / "sweep"
+    command = [
+        "train",
+        "-m",
+        *points,
+        f"data.eval={eval_file}",
+        "train.max_steps=3",
+        "adapter.r=2,4",
+        "optim.lr=0.01,0.001",
+        "name=<b>名",
+    ]
+    assert cli.main([*command, f"hydra.sweep.dir={folder}"]) == 0
+    page = folder / "report.html"
+    text = page.read_text()
+    assert text.count("<svg") == 4
+    assert not re.search(r"(src|href)=.(?!#|data:)", text)  # nothing from elsewhere
+    shot = tmp_path / "page.png"
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path}/profile",
+               "--window-size=1200,2600", f"--screenshot={shot}", page.as_uri()]  # fmt: skip
+    subprocess.run(browser, check=True, capture_output=True, timeout=120)
+    colours = {colour for _, colour in Image.open(shot).convert("RGB").getcolors(10**7)}
+    assert (232, 242, 250) in colours  # the taken run's row
+    assert (27, 108, 168) in colours  # the Pareto front
+    assert any(abs(r - 68) < 3 and g < 4 and abs(b - 84) < 3 for r, g, b in colours)  # the heat map's worst cell
+
+
+# -- the plugin -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_launcher_is_harmless_to_other_applications(tmp_path):
+    app = tmp_path / "app.py"
+    app.write_text(
+        "import sys, hydra\n@hydra.main(version_base='1.3', config_path=None)\ndef main(c): print('ran', c.x, 'torch' in sys.modules, 'lora_lab' in sys.modules)\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(app), "-m", "+x=1,2"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("ran 1 False False") == done.stdout.count("ran 2 False False") == 1
+    refused = subprocess.run(
+        [sys.executable, str(app), "-m", "+x=1", "hydra/launcher=cohort"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "is lora_lab's" in refused.stderr
