@@ -94,13 +94,18 @@ CURVES = {
 EVERY = WORKLOADS | CURVES["length"] | CURVES["size"]
 
 
-def _rows(kind: str, count: int) -> list[dict[str, str]]:
-    """GSM8K questions and answers: as they are, five of them in a row, or the first sentence of the question and the result."""
+def gsm8k() -> list[dict[str, str]]:
+    """GSM8K's questions and answers as prompts and completions."""
     file = Path(os.environ.get("LORA_LAB_DATA", "data")) / "gsm8k_train" / "train.jsonl.gz"
     if not file.exists():
         sys.exit(f"{file}: not found. Name the folder that holds it: LORA_LAB_DATA=FOLDER make bench")
-    found = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()[: count * 5]]
-    every = [{"prompt": row["question"], "completion": row["answer"]} for row in found]
+    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).split(b"\n") if line]
+    return [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+
+
+def _rows(kind: str, count: int) -> list[dict[str, str]]:
+    """GSM8K questions and answers: as they are, five of them in a row, or the first sentence of the question and the result."""
+    every = gsm8k()[: count * 5]
     if kind == "mixed":
         return every[:count]
     if kind.startswith("length:"):

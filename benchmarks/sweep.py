@@ -11,7 +11,6 @@ Needs the same data and model folders as benchmarks/speed.py. Runs that the resu
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.util
 import itertools
 import json
@@ -71,12 +70,11 @@ def main() -> None:
 
 def _write_rows(folder: Path, steps: int) -> Path:
     """GSM8K's questions without their last sentences, and the result alone: about 40 tokens with the chat's own."""
-    file = Path(os.environ.get("LORA_LAB_DATA", "data")) / "gsm8k_train" / "train.jsonl.gz"
-    found = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
     rows = [
-        {"prompt": row["question"].split(". ")[0], "completion": row["answer"].rpartition("#### ")[2]} for row in found
+        {"prompt": row["prompt"].split(". ")[0], "completion": row["completion"].rpartition("#### ")[2]}
+        for row in speed.gsm8k()
     ]
-    rows = [row for row in rows if len(row["prompt"]) < 80]
+    rows = [row for row in rows if len(row["prompt"]) < 40]
     random.Random(0).shuffle(rows)
     held_out = 64
     for name, part in (("eval", rows[:held_out]), ("train", rows[held_out : held_out + 8 * steps])):

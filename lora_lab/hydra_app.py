@@ -11,6 +11,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lora_lab.compose import compose_prepared, conf_dir, to_run_config
@@ -77,7 +78,13 @@ def complete(arguments: Sequence[str], verb: str | None) -> None:
 def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], None]) -> None:
     GlobalHydra.instance().clear()
     before, sys.argv = sys.argv, ["lora-lab", *arguments]
+    told = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through then, instead of printing them and leaving
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    except HydraException as error:
+        raise ConfigError(f"Hydra: {error}") from error
     finally:
         sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        os.environ.update({} if told is None else {"HYDRA_FULL_ERROR": told})

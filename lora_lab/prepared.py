@@ -72,16 +72,17 @@ class Prepared:
         """SHA-256 of every data file, by configuration key."""
         return {data.key: data.files for data in (self.train, self.held_out) if data is not None}
 
-    def measure(self, title: str, **options: Any) -> Measured:
+    def measure(self, title: str, known: Measured | None = None, **options: Any) -> Measured:
         """Measure the model with its adapter on the held-out rows.
 
         Args:
             title: for the progress bar.
+            known: what the task's `measure` has just said of it.
             options: of the task's `examine`.
         """
         model = self.model.eval()
         with self.accelerator.autocast():
-            found = self.task.measure(model, self.held_out)
+            found = known or self.task.measure(model, self.held_out)
             return found.with_also(self.task.examine(model, self.held_out, title, **options))
 
     def measure_base(self) -> Measured:

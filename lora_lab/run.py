@@ -126,7 +126,7 @@ def finish(member: Member, prepared: Prepared, before: Measured, clock: Clock, s
         result = _training_result(member, clock)
         if prepared.held_out is not None:
             with prepared.stages("evaluate"):
-                after = prepared.measure("tuned")
+                after = prepared.measure("tuned", member.measured)
     if show and prepared.held_out is not None:
         _show_measured(prepared.held_out, {"base": before, "tuned": after})
     return result | {

@@ -169,7 +169,7 @@ def test_points_that_cannot_be_used_do_not_stop_the_others(overrides, eval_file,
     ]
     assert cli.main([*sweep, f"hydra.sweep.dir={tmp_path}/sweep"]) == 2
     captured = capsys.readouterr()
-    assert captured.err.count("adapter.r=-1: must be an integer, at least 1") == 2
+    assert captured.err.count("adapter.r=-1: must be an integer, at least 1") == 1
     assert "adapter.target_modules: nope matches no linear layer" in captured.err
     assert "3 of its runs failed" in captured.out
     assert (tmp_path / "sweep/0/result.json").exists()
@@ -418,3 +418,85 @@ def test_the_launcher_is_harmless_to_other_applications(tmp_path):
     )
     assert refused.returncode == 1
     assert "is lora_lab's" in refused.stderr
+
+
+# -- Optuna -----------------------------------------------------------------------------------------------------------------
+
+
+def _search_command(overrides, eval_file, folder, *more) -> list[str]:
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    return [
+        "train", "-m", *points, f"data.eval={eval_file}", "train.max_steps=6", "train.save_steps=1", "hydra/sweeper=optuna_cohort",
+        "hydra.sweeper.trials=6", "hydra.sweeper.batch=3", "optim.lr=tag(log,interval(1e-5,1e-1))", "adapter.r=2,4", *more,
+        f"hydra.sweep.dir={folder}",
+    ]  # fmt: skip
+
+
+def _trials(folder: Path) -> list:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage_ = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+    return optuna.load_study(study_name="sweep", storage=storage_).trials
+
+
+def test_optuna_chooses_batches_that_train_as_cohorts(overrides, eval_file, tmp_path, capsys):
+    assert cli.main(_search_command(overrides, eval_file, tmp_path / "search", "sweep=halving")) == 0
+    assert capsys.readouterr().out.count("3 runs on one base, 3 in each pass") == 2
+    trials = _trials(tmp_path / "search")
+    states = [trial.state.name for trial in trials]
+    assert len(states) == 6
+    assert states.count("PRUNED") == 4
+    assert states.count("COMPLETE") == 2
+    for trial in trials:
+        config = compose.load(tmp_path / "search" / str(trial.number) / "config.yaml")
+        assert config.optim.lr == pytest.approx(trial.params["++optim.lr"])
+        if trial.state.name == "COMPLETE":
+            result = json.loads((tmp_path / "search" / str(trial.number) / "result.json").read_text())
+            assert trial.value == result["tuned"]["loss"]
+    ranked = json.loads((tmp_path / "search/ranking.json").read_text())["ranking"]
+    assert [place["note"].startswith("stopped") for place in ranked] == [False] * 2 + [True] * 4
+
+
+def test_a_killed_search_goes_on_with_the_batch_it_was_in(overrides, eval_file, tmp_path):
+    command = _search_command(overrides, eval_file, tmp_path / "search")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, "24", *command], env=environment, check=False, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL  # in the second batch
+    before = _trials(tmp_path / "search")
+    assert [trial.state.name for trial in before] == ["COMPLETE"] * 3 + ["RUNNING"] * 3
+    assert cli.main(command) == 0
+    after = _trials(tmp_path / "search")
+    assert [trial.state.name for trial in after] == ["COMPLETE"] * 6
+    assert [trial.params for trial in after] == [trial.params for trial in before]
+
+
+def test_a_search_for_nothing_is_refused(overrides, eval_file, tmp_path, capsys):
+    command = _search_command(overrides, eval_file, tmp_path / "search")
+    fixed = [text for text in command if not text.startswith(("optim.lr=tag", "adapter.r="))]
+    assert cli.main(fixed) == 2
+    assert "nothing to search" in capsys.readouterr().err
+    assert cli.main([*command, "hydra.sweeper.sampler=nope"]) == 2
+    assert "there are tpe and random" in capsys.readouterr().err
+
+
+def test_a_sweep_over_recipes(overrides, eval_file, tmp_path, base, rows_file):
+    mine = tmp_path / "mine/recipe"
+    mine.mkdir(parents=True)
+    for name, rank in (("small", 2), ("large", 8)):
+        (mine / f"{name}.yaml").write_text(f"# @package _global_\nadapter:\n  r: {rank}\n")
+    points = [text for text in overrides if not text.startswith(("run_dir=", "adapter.r="))]
+    command = [
+        "train",
+        "-m",
+        "--config-dir",
+        str(tmp_path / "mine"),
+        *points,
+        f"data.eval={eval_file}",
+        "train.max_steps=2",
+    ]
+    assert cli.main([*command, "recipe=small,large", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
+    assert [compose.load(tmp_path / f"sweep/{i}/config.yaml").adapter.r for i in range(2)] == [2, 8]

@@ -45,8 +45,9 @@ class Sweep:
                 _train(again)
             ranking.rank(self.folder, self.jobs, again)
         failed = [(job.run.path, job.error) for job in self.jobs if job.error is not None] + refused
-        for folder, error in failed:
-            print(f"lora-lab: {folder}: {error}", file=sys.stderr)
+        for error in dict.fromkeys(str(error) for _, error in failed):
+            folders = ", ".join(str(folder) for folder, other in failed if str(other) == error)
+            print(f"lora-lab: {folders}: {error}", file=sys.stderr)
         console.say("sweep", f"{len(failed)} of its runs failed" if failed else "all runs finished")
         return max((error.exit_code if isinstance(error, LoraLabError) else 1 for _, error in failed), default=0)
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
+    from lora_lab.tasks.base import Measured
+
 
 @dataclasses.dataclass
 class State:
@@ -73,6 +75,7 @@ class Member:
         self.state = State()
         self.stop_at = self.total_steps  # where it rests, which may be before its end
         self.failure: Exception | None = None
+        self.measured: Measured | None = None  # its adapter as it is, if it was measured at the last step
         self.seconds = 0.0  # its share of the time that steps took since it was built
         self.log = tracking.open_log(run.path, config.tracker)
 

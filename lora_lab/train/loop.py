@@ -163,10 +163,9 @@ def _step_and_save(members: list[Member], loop: Loop, alone: bool) -> None:
     for member, step in zip(members, learned, strict=True):
         started = time.perf_counter()
         try:
-            with member.turn():
-                _update(member, step, loop)
-                _log(member, step, loop, shared + time.perf_counter() - started)
-                _evaluate_and_save(member, loop.held_out, loop.task, loop.accelerator)
+            _update(member, step, loop)
+            _log(member, step, loop, shared + time.perf_counter() - started)
+            _evaluate_and_save(member, loop.held_out, loop.task, loop.accelerator)
         except Exception as error:
             _fail(member, error, alone)
 
@@ -252,6 +251,7 @@ def _update(member: Member, step: Step, loop: Loop) -> None:
     member.schedule.step()
     member.optimizer.zero_grad()
     state.step += 1
+    member.measured = None
     state.tokens += step.tokens
     state.supervised_tokens += step.supervised
     member.log.write(state.step, loss=step.loss / step.weight, grad_norm=grad_norm, lr=lr, tokens=state.tokens)
@@ -313,10 +313,11 @@ def of_like_length(examples: list[Example], most: int, enough_tokens: int) -> li
 def _stop_non_finite(
     member: Member, loss: float, grad_norm: float, parts: list[list[Example]], task: Task, accelerator: Accelerator
 ) -> None:
-    saved = checkpoint.save(member)
     examples = [example for part in parts for example in part]
     rows = ", ".join(example.origin for example in examples)
-    where = diagnose.first_non_finite(member.model, examples, task, accelerator)
+    with member.turn():
+        saved = checkpoint.save(member)
+        where = diagnose.first_non_finite(member.model, examples, task, accelerator)
     first = (
         f"First not finite: the output of {where}. " if where else "The forward pass is finite, the gradient is not. "
     )
@@ -329,20 +330,24 @@ def _stop_non_finite(
 
 def _evaluate_and_save(member: Member, held_out: Dataset | None, task: Task, accelerator: Accelerator) -> None:
     state, config = member.state, member.config.train
-    better = False
-    if held_out is not None and member.due(config.eval_steps):
-        member.model.eval()
-        with accelerator.autocast():
-            metrics = task.measure(member.model, held_out).metrics
-        member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
-        better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
-        if better:
-            state.best_loss, state.best_step, state.worse_evaluations = metrics["loss"], state.step, 0
-        else:
-            state.worse_evaluations += 1
-            state.stopped_early = state.worse_evaluations == config.early_stopping_patience
-    if better or member.due(config.save_steps):
-        checkpoint.save(member)
+    measures, better = held_out is not None and member.due(config.eval_steps), False
+    if not (measures or member.due(config.save_steps)):
+        return
+    with member.turn():
+        if measures:
+            member.model.eval()
+            with accelerator.autocast():
+                member.measured = task.measure(member.model, held_out)
+            metrics = member.measured.metrics
+            member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
+            better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
+            if better:
+                state.best_loss, state.best_step, state.worse_evaluations = metrics["loss"], state.step, 0
+            else:
+                state.worse_evaluations += 1
+                state.stopped_early = state.worse_evaluations == config.early_stopping_patience
+        if better or member.due(config.save_steps):
+            checkpoint.save(member)
 
 
 def _save_all(members: list[Member]) -> None:
@@ -358,6 +363,7 @@ def _load_best(member: Member) -> None:
         folder = member.run.checkpoints / f"step-{best}"
         files.check_base(folder, member.base)  # it may have been written days ago
         files.read_into(folder, member.model, member.name)
+        member.measured = None
 
 
 def peak_memory_gib() -> float:
