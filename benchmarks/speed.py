@@ -1,4 +1,4 @@
-"""Speed and memory beside other tools: python -m benchmarks.speed [--workloads a,b] [--systems a,b | --tricks] [--repeats 3] [--out RESULT.json]
+"""Speed and memory beside other tools: python -m benchmarks.speed [--workloads a,b] [--systems a,b] [--repeats 3] [--out RESULT.json]
 
 Every system trains the same steps on the same rows in the same order, from the same adapter, in a process of its own; systems
 take turns, again and again, so that a slower hour of the machine meets them all. Figures are medians over the repeats; the first
@@ -33,16 +33,6 @@ _ROOT = Path(__file__).parents[1]
 _OUT = Path(__file__).parent / "results" / "speed.json"
 PEERS = ("trl", "trl_bf16", "trl_packed", "transformers_peft", "litgpt")
 OWN = ("lora_lab", "lora_lab_plain")
-# each acceleration left out, of which --tricks tells what it is worth
-TRICKS = {
-    "without_fused_projections": "speed.fused_projections=false",
-    "without_fused_mlp": "speed.fused_mlp=false",
-    "without_fused_norms": "speed.fused_norms=false",
-    "without_block_attention": "speed.block_attention=false",
-    "without_chunked_loss": "speed.chunked_loss=false",
-    "without_last_layer_rows": "speed.last_layer_rows=false",
-    "without_dequantizing_once": "speed.dequantize=always",
-}
 _LIMIT = 900  # seconds of one run
 
 
@@ -143,14 +133,9 @@ def main() -> None:
         help=f"of {', '.join(EVERY)}; or length, size: whole curves",
     )
     parser.add_argument("--systems", type=lambda text: text.split(","), help="instead of each workload's own")
-    parser.add_argument(
-        "--tricks", action="store_true", help="lora_lab with and without each of its accelerations instead"
-    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=_OUT)
     args = parser.parse_args()
-    if args.tricks:
-        args.systems = ["lora_lab", *TRICKS, "lora_lab_plain"]
     args.workloads = [name for given in args.workloads for name in CURVES.get(given, [given])]
     missing = {name for name in ("trl", "litgpt") if importlib.util.find_spec(name) is None}
     for name in sorted(missing):
@@ -220,10 +205,8 @@ def _run(system: str, spec: dict[str, Any], folder: Path) -> dict[str, Any] | No
     own["overrides"] = [*spec["overrides"], f"run_dir={folder}/run"]
     if system == "lora_lab_plain":
         own["overrides"].append("speed=plain")
-    if system in TRICKS:
-        own["overrides"].append(TRICKS[system])
     (folder / "spec.json").write_text(json.dumps(own))
-    worker = "lora_lab" if system in (*OWN, *TRICKS) else system
+    worker = "lora_lab" if system in OWN else system
     command = [sys.executable, "-m", "benchmarks.speed_worker", worker, f"{folder}/spec.json", f"{folder}/out.json"]
     environment = {**os.environ, "BENCHMARK_BEGAN": str(time.time()), "HF_HUB_OFFLINE": "1"}
     try:

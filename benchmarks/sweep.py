@@ -1,4 +1,4 @@
-"""A sweep of eight adapters in every way there is: python -m benchmarks.sweep [--quants none,nf4] [--steps 24] [--out RESULT.json]
+"""A sweep of eight adapters in every way there is: python -m benchmarks.sweep [--quants none,nf4,float32] [--steps 24] [--out RESULT.json]
 
 Ranks 4, 8, 16, 32 times learning rates 1e-4, 1e-3 on short rows, 8 in a step: as one cohort with shared passes, as one cohort in
 turns, with successive halving, as eight `lora-lab train` one after another, and as eight runs of TRL's SFTTrainer (bfloat16
@@ -29,7 +29,8 @@ from benchmarks.tasks import _machine, _versions
 
 _OUT = Path(__file__).parent / "results" / "sweep.json"
 RANKS, RATES = (4, 8, 16, 32), (1e-4, 1e-3)
-SYSTEMS = ("joint", "turns", "halving", "processes", "trl")
+_HELD = {"none": ["quant=none"], "nf4": ["quant=nf4"], "float32": ["quant=none", "model.dtype=float32"]}
+SYSTEMS = ("joint", "turns", "halving", "halving_3_rungs", "processes", "trl")
 
 
 def main() -> None:
@@ -51,9 +52,8 @@ def main() -> None:
             folder = Path(temporary) / f"{quant}_{system}_{repeat}"
             folder.mkdir()
             started = time.perf_counter()
-            found = {"joint": _cohort, "turns": _cohort, "halving": _cohort, "processes": _processes, "trl": _trl}[
-                system
-            ](system, _overrides(rows, quant, args.steps), folder)
+            system_runs = {"processes": _processes, "trl": _trl}.get(system, _cohort)
+            found = system_runs(system, _overrides(rows, quant, args.steps), folder)
             run = {
                 "quant": quant,
                 "system": system,
@@ -84,7 +84,7 @@ def _write_rows(folder: Path, steps: int) -> Path:
 
 def _overrides(rows: Path, quant: str, steps: int) -> list[str]:
     return [
-        "model=hub", f"model.path={speed._models()}/smollm2-135m-instruct-hf", f"quant={quant}", "hardware=cpu", "tracker=none",
+        "model=hub", f"model.path={speed._models()}/smollm2-135m-instruct-hf", *_HELD[quant], "hardware=cpu", "tracker=none",
         f"data.train={rows}/train.jsonl", f"data.eval={rows}/eval.jsonl", "data.check=off", "data.duplicates=keep",
         f"train.max_steps={steps}", "train.batch_size=8", "train.eval_steps=1000000",
     ]  # fmt: skip
@@ -111,6 +111,7 @@ def _cohort(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
         "joint": ["sweep.execution=joint"],
         "turns": ["sweep.execution=turns"],
         "halving": ["sweep=halving", "sweep.eta=3"],
+        "halving_3_rungs": ["sweep=halving", "sweep.eta=3", "sweep.rungs=3"],
     }
     points = [f"adapter.r={','.join(map(str, RANKS))}", f"optim.lr={','.join(map(str, RATES))}"]
     said, peak = _command(["lora_lab", "train", "-m", *overrides, *more[system], *points, f"hydra.sweep.dir={folder}"])

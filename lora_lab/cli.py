@@ -22,7 +22,8 @@ A run is composed from groups (GROUP=CHOICE) and single values (SECTION.KEY=VALU
   lora-lab train recipe=demo adapter.r=4 optim.lr=1e-4    the same with other values
   lora-lab train recipe=demo data.train=my.jsonl          on your rows (JSONL, JSON, CSV, Parquet)
   lora-lab train model=hub model.path=Qwen/Qwen3-8B data.train=my.jsonl quant=nf4
-  lora-lab train -m recipe=demo adapter.r=4,8,16          one run for each value
+  lora-lab train -m recipe=demo adapter.r=4,8,16          one run for each value, together on one base; sweep=halving,
+                                                          sweep.seeds=3, sweep.budget=30minutes: docs/sweeps.md
   lora-lab train --config-dir mine recipe=own             a recipe of yours: mine/recipe/own.yaml
 
 groups:  model quant adapter task data optim train hardware tracker export recipe
@@ -51,6 +52,7 @@ answers that do not end, prompts that differ between training and inference. lor
 """,
     "resume": """\
   lora-lab resume run=runs/demo/2026-01-31_12-00-00
+  lora-lab resume sweep=runs/demo/sweep_2026-01-31_12-00-00
 
 Goes on from the newest valid checkpoint and ends with the same bytes as a run that was never interrupted. The run's own
 configuration holds; base and data must be unchanged.
@@ -62,6 +64,7 @@ configuration holds; base and data must be unchanged.
     "merge": """\
   lora-lab merge run=DIR
   lora-lab merge run=DIR export.dtype=float32
+  lora-lab merge sweep=DIR                                the run that the ranking says to take; or member=3
 
 Reloads the base unquantized, adds the adapter, saves DIR/merged, loads that in a fresh process with plain transformers,
 compares it with the trained model on held-out rows, and keeps it only if it agrees (limits: the merge section).

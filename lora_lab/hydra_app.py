@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,17 +18,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lora_lab.compose import compose_prepared, conf_dir, to_run_config
 from lora_lab.config import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError
-from lora_lab.sweep.jobs import Outcome
+from lora_lab.sweep.jobs import Nodes, Outcome
 
 
 def multirun(
-    overrides: Sequence[str], config_dir: str | None, launch: Callable[[list[RunConfig]], list[Outcome]]
+    overrides: Sequence[str], config_dir: str | None, launch: Callable[[list[RunConfig], Nodes | None], list[Outcome]]
 ) -> list[tuple[str, LoraLabError]]:
     """Ordinary Hydra multirun, in `hydra.sweep.dir`: the cohort launcher gives all points that the sweeper asks for to `launch`
     at once, other launchers one after another.
 
     Args:
-        launch: trains these runs; what each was worth.
+        launch: trains these runs, here or on nodes; what each was worth.
 
     Returns:
         The folder and error of each point whose configuration cannot be used.
@@ -40,7 +41,7 @@ def multirun(
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
     failures: list[tuple[str, LoraLabError]] = []
 
-    def cohort(points: list[tuple[DictConfig, Path]]) -> list[Outcome]:
+    def cohort(points: list[tuple[DictConfig, Path]], on: dict[str, Any] | None = None) -> list[Outcome]:
         configs = {}
         for place, (tree, folder) in enumerate(points):
             try:
@@ -49,7 +50,7 @@ def multirun(
                 configs[place] = to_run_config(tree)
             except LoraLabError as error:
                 failures.append((str(folder), error))
-        values = dict(zip(configs, launch(list(configs.values())), strict=True))
+        values = dict(zip(configs, launch(list(configs.values()), on and Nodes(**on)), strict=True))
         return [values.get(place, Outcome(None)) for place in range(len(points))]
 
     def task(tree: DictConfig) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_lab import cli, compose, run, storage
 from lora_lab.errors import RunError, TrainingError
-from lora_lab.sweep import cohort, halving, jobs, ranking
+from lora_lab.sweep import cohort, halving, jobs, nodes, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.train import joint, loop
 
@@ -117,13 +118,13 @@ def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys
     plain = joint.learn
 
     def learn(shares, *more):
+        plain(shares, *more)
         if len(shares) > 2:
             raise torch.OutOfMemoryError("no room")
-        plain(shares, *more)
 
     monkeypatch.setattr(joint, "check", lambda *_: None)
     monkeypatch.setattr(joint, "learn", learn)
-    each = [[f"seed={i}"] for i in range(4)]
+    each = [[f"seed={i}", "adapter.lora_dropout=0.2"] for i in range(4)]
     found = trained(points(*each))
     assert [job.error for job in found] == [None] * 4
     assert "passes of 2 members from now on" in capsys.readouterr().out
@@ -146,7 +147,7 @@ def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execut
         plain(member, step, inside)
 
     each = [[f"adapter.r={r}", f"sweep.execution={execution}"] for r in (2, 4, 8)]
-    alone = [run.train(config) for config in points(*each, name="alone")]
+    alone = {place: run.train(points(*each, name="alone")[place]) for place in (0, 2)}
     monkeypatch.setattr(loop, "_update", update)
     found = trained(points(*each))
     assert [job.error is None for job in found] == [True, False, True]
@@ -154,6 +155,9 @@ def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execut
     for place in (0, 2):
         assert_same_run(found[place].run.path, alone[place].path)
     assert not found[1].run.result.exists()
+    left = json.loads((found[1].run.path / "failed.json").read_text())
+    assert left["error"] == str(found[1].error)
+    assert "_update" in "".join(left["traceback"])
 
 
 def test_points_that_cannot_be_used_do_not_stop_the_others(overrides, eval_file, tmp_path, capsys):
@@ -188,6 +192,19 @@ def test_jobs_that_cannot_share_a_base_form_groups(points, capsys):
     assert found[1].title == '1 (quant.method="none" quant.double_quant=false adapter.r=4)'
 
 
+def test_a_tracker_of_one_run_at_a_time_gets_one(points):
+    found = jobs.jobs_of(points(["tracker=wandb", "adapter.r=2"], ["tracker=wandb", "adapter.r=4"]))
+    assert len(jobs.groups(found)) == 2
+    assert "tracker.name=wandb follows one at a time" in jobs.why_apart(*found)
+
+
+def test_a_new_head_is_drawn_for_its_own_seed(points):
+    found = jobs.jobs_of(
+        points(*(["task=classification", f"seed={seed}", f"adapter.r={r}"] for seed in (0, 1) for r in (2, 4)))
+    )
+    assert [len(group) for group in jobs.groups(found)] == [2, 2]
+
+
 # -- stopping and going on ------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +231,7 @@ cli.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("updates", [5, 32])
+@pytest.mark.parametrize("updates", [pytest.param(5, marks=pytest.mark.long), 32])
 def test_a_killed_sweep_goes_on_where_it_stopped(overrides, eval_file, tmp_path, capsys, updates):
     assert cli.main(_sweep_command(overrides, eval_file, tmp_path / "whole")) == 0
     command = _sweep_command(overrides, eval_file, tmp_path / "killed")
@@ -234,6 +251,33 @@ def test_a_killed_sweep_goes_on_where_it_stopped(overrides, eval_file, tmp_path,
     assert cli.main(["resume", f"sweep={tmp_path}/killed"]) == 0
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert "3 of 3 runs are finished already" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("updates", [7, 13, 25])
+def test_a_killed_halving_goes_on_where_it_stopped(overrides, eval_file, tmp_path, updates):
+    found = []
+    for name in ("whole", "killed"):
+        command = [
+            *_sweep_command(overrides, eval_file, tmp_path / name),
+            "sweep=halving",
+            "sweep.eta=2",
+            "sweep.rungs=3",
+        ]
+        if name == "killed":
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            killed = subprocess.run(
+                [sys.executable, "-c", _KILLED, str(updates), *command],
+                env=environment,
+                check=False,
+                capture_output=True,
+            )
+            assert killed.returncode == -signal.SIGKILL
+        assert cli.main(command) == 0
+        ranked = json.loads((tmp_path / name / "ranking.json").read_text())
+        found.append((ranked["take"], [place["note"] for place in ranked["ranking"]]))
+    assert found[0] == found[1]
+    assert_same_run(tmp_path / "killed" / found[0][0], tmp_path / "whole" / found[0][0])
 
 
 def test_a_sweep_is_not_gone_on_with_other_values(overrides, eval_file, tmp_path, capsys):
@@ -275,10 +319,13 @@ def test_a_budget_ends_a_sweep(points):
     found = trained(points(["adapter.r=2", "sweep.budget=7steps"], ["adapter.r=4", "sweep.budget=7steps"]))
     assert [job.stopped for job in found] == ["stopped at step 4 of 10"] * 2
     assert [job.error for job in found] == [None, None]
+    both = trained(points(["quant=none", "sweep.budget=12steps"], ["quant=nf4", "sweep.budget=12steps"], name="groups"))
+    assert both[0].result is not None
+    assert both[1].stopped == "stopped at step 2 of 10"
     budget = Budget.of("30minutes")
-    assert not budget.used_up([])
+    assert not budget.used_up()
     budget.began -= 1801
-    assert budget.used_up([])
+    assert budget.used_up()
 
 
 def test_rungs_spend_what_they_promise():
@@ -292,6 +339,9 @@ def test_rungs_spend_what_they_promise():
         spent += len(rung.members) * (rung.members[0].stop_at - at)
         at, rung.kept = rung.members[0].stop_at, rung.members[: rung.keep]
     assert spent == 9 * 10 + 3 * 20 + 1 * 60  # instead of 9 * 90
+    two = list(halving.rungs(members, dataclasses.replace(config, rungs=2)))[:1]
+    assert members[0].stop_at == 30
+    assert two[0].keep == 3
 
 
 # -- ranking ----------------------------------------------------------------------------------------------------------------
@@ -500,3 +550,39 @@ def test_a_sweep_over_recipes(overrides, eval_file, tmp_path, base, rows_file):
     ]
     assert cli.main([*command, "recipe=small,large", f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
     assert [compose.load(tmp_path / f"sweep/{i}/config.yaml").adapter.r for i in range(2)] == [2, 8]
+
+
+# -- other nodes ------------------------------------------------------------------------------------------------------------
+
+
+def test_cohorts_train_on_two_workers(overrides, eval_file, tmp_path, capsys):
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    command = [
+        "train",
+        "-m",
+        *points,
+        f"data.eval={eval_file}",
+        "train.max_steps=3",
+        "adapter.r=2,4",
+        "adapter.target_modules=[q_proj],[nope]",
+    ]
+    nodes = ["hydra/launcher=cohort_local", "hydra.launcher.workers=2", f"hydra.sweep.dir={tmp_path}/nodes"]
+    assert cli.main([*command, *nodes]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("   node  ") == 2
+    assert "nope matches no linear layer" in captured.err
+    assert cli.main([*command, f"hydra.sweep.dir={tmp_path}/here"]) == 2
+    for name in "02":
+        assert_same_run(tmp_path / "nodes" / name, tmp_path / "here" / name)
+    here, there = (json.loads((tmp_path / name / "ranking.json").read_text()) for name in ("here", "nodes"))
+    assert [place["name"] for place in here["ranking"]] == [place["name"] for place in there["ranking"]]
+
+
+def test_groups_are_spread_over_workers(points):
+    found = jobs.jobs_of(
+        points(*([f"adapter.r={r}", f"quant={q}"] for q in ("none", "nf4", "int8") for r in (2, 4, 8)))
+    )
+    sizes = {workers: sorted(map(len, nodes.parts(found, workers))) for workers in (1, 2, 3, 4, 9, 20)}
+    assert sizes == {1: [9], 2: [3, 6], 3: [3, 3, 3], 4: [1, 2, 3, 3], 9: [1] * 9, 20: [1] * 9}
+    for part in nodes.parts(found, 4):
+        assert len(jobs.groups(part)) == 1

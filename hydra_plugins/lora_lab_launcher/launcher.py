@@ -14,7 +14,19 @@ from omegaconf import open_dict
 
 
 class CohortLauncher(Launcher):
-    """`hydra/launcher=cohort`: one call for all points, in place of one after another."""
+    """`hydra/launcher=cohort`: one call for all points, in place of one after another.
+
+    `cohort_slurm` and `cohort_local` train cohorts on other nodes, or in other processes, through submitit.
+    """
+
+    def __init__(self, executor=None, workers=1, parameters=None):
+        """
+        Args:
+            executor: of submitit; None: train here.
+            workers: cohorts at the same time.
+            parameters: submitit's own.
+        """
+        self.nodes = executor and {"executor": executor, "workers": workers, "parameters": dict(parameters or {})}
 
     def setup(self, *, hydra_context, task_function, config):
         """Keep what `launch` needs."""
@@ -27,7 +39,7 @@ class CohortLauncher(Launcher):
             raise RuntimeError("hydra/launcher=cohort is lora_lab's; use hydra/launcher=basic in other applications.")
         setup_globals()
         points = [self._point(overrides, initial_job_idx + place) for place, overrides in enumerate(job_overrides)]
-        values = cohort([(tree, folder) for tree, folder, _ in points])
+        values = cohort([(tree, folder) for tree, folder, _ in points], self.nodes)
         return [
             JobReturn(
                 overrides=list(overrides),
@@ -47,9 +59,13 @@ class CohortLauncher(Launcher):
         return tree, Path(tree.hydra.sweep.dir) / str(tree.hydra.sweep.subdir), list(overrides)
 
 
-ConfigStore.instance().store(
-    group="hydra/launcher",
-    name="cohort",
-    node={"_target_": "hydra_plugins.lora_lab_launcher.launcher.CohortLauncher"},
-    provider="lora_lab",
-)
+_TARGET = "hydra_plugins.lora_lab_launcher.launcher.CohortLauncher"
+_CHOICES = {
+    "cohort": {},
+    "cohort_local": {"executor": "local", "workers": 2, "parameters": {"timeout_min": 10000}},
+    "cohort_slurm": {"executor": "slurm", "workers": 4, "parameters": {"timeout_min": 600, "gpus_per_node": 1}},
+}
+for _name, _settings in _CHOICES.items():
+    ConfigStore.instance().store(
+        group="hydra/launcher", name=_name, node={"_target_": _TARGET, **_settings}, provider="lora_lab"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, RangeSweep, Transformer
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
@@ -41,11 +42,22 @@ class OptunaCohortSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         overrides = OverridesParser.create().parse_overrides(arguments)
-        search = Search(overrides, folder / "optuna.journal", self.sampler, self.seed)
+        fixed = [one.input_line for one in overrides if not one.is_sweep_override()]
+        space = {one.get_key_element(): _values(one) for one in overrides if one.is_sweep_override()}
+        search = Search(space, folder / "optuna.journal", self.sampler, self.seed)
         while batch := search.ask(self.batch, self.trials):
-            points = [(*search.fixed, *search.chosen(trial)) for trial in batch]
+            points = [(*fixed, *search.chosen(trial)) for trial in batch]
             returned = self.launcher.launch(points, initial_job_idx=batch[0].number)
             search.tell(batch, [one.return_value for one in returned])
+
+
+def _values(override):
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return {"low": value.start, "high": value.end, "log": "log" in value.tags}
+    if isinstance(value, RangeSweep) and all(isinstance(bound, int) for bound in (value.start, value.stop, value.step)):
+        return {"low": value.start, "high": value.stop - 1, "step": value.step}
+    return {"choices": list(override.sweep_iterator(transformer=Transformer.encode))}
 
 
 ConfigStore.instance().store(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ class Budget:
     amount: float
     unit: str
     began: float = dataclasses.field(default_factory=time.monotonic)
+    members: list[Member] = dataclasses.field(default_factory=list)  # that spend it now
+    before: dict[str, int] = dataclasses.field(default_factory=lambda: {"steps": 0, "tokens": 0})  # of earlier members
 
     @classmethod
     def of(cls, text: str | None) -> Budget:
@@ -28,11 +29,19 @@ class Budget:
         number, unit = re.fullmatch(r"(\d+)(\w+)", text).groups()
         return cls(float(number), unit)
 
-    def used_up(self, members: Sequence[Member]) -> bool:
-        """Whether it is spent."""
-        spent = {
-            "steps": lambda: sum(member.state.step for member in members),
-            "tokens": lambda: sum(member.state.tokens for member in members),
-            "minutes": lambda: (time.monotonic() - self.began) / 60,
+    def spent(self) -> dict[str, float]:
+        """So far, in each unit."""
+        return {
+            "steps": self.before["steps"] + sum(member.state.step for member in self.members),
+            "tokens": self.before["tokens"] + sum(member.state.tokens for member in self.members),
+            "minutes": (time.monotonic() - self.began) / 60,
         }
-        return spent[self.unit]() >= self.amount
+
+    def used_up(self) -> bool:
+        """Whether it is spent."""
+        return self.spent()[self.unit] >= self.amount
+
+    def settle(self) -> None:
+        """Forget the members, which hold their model, but not what they spent."""
+        spent = self.spent()
+        self.before, self.members = {unit: int(spent[unit]) for unit in self.before}, []

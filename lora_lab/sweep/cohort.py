@@ -32,17 +32,25 @@ def train(jobs: list[Job]) -> None:
     Raises:
         Interrupted: after the state of every member was saved.
     """
-    for job in jobs:
-        _open(job)
-    waiting = [job for job in jobs if job.error is None and job.result is None]
-    if len(waiting) < len(jobs):
-        console.say("sweep", f"{sum(job.result is not None for job in jobs)} of {len(jobs)} runs are finished already")
-    parts = groups(waiting)
+    parts, budget = groups(opened(jobs)), Budget.of(jobs[0].config.sweep.budget)
     for number, part in enumerate(parts):
         if number:
             console.say("group", f"{len(part)} runs of their own: other {why_apart(parts[0][0], part[0])}")
-        _train_group(part)
-        gc.collect()  # the last group's base makes room
+        _train_group(part, budget)
+        for job in part:
+            job.write_failure()
+        gc.collect()  # the group's base makes room
+
+
+def opened(jobs: list[Job]) -> list[Job]:
+    """Make the jobs' folders; those that are neither finished nor refused."""
+    for job in jobs:
+        _open(job)
+    waiting = [job for job in jobs if job.error is None and job.result is None]
+    finished = sum(job.result is not None for job in jobs)
+    if finished:
+        console.say("sweep", f"{finished} of {len(jobs)} runs are finished already")
+    return waiting
 
 
 def _open(job: Job) -> None:
@@ -56,18 +64,19 @@ def _open(job: Job) -> None:
         job.error = error
 
 
-def _train_group(jobs: list[Job]) -> None:
+def _train_group(jobs: list[Job], budget: Budget) -> None:
     """Train jobs that share a base. What goes wrong with what they share is the error of each."""
     with contextlib.ExitStack() as stack:
         jobs = _those(jobs, lambda job: stack.enter_context(job.run.locked()))
         try:
-            _train_together(jobs)
+            if jobs:
+                _train_together(jobs, budget)
         except Exception as error:
             for job in jobs:
                 job.error = job.error or (None if job.result else error)
 
 
-def _train_together(jobs: list[Job]) -> None:
+def _train_together(jobs: list[Job], budget: Budget) -> None:
     prepared = prepare(jobs[0].config)
     skeleton = load.skeleton(prepared.base.folder, prepared.kind)
     jobs = _those(jobs, lambda job: check_targets(skeleton, job.config.adapter, prepared.kind.new_modules))
@@ -79,7 +88,7 @@ def _train_together(jobs: list[Job]) -> None:
     members: dict[str, Member] = {}
     for place, job in enumerate(jobs):
         _those([job], lambda job, place=place: members.update({job.title: _member(_name(place), job, prepared)}))
-    _train_members([(job, members[job.title]) for job in jobs if job.error is None], prepared, before)
+    _train_members([(job, members[job.title]) for job in jobs if job.error is None], prepared, before, budget)
 
 
 def _those(jobs: list[Job], action: Callable[[Job], Any]) -> list[Job]:
@@ -123,28 +132,21 @@ def _member(name: str, job: Job, prepared: Prepared) -> Member:
     return member
 
 
-def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: Measured) -> None:
+def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: Measured, budget: Budget) -> None:
     if not pairs:
         return
     sweep, members = pairs[0][0].config.sweep, [member for _, member in pairs]
     roster, width = _execution(members, prepared, sweep)
-    budget = Budget.of(sweep.budget)
+    budget.members += members
+    clock = Clock()
     with prepared.stages("train"):
         for rung in halving.rungs(members, sweep):
             alive = [member for member in rung.members if member.failure is None]
             if not alive:
                 break
-            clock = fit(
-                alive,
-                prepared.train,
-                prepared.held_out,
-                prepared.task,
-                prepared.accelerator,
-                roster,
-                width,
-                budget.used_up,
-            )
+            clock = _fit(alive, prepared, roster, width, budget)
             rung.choose(alive)
+    budget.settle()
     for job, member in pairs:
         job.error = member.failure
         if member.done and member.failure is None:
@@ -153,6 +155,17 @@ def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: 
             step, loss = member.state.step, halving.loss_at(member, member.state.step)
             job.stopped, job.stopped_at = f"stopped at step {step} of {member.total_steps}", step
             job.stopped_loss = loss if math.isfinite(loss) else None
+
+
+def _fit(members: list[Member], prepared: Prepared, roster: Roster | None, width: int, budget: Budget) -> Clock:
+    data, task = (prepared.train, prepared.held_out), prepared.task
+    try:
+        return fit(members, *data, task, prepared.accelerator, roster, width, budget.used_up)
+    except Exception as error:
+        if len(members) > 1:
+            raise
+        members[0].failure = error  # the others of the sweep have stopped before
+        return Clock()
 
 
 def _finish(job: Job, member: Member, prepared: Prepared, before: Measured, clock: Clock) -> None:

@@ -40,8 +40,8 @@ def rungs(members: list[Member], sweep: SweepConfig) -> Iterator[Rung]:
     if sweep.strategy == "grid":
         yield Rung(members, len(members))
         return
-    eta, count = sweep.eta, 1
-    while eta**count <= len(members):
+    eta, count = sweep.eta, sweep.rungs or 1
+    while sweep.rungs is None and eta**count <= len(members):
         count += 1
     for number in range(count):
         last = number == count - 1

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lab import compose, console
+from lora_lab import compose, console, storage
 from lora_lab.compose import leaves
 from lora_lab.config import RunConfig
-from lora_lab.errors import RunError
+from lora_lab.errors import LoraLabError, RunError
 from lora_lab.run_dir import RunDir
 
 # what decides the base, the rows and the passes over them; everything else is a member's own
 _SHARED = ("model", "quant", "data", "task", "hardware", "speed", "tracker", "sweep")
+_TRACKERS_OF_MANY = ("auto", "none", "tensorboard")  # others follow one run of a process
+_FAILED = "failed.json"
 _SHARED_OF_TRAIN = ("packing", "gradient_checkpointing", "recompute_every", "offload_activations")
 
 
@@ -41,6 +44,29 @@ class Job:
         """What its `result.json` says, once it is finished."""
         return json.loads(self.run.result.read_text(encoding="utf-8")) if self.run.result.exists() else None
 
+    def write_failure(self) -> None:
+        """Leave the error in the run's folder, for whoever asked for the run from elsewhere; none is left if there is none."""
+        file = self.run.path / _FAILED
+        if self.error is None:
+            file.unlink(missing_ok=True)
+        elif self.run.config.exists():
+            code = self.error.exit_code if isinstance(self.error, LoraLabError) else 1
+            where = traceback.format_exception(self.error)
+            storage.write_text(
+                file, storage.dump_json({"error": str(self.error), "exit_code": code, "traceback": where})
+            )
+            self.error.__traceback__ = None  # it holds the model
+
+    def failure(self) -> LoraLabError | None:
+        """The error that was left there."""
+        file = self.run.path / _FAILED
+        if not file.exists():
+            return None
+        left = json.loads(file.read_text(encoding="utf-8"))
+        error = LoraLabError(left["error"])
+        error.exit_code = left["exit_code"]
+        return error
+
     @property
     def title(self) -> str:
         """Such as '3 (adapter.r=8 optim.lr=0.001)'."""
@@ -53,6 +79,15 @@ class Outcome:
 
     score: float | None  # lower is better; None: failed
     stopped_at: int | None = None  # the step after which it was stopped early
+
+
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """Where cohorts are trained: submitit's `slurm`, or `local` for processes of this machine."""
+
+    executor: str
+    workers: int  # at the same time
+    parameters: dict[str, Any]  # submitit's own, such as slurm_partition, timeout_min, gpus_per_node
 
 
 def _shown(value: Any) -> str:
@@ -119,6 +154,8 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     shared |= {f"train.{name}": tree["train"][name] for name in _SHARED_OF_TRAIN}
     if TASKS[config.task.name].head != "none":
         shared["seed"] = config.seed  # a new head is drawn with it while the base is loaded
+    if config.tracker.name not in _TRACKERS_OF_MANY:
+        shared[f"run, because tracker.name={config.tracker.name} follows one at a time"] = config.run_dir
     return shared
 
 
@@ -128,16 +165,22 @@ def why_apart(one: Job, other: Job) -> str:
     return ", ".join(key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key))
 
 
-def in_folder(folder: Path) -> list[Job]:
+def in_folder(folder: Path, names: Sequence[str] | None = None) -> list[Job]:
     """The jobs of a sweep folder, as they were when it began.
 
+    Args:
+        names: of their run folders; None: all but those that only repeat others with another seed.
+
     Raises:
-        RunError: there is no sweep in it.
+        RunError: there is no sweep in it, or no such run.
     """
-    runs = [
-        file for file in folder.glob("*/config.yaml") if "_seed" not in file.parent.name
-    ]  # those are repeats of others
+    runs = [file for file in folder.glob("*/config.yaml") if names is not None or "_seed" not in file.parent.name]
+    if names is not None:
+        runs = [folder / name / "config.yaml" for name in names]
+    missing = [file.parent for file in runs if not file.is_file()]
+    if missing or not runs:
+        raise RunError(
+            f"sweep={folder}: no {missing[0].name if missing else 'sweep'} there. Name a folder that lora-lab train -m made."
+        )
     runs.sort(key=lambda file: (len(file.parent.name), file.parent.name))
-    if not runs:
-        raise RunError(f"sweep={folder}: no sweep there. Name a folder that lora-lab train -m made.")
-    return jobs_of([compose.load(file) for file in runs])
+    return jobs_of([dataclasses.replace(compose.load(file), run_dir=str(file.parent)) for file in runs])

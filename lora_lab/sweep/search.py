@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep, Transformer
-
 from lora_lab import console
 from lora_lab.errors import ConfigError
 from lora_lab.sweep.jobs import Outcome
@@ -19,10 +17,10 @@ if TYPE_CHECKING:
 class Search:
     """A study in a journal file; one that was interrupted goes on with the batch that was being trained."""
 
-    def __init__(self, overrides: Sequence[Override], journal: Path, sampler: str, seed: int):
+    def __init__(self, space: dict[str, dict[str, Any]], journal: Path, sampler: str, seed: int):
         """
         Args:
-            overrides: `key=a,b`, `key=interval(a,b)` (`tag(log,interval(a,b))`) and `key=range(a,b)` are searched, others fixed.
+            space: for each key {"choices": [...]}, {"low", "high", "log"} or {"low", "high", "step"} (integers, ends included).
 
         Raises:
             ConfigError: Optuna is not installed, nothing is to be searched, or there is no such sampler.
@@ -40,8 +38,7 @@ class Search:
         if sampler not in samplers:
             raise ConfigError(f"hydra.sweeper.sampler={sampler}: there are {' and '.join(samplers)}.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.fixed = [override.input_line for override in overrides if not override.is_sweep_override()]
-        self.space = {o.get_key_element(): _distribution(o) for o in overrides if o.is_sweep_override()}
+        self.space = {key: _distribution(key, values) for key, values in space.items()}
         if not self.space:
             raise ConfigError(
                 "hydra/sweeper=optuna_cohort: nothing to search. Write such as optim.lr='tag(log,interval(1e-5,1e-3))'."
@@ -81,19 +78,15 @@ class Search:
                 self.study.tell(trial, state=TrialState.FAIL)
 
 
-def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    import optuna
+def _distribution(key: str, values: dict[str, Any]) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    value, key = override.value(), override.get_key_element()
-    if isinstance(value, IntervalSweep):
-        return optuna.distributions.FloatDistribution(value.start, value.end, log="log" in value.tags)
-    if isinstance(value, RangeSweep) and all(isinstance(bound, int) for bound in (value.start, value.stop, value.step)):
-        return optuna.distributions.IntDistribution(value.start, value.stop - 1, step=value.step)
-    if isinstance(value, ChoiceSweep):
-        return optuna.distributions.CategoricalDistribution(
-            list(override.sweep_iterator(transformer=Transformer.encode))
-        )
-    raise ConfigError(f"{key}: cannot be searched. Write a choice (a,b), interval(a,b) or a range of integers.")
+    try:
+        if "choices" in values:
+            return CategoricalDistribution(values["choices"])
+        return IntDistribution(**values) if "step" in values else FloatDistribution(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: cannot be searched ({error}). Write a,b or interval(a,b) or range(1,9).") from error
 
 
 def _text(value: Any) -> str:

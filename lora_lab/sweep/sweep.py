@@ -9,8 +9,8 @@ from typing import Any
 from lora_lab import console, run
 from lora_lab.config import RunConfig
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
-from lora_lab.sweep import cohort, ranking
-from lora_lab.sweep.jobs import Job, Outcome, in_folder, jobs_of, repeats
+from lora_lab.sweep import cohort, nodes, ranking
+from lora_lab.sweep.jobs import Job, Nodes, Outcome, in_folder, jobs_of, repeats
 
 
 class Sweep:
@@ -18,31 +18,33 @@ class Sweep:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.nodes: Nodes | None = None  # None: everything is trained here
 
     @property
     def folder(self) -> Path:
         return self.jobs[0].run.path.parent
 
-    def launch(self, configs: list[RunConfig]) -> list[Outcome]:
+    def launch(self, configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
         """Train these runs; what each was worth."""
         new = jobs_of(configs)
-        self.jobs += new
-        _train(new)
+        self.jobs, self.nodes = self.jobs + new, nodes
+        _train(new, nodes)
         found = {job.config.run_dir: ranking.outcome(job) for job in new}
         return [found.get(config.run_dir, Outcome(None)) for config in configs]
 
-    def end(self, refused: list[tuple[str, LoraLabError]]) -> int:
+    def end(self, refused: list[tuple[str, LoraLabError]], ranked: bool = True) -> int:
         """Repeat the best over seeds, rank, list what failed; the exit code.
 
         Args:
             refused: folder and error of points that could not be used at all.
+            ranked: whether these are all runs of the sweep.
         """
-        if self.jobs:
+        if self.jobs and ranked:
             self.jobs = jobs_of([job.config for job in self.jobs], self.jobs)
             again = repeats(ranking.best(self.jobs), self.jobs)
             if again:
                 console.say("seeds", f"{len(again)} runs more, to tell the best from chance")
-                _train(again)
+                _train(again, self.nodes)
             ranking.rank(self.folder, self.jobs, again)
         failed = [(job.run.path, job.error) for job in self.jobs if job.error is not None] + refused
         for error in dict.fromkeys(str(error) for _, error in failed):
@@ -52,24 +54,25 @@ class Sweep:
         return max((error.exit_code if isinstance(error, LoraLabError) else 1 for _, error in failed), default=0)
 
 
-def _train(jobs: list[Job]) -> None:
+def _train(jobs: list[Job], on: Nodes | None = None) -> None:
     try:
-        cohort.train(jobs)
+        cohort.train(jobs) if on is None else nodes.train(jobs, on)
     except Interrupted as interruption:
         interruption.sweep = jobs[0].run.path.parent
         raise
 
 
 def resume(folder: str, overrides: list[str]) -> int:
-    """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on."""
-    if overrides:
-        raise ConfigError(
-            f"{overrides[0]}: resume takes no overrides, because it would not be the same sweep any more."
-        )
+    """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on. With `members=0,3` only these, without a
+    ranking."""
     whole = Sweep()
-    whole.jobs = in_folder(Path(folder).expanduser())
+    named = [text.partition("=")[2].split(",") for text in overrides if text.startswith("members=")]
+    other = [text for text in overrides if not text.startswith("members=")]
+    if other:
+        raise ConfigError(f"{other[0]}: resume takes no overrides, because it would not be the same sweep any more.")
+    whole.jobs = in_folder(Path(folder).expanduser(), named[-1] if named else None)
     _train(whole.jobs)
-    return whole.end([])
+    return whole.end([], ranked=not named)
 
 
 def merge(folder: str, overrides: list[str]) -> dict[str, Any]:

@@ -105,5 +105,7 @@ class Member:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Inside the block this member's adapter is the active one."""
-        self.model.set_adapter(self.name)
+        trained = all(parameter.requires_grad for parameter in self.parameters.values())
+        if self.model.active_adapter != self.name or not trained:  # peft goes through every adapter of every layer
+            self.model.set_adapter(self.name)
         yield

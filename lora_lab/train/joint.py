@@ -96,6 +96,7 @@ def learn(shares: Sequence[Share], task: DecoderTask, roster: Roster, accelerato
     """Add the gradients of each member's step, and its summed loss to its share."""
     for one in shares:
         one.loss = 0.0
+        one.generator.manual_seed(one.seed)  # a step that is made again drops the same
         for parameter in one.member.parameters.values():
             parameter.requires_grad_()  # peft lets only the active adapter have gradients
     for place in range(max(len(one.parts) for one in shares)):

@@ -88,7 +88,7 @@ def fit(
     accelerator: Accelerator,
     roster: Roster | None = None,
     width: int = 1,
-    used_up: Callable[[list[Member]], bool] = lambda members: False,
+    used_up: Callable[[], bool] = lambda: False,
 ) -> Clock:
     """Train every member to where it stops; those at their end are left with their best or last adapter loaded
     (`train.keep_best`).
@@ -122,7 +122,7 @@ def fit(
                 if arrived:
                     _save_all(members)
                     raise Interrupted(arrived[0])
-            if used_up(members):
+            if used_up():
                 _save_all(running)
                 break
     for member in members:
