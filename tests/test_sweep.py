@@ -555,7 +555,9 @@ def test_a_sweep_over_recipes(overrides, eval_file, tmp_path, base, rows_file):
 # -- other nodes ------------------------------------------------------------------------------------------------------------
 
 
-def test_cohorts_train_on_two_workers(overrides, eval_file, tmp_path, capsys):
+@pytest.mark.long
+def test_cohorts_train_on_two_workers(overrides, eval_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several processes that wait for each other's threads take for ever
     points = [text for text in overrides if not text.startswith("run_dir=")]
     command = [
         "train",
