@@ -159,6 +159,9 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.multirun:
         return _multirun(args)
+    alone = [text for text in args.overrides if text.startswith(("sweep=", "sweep."))]
+    if alone:
+        raise ConfigError(f"{alone[0]}: no effect on a single run. Add -m and several values, such as adapter.r=4,8.")
     config = compose.compose(args.overrides, args.config_dir)
     _quiet_libraries()
     from lora_lab import run

@@ -41,6 +41,15 @@ def points(overrides, eval_file, tmp_path):
     return make
 
 
+def sweep_of(overrides, eval_file, folder: Path, *more: str) -> list[str]:
+    """The command line of a sweep."""
+    points = [text for text in overrides if not text.startswith("run_dir=")]
+    return ["train", "-m", *points, f"data.eval={eval_file}", *more, f"hydra.sweep.dir={folder}"]
+
+
+GRID = ("train.max_steps=3", "adapter.r=2,4", "optim.lr=0.01,0.001")
+
+
 def trained(configs) -> list[jobs.Job]:
     found = jobs.jobs_of(configs)
     cohort.train(found)
@@ -179,6 +188,11 @@ def test_points_that_cannot_be_used_do_not_stop_the_others(overrides, eval_file,
     assert (tmp_path / "sweep/0/result.json").exists()
 
 
+def test_a_sweep_s_settings_have_no_effect_on_one_run(overrides, capsys):
+    assert cli.main(["train", *overrides, "sweep.seeds=3"]) == 2
+    assert "sweep.seeds=3: no effect on a single run" in capsys.readouterr().err
+
+
 # -- groups ---------------------------------------------------------------------------------------------------------------
 
 
@@ -209,11 +223,7 @@ def test_a_new_head_is_drawn_for_its_own_seed(points):
 
 
 def _sweep_command(overrides, eval_file, folder) -> list[str]:
-    points = [text for text in overrides if not text.startswith("run_dir=")]
-    return [
-        "train", "-m", *points, f"data.eval={eval_file}", "train.epochs=4", "train.save_steps=2", "adapter.r=2,4,8",
-        f"hydra.sweep.dir={folder}",
-    ]  # fmt: skip
+    return sweep_of(overrides, eval_file, folder, "train.epochs=4", "train.save_steps=2", "adapter.r=2,4,8")
 
 
 _KILLED = """
@@ -375,19 +385,8 @@ def test_one_seed_is_no_proof():
 
 
 def test_a_sweep_ends_with_ranking_seeds_report_and_merge(overrides, eval_file, tmp_path, capsys):
-    points = [text for text in overrides if not text.startswith("run_dir=")]
     folder = tmp_path / "sweep"
-    command = [
-        "train",
-        "-m",
-        *points,
-        f"data.eval={eval_file}",
-        "train.max_steps=3",
-        "adapter.r=2,4",
-        "optim.lr=0.01,0.001",
-        "sweep.seeds=2",
-    ]
-    assert cli.main([*command, f"hydra.sweep.dir={folder}"]) == 0
+    assert cli.main(sweep_of(overrides, eval_file, folder, *GRID, "sweep.seeds=2")) == 0
     result = json.loads((folder / "ranking.json").read_text())
     assert [len(place["metrics"]) for place in result["ranking"]] == [3, 3, 1, 1]
     metrics = [place["metric"] for place in result["ranking"][2:]]
@@ -420,19 +419,8 @@ CHROMIUM = next(
 def test_the_report_is_drawn_by_a_browser(overrides, eval_file, tmp_path):
     from PIL import Image
 
-    points = [text for text in overrides if not text.startswith("run_dir=")]
     folder = tmp_path / "sweep"
-    command = [
-        "train",
-        "-m",
-        *points,
-        f"data.eval={eval_file}",
-        "train.max_steps=3",
-        "adapter.r=2,4",
-        "optim.lr=0.01,0.001",
-        "name=<b>名",
-    ]
-    assert cli.main([*command, f"hydra.sweep.dir={folder}"]) == 0
+    assert cli.main(sweep_of(overrides, eval_file, folder, *GRID, "name=<b>名")) == 0
     page = folder / "report.html"
     text = page.read_text()
     assert text.count("<svg") == 4
@@ -474,12 +462,9 @@ def test_the_launcher_is_harmless_to_other_applications(tmp_path):
 
 
 def _search_command(overrides, eval_file, folder, *more) -> list[str]:
-    points = [text for text in overrides if not text.startswith("run_dir=")]
-    return [
-        "train", "-m", *points, f"data.eval={eval_file}", "train.max_steps=6", "train.save_steps=1", "hydra/sweeper=optuna_cohort",
-        "hydra.sweeper.trials=6", "hydra.sweeper.batch=3", "optim.lr=tag(log,interval(1e-5,1e-1))", "adapter.r=2,4", *more,
-        f"hydra.sweep.dir={folder}",
-    ]  # fmt: skip
+    search = ["hydra/sweeper=optuna_cohort", "hydra.sweeper.trials=6", "hydra.sweeper.batch=3"]
+    space = ["optim.lr=tag(log,interval(1e-5,1e-1))", "adapter.r=2,4"]
+    return sweep_of(overrides, eval_file, folder, "train.max_steps=6", "train.save_steps=1", *search, *space, *more)
 
 
 def _trials(folder: Path) -> list:

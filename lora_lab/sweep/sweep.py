@@ -28,7 +28,8 @@ class Sweep:
         """Train these runs; what each was worth."""
         new = jobs_of(configs)
         self.jobs, self.nodes = self.jobs + new, nodes
-        _train(new, nodes)
+        if new:
+            _train(new, nodes)
         found = {job.config.run_dir: ranking.outcome(job) for job in new}
         return [found.get(config.run_dir, Outcome(None)) for config in configs]
 

@@ -84,12 +84,11 @@ def _drops(member: Member) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def share(member: Member, train: Dataset | Stream) -> Share:
+def share(member: Member, parts: list[list[Example]]) -> Share:
     """What a member brings into its coming step."""
-    parts = [[example for i in part for example in train[int(i)]] for part in member.plan.step(member.state.step)]
     seed = member.plan.dropout_seed(member.state.step)
     weight = sum(float(example.weights.sum()) for part in parts for example in part)
-    return Share(member, parts, seed, weight, torch.Generator(member.model.device).manual_seed(seed))
+    return Share(member, parts, seed, weight, torch.Generator(member.model.device))
 
 
 def learn(shares: Sequence[Share], task: DecoderTask, roster: Roster, accelerator: Accelerator) -> None:
@@ -137,8 +136,8 @@ def check(
     model = members[0].model.train()
 
     def own(place: int) -> Share:
-        row, generator = rows[place % len(rows)], torch.Generator(model.device).manual_seed(0)
-        return Share(members[place], [[row]], 0, float(row.weights.sum()), generator)
+        row = rows[place % len(rows)]
+        return Share(members[place], [[row]], 0, float(row.weights.sum()), torch.Generator(model.device))
 
     learn([own(place) for place in range(len(members))], task, roster, accelerator)
     together = [_gradients(member) for member in members]

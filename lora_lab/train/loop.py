@@ -181,7 +181,7 @@ def _fail(member: Member, error: Exception, alone: bool) -> None:
 
 def _learn_together(members: list[Member], loop: Loop) -> list[Step] | None:
     """The gradients of each member's coming step, in shared passes of fewer members if they do not fit into memory."""
-    shares = [joint.share(member, loop.train) for member in members]
+    shares = [joint.share(member, _parts(member, loop.train, loop.task)) for member in members]
     members[0].model.train()
     while True:
         try:
