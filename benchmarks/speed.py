@@ -99,7 +99,7 @@ def _rows(kind: str, count: int) -> list[dict[str, str]]:
     if kind == "mixed":
         return every[:count]
     if kind.startswith("length:"):
-        letters = 3 * int(kind.removeprefix("length:"))  # of these texts a token is about so many
+        letters = int(2.6 * int(kind.removeprefix("length:")))  # a token of these texts has 2.75; the chat needs some
         text = "\n\n".join(row[side] for row in every for side in ("prompt", "completion")) * 3
         return [
             {
