@@ -406,6 +406,14 @@ class ExportConfig:
 class MergeConfig:
     """When a merged checkpoint is refused (see `merge/parity.py`)."""
 
+    base: Annotated[
+        Literal["auto", "full_precision", "dequantized", "corrected"],
+        Field(
+            description="quantized base: merge into the published weights, into what training saw, or into the published ones "
+            "corrected towards that; auto: the better of the first two, measured"
+        ),
+    ] = "auto"
+    correction_rank: Annotated[int, Field(ge=1, description="corrected: rank of the correction of each layer")] = 64
     parity_rows: Annotated[int, Field(ge=1, description="held-out rows to compare on")] = 32
     max_logit_diff: Annotated[
         float, Field(gt=0, description="float32 only: largest |logit difference| to base+adapter")
@@ -502,6 +510,8 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append("quant.skip_modules: no effect with quant.method=none. Drop it or choose a method.")
     if not quant.cache and quant.method not in ("nf4", "fp4"):
         found.append(f"quant.cache=false: no effect with quant.method={quant.method}, which is never kept. Drop it.")
+    if config.merge.base in ("dequantized", "corrected") and quant.method == "none":
+        found.append(f"merge.base={config.merge.base}: no effect with quant.method=none. Drop it.")
     if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4"):
         found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")
     if config.speed.prefix_cache:

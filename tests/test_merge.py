@@ -15,7 +15,7 @@ import torch
 
 from lora_lab import cli, compose, run
 from lora_lab.config import MergeConfig
-from lora_lab.errors import MergeError
+from lora_lab.errors import ConfigError, MergeError
 from lora_lab.merge import parity
 
 
@@ -43,7 +43,7 @@ def test_float32_merge_equals_base_and_adapter(trained, base, tied_base, tied, a
         f"model.path={tied_base if tied else base}", "export=merged", "export.dtype=float32", *adapter
     ).path
     report = json.loads((folder / "merge_report.json").read_text())
-    gap = report["merged_vs_full_precision_base_and_adapter"]
+    gap = report["merged_vs_base_and_adapter"]
     limit = 5e-4 if "adapter=dora" in adapter else 2e-4  # DoRA divides by norms, live and merged in another order
     assert gap["max_logit_diff"] <= limit
     assert gap["top1_agreement"] == 1.0
@@ -94,7 +94,7 @@ def test_quantized_training_sharded_merge_and_plain_loading(trained, tmp_path):
     report = json.loads((folder / "merge_report.json").read_text())
     assert report["trained_on"] == "nf4"
     # quantization is what the two gaps differ by
-    assert report["merged_vs_model_as_trained"]["kl"] > report["merged_vs_full_precision_base_and_adapter"]["kl"]
+    assert report["merged_vs_model_as_trained"]["kl"] > report["merged_vs_base_and_adapter"]["kl"]
 
 
 def test_a_refused_merge_keeps_the_trained_run(trained, tmp_path):
@@ -204,3 +204,39 @@ def test_serving_the_merged_folder_renders_what_was_trained(trained):
         assert example.input_ids[: len(ids)].tolist() == ids
         assert example.supervised[len(ids) :].any()
         assert not example.supervised[: len(ids)].any()
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+def test_what_to_merge_into_is_measured(trained, method):
+    folder = trained(
+        "export=merged", "export.dtype=float32", f"quant={method}", "train.max_steps=8", "merge.max_loss_increase=9"
+    ).path
+    report = json.loads((folder / "merge_report.json").read_text())
+    losses = {name: gap["loss"] for name, gap in report["bases"].items()}
+    assert set(losses) == {"full_precision", "dequantized"}
+    assert report["base"] == min(losses, key=losses.get)
+    assert report["merged_vs_model_as_trained"]["loss"] == pytest.approx(losses[report["base"]], rel=1e-5)
+    if method != "int8":  # which rounds its inputs as well; 4 bits read back are what training computed with
+        assert report["bases"]["dequantized"]["kl"] < 1e-6 < report["bases"]["full_precision"]["kl"]
+
+
+def test_a_correction_goes_towards_what_training_saw(trained):
+    folder = trained("quant=nf4").path
+    found = {}
+    for base, rank in (("full_precision", 1), ("corrected", 16), ("corrected", 64), ("dequantized", 1)):
+        settings = [
+            f"merge.base={base}",
+            f"merge.correction_rank={rank}",
+            "export.dtype=float32",
+            "merge.max_loss_increase=9",
+        ]
+        report = run.merge(str(folder), settings)
+        assert report["base"] == base
+        found[base, rank] = report["bases"][base]["kl"]
+    assert found["full_precision", 1] > found["corrected", 16] > found["corrected", 64]
+    assert found["corrected", 64] == pytest.approx(found["dequantized", 1], abs=1e-6)  # the layers' whole rank
+
+
+def test_a_base_to_merge_into_without_effect_is_refused(config_of):
+    with pytest.raises(ConfigError, match=r"merge\.base=dequantized: no effect with quant\.method=none"):
+        config_of("merge.base=dequantized")

@@ -250,7 +250,7 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, monkeypatch):
 
     merge = result["merge"]
     assert merge["refused"] == []
-    assert merge["merged_vs_full_precision_base_and_adapter"]["max_logit_diff"] <= 2e-4
+    assert merge["merged_vs_base_and_adapter"]["max_logit_diff"] <= 2e-4
     kind = prepared.TASKS[case.partition("-")[0]].auto_class
     import transformers
 

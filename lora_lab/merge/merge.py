@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -12,13 +12,16 @@ from accelerate.utils.memory import clear_device_cache
 from lora_lab import console, storage
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base.load import BaseFiles, ModelKind, load_model
+from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import save_tokenizer
-from lora_lab.config import QuantConfig, RunConfig
+from lora_lab.config import RunConfig
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import MergeError
-from lora_lab.merge import parity
+from lora_lab.merge import bases, parity
 from lora_lab.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def merge(
@@ -44,15 +47,19 @@ def merge(
         MergeError: the merged checkpoint differs by more than the `merge` section allows; nothing is published.
     """
     files.check_base(run.adapter, base)
-    clear_device_cache(garbage_collection=True)  # models hold cycles: the trained one is still here otherwise
-    model = load_model(base, kind, config.export.dtype, QuantConfig(), device, config.seed)
-    model = attach(model, config.adapter, "default", kind, config.seed).eval()
-    files.read_into(run.adapter, model, "default")
-    if kind.new_modules:  # heads are trained in float32 and stored like the rest of the checkpoint
-        for name, parameter in trainable(model).items():
-            if ".modules_to_save." in name:
-                parameter.data = parameter.data.to(getattr(torch, config.export.dtype))
-    reference = parity.logits(model, rows)
+    names, measured = bases.policies(config), {}
+    for name in names:
+        model = None
+        clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
+        model = _adapted(name, run, config, base, kind, device)
+        reference = parity.logits(model, rows)
+        measured[name] = parity.compare(trained_logits, reference, rows)
+    chosen = min(measured, key=lambda name: measured[name].loss)
+    if chosen != names[-1]:
+        model = None
+        clear_device_cache(garbage_collection=True)
+        model = _adapted(chosen, run, config, base, kind, device)
+        reference = parity.logits(model, rows)
     merged = model.merge_and_unload(safe_merge=True)
     _carry_along(merged, encoder)
     report: dict[str, Any] = {}
@@ -62,6 +69,7 @@ def merge(
         del model, merged
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, config, kind, rows, reference, trained_logits, device)
+        report |= {"base": chosen, "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()}}
         storage.write_text(run.merge_report, storage.dump_json(report))
         _show(report)
         if report["refused"]:
@@ -70,6 +78,19 @@ def merge(
                 f"{run.merge_report}. Merge at export.dtype=float32, or raise the limit if the gap is acceptable."
             )
     return report
+
+
+def _adapted(
+    policy: str, run: RunDir, config: RunConfig, base: BaseFiles, kind: ModelKind, device: torch.device
+) -> PeftModel:
+    """The run's adapter on the base that a policy names."""
+    model = bases.load(policy, base, kind, config, device)
+    model = attach(model, config.adapter, "default", kind, config.seed).eval()
+    files.read_into(run.adapter, model, "default")
+    for name, parameter in trainable(model).items():
+        if ".modules_to_save." in name:  # heads are trained in float32 and stored like the rest of the checkpoint
+            parameter.data = parameter.data.to(getattr(torch, config.export.dtype))
+    return model
 
 
 def _carry_along(merged: torch.nn.Module, encoder: Encoder) -> None:
@@ -100,7 +121,7 @@ def _verify(
         "trained_on": config.quant.method,
         "rows": len(rows.examples),
         "positions": rows.num_items,
-        "merged_vs_full_precision_base_and_adapter": dataclasses.asdict(arithmetic),
+        "merged_vs_base_and_adapter": dataclasses.asdict(arithmetic),
         "merged_vs_model_as_trained": dataclasses.asdict(as_trained),
         "refused": parity.judge(arithmetic, as_trained, config.merge, config.export.dtype),
     }
@@ -108,8 +129,13 @@ def _verify(
 
 def _show(report: dict[str, Any]) -> None:
     columns = {
-        f"base ({report['dtype']}) + adapter": report["merged_vs_full_precision_base_and_adapter"],
+        f"{report['base']} base ({report['dtype']}) + adapter": report["merged_vs_base_and_adapter"],
         f"as trained ({report['trained_on']} base)": report["merged_vs_model_as_trained"],
     }
     title = f"merged checkpoint, reloaded by plain transformers, against ({report['positions']} positions)"
     console.metrics_table(title, columns)
+    if len(report["bases"]) > 1:
+        title = (
+            f"what to merge into: base + adapter against the model as trained (taken: {report['base']}, by its loss)"
+        )
+        console.metrics_table(title, report["bases"])

@@ -1,0 +1,54 @@
+"""What an adapter that was trained on a quantized base is merged into.
+
+`full_precision` is the base as it was published; `dequantized` is what training saw, read back from its 4 or 8 bits; `corrected`
+is the published base plus the largest part, by singular values, of what quantizing did to each layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lora_lab.base.load import BaseFiles, ModelKind, load_model
+from lora_lab.config import QuantConfig, RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def policies(config: RunConfig) -> tuple[str, ...]:
+    """The bases to be measured."""
+    if config.quant.method == "none":
+        return ("full_precision",)
+    return ("dequantized", "full_precision") if config.merge.base == "auto" else (config.merge.base,)
+
+
+def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, device: torch.device) -> PreTrainedModel:
+    """The base that a policy names, at `export.dtype`, every parameter frozen."""
+    if policy == "full_precision":
+        return load_model(base, kind, config.export.dtype, QuantConfig(), device, config.seed)
+    dtype = getattr(torch, config.export.dtype)
+    anew = dataclasses.replace(config.quant, cache=False)  # what is kept in 4 bits could not be saved in others
+    quantized = load_model(base, kind, config.model.dtype, anew, device, config.seed)
+    as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
+    if policy == "dequantized":
+        return as_trained
+    model = load_model(base, kind, config.export.dtype, QuantConfig(), device, config.seed)
+    torch.manual_seed(config.seed)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            _correct(module.weight, as_trained.get_submodule(name).weight, config.merge.correction_rank)
+    return model
+
+
+@torch.no_grad()
+def _correct(weight: torch.Tensor, seen: torch.Tensor, rank: int) -> None:
+    """Move a weight [N, D] by the part of rank `rank` of its way to what training saw (Halko et al., arXiv:0909.4061)."""
+    error = seen.float() - weight.float()
+    if not error.any():
+        return
+    u, s, v = torch.svd_lowrank(error, q=min(rank + 8, *error.shape), niter=4)
+    weight += (u[:, :rank] * s[:rank] @ v[:, :rank].T).to(weight.dtype)
