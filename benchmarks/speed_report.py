@@ -64,17 +64,25 @@ def _range(values: list[float]) -> str:
     return f"{min(values):.0f} to {max(values):.0f}"
 
 
+def _median(values: list[float | None]) -> float | None:
+    return None if None in values else statistics.median(values)
+
+
+def _memory(this: dict[str, float | None], ours: dict[str, float | None]) -> str:
+    """Peak in GiB and our share of it; nothing where it was not measured."""
+    return " | " if this["peak_gib"] is None else f"{this['peak_gib']:.2f} | {ours['peak_gib'] / this['peak_gib']:.0%}"
+
+
 def _lines(runs: Runs) -> list[str]:
     found, lines = {}, []
     for system in dict.fromkeys(run["system"] for run in runs if "step_seconds" in run):
         own = [run for run in runs if run["system"] == system]
-        found[system] = this = {key: statistics.median(run[key] for run in own) for key in _FIGURES}
+        found[system] = this = {key: _median([run[key] for run in own]) for key in _FIGURES}
         ours = found.get("lora_lab", this)
         losses = [statistics.median(run["losses"][place] for run in own) for place in (0, -1)]
         lines.append(
             f"| {system} | {len(own)} | {this['tokens_per_second']:.0f} ({_range([run['tokens_per_second'] for run in own])}) | "
-            f"{ours['tokens_per_second'] / this['tokens_per_second']:.2f} x | {this['peak_gib']:.2f} | "
-            f"{ours['peak_gib'] / this['peak_gib']:.0%} | {this['load_seconds']:.1f} | {this['first_step_seconds']:.1f} | "
+            f"{ours['tokens_per_second'] / this['tokens_per_second']:.2f} x | {_memory(this, ours)} | {this['load_seconds']:.1f} | {this['first_step_seconds']:.1f} | "
             f"{losses[0]:.4f} | {losses[1]:.4f} |"
         )
     return lines
@@ -129,6 +137,8 @@ def _curve(runs: Runs, kind: str, names: list[str], ax: Any) -> None:
         ax.plot(places, [statistics.median(points[p]) for p in places], "o-", color=_COLOURS.get(system), label=system)
     ax.set_xticks(range(len(labels)), labels)
     ax.set_yscale("log")
+    for axis in ("major", "minor"):
+        getattr(ax.yaxis, f"set_{axis}_formatter")("{x:.0f}")
     ax.set_xlabel({"length": "tokens in each row", "size": "weights of the model"}[kind])
     ax.set_ylabel("tokens/s")
     ax.spines[["top", "right"]].set_visible(False)

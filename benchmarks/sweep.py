@@ -3,7 +3,8 @@
 Ranks 4, 8, 16, 32 times learning rates 1e-4, 1e-3 on short rows, 8 in a step: as one cohort with shared passes, as one cohort in
 turns, with successive halving, as eight `lora-lab train` one after another, and as eight runs of TRL's SFTTrainer (bfloat16
 weights, no checkpointing; without the evaluations that the others make). Measured: the time until everything is trained and
-ranked, training tokens a second, peak memory, and regret: the held-out loss of the chosen run minus the grid's lowest.
+ranked (makespan), the time until every run has a held-out loss (first ranking), training tokens a second, peak memory, and
+regret: the held-out loss of the chosen run minus the grid's lowest.
 
 Needs the same data and model folders as benchmarks/speed.py. Runs that the result file holds are not repeated.
 """
@@ -11,16 +12,20 @@ Needs the same data and model folders as benchmarks/speed.py. Runs that the resu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ from benchmarks.tasks import _machine, _versions
 _OUT = Path(__file__).parent / "results" / "sweep.json"
 RANKS, RATES = (4, 8, 16, 32), (1e-4, 1e-3)
 _HELD = {"none": ["quant=none"], "nf4": ["quant=nf4"], "float32": ["quant=none", "model.dtype=float32"]}
-SYSTEMS = ("joint", "turns", "halving", "halving_3_rungs", "processes", "trl")
+SYSTEMS = ("joint", "turns", "halving", "halving_3_rungs", "halving_eta_4", "processes", "trl")
 
 
 def main() -> None:
@@ -53,12 +58,14 @@ def main() -> None:
             folder.mkdir()
             started = time.perf_counter()
             system_runs = {"processes": _processes, "trl": _trl}.get(system, _cohort)
-            found = system_runs(system, _overrides(rows, quant, args.steps), folder)
+            with _first_ranking(folder) as first:
+                found = system_runs(system, _overrides(rows, quant, args.steps), folder)
             run = {
                 "quant": quant,
                 "system": system,
                 "repeat": repeat,
                 "seconds": time.perf_counter() - started,
+                "first_ranking": min(first, default=None),
                 **found,
             }
             result["runs"].append({**run, "commit": speed._commit(), "when": speed._now()})
@@ -66,6 +73,25 @@ def main() -> None:
             print(json.dumps(run), flush=True)
     args.out.with_suffix(".md").write_text(table(result))
     print(table(result))
+
+
+@contextlib.contextmanager
+def _first_ranking(folder: Path) -> Iterator[list[float]]:
+    """A list that gets the seconds after which every run in the folder has a held-out loss, looked at four times a second."""
+    found, started, end = [], time.perf_counter(), threading.Event()
+
+    def watch() -> None:
+        while not found and not end.wait(0.25):
+            if sum("eval_loss" in file.read_text() for file in folder.glob("*/metrics.jsonl")) == len(RANKS) * len(
+                RATES
+            ):
+                found.append(time.perf_counter() - started)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield found
+    end.set()
+    watcher.join()
 
 
 def _write_rows(folder: Path, steps: int) -> Path:
@@ -112,6 +138,7 @@ def _cohort(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
         "turns": ["sweep.execution=turns"],
         "halving": ["sweep=halving", "sweep.eta=3"],
         "halving_3_rungs": ["sweep=halving", "sweep.eta=3", "sweep.rungs=3"],
+        "halving_eta_4": ["sweep=halving", "sweep.eta=4", "sweep.rungs=3"],
     }
     points = [f"adapter.r={','.join(map(str, RANKS))}", f"optim.lr={','.join(map(str, RATES))}"]
     said, peak = _command(["lora_lab", "train", "-m", *overrides, *more[system], *points, f"hydra.sweep.dir={folder}"])
@@ -191,20 +218,28 @@ def table(result: dict[str, Any]) -> str:
     for quant in dict.fromkeys(run["quant"] for run in result["runs"]):
         lines += [
             "", f"## {'bfloat16' if quant == 'none' else quant}", "",
-            "| system | until all is ranked, s | faster than eight processes | tokens/s in training | peak GiB | regret |",
-            "|---|---|---|---|---|---|",
+            "| system | runs | makespan, s | faster than eight processes | first ranking, s | tokens/s in training | peak GiB | regret |",
+            "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         runs = [run for run in result["runs"] if run["quant"] == quant]
         grid = [run for run in runs if run["system"] in ("joint", "turns", "processes")]
         lowest = min((min(run["losses"].values()) for run in grid), default=None)
-        alone = next((run["seconds"] for run in runs if run["system"] == "processes"), None)
-        for run in runs:
-            regret = f"{min(run['losses'].values()) - lowest:+.4f}" if run.get("losses") and lowest is not None else ""
-            faster = f"{alone / run['seconds']:.2f} x" if alone else ""
-            lines.append(
-                f"| {run['system']} | {run['seconds']:.0f} | {faster} | {run['tokens_per_second']:.0f} | {run['peak_gib']:.2f} | {regret} |"
+        alone = [run["seconds"] for run in runs if run["system"] == "processes"]
+        for system in dict.fromkeys(run["system"] for run in runs):
+            own = [run for run in runs if run["system"] == system]
+            seconds, speed_, peak = (
+                statistics.median(run[key] for run in own) for key in ("seconds", "tokens_per_second", "peak_gib")
             )
-        curves = [run["step_losses"] for run in runs if run["system"] in ("joint", "processes")]
+            regret = (
+                f"{min(own[0]['losses'].values()) - lowest:+.4f}" if own[0].get("losses") and lowest is not None else ""
+            )
+            faster = f"{statistics.median(alone) / seconds:.2f} x" if alone else ""
+            firsts = [run["first_ranking"] for run in own if run.get("first_ranking")]
+            first = f"{statistics.median(firsts):.0f}" if firsts else ""
+            lines.append(
+                f"| {system} | {len(own)} | {seconds:.0f} | {faster} | {first} | {speed_:.0f} | {peak:.2f} | {regret} |"
+            )
+        curves = [run["step_losses"] for run in runs if run["system"] in ("joint", "processes") and run["repeat"] == 0]
         if len(curves) == 2:
             gap = max(
                 abs(one - other) / other

@@ -20,6 +20,8 @@ from lora_lab.data.build import Data
 from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
+from lora_lab.export import targets
+from lora_lab.export.job import Job
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.prepared import ADAPTER, Found
@@ -45,6 +47,7 @@ _MEANINGS = {
 _CUDA_CONTEXT_GIB = 0.6  # what the driver and its libraries keep on the card, whatever runs
 _STREAM_STEPS = 200  # of a stream, the rows of so many steps are looked at
 _PROBE_STEPS = 6
+_GGUF_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}  # a number; K types less than one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,7 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     run_dir.check_free(config)
     device = load.torch_device(config.hardware)
     data, found, task = prepared.build_data(config, prepared.find_base(config))
+    targets.check(Job(run_dir.RunDir(Path(config.run_dir)), config, found.base, found.kind, found.encoder, device))
     work = foresee(config, task, data.train, data.held_out)
     estimated, on_cuda = (
         memory.estimate(config, found.base, found.kind, task, work.largest, work.evaluation, kind)
@@ -175,9 +179,17 @@ def _disk(config: RunConfig, trainable: int, base: int, evaluated: bool) -> dict
     moments = 8 if config.optim.name == "adamw" else 2
     checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best and evaluated)  # one more while saving
     disk = {"checkpoints": checkpoints * trainable * (4 + moments), "adapter": trainable * 4}
-    if "hf" in config.export.targets:
-        disk["merged"] = base * getattr(torch, config.export.dtype).itemsize
-    return disk
+    export = config.export
+    if targets.needs_merged(export.targets):
+        disk["merged"] = base * getattr(torch, export.dtype).itemsize
+    sizes = {"gguf": _GGUF_BYTES.get(export.gguf_type, 0.8), "quantized": 1.1 if "int8" in export.quantization else 0.7}
+    sizes["ollama"] = sizes["gguf"]
+    made = {
+        name: trainable * 4 if name in ("adapter", "vllm", "gguf_lora") else base * sizes[name]
+        for name in export.targets
+        if name != "hf"
+    }
+    return disk | {f"export/{name}": round(size) for name, size in made.items()}
 
 
 def _existing(folder: Path) -> Path:

@@ -1,0 +1,289 @@
+"""Merging, measured: python -m benchmarks.merge [--parts write,bases,combine,gguf] [--runs demo=DIR,...] [--out RESULT.json]
+
+write: the merged checkpoint of a model of more than a gigabyte (random weights, the shape of Llama 3.2 1B), written file by file
+and by peft's `merge_and_unload` with `save_pretrained`: seconds and peak memory, each in a process of its own, in turns.
+bases: a 4-bit run of SmolLM2 and one of Gemma 3, merged into each base: held-out loss beside the model as trained.
+combine: three adapters trained for three tasks on SmolLM2, combined by each method: each task's metrics, alone and combined.
+gguf: the merged SmolLM2 and its adapter in llama.cpp.
+
+`--runs` names trained runs of the recipes demo, dialogue_summary, shakespeare and of demo on Gemma (gemma); what is not named is
+trained first, in a temporary folder. Needs the data and model folders that benchmarks/speed.py needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import speed
+from benchmarks.tasks import _machine, _versions
+
+_OUT = Path(__file__).parent / "results" / "merge.json"
+_SHAPE = "2048,16,32,8,8192"  # see speed.CURVES
+_METHODS = ("cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+_RECIPES = {
+    "demo": ["recipe=demo"],
+    "dialogue_summary": ["recipe=dialogue_summary"],
+    "shakespeare": ["recipe=shakespeare"],
+    "gemma": ["recipe=demo", "model=gemma3_270m", "optim.lr=2e-4"],
+}
+_METRICS = {"demo": ("loss", "exact_match"), "dialogue_summary": ("loss", "rougeL"), "shakespeare": ("loss",)}
+
+_PEFT = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+def merge(base, adapter, out):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(out, max_shard_size="2GB")
+"""
+_OWN = """
+import torch
+from pathlib import Path
+from lora_lab import storage
+from lora_lab.adapters import updates
+from lora_lab.base.load import ModelKind, skeleton
+from lora_lab.base.weights import Weights
+from lora_lab.merge import stream
+def merge(base, adapter, out):
+    found, weights, model = updates.read(Path(adapter)), Weights(Path(base)), skeleton(Path(base), ModelKind())
+    assert not stream.reason_against(model, weights, found)
+    with storage.new_folder(Path(out)) as folder:
+        stream.write(model, weights, found, torch.bfloat16, "2GB", folder)
+"""
+_TIMED = """
+import json, resource, sys, time
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+merge(*sys.argv[1:4])
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "imports_gib": before / 2**20}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["write", "bases", "combine", "gguf"])
+    parser.add_argument("--runs", type=lambda text: dict(part.split("=", 1) for part in text.split(",")), default={})
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=_OUT)
+    args = parser.parse_args()
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result |= {"machine": _machine(), "versions": _versions(), "commit": speed._commit(), "when": speed._now()}
+    with tempfile.TemporaryDirectory(prefix="lora_lab_merge_") as temporary:
+        folder = Path(temporary)
+        parts = {
+            "write": lambda: _write(folder, args.repeats),
+            "bases": lambda: {name: _bases(_run(name, args.runs, folder)) for name in ("demo", "gemma")},
+            "combine": lambda: _combine({name: _run(name, args.runs, folder) for name in _METRICS}),
+            "gguf": lambda: _gguf(_run("demo", args.runs, folder)),
+        }
+        for name in args.parts:
+            result[name] = parts[name]()
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            args.out.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+def _run(name: str, runs: dict[str, str], folder: Path) -> Path:
+    """The named run, trained if it is not there."""
+    if name not in runs:
+        runs[name] = str(folder / name)
+        _lora_lab("train", *_RECIPES[name], "export=adapter", "tracker=none", f"run_dir={runs[name]}")
+    return Path(runs[name])
+
+
+def _lora_lab(*words: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_lab", *words],
+        cwd=speed._ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 4):
+        sys.exit(done.stdout[-2000:] + done.stderr[-3000:])
+    return done.stdout
+
+
+def _write(folder: Path, repeats: int) -> dict[str, Any]:
+    # in a process of its own: the peak memory of a child begins with what its parent held when it was forked
+    code = f"from benchmarks import merge; merge.make_random(merge.Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=speed._ROOT, check=True)
+    found: dict[str, list[dict[str, float]]] = {"lora_lab": [], "peft": []}
+    for repeat in range(repeats):
+        for system, code in (("lora_lab", _OWN), ("peft", _PEFT)):
+            out = folder / f"{system}_{repeat}"
+            words = [sys.executable, "-c", code + _TIMED, str(folder / "base"), str(folder / "adapter"), str(out)]
+            done = subprocess.run(words, cwd=speed._ROOT, capture_output=True, text=True, check=True)
+            found[system].append(json.loads(done.stdout.splitlines()[-1]))
+            print(system, found[system][-1], flush=True)
+    gap = _largest_difference(folder / "lora_lab_0", folder / "peft_0")
+    size = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors")) / 2**30
+    medians = {
+        system: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for system, runs in found.items()
+    }
+    return {"model_gib": size, "runs": found, "medians": medians, "largest_difference": gap}
+
+
+def make_random(folder: Path) -> None:
+    """A base and an adapter on it, both of random numbers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    speed._random_model(_SHAPE, folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder / "adapter")
+
+
+def _largest_difference(one: Path, other: Path) -> float:
+    from lora_lab.base.weights import Weights
+
+    first, second = Weights(one), Weights(other)
+    assert set(first) == set(second)
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+def _bases(run: Path) -> dict[str, Any]:
+    """Figures of each policy, of the automatic choice, and which it was."""
+    found = {}
+    for policy in ("auto", "corrected"):
+        _lora_lab("merge", f"run={run}", f"merge.base={policy}", "merge.parity_rows=64", "merge.max_loss_increase=9")
+        report = json.loads((run / "merge_report.json").read_text())
+        found |= report["bases"]
+        found["chosen"] = report["base"] if policy == "auto" else found["chosen"]
+        found["positions"] = report["positions"]
+    return found
+
+
+def _combine(runs: dict[str, Path]) -> list[dict[str, Any]]:
+    """Each task's metrics by the base, by its own adapter, and by what each method makes of all three."""
+    from lora_lab import compose, run_dir
+    from lora_lab.config import MergeConfig
+    from lora_lab.merge import combine
+
+    sources = [combine.open_source(run_dir.open_existing(str(run)), place) for place, run in enumerate(runs.values())]
+    combine.check_together(sources)
+    config = compose.load(sources[0].run.config)
+    widest = sum(source.adapter.rank for source in sources)
+    config = dataclasses.replace(config, adapter=combine.adapter_config(config, sources, widest))
+    combine.load_all(sources, config)
+    lines = [
+        {"system": "base", **{name: s.prepared.measure_base().metrics for name, s in zip(runs, sources, strict=True)}},
+        {
+            "system": "alone",
+            **{name: combine.measure(s, s.name).metrics for name, s in zip(runs, sources, strict=True)},
+        },
+    ]
+    for method, weight in (("cat", 1 / 3), ("cat", 1.0), *((method, 1.0) for method in _METHODS[1:])):
+        merge = MergeConfig(method=method)
+        rank = combine.rank_of(merge, sources)
+        found, kept = combine.combined([s.adapter for s in sources], [weight] * len(sources), merge, rank)
+        combine.put(sources, found, widest)
+        line = {name: combine.measure(s, combine.COMBINED).metrics for name, s in zip(runs, sources, strict=True)}
+        lines.append({"system": method, "weight": weight, "rank": rank, "kept": kept, **line})
+        print(lines[-1], flush=True)
+    return lines
+
+
+def _gguf(run: Path) -> dict[str, Any]:
+    _lora_lab(
+        "export",
+        f"run={run}",
+        "export.targets=[gguf,gguf_lora]",
+        "export.gguf_type=f16",
+        "merge.min_top1_agreement=0.5",
+    )
+    f16 = json.loads((run / "export_report.json").read_text())
+    _lora_lab("export", f"run={run}", "export.targets=[gguf]", "export.gguf_type=q8_0")
+    return {"f16": f16, "q8_0": json.loads((run / "export_report.json").read_text())["gguf"]}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    machine = result["machine"]
+    lines = [
+        "# Merging", "",
+        "Made by `python -m benchmarks.merge`.", "",
+        f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; commit {result['commit']}",
+        f"- {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
+    ]  # fmt: skip
+    if "write" in result:
+        part = result["write"]
+        lines += [
+            "", f"## Writing the merged checkpoint ({part['model_gib']:.2f} GiB in bfloat16, r=16 on all linear layers)", "",
+            "| | seconds | peak GiB | of that, imports |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for system, median in part["medians"].items():
+            lines.append(
+                f"| {system} | {median['seconds']:.1f} | {median['peak_gib']:.2f} | {median['imports_gib']:.2f} |"
+            )
+        own, peft = part["medians"]["lora_lab"], part["medians"]["peft"]
+        lines += [
+            "",
+            f"Time {own['seconds'] / peft['seconds']:.2f} x, peak {own['peak_gib'] / peft['peak_gib']:.0%} of peft's; largest difference of a weight {part['largest_difference']:.1e}.",
+        ]
+    for name, part in result.get("bases", {}).items():
+        lines += [
+            "", f"## What to merge into: {name} ({part['positions']} held-out positions; taken: {part['chosen']})", "",
+            "| base | loss | loss as trained | KL | top-1 agreement |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for policy, gap in part.items():
+            if isinstance(gap, dict):
+                lines.append(
+                    f"| {policy} | {gap['loss']:.4f} | {gap['reference_loss']:.4f} | {gap['kl']:.4f} | {gap['top1_agreement']:.3f} |"
+                )
+    if "combine" in result:
+        heads = [f"{name} {metric}" for name, metrics in _METRICS.items() for metric in metrics]
+        lines += [
+            "",
+            "## Three adapters as one",
+            "",
+            f"| | weight | rank | norm kept | {' | '.join(heads)} |",
+            "|---" * (4 + len(heads)) + "|",
+        ]
+        for line in result["combine"]:
+            cells = [
+                f"{line[name].get(metric, float('nan')):.3f}"
+                for name, metrics in _METRICS.items()
+                for metric in metrics
+            ]
+            told = (
+                [f"{line['weight']:.2f}", str(line["rank"]), f"{line['kept']:.0%}"] if "rank" in line else ["", "", ""]
+            )
+            lines.append(f"| {line['system']} | {' | '.join(told + cells)} |")
+    if "gguf" in result:
+        lines += [
+            "",
+            "## llama.cpp beside transformers",
+            "",
+            "| | positions | top-1 agreement | KL | loss | loss of the reference |",
+            "|---|---|---|---|---|---|",
+        ]
+        part = result["gguf"]
+        for name, gap in (
+            ("merged, f16", part["f16"]["gguf"]),
+            ("merged, q8_0", part["q8_0"]),
+            ("adapter over the base at f16", part["f16"]["gguf_lora"]),
+        ):
+            lines.append(
+                f"| {name} | {gap['positions']} | {gap['top1_agreement']:.3f} | {gap['kl']:.5f} | {gap['loss']:.4f} | {gap['reference_loss']:.4f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
