@@ -65,9 +65,28 @@ configuration holds; base and data must be unchanged.
   lora-lab merge run=DIR
   lora-lab merge run=DIR export.dtype=float32
   lora-lab merge sweep=DIR                                the run that the ranking says to take; or member=3
+  lora-lab merge merge.adapters=[A,B,C]                   one adapter of several, in a run folder of its own, and that merged
+  lora-lab merge merge.adapters=[A,B] merge.weights=[0.7,0.3] merge.method=ties run_dir=DIR
 
-Reloads the base unquantized, adds the adapter, saves DIR/merged, loads that in a fresh process with plain transformers,
-compares it with the trained model on held-out rows, and keeps it only if it agrees (limits: the merge section).
+Adds the adapter to the base, saves DIR/merged, loads that in a fresh process with plain transformers, compares it with the
+trained model on held-out rows, and keeps it only if it agrees (limits: the merge section). After training on a quantized
+base, what to merge into is measured (merge.base).
+""",
+    "shrink": """\
+  lora-lab shrink run=DIR                                  ranks 1, 2, 4, ... below the adapter's, each measured
+  lora-lab shrink run=DIR shrink.ranks=[8,4] shrink.tolerance=0.02 run_dir=OUT
+
+The lowest rank whose held-out loss rises by no more than shrink.tolerance is saved as a run folder (DIR/shrunk), which can be
+evaluated, merged and exported like any other.
+""",
+    "export": """\
+  lora-lab export run=DIR export=gguf                      DIR/export/gguf: for llama.cpp, LM Studio and the like
+  lora-lab export run=DIR export.targets=[ollama] export.gguf_type=q8_0
+  lora-lab export run=DIR export.targets=[vllm,gguf_lora]  the adapter alone
+  lora-lab export run=DIR export=quantized export.quantization=int8
+
+Each is loaded where it is meant to be loaded and compared on held-out rows with what it was made of; what disagrees is not
+kept. The same keys with lora-lab train are checked before training.
 """,
     "chat": """\
   lora-lab chat run=DIR
@@ -85,7 +104,9 @@ VERBS = {
     "plan": "what a run would train, and in how much memory, disk and time",
     "resume": "go on with an interrupted run",
     "evaluate": "measure base and adapter on held-out rows",
-    "merge": "fold the adapter into its base, and prove it",
+    "merge": "fold the adapter, or several, into the base, and prove it",
+    "shrink": "lower the rank of a trained adapter as far as its quality holds",
+    "export": "make what other programs load: GGUF, Ollama, vLLM, fewer bits",
     "chat": "talk to a trained model",
     "config": "show the resolved configuration and where each value comes from",
 }
@@ -210,14 +231,43 @@ def _on_run(args: argparse.Namespace) -> int:
     sweeps = [text.partition("=")[2] for text in args.overrides if text.startswith("sweep=")]
     if sweeps and args.verb in ("resume", "merge"):
         return _on_sweep(args, sweeps[-1])
+    if args.verb == "merge" and any(text.startswith("merge.adapters=") for text in args.overrides):
+        return _combine(args)
     named = [text.partition("=")[2] for text in args.overrides if text.startswith("run=")]
     if len(named) != 1 or not named[0]:
         raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
     _quiet_libraries()
     from lora_lab import chat, run
+    from lora_lab.merge import shrink
 
-    verbs = {"resume": run.resume, "evaluate": run.evaluate, "merge": run.merge, "chat": chat.chat}
+    verbs = {
+        "resume": run.resume,
+        "evaluate": run.evaluate,
+        "merge": run.merge,
+        "shrink": shrink.shrink,
+        "export": run.export,
+        "chat": chat.chat,
+    }
     verbs[args.verb](named[0], [text for text in args.overrides if not text.startswith("run=")])
+    return 0
+
+
+def _combine(args: argparse.Namespace) -> int:
+    """`merge merge.adapters=[A,B]`."""
+    from lora_lab.compose import parse_override
+
+    named = parse_override([text for text in args.overrides if text.startswith("merge.adapters=")][-1]).value()
+    if not isinstance(named, list) or len(named) < 2:
+        raise ConfigError(f"merge.adapters={named}: name two or more run folders: merge.adapters=[runs/a,runs/b]")
+    given = [text for text in args.overrides if text.startswith("run=")]
+    if given:
+        raise ConfigError(
+            f"{given[0]}: merge.adapters names the runs already. Drop it; run_dir=DIR is where the new run goes."
+        )
+    _quiet_libraries()
+    from lora_lab import run
+
+    run.combine([str(name) for name in named], args.overrides)
     return 0
 
 

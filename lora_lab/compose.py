@@ -228,8 +228,22 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+def _choose(node: DictConfig, override: Override) -> None:
+    """Put a shipped choice of a group into a run's configuration.
+
+    Raises:
+        ConfigError: there is no such choice, or it chooses other groups itself.
+    """
+    group = override.key_or_group
+    unknown = _unknown_choices(override, None)
+    if unknown or group == "recipe":
+        raise ConfigError(*(unknown or [f"{override.input_line}: a run has its recipe already. Set single values."]))
+    values = yaml.safe_load((conf_dir() / group / f"{override.value()}.yaml").read_text(encoding="utf-8"))
+    OmegaConf.update(node, group, values or {}, merge=True, force_add=True)
+
+
 def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's `config.yaml` and apply `key=value` overrides to it.
+    """Read a run's `config.yaml` and apply `key=value` and `group=choice` overrides to it.
 
     Raises:
         ConfigError: the file is missing, not YAML, from a newer lora_lab, or the result does not fit the schema.
@@ -247,7 +261,10 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for text in overrides:
         try:
             override = parse_override(text)
-            OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
+            if override.key_or_group in GROUPS:
+                _choose(node, override)
+            else:
+                OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
         except ConfigError as error:
             problems += error.problems
         except (HydraException, OmegaConfBaseException) as error:

@@ -68,6 +68,10 @@ class MergeError(LoraLabError):
     exit_code = 4
 
 
+class ExportError(MergeError):
+    """An exported file does not load where it should, or says something else there."""
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` can swallow it."""
 

@@ -6,7 +6,8 @@ find base -> build data -> load base -> attach adapter -> fit -> evaluate -> mer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config import RunConfig
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.errors import ConfigError, Interrupted, MergeError
+from lora_lab.errors import ConfigError, ExportError, Interrupted, MergeError
+from lora_lab.export import targets
+from lora_lab.export.job import Job
 from lora_lab.merge import parity
+from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
 from lora_lab.report import summary
@@ -34,6 +38,7 @@ def train(config: RunConfig) -> RunDir:
     """`lora-lab train`: the whole walk in a new run folder."""
     run_dir.check_free(config)
     prepared = prepare(config)
+    _check_targets(RunDir(Path(config.run_dir)), prepared)
     load_adapted(prepared)
     run = run_dir.create(config)
     with run.locked():
@@ -88,20 +93,33 @@ def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
         clock = fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     result = finish(member, prepared, before, clock, show=True)
 
-    refused = None
-    if "hf" in config.export.targets:
-        with prepared.stages("merge"):
-            rows, trained_logits = _probe(prepared)
-            prepared.model = member.model = member.optimizer = member.parameters = None  # room for the unquantized base
-            try:
-                result["merge"] = _merge(run, prepared, rows, trained_logits)
-            except MergeError as error:  # told at the end: the training itself is complete
-                refused, result["merge"] = error, {"refused": [str(error)]}
+    refused: list[MergeError] = []  # told at the end: the training itself is complete
+    if config.export.targets:
+        with prepared.stages("export"):
+            result |= _make_targets(run, prepared, member, refused)
     result |= {"peak_memory_with_merge_gib": round(peak_memory_gib(), 3), "seconds": prepared.stages.seconds}
     storage.write_text(run.result, storage.dump_json(result))
     summary.show_end(run, result, config.task.name)
-    if refused is not None:
-        raise refused
+    if refused:
+        raise refused[0]
+
+
+def _make_targets(run: RunDir, prepared: Prepared, member: Member, refused: list[MergeError]) -> dict[str, Any]:
+    """`export.targets` of a run that has just been trained; what `result.json` says of them.
+
+    Args:
+        refused: gets the errors of what was not kept.
+    """
+    rows, trained_logits = _probe(prepared)
+    prepared.model = member.model = member.optimizer = member.parameters = None  # room for the unquantized base
+    found: dict[str, Any] = {}
+    if targets.needs_merged(prepared.config.export.targets):
+        try:
+            found["merge"] = _merge(run, prepared, rows, trained_logits)
+        except MergeError as error:
+            refused.append(error)
+            return {"merge": {"refused": [str(error)]}}
+    return found | {"export": _export(run, prepared, refused)}
 
 
 def measure_base(prepared: Prepared) -> Measured:
@@ -201,6 +219,64 @@ def merge(path: str, overrides: list[str]) -> dict[str, Any]:
         report = _merge(run, prepared, rows, trained_logits)
     console.say("merged", f"{run.merged}: {prepared.kind.auto_class}.from_pretrained({str(run.merged)!r})")
     return report
+
+
+def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """`lora-lab export`: `export.targets` of a trained run, each proved in its own loader, in `export/`.
+
+    Raises:
+        ConfigError: no targets, or one that could not load what would be made.
+        ExportError: a target was refused; the others are kept.
+    """
+    run = run_dir.open_existing(path)
+    config = compose.load(run.config, overrides)
+    if not config.export.targets:
+        raise ConfigError(
+            "export.targets: nothing to export. Say what: lora-lab export run=DIR export.targets=[gguf,ollama]"
+        )
+    refused: list[MergeError] = []
+    with run.locked():
+        prepared = prepare(config, need_train=config.data.eval is None, trained=run)
+        _check_targets(run, prepared)
+        if targets.needs_merged(config.export.targets) and not _is_merged(run, config):
+            load_trained(run, prepared)
+            rows, trained_logits = _probe(prepared)
+            prepared.model = None
+            _merge(run, prepared, rows, trained_logits)
+        report = _export(run, prepared, refused)
+    if refused:
+        raise refused[0]
+    return report
+
+
+def _is_merged(run: RunDir, config: RunConfig) -> bool:
+    """Whether the merged checkpoint is there, whole, and of the type that is asked for."""
+    if not run.merged.is_dir():
+        return False
+    storage.verify(run.merged)
+    return json.loads((run.merged / "config.json").read_text(encoding="utf-8")).get("dtype") == config.export.dtype
+
+
+def _export(run: RunDir, prepared: Prepared, refused: list[MergeError]) -> dict[str, dict[str, Any]]:
+    data = prepared.held_out or prepared.train
+    rows = parity.probe(first_examples(data, 64), 64, prepared.task, targets.POSITIONS)
+    report = targets.make(dataclasses.replace(_job(run, prepared), rows=rows))
+    refused += [ExportError(text) for one in report.values() for text in one.get("refused", ())]
+    return report
+
+
+def _check_targets(run: RunDir, prepared: Prepared) -> None:
+    if prepared.config.export.targets or prepared.config.export.push_to_hub:
+        targets.check(_job(run, prepared))
+
+
+def _job(run: RunDir, prepared: Prepared) -> Job:
+    return Job(run, prepared.config, prepared.base, prepared.kind, prepared.encoder, prepared.device)
+
+
+def combine(named: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """`lora-lab merge merge.adapters=[...]`: a run folder of the combined adapter, and its verified checkpoint."""
+    return merge(str(combine_adapters(named, overrides).path), [])
 
 
 def _probe(prepared: Prepared) -> tuple[parity.Probe, list[torch.Tensor]]:

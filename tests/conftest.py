@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,19 @@ def config_of(overrides):
     from lora_lab import compose
 
     return lambda *more: compose.compose([*overrides, *more])
+
+
+@pytest.fixture
+def reload_here(monkeypatch):
+    """Checkpoints are reloaded in this process, to be quick; other scripts still get their own."""
+    from lora_lab.merge import reload
+
+    run = subprocess.run
+
+    def here(command, **options):
+        if not command[2:3] or not command[2].endswith("reload.py"):
+            return run(command, **options)
+        reload.main(*command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("subprocess.run", here)

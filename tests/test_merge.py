@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_lab import cli, compose, run
+from lora_lab import cli, compose, run, storage
+from lora_lab.base.weights import Weights
 from lora_lab.config import MergeConfig
 from lora_lab.errors import ConfigError, MergeError
-from lora_lab.merge import parity
+from lora_lab.merge import parity, stream
 
 
 @pytest.fixture
@@ -25,32 +26,6 @@ def trained(config_of, tmp_path, eval_file):
         return run.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
 
     return start
-
-
-@pytest.mark.parametrize(
-    ("tied", "adapter"),
-    [
-        (False, []),
-        (True, []),
-        (False, ["adapter=dora"]),
-        (False, ["adapter=rslora", "adapter.rank_pattern={v_proj: 8}"]),
-    ],
-    ids=["untied", "tied", "dora", "rslora"],
-)
-def test_float32_merge_equals_base_and_adapter(trained, base, tied_base, tied, adapter):
-    """Reloaded by plain transformers in a process of its own: logits of this random model, which are large, equal to 2e-4."""
-    folder = trained(
-        f"model.path={tied_base if tied else base}", "export=merged", "export.dtype=float32", *adapter
-    ).path
-    report = json.loads((folder / "merge_report.json").read_text())
-    gap = report["merged_vs_base_and_adapter"]
-    limit = 5e-4 if "adapter=dora" in adapter else 2e-4  # DoRA divides by norms, live and merged in another order
-    assert gap["max_logit_diff"] <= limit
-    assert gap["top1_agreement"] == 1.0
-    # trained on float32 as well, by functions that sum in another order
-    assert report["merged_vs_model_as_trained"]["max_logit_diff"] <= limit
-    assert json.loads((folder / "merged/config.json").read_text())["tie_word_embeddings"] is tied
-    assert report["refused"] == []
 
 
 PLAIN_LOAD = """
@@ -83,7 +58,7 @@ def python_without(packages: tuple[str, ...], folder: Path, code: str, *argument
 
 def test_quantized_training_sharded_merge_and_plain_loading(trained, tmp_path):
     # random weights feel quantization far more than trained ones do
-    loose = ("merge.max_loss_increase=9", "merge.min_top1_agreement=0.5", "merge.max_kl=1")
+    loose = ("merge.base=full_precision", "merge.max_loss_increase=9", "merge.min_top1_agreement=0.5", "merge.max_kl=1")
     folder = trained("quant=nf4", "model.dtype=bfloat16", "export=merged", "export.max_shard_size=100KB", *loose).path
     merged = folder / "merged"
     assert len(list(merged.glob("model-*.safetensors"))) > 1
@@ -97,6 +72,7 @@ def test_quantized_training_sharded_merge_and_plain_loading(trained, tmp_path):
     assert report["merged_vs_model_as_trained"]["kl"] > report["merged_vs_base_and_adapter"]["kl"]
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_a_refused_merge_keeps_the_trained_run(trained, tmp_path):
     with pytest.raises(MergeError, match="loss"):
         trained("quant=nf4", "model.dtype=bfloat16", "export=merged", "merge.max_loss_increase=1e-9")
@@ -107,6 +83,7 @@ def test_a_refused_merge_keeps_the_trained_run(trained, tmp_path):
     assert not (tmp_path / "run/merged").exists()
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_a_merge_that_differs_is_refused_and_not_published(trained, tmp_path, capsys, monkeypatch):
     folder = trained().path
     real = parity.reloaded_logits
@@ -188,6 +165,7 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
             assert not torch.allclose(plain(input_ids=ids).logits, mine(input_ids=ids).logits, atol=1e-2)
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_serving_the_merged_folder_renders_what_was_trained(trained):
     """The template that travels with the checkpoint gives the tokens that stand before every trained answer."""
     from transformers import AutoTokenizer
@@ -206,7 +184,8 @@ def test_serving_the_merged_folder_renders_what_was_trained(trained):
         assert not example.supervised[: len(ids)].any()
 
 
-@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("method", ["nf4", *(pytest.param(one, marks=pytest.mark.long) for one in ("fp4", "int8"))])
+@pytest.mark.usefixtures("reload_here")
 def test_what_to_merge_into_is_measured(trained, method):
     folder = trained(
         "export=merged", "export.dtype=float32", f"quant={method}", "train.max_steps=8", "merge.max_loss_increase=9"
@@ -220,23 +199,116 @@ def test_what_to_merge_into_is_measured(trained, method):
         assert report["bases"]["dequantized"]["kl"] < 1e-6 < report["bases"]["full_precision"]["kl"]
 
 
-def test_a_correction_goes_towards_what_training_saw(trained):
-    folder = trained("quant=nf4").path
-    found = {}
-    for base, rank in (("full_precision", 1), ("corrected", 16), ("corrected", 64), ("dequantized", 1)):
-        settings = [
-            f"merge.base={base}",
-            f"merge.correction_rank={rank}",
-            "export.dtype=float32",
-            "merge.max_loss_increase=9",
-        ]
-        report = run.merge(str(folder), settings)
-        assert report["base"] == base
-        found[base, rank] = report["bases"][base]["kl"]
-    assert found["full_precision", 1] > found["corrected", 16] > found["corrected", 64]
-    assert found["corrected", 64] == pytest.approx(found["dequantized", 1], abs=1e-6)  # the layers' whole rank
+def test_a_correction_goes_towards_what_training_saw(config_of):
+    from lora_lab.merge import bases
+    from lora_lab.prepared import prepare
+
+    def weights(policy: str, rank: int = 1) -> dict[str, torch.Tensor]:
+        config = config_of("quant=nf4", f"merge.base={policy}", f"merge.correction_rank={rank}", "export.dtype=float32")
+        ready = prepare(config)
+        return bases.load(policy, ready.base, ready.kind, config, ready.device).state_dict()
+
+    seen, published = weights("dequantized"), weights("full_precision")
+    errors = {0: published, **{rank: weights("corrected", rank) for rank in (4, 16, 64)}}
+    changed = [name for name in seen if not torch.equal(seen[name], published[name])]
+    assert len(changed) == 28
+    for name in changed:
+        gaps = [float((found[name] - seen[name]).norm() / seen[name].norm()) for found in errors.values()]
+        assert gaps == sorted(gaps, reverse=True)
+        assert gaps[0] > 0.05
+        if min(seen[name].shape) <= 64:
+            assert gaps[-1] < 1e-5  # the layer's whole rank
 
 
 def test_a_base_to_merge_into_without_effect_is_refused(config_of):
     with pytest.raises(ConfigError, match=r"merge\.base=dequantized: no effect with quant\.method=none"):
         config_of("merge.base=dequantized")
+
+
+@pytest.mark.parametrize(
+    ("tied", "adapter"),
+    [
+        (False, []),
+        (True, ["adapter=rslora", "adapter.rank_pattern={v_proj: 8}"]),
+        (True, ["adapter=dora"]),
+        pytest.param(True, [], marks=pytest.mark.long),
+        pytest.param(False, ["adapter=dora"], marks=pytest.mark.long),
+    ],
+    ids=["untied", "tied-rslora", "tied-dora", "tied", "untied-dora"],
+)
+def test_float32_merge_equals_base_and_adapter(trained, base, tied_base, tied, adapter):
+    """Written file by file: the same weights as peft's own merge; and, reloaded by plain transformers in a process of its own,
+    the logits of this random model, which are large, equal to 2e-4."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path = tied_base if tied else base
+    settings = ["export=merged", "export.dtype=float32", "export.max_shard_size=100KB"]
+    folder = trained(f"model.path={path}", *settings, *adapter).path
+    report = json.loads((folder / "merge_report.json").read_text())
+    limit = 5e-4 if "adapter=dora" in adapter else 2e-4  # DoRA divides by norms, live and merged in another order
+    # trained on float32 as well, by functions that sum in another order
+    for name in ("merged_vs_base_and_adapter", "merged_vs_model_as_trained"):
+        assert report[name]["max_logit_diff"] <= limit
+        assert report[name]["top1_agreement"] == 1.0
+    assert report["refused"] == []
+    assert report["written"] == "file by file"
+    assert json.loads((folder / "merged/config.json").read_text())["tie_word_embeddings"] is tied
+
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload().state_dict()
+    found = Weights(folder / "merged")
+    assert set(found) == {name for name in expected if not (tied and name == "lm_head.weight")}
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    shards = sorted((folder / "merged").glob("model-*.safetensors"))
+    index = json.loads((folder / "merged/model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [shard.name for shard in shards]
+    assert index["metadata"]["total_size"] == sum(found[name].nbytes for name in found)
+    largest = max(found[name].nbytes for name in found)
+    for shard in shards:
+        storage.check_safetensors(shard)
+        assert shard.stat().st_size <= max(100_000, largest) + 4096
+
+
+@pytest.mark.usefixtures("reload_here")
+def test_names_that_files_and_model_do_not_share_are_merged_in_memory(trained, base, tmp_path):
+    """A checkpoint of the inner model alone: transformers finds its tensors by prefix, a copy name by name would not."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base, tmp_path / "inner")
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    inner = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(inner, folder / "model.safetensors", {"format": "pt"})
+    done = trained(f"model.path={folder}", "export=merged", "export.dtype=float32").path
+    report = json.loads((done / "merge_report.json").read_text())
+    assert report["written"].startswith("from memory: the base's files have no tensor")
+    assert report["refused"] == []
+
+
+@pytest.mark.usefixtures("reload_here")
+def test_what_was_there_is_kept(trained, monkeypatch, capsys):
+    """A merge is never written onto its source, and a disk that fills up leaves the earlier checkpoint."""
+    folder = trained("export=merged", "export.dtype=float32").path
+    before = {file.name: file.read_bytes() for file in (folder / "merged").iterdir()}
+    assert (
+        cli.main(["merge", f"run={folder}", f"model.path={folder}/merged"]) == 2
+    )  # merged twice: another base by its weights
+    assert "Name the base that it was trained on" in capsys.readouterr().err
+    real = stream._merged
+    count = iter(range(10))
+
+    def full(*args):
+        if next(count) == 5:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(stream, "_merged", full)
+    assert cli.main(["merge", f"run={folder}"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (folder / "merged").iterdir()} == before
+    assert not [path for path in folder.iterdir() if path.name.endswith((".tmp", ".old"))]

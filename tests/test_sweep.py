@@ -494,6 +494,7 @@ def test_optuna_chooses_batches_that_train_as_cohorts(overrides, eval_file, tmp_
     assert [place["note"].startswith("stopped") for place in ranked] == [False] * 2 + [True] * 4
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on_with_the_batch_it_was_in(overrides, eval_file, tmp_path):
     command = _search_command(overrides, eval_file, tmp_path / "search")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from lora_lab import cli, prepared, run, run_dir
 from lora_lab.base import load
 from lora_lab.data import store
 from lora_lab.errors import LoraLabError
-from lora_lab.merge import reload
 from lora_lab.train import regularize
 from lora_lab.train.cohort import Member
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
@@ -226,20 +224,13 @@ IN_A_PROCESS_OF_ITS_OWN = (
 )  # the others reload in this one, to be quick
 
 
-def reload_here(command: list[str], _run=subprocess.run, **options) -> subprocess.CompletedProcess:
-    if "-P" not in command:
-        return _run(command, **options)
-    reload.main(*command[3:])
-    return subprocess.CompletedProcess(command, 0)
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_task_end_to_end(case, start, tmp_path, models, capsys, monkeypatch):
+def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     """Trained on an NF4 base, better than before; resumed to the same bytes; merged at float32 and equal in plain transformers;
     evaluated again from the run folder alone."""
     folder = tmp_path / "run"
     if case not in IN_A_PROCESS_OF_ITS_OWN:
-        monkeypatch.setattr("lora_lab.merge.parity.subprocess.run", reload_here)
+        request.getfixturevalue("reload_here")
     assert cli.main(["train", *start(case, "quant=nf4", "export=merged", "export.dtype=float32", *LOOSE)]) == 0
     capsys.readouterr()
     result = json.loads((folder / "result.json").read_text())

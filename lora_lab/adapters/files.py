@@ -14,7 +14,8 @@ from lora_lab.config import RunConfig
 from lora_lab.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    import torch
+    from peft import PeftConfig, PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
 PROVENANCE = "lora_lab.json"
@@ -29,24 +30,43 @@ def write(
         learned: what the task took from the training rows, such as the names of its classes.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    write_tensors(folder, state, model.peft_config[name], config, base, learned)
+
+
+def write_tensors(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    peft_config: PeftConfig,
+    config: RunConfig,
+    base: BaseFiles,
+    learned: dict[str, Any],
+    **provenance: Any,
+) -> None:
+    """As `write`, of tensors that are in no model.
+
+    Args:
+        state: by peft's names.
+        provenance: what `lora_lab.json` says beside base and task.
+    """
+    from safetensors.torch import save_file
+
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
     )
-    peft_config = model.peft_config[name]
     was_named, was_inference = peft_config.base_model_name_or_path, peft_config.inference_mode
     peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
     peft_config.inference_mode = True
     peft_config.save_pretrained(folder)
     peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
-    provenance = {
+    content = {
         "lora_lab": __version__,
         "base": {"name": base.name, "fingerprint": base.fingerprint, **dataclasses.asdict(config.quant)},
         "task": {"name": config.task.name, **learned},
+        **provenance,
     }
-    (folder / PROVENANCE).write_text(storage.dump_json(provenance), encoding="utf-8")
+    (folder / PROVENANCE).write_text(storage.dump_json(content), encoding="utf-8")
 
 
 def learned(folder: Path) -> dict[str, Any]:

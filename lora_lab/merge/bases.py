@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lora_lab.adapters.updates import factored
 from lora_lab.base.load import BaseFiles, ModelKind, load_model
 from lora_lab.config import QuantConfig, RunConfig
 
@@ -46,9 +47,6 @@ def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, devic
 
 @torch.no_grad()
 def _correct(weight: torch.Tensor, seen: torch.Tensor, rank: int) -> None:
-    """Move a weight [N, D] by the part of rank `rank` of its way to what training saw (Halko et al., arXiv:0909.4061)."""
+    """Move a weight [N, D] by the part of rank `rank` of its way to what training saw."""
     error = seen.float() - weight.float()
-    if not error.any():
-        return
-    u, s, v = torch.svd_lowrank(error, q=min(rank + 8, *error.shape), niter=4)
-    weight += (u[:, :rank] * s[:rank] @ v[:, :rank].T).to(weight.dtype)
+    weight.copy_(factored(error, rank)[0].added_to(weight))

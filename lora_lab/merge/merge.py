@@ -10,14 +10,17 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from lora_lab import console, storage
-from lora_lab.adapters import files
+from lora_lab.adapters import files, updates
 from lora_lab.adapters.attach import attach, trainable
+from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import save_tokenizer
+from lora_lab.base.weights import Weights
 from lora_lab.config import RunConfig
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import MergeError
-from lora_lab.merge import bases, parity
+from lora_lab.export import card
+from lora_lab.merge import bases, parity, stream
 from lora_lab.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -51,25 +54,27 @@ def merge(
     for name in names:
         model = None
         clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
-        model = _adapted(name, run, config, base, kind, device)
+        model = adapted(name, run, config, base, kind, device)
         reference = parity.logits(model, rows)
         measured[name] = parity.compare(trained_logits, reference, rows)
     chosen = min(measured, key=lambda name: measured[name].loss)
     if chosen != names[-1]:
         model = None
         clear_device_cache(garbage_collection=True)
-        model = _adapted(chosen, run, config, base, kind, device)
+        model = adapted(chosen, run, config, base, kind, device)
         reference = parity.logits(model, rows)
-    merged = model.merge_and_unload(safe_merge=True)
-    _carry_along(merged, encoder)
-    report: dict[str, Any] = {}
     with storage.new_folder(run.merged, {"base": base.fingerprint}) as temporary:
-        merged.save_pretrained(temporary, max_shard_size=config.export.max_shard_size)
+        how = _write(temporary, model, chosen, run, config, base, kind, encoder)
         save_tokenizer(encoder.tokenizer, temporary)
-        del model, merged
+        del model
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, config, kind, rows, reference, trained_logits, device)
-        report |= {"base": chosen, "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()}}
+        report |= {
+            "base": chosen,
+            "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()},
+            "written": how,
+        }
+        (temporary / "README.md").write_text(_card(run, config, base, report), encoding="utf-8")
         storage.write_text(run.merge_report, storage.dump_json(report))
         _show(report)
         if report["refused"]:
@@ -80,7 +85,39 @@ def merge(
     return report
 
 
-def _adapted(
+def _write(
+    folder: Path,
+    model: PeftModel,
+    policy: str,
+    run: RunDir,
+    config: RunConfig,
+    base: BaseFiles,
+    kind: ModelKind,
+    encoder: Encoder,
+) -> str:
+    """Write the merged checkpoint, file by file where that can be done; how it was written.
+
+    Args:
+        model: the adapter on the base of `policy`; it is merged, where the files alone do not do.
+    """
+    reason = f"merge.base={policy} is made in memory"
+    if policy == "full_precision":
+        skeleton, weights = load.skeleton(base.folder, kind), Weights(base.folder)
+        reason = stream.reason_against(skeleton, weights, found := updates.read(run.adapter))
+        if not reason:
+            if skeleton.can_generate():
+                skeleton.generation_config = model.get_base_model().generation_config
+            _carry_along(skeleton, encoder)
+            dtype = getattr(torch, config.export.dtype)
+            stream.write(skeleton, weights, found, dtype, config.export.max_shard_size, folder)
+            return "file by file"
+    merged = model.merge_and_unload(safe_merge=True)
+    _carry_along(merged, encoder)
+    merged.save_pretrained(folder, max_shard_size=config.export.max_shard_size)
+    return f"from memory: {reason}"
+
+
+def adapted(
     policy: str, run: RunDir, config: RunConfig, base: BaseFiles, kind: ModelKind, device: torch.device
 ) -> PeftModel:
     """The run's adapter on the base that a policy names."""
@@ -91,6 +128,18 @@ def _adapted(
         if ".modules_to_save." in name:  # heads are trained in float32 and stored like the rest of the checkpoint
             parameter.data = parameter.data.to(getattr(torch, config.export.dtype))
     return model
+
+
+def _card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]) -> str:
+    gap = report["merged_vs_model_as_trained"]
+    proved = {
+        "merged into": report["base"],
+        "reloaded by plain transformers, positions compared": report["positions"],
+        "loss": gap["loss"],
+        "loss of the model as trained": gap["reference_loss"],
+        "top-1 agreement with it": gap["top1_agreement"],
+    }
+    return card.card(run, config, base, proved)
 
 
 def _carry_along(merged: torch.nn.Module, encoder: Encoder) -> None:

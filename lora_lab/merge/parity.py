@@ -59,12 +59,12 @@ class Probe:
         return sum(len(self.task.compared_targets(example)) for example in self.examples)
 
 
-def probe(examples: Iterable[Example], rows: int, task: Task) -> Probe:
-    """The first `rows` examples, as long as their supervised positions stay few."""
+def probe(examples: Iterable[Example], rows: int, task: Task, most: int = _MAX_POSITIONS) -> Probe:
+    """The first `rows` examples, as long as their supervised positions are at most `most` (but for a single row)."""
     chosen, positions = [], 0
     for example in itertools.islice(examples, rows):
         positions += example.num_items
-        if chosen and positions > _MAX_POSITIONS:
+        if chosen and positions > most:
             break
         chosen.append(example)
     return Probe(chosen, [task.passes(example) for example in chosen], task)
@@ -88,8 +88,14 @@ def _at(output: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     return (row if positions is None else row[positions.to(row.device)]).float().cpu()
 
 
-def reloaded_logits(folder: Path, auto_class: str, rows: Probe, device: torch.device) -> list[torch.Tensor]:
+def reloaded_logits(
+    folder: Path, auto_class: str, rows: Probe, device: torch.device, dtype: str = "auto", adapter: Path | None = None
+) -> list[torch.Tensor]:
     """As `logits`, of a saved checkpoint, by plain transformers in a fresh process.
+
+    Args:
+        dtype: that it computes in; auto: the checkpoint's own.
+        adapter: a peft folder to be put on it by peft.
 
     Raises:
         MergeError: the checkpoint does not load there.
@@ -106,7 +112,8 @@ def reloaded_logits(folder: Path, auto_class: str, rows: Probe, device: torch.de
         save_file(tensors, rows_file)
         script = str(Path(__file__).with_name("reload.py"))
         # -P: the script's own folder is not searched for modules, so nothing of lora_lab can be imported by accident
-        command = [sys.executable, "-P", script, str(folder), auto_class, rows_file, outputs_file, str(device)]
+        command = [sys.executable, "-P", script, str(folder), auto_class, rows_file, outputs_file, str(device), dtype]
+        command += [] if adapter is None else [str(adapter)]
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
         )

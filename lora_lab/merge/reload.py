@@ -1,10 +1,11 @@
-"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE
+"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE DTYPE [ADAPTER]
 
-Started in a process of its own and importing neither lora_lab nor peft, so that it sees what a deployment would see.
+Started in a process of its own and not importing lora_lab, nor peft without ADAPTER, so that it sees what a deployment would see.
 
 FOLDER: a transformers model folder. AUTO_CLASS: transformers' class that loads it. ROWS: safetensors with the inputs of
 forward pass i as `i.input_ids` [1, T] and so on, and perhaps `i.positions` [S] int64, of which logits are wanted.
 OUTPUTS: where to write the outputs of pass i as `i.logits` and so on, float32, without the batch dimension.
+DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder.
 """
 
 import sys
@@ -12,18 +13,24 @@ import sys
 OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
-def main(folder: str, auto_class: str, rows_file: str, outputs_file: str, device: str) -> None:
+def main(
+    folder: str, auto_class: str, rows_file: str, outputs_file: str, device: str, dtype: str, adapter: str | None = None
+) -> None:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
 
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, auto_class)
-    model, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     problems = {kind: sorted(names) for kind, names in info.items() if names}
     if problems:
         sys.exit(f"the checkpoint does not load cleanly: {problems}")
-    model = model.to(device).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
     passes: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(rows_file, device=device).items():
         number, _, name = name.partition(".")

@@ -1,0 +1,37 @@
+"""A base's tensors read one by one from its files, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from lora_lab.base import inspect
+
+
+class Weights:
+    """The tensors of a model folder by name. Each is read when it is asked for, and its file is not kept open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.floating: dict[str, bool] = {}
+        for file in inspect.weight_files(folder):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    part = tensors.get_slice(name)
+                    self._files[name], self.shapes[name] = file, torch.Size(part.get_shape())
+                    self.floating[name] = part.get_dtype() in ("BF16", "F16", "F32", "F64")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor; its pages of the file leave memory with it."""
+        with safe_open(self._files[name], "pt") as tensors:
+            return tensors.get_tensor(name)

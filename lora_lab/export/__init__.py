@@ -1,0 +1,1 @@
+"""What is made of a trained adapter for others to load, each proved in the loader that it is for."""

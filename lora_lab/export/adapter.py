@@ -1,0 +1,80 @@
+"""Adapter folders for other servers: peft's own layout, and the part of it that vLLM and SGLang read."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_lab.adapters import files, updates
+from lora_lab.errors import ExportError
+from lora_lab.export.job import Job
+from lora_lab.merge import derived
+from lora_lab.merge.merge import adapted
+from lora_lab.merge.parity import compare, logits, reloaded_logits
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
+
+
+def check(job: Job) -> Iterator[str]:
+    """What peft alone cannot load onto the base as it is."""
+    if job.kind.new_modules:
+        yield (
+            f"export.targets: adapter: with a head of its own ({', '.join(job.kind.new_modules)}) it loads only onto a model that "
+            "was made for it. Export hf (merged); the run's adapter/ is there in any case."
+        )
+
+
+def check_vllm(job: Job) -> Iterator[str]:
+    """What vLLM and SGLang cannot load."""
+    adapter = job.config.adapter
+    if job.kind.auto_class != "AutoModelForCausalLM":
+        yield f"export.targets: vllm is for models that write; task={job.config.task.name} makes another. Drop it."
+    if adapter.use_dora:
+        yield "export.targets: vllm: loads no DoRA. Export hf (merged), or train with adapter=lora."
+    if job.kind.new_modules:
+        yield f"export.targets: vllm: loads no whole modules beside LoRA ({', '.join(job.kind.new_modules)}). Export hf (merged)."
+    widest = max([adapter.r, *(adapter.rank_pattern or {}).values()])
+    if widest > _VLLM_RANKS[-1]:
+        yield f"export.targets: vllm: loads ranks up to {_VLLM_RANKS[-1]}, not {widest}. Lower adapter.r, or export hf (merged)."
+
+
+def make(job: Job, folder: Path) -> dict[str, Any]:
+    """The adapter as it was saved, proved in plain peft."""
+    for file in job.run.adapter.iterdir():
+        if file.name != "manifest.json":
+            shutil.copy(file, folder)
+    return _proved(job, folder)
+
+
+def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
+    """The same update with one rank and scale 1 in every layer: vLLM reads neither patterns nor rsLoRA of all versions alike."""
+    adapter, config = updates.read(job.run.adapter), job.config
+    plain = derived.adapter_config(config.adapter, adapter.rank, config.adapter.target_modules)
+    if isinstance(plain.target_modules, str) or plain.exclude_modules or plain.layers_to_transform:
+        names = sorted(adapter.layers)
+        plain = dataclasses.replace(plain, target_modules=names, exclude_modules=None, layers_to_transform=None)
+    peft_config = plain.peft_config(job.kind.peft_task_type)
+    learned = files.learned(job.run.adapter)
+    files.write_tensors(folder, adapter.tensors(adapter.rank), peft_config, config, job.base, learned)
+    limit = next(rank for rank in _VLLM_RANKS if rank >= adapter.rank)
+    serve = f"vllm serve {job.base.name} --enable-lora --max-lora-rank {limit} --lora-modules {config.name}={job.run.path / 'export/vllm'}"
+    return {"serve": serve, **_proved(job, folder)}
+
+
+def _proved(job: Job, folder: Path) -> dict[str, Any]:
+    """Compare the folder, loaded by plain peft, with the adapter as lora_lab puts it on the unquantized base."""
+    dtype = job.config.export.dtype
+    model = adapted("full_precision", job.run, job.config, job.base, job.kind, job.device)
+    reference = logits(model, job.rows)
+    del model
+    found = reloaded_logits(job.base.folder, job.kind.auto_class, job.rows, job.device, dtype, folder)
+    gap, limits = compare(reference, found, job.rows), job.config.merge
+    if not (gap.kl <= limits.max_kl and gap.top1_agreement >= limits.min_top1_agreement):
+        raise ExportError(
+            f"{folder.name}: peft says something else than the trained adapter (KL {gap.kl:.2e}, top-1 {gap.top1_agreement:.4f}; "
+            f"allowed: merge.max_kl={limits.max_kl:g}, merge.min_top1_agreement={limits.min_top1_agreement:g}). Nothing is kept."
+        )
+    return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap)}

@@ -1,0 +1,102 @@
+"""The model card: what a published folder is made of, as README.md with the front matter that hubs read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_lab import __version__
+from lora_lab.base.load import BaseFiles
+from lora_lab.base.resolve import is_hub_id
+from lora_lab.config import RunConfig
+from lora_lab.run_dir import RunDir
+
+
+def card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]) -> str:
+    """Text of the card.
+
+    Args:
+        report: what was proved of the published files, each figure by its name.
+    """
+    result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() else {}
+    manifest = json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
+    front: dict[str, Any] = {"tags": ["lora_lab", config.task.name]}
+    if is_hub_id(base.name):
+        front["base_model"] = base.name
+    licence = base_licence(base.folder)
+    if licence:
+        front["license"] = licence
+    lines = [
+        f"# {config.name}", "",
+        f"{Path(base.name).name}, fine-tuned for {config.task.name} with lora_lab {__version__}.", "",
+        "## Base", "",
+        f"- {base.name if is_hub_id(base.name) else Path(base.name).name}, weights {base.fingerprint[:16]}",
+        f"- licence: {licence or 'the folder names none; look it up before you publish'}",
+        f"- trained on: {config.model.dtype}, quant {config.quant.method}", "",
+        "## Data", "",
+        *_data(manifest), "",
+        "## Training", "",
+        *_training(config, result), "",
+        "## Held-out metrics", "",
+        *_metrics(result), "",
+        "## Proved of these files", "",
+        *(f"- {name}: {_shown(value)}" for name, value in report.items()), "",
+    ]  # fmt: skip
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n" + "\n".join(lines)
+
+
+def base_licence(folder: Path) -> str | None:
+    """The licence that the base's own card names, or the first line of its LICENSE file."""
+    readme = folder / "README.md"
+    if readme.is_file():
+        found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        try:
+            front = yaml.safe_load(found[1]) if found else None
+        except yaml.YAMLError:
+            front = None
+        if isinstance(front, dict) and isinstance(front.get("license"), str):
+            return front["license"]
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        file = folder / name
+        if file.is_file():
+            words = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return words[0].strip() if words else None
+    return None
+
+
+def _data(manifest: dict[str, Any]) -> list[str]:
+    return [
+        f"- {key}: {Path(name).name}, SHA-256 {digest[:16]}"
+        for key, files in manifest.get("data", {}).items()
+        for name, digest in files.items()
+    ] or ["- not recorded"]
+
+
+def _training(config: RunConfig, result: dict[str, Any]) -> list[str]:
+    adapter, optim = config.adapter, config.optim
+    lines = [
+        f"- adapter: {'DoRA' if adapter.use_dora else 'rsLoRA' if adapter.use_rslora else 'LoRA'}, r={adapter.r}, "
+        f"lora_alpha={adapter.lora_alpha:g}, target_modules={adapter.target_modules if isinstance(adapter.target_modules, str) else f'{len(adapter.target_modules)} names'}",
+        f"- {optim.name}, lr={optim.lr:g}, {optim.schedule}; {config.train.batch_size} rows a step; seed {config.seed}",
+    ]
+    if result:
+        lines.append(
+            f"- {result['steps']} steps, {result['tokens']:,} tokens, last training loss {result['train_loss']:.4f}"
+        )
+    return lines
+
+
+def _metrics(result: dict[str, Any]) -> list[str]:
+    base, tuned = result.get("base") or {}, result.get("tuned") or {}
+    if not tuned:
+        return ["- none measured"]
+    rows = [f"| {name} | {_shown(base.get(name))} | {_shown(value)} |" for name, value in tuned.items()]
+    return ["| | base | tuned |", "|---|---|---|", *rows]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,66 @@
+"""The merged checkpoint in fewer bits, for serving on small cards; plain transformers loads it, with the library that it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.base.load import bitsandbytes_config
+from lora_lab.base.tokenizer import save_tokenizer
+from lora_lab.config import QuantConfig
+from lora_lab.errors import ExportError
+from lora_lab.export.job import Job
+from lora_lab.merge.parity import compare, reloaded_logits
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+
+def check(job: Job) -> Iterator[str]:
+    if job.config.export.quantization == "torchao_int8" and importlib.util.find_spec("torchao") is None:
+        yield "export.quantization=torchao_int8 needs torchao. pip install 'lora-lab[torchao]'"
+
+
+def make(job: Job, folder: Path) -> dict[str, Any]:
+    """Quantize the merged checkpoint and save it; its loss beside the merged checkpoint's.
+
+    Raises:
+        ExportError: it does not load, or its loss is higher by more than `merge.max_loss_increase`.
+    """
+    import transformers
+
+    model = getattr(transformers, job.kind.auto_class).from_pretrained(
+        job.merged, quantization_config=_config(job), dtype="auto", device_map={"": job.device}, use_safetensors=True
+    )
+    model.save_pretrained(folder)
+    save_tokenizer(job.encoder.tokenizer, folder)
+    del model
+    reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device)
+    gap = compare(reference, reloaded_logits(folder, job.kind.auto_class, job.rows, job.device), job.rows)
+    limit = job.config.merge.max_loss_increase
+    if not gap.loss - gap.reference_loss <= limit:
+        raise ExportError(
+            f"quantized: loss {gap.loss - gap.reference_loss:+.4f} > merge.max_loss_increase={limit:g}. Nothing is kept; raise the "
+            "limit if that is acceptable, or choose another export.quantization."
+        )
+    return {
+        "quantization": job.config.export.quantization,
+        "loader": "transformers",
+        "positions": job.rows.num_items,
+        "loss": gap.loss,
+        "loss_of_merged": gap.reference_loss,
+        "top1_agreement": gap.top1_agreement,
+        "kl": gap.kl,
+    }
+
+
+def _config(job: Job) -> BitsAndBytesConfig | TorchAoConfig:
+    method = job.config.export.quantization
+    if method == "torchao_int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return bitsandbytes_config(QuantConfig(method=method), job.config.export.dtype, job.kind)

@@ -1,0 +1,91 @@
+"""`export.targets`: what each needs, is made of, and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lora_lab import console, storage
+from lora_lab.errors import ConfigError, MergeError
+from lora_lab.export import adapter, card, gguf, hub, quantized
+from lora_lab.export.job import Job
+
+POSITIONS = 200  # that llama.cpp is asked about, one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One thing that can be made of a trained adapter."""
+
+    make: Callable[[Job, Path], dict[str, Any]]
+    check: Callable[[Job], Iterable[str]]
+    of_merged: bool  # made of the merged checkpoint
+
+
+TARGETS = {
+    "adapter": Target(adapter.make, adapter.check, of_merged=False),
+    "vllm": Target(adapter.make_vllm, adapter.check_vllm, of_merged=False),
+    "gguf": Target(gguf.make, functools.partial(gguf.check, target="gguf"), of_merged=True),
+    "ollama": Target(
+        functools.partial(gguf.make, with_modelfile=True),
+        functools.partial(gguf.check, target="ollama"),
+        of_merged=True,
+    ),
+    "gguf_lora": Target(gguf.make_lora, functools.partial(gguf.check, target="gguf_lora"), of_merged=False),
+    "quantized": Target(quantized.make, quantized.check, of_merged=True),
+}  # hf is the merged checkpoint itself
+
+
+def check(job: Job) -> None:
+    """Refuse, before any long work, targets that could not load what will be made.
+
+    Raises:
+        ConfigError: every reason.
+    """
+    problems = [text for name in job.config.export.targets if name in TARGETS for text in TARGETS[name].check(job)]
+    problems += hub.check(job.config.export)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def needs_merged(targets: Iterable[str]) -> bool:
+    return any(name == "hf" or TARGETS[name].of_merged for name in targets)
+
+
+def make(job: Job) -> dict[str, dict[str, Any]]:
+    """Make every target but hf in `export/<target>/` of the run, each published only if it was proved.
+
+    Returns:
+        Of each target what was proved, or under `refused` why it was not kept; also in `export_report.json`.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name in job.config.export.targets:
+        if name == "hf":
+            continue
+        folder = job.run.path / "export" / name
+        try:
+            with storage.new_folder(folder, {"base": job.base.fingerprint}) as temporary:
+                found = TARGETS[name].make(job, temporary)
+                (temporary / "README.md").write_text(card.card(job.run, job.config, job.base, found), encoding="utf-8")
+            report[name] = found | {"bytes": sum(file.stat().st_size for file in folder.iterdir())}
+            console.say("export", f"{folder}: {_shown(report[name])}")
+        except MergeError as error:
+            report[name] = {"refused": [str(error)]}
+            console.say("refused", error)
+    published = {name: job.run.path / "export" / name for name, found in report.items() if "refused" not in found}
+    if "hf" in job.config.export.targets:
+        published["hf"] = job.run.merged
+    if job.config.export.push_to_hub and published:
+        hub.push(published, job.config.export)
+    if report:
+        storage.write_text(job.run.path / "export_report.json", storage.dump_json(report))
+    return report
+
+
+def _shown(found: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+    )

@@ -1,0 +1,256 @@
+"""Several adapters of one base as one adapter, in a run folder of its own.
+
+What is combined are the updates of the weights, up @ down with their scales; peft's "linear" adds the factors instead, whose
+product is something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from peft.utils import merge_utils
+
+from lora_lab import compose, console, run_dir, storage
+from lora_lab.adapters import files, updates
+from lora_lab.adapters.updates import Update, Updates, factored
+from lora_lab.base.weights import Weights
+from lora_lab.config import MergeConfig, RunConfig
+from lora_lab.errors import AdapterError, ConfigError
+from lora_lab.merge import derived
+from lora_lab.prepared import Prepared, load_adapted, prepare
+from lora_lab.run_dir import RunDir
+from lora_lab.tasks.base import Measured
+
+COMBINED = "combined"  # name of the new adapter in the model
+
+
+@dataclasses.dataclass
+class Source:
+    """A trained run whose adapter goes into the new one."""
+
+    run: RunDir
+    prepared: Prepared
+    adapter: Updates
+    name: str  # of its adapter in the model
+
+    @property
+    def title(self) -> str:
+        return str(self.run.path)
+
+
+def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
+    """`lora-lab merge merge.adapters=[A,B]`: the new run, whose settings are the first's. Each source's held-out rows are measured
+    with its own adapter and with the combined one, into `combination.json`.
+
+    Args:
+        named: the folders of `merge.adapters`.
+        overrides: all of the command line.
+
+    Raises:
+        AdapterError: adapters of other bases, of other kinds of models, or with heads of their own.
+    """
+    runs = [run_dir.open_existing(path) for path in named]
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    default = f"run_dir={runs[0].path.absolute().parent / f'combined_{now}'}"
+    config = compose.load(runs[0].config, [default, *overrides])
+    run_dir.check_free(config)
+    sources = [open_source(run, place) for place, run in enumerate(runs)]
+    check_together(sources)
+    sources = [as_lora(source) for source in sources]
+    rank = rank_of(config.merge, sources)
+    config = dataclasses.replace(config, adapter=adapter_config(config, sources, rank))
+    load_all(sources, config)
+    weights = _weights(config.merge, sources, rank)
+    found, kept = combined([source.adapter for source in sources], weights, config.merge, rank)
+    made_of = [{"run": source.title, "weight": weight} for source, weight in zip(sources, weights, strict=True)]
+    lost = "" if config.merge.method == "cat" else f"; {kept:.1%} of the updates' squared norm fit into that rank"
+    console.say("combine", f"{len(sources)} adapters by {config.merge.method} into one of rank {rank}{lost}")
+    first = sources[0].prepared
+    run = derived.make(config, found, first, first.task.learned, {"method": config.merge.method, "adapters": made_of})
+    report = {"method": config.merge.method, "rank": rank, "kept": kept, "adapters": made_of}
+    report["held_out"] = _compare(sources, found, rank)
+    storage.write_text(run.path / "combination.json", storage.dump_json(report))
+    return run
+
+
+def combined(
+    adapters: Sequence[Updates], weights: Sequence[float], merge: MergeConfig, rank: int, seed: int = 0
+) -> tuple[Updates, float]:
+    """One adapter of several, and the mean share of its layers' squared norms that its rank holds.
+
+    Args:
+        adapters: none of them DoRA's.
+        rank: of the result.
+        seed: of what DARE drops.
+    """
+    torch.manual_seed(seed)
+    layers, kept = {}, []
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
+        pairs = [(w, a.layers[name]) for w, a in zip(weights, adapters, strict=True) if name in a.layers]
+        layers[name], share = _combined_layer(pairs, merge, rank)
+        kept.append(share)
+    return Updates(layers, {}), sum(kept) / len(kept)
+
+
+def _combined_layer(pairs: list[tuple[float, Update]], merge: MergeConfig, rank: int) -> tuple[Update, float]:
+    if merge.method in ("cat", "svd"):
+        first, *others = (weight * update for weight, update in pairs)
+        whole = sum(others, first)
+        return (whole, 1.0) if merge.method == "cat" else whole.truncated(rank)
+    dense = [update.up @ update.down for _, update in pairs]
+    pruned = getattr(merge_utils, merge.method)(dense, torch.tensor([w for w, _ in pairs]), merge.density)
+    return factored(pruned, rank)
+
+
+def open_source(run: RunDir, place: int) -> Source:
+    """A run made ready, but for its model."""
+    prepared = prepare(compose.load(run.config), need_train=False, trained=run)
+    return Source(run, prepared, updates.read(run.adapter), f"source{place}")
+
+
+def check_together(sources: list[Source]) -> None:
+    """Refuse adapters that have no sum."""
+    first = sources[0]
+    for source in sources:
+        try:
+            files.check_base(source.run.adapter, first.prepared.base)
+        except AdapterError as error:
+            raise AdapterError(f"merge.adapters: {error}") from error
+        if source.prepared.kind.auto_class != first.prepared.kind.auto_class:
+            raise AdapterError(
+                f"merge.adapters: {source.title} is {source.prepared.kind.auto_class}'s and {first.title} is "
+                f"{first.prepared.kind.auto_class}'s. Combine adapters of one kind of model."
+            )
+        if source.adapter.whole:
+            raise AdapterError(
+                f"merge.adapters: {source.title} has a head of its own ({next(iter(source.adapter.whole))}), and heads of "
+                "different tasks have no sum. Combine adapters without one."
+            )
+
+
+def as_lora(source: Source) -> Source:
+    """DoRA scales rows of the base, so its update is no product of factors: it is brought to twice its rank."""
+    if all(update.magnitude is None for update in source.adapter.layers.values()):
+        return source
+    weights, layers, shares = Weights(source.prepared.base.folder), {}, []
+    for name, update in source.adapter.layers.items():
+        weight = weights[f"{name}.weight"].float()
+        layers[name], share = factored(update.added_to(weight) - weight, 2 * update.rank)
+        shares.append(share)
+    console.say(
+        "convert",
+        f"{source.title}: DoRA to LoRA of twice its rank, {sum(shares) / len(shares):.1%} of the updates' squared norm",
+    )
+    return dataclasses.replace(source, adapter=Updates(layers, {}))
+
+
+def rank_of(merge: MergeConfig, sources: list[Source]) -> int:
+    if merge.rank is not None:
+        return merge.rank
+    ranks = [source.adapter.rank for source in sources]
+    return max(ranks) if merge.method == "svd" else sum(ranks)
+
+
+def adapter_config(config: RunConfig, sources: list[Source], rank: int) -> Any:
+    """The first's targets, if all have the same; else the layers' names."""
+    own = [source.prepared.config.adapter for source in sources]
+    told = {(str(a.target_modules), str(a.exclude_modules), str(a.layers_to_transform)) for a in own}
+    plain = dataclasses.replace(config.adapter, use_dora=False)
+    if len(told) == 1:
+        return derived.adapter_config(plain, rank, plain.target_modules)
+    names = list(dict.fromkeys(name for source in sources for name in source.adapter.layers))
+    plain = dataclasses.replace(plain, exclude_modules=None, layers_to_transform=None)
+    return derived.adapter_config(plain, rank, names)
+
+
+def load_all(sources: list[Source], config: RunConfig) -> None:
+    """The first's base with every adapter on it, for all sources."""
+    first = sources[0].prepared
+    members = {source.name: source.prepared.config for source in sources} | {COMBINED: config}
+    for source in sources[1:]:
+        own = source.prepared.config
+        if (own.quant, own.model.dtype) != (config.quant, config.model.dtype):
+            console.say(
+                "base",
+                f"{source.title} was trained on quant.method={own.quant.method}, {own.model.dtype}; here it is the first's",
+            )
+    model = load_adapted(first, members).eval()
+    for source in sources:
+        source.prepared.model = model
+        files.read_into(source.run.adapter, model, source.name)
+
+
+def put(sources: list[Source], found: Updates, rank: int) -> None:
+    """Give the combined adapter its weights."""
+    model = sources[0].prepared.model
+    set_peft_model_state_dict(model, found.tensors(rank), adapter_name=COMBINED)
+
+
+def measure(source: Source, name: str) -> Measured:
+    """A source's held-out rows by an adapter: its own (`source.name`) or the combined one (`COMBINED`)."""
+    source.prepared.model.set_adapter(name)
+    return source.prepared.measure(f"{source.run.path.name}, {name}")
+
+
+def _compare(sources: list[Source], found: Updates, rank: int) -> dict[str, Any]:
+    """Each source's held-out rows by its own adapter and by the combined one."""
+    put(sources, found, rank)
+    result = {}
+    for source in sources:
+        if source.prepared.held_out is None:
+            console.say("held out", f"{source.title} has no held-out rows; its task is not measured")
+            continue
+        own = {"base": source.prepared.measure_base().metrics}
+        own |= {name: measure(source, key).metrics for name, key in (("alone", source.name), ("combined", COMBINED))}
+        console.metrics_table(f"{source.title}: {len(source.prepared.held_out)} held-out rows", own)
+        result[source.title] = own
+    return result
+
+
+def _weights(merge: MergeConfig, sources: list[Source], rank: int) -> list[float]:
+    if merge.search_trials:
+        return _searched(merge, sources, rank)
+    return merge.weights or [1 / len(sources)] * len(sources)
+
+
+def _searched(merge: MergeConfig, sources: list[Source], rank: int) -> list[float]:
+    """The weights of the lowest mean held-out loss that so many trials find, equal ones among them.
+
+    Raises:
+        ConfigError: Optuna is not installed, or no source has held-out rows.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("merge.search_trials: needs Optuna. pip install 'lora-lab[hpo]'") from error
+    measured = [source for source in sources if source.prepared.held_out is not None]
+    if len(measured) < len(sources):
+        raise ConfigError(
+            "merge.search_trials: every run needs held-out rows (data.eval), by which weights are compared."
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    names = [source.name for source in sources]
+    study.enqueue_trial(dict.fromkeys(names, 1 / len(sources)))
+
+    def loss(trial: optuna.Trial) -> float:
+        weights = [trial.suggest_float(name, 0.0, 1.5) for name in names]
+        put(sources, combined([source.adapter for source in sources], weights, merge, rank)[0], rank)
+        model = sources[0].prepared.model
+        model.set_adapter(COMBINED)
+        losses = []
+        for source in sources:
+            with source.prepared.accelerator.autocast():
+                losses.append(source.prepared.task.measure(model.eval(), source.prepared.held_out).metrics["loss"])
+        return sum(losses) / len(losses)
+
+    with console.steps("weights", merge.search_trials) as progress:
+        study.optimize(
+            loss, merge.search_trials, callbacks=[lambda study, _: progress.advance(loss=f"{study.best_value:.4f}")]
+        )
+    return [study.best_params[name] for name in names]

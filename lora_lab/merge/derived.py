@@ -1,0 +1,52 @@
+"""Runs that are not trained but made of trained adapters: combined from several, or shrunk to a lower rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lora_lab import run_dir, storage
+from lora_lab.adapters import files
+from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.updates import Updates
+from lora_lab.config import MergeConfig, RunConfig
+from lora_lab.prepared import Prepared
+from lora_lab.run_dir import RunDir
+
+
+def adapter_config(like: LoraAdapter, rank: int, targets: str | list[str]) -> LoraAdapter:
+    """Settings of an adapter of scale 1 and one rank.
+
+    Args:
+        targets: as `adapter.target_modules`.
+    """
+    plain = {"rank_pattern": None, "alpha_pattern": None, "use_rslora": False, "lora_dropout": 0.0}
+    return dataclasses.replace(like, r=rank, lora_alpha=float(rank), target_modules=targets, **plain)
+
+
+def make(config: RunConfig, adapter: Updates, prepared: Prepared, learned: dict[str, Any], made_of: Any) -> RunDir:
+    """Make the run folder `config.run_dir` with an adapter in it, as if it had been trained.
+
+    Args:
+        config: its `adapter` is the adapter's (see `adapter_config`).
+        adapter: of ranks up to `config.adapter.r`.
+        prepared: the base and data that belong to it.
+        learned: what the task had learned of its rows.
+        made_of: for `lora_lab.json`.
+    """
+    config = dataclasses.replace(config, merge=_without_adapters(config.merge))
+    run = run_dir.create(config)
+    with run.locked():
+        run_dir.write_manifest(run, prepared.base, prepared.data_hashes())
+        peft_config = config.adapter.peft_config(prepared.kind.peft_task_type)
+        peft_config.modules_to_save = list(prepared.kind.new_modules) or None
+        with storage.new_folder(run.adapter) as temporary:
+            state = adapter.tensors(config.adapter.r)
+            files.write_tensors(temporary, state, peft_config, config, prepared.base, learned, made_of=made_of)
+    return run
+
+
+def _without_adapters(merge: MergeConfig) -> MergeConfig:
+    """The derived run is merged like any other."""
+    told = {"adapters": [], "weights": None, "method": "cat", "rank": None, "density": 0.5, "search_trials": 0}
+    return dataclasses.replace(merge, **told)

@@ -1,0 +1,101 @@
+"""A trained adapter at lower ranks: each is measured, and the lowest one that is as good becomes a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from peft import set_peft_model_state_dict
+
+from lora_lab import compose, console, run_dir, storage
+from lora_lab.adapters import files, updates
+from lora_lab.adapters.updates import Updates
+from lora_lab.config import RunConfig
+from lora_lab.errors import ConfigError
+from lora_lab.merge import derived
+from lora_lab.prepared import load_adapted, prepare
+from lora_lab.run_dir import RunDir
+
+_SHRUNK = "shrunk"  # name of the lower adapter in the model
+
+
+def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
+    """`lora-lab shrink`: the new run, in `run_dir` (by default `shrunk/` in the run's folder); None if no rank is as good.
+
+    Each layer's update is cut by its singular values. The figures of all ranks are in `shrink.json`.
+
+    Raises:
+        ConfigError: no held-out rows to measure on, or no lower rank to try.
+    """
+    run = run_dir.open_existing(path)
+    config = compose.load(run.config, [f"run_dir={run.path / _SHRUNK}", *overrides])
+    run_dir.check_free(config)
+    prepared = prepare(config, need_train=False, trained=run)
+    if prepared.held_out is None:
+        raise ConfigError(
+            "data.eval: ranks are compared on held-out rows. Name some: lora-lab shrink run=DIR data.eval=FILE"
+        )
+    files.check_base(run.adapter, prepared.base)
+    adapter = updates.read(run.adapter)
+    ranks = _ranks(config, adapter)
+    widest = dataclasses.replace(
+        config, adapter=derived.adapter_config(config.adapter, adapter.rank, config.adapter.target_modules)
+    )
+    model = load_adapted(prepared, {_SHRUNK: widest}).eval()
+    rows, losses = [], {}
+    for rank in [adapter.rank, *ranks]:
+        cut, kept = _cut(adapter, rank)
+        set_peft_model_state_dict(model, cut.tensors(adapter.rank), adapter_name=_SHRUNK)
+        metrics = prepared.measure(f"rank {rank}").metrics
+        losses[rank] = metrics["loss"]
+        rows.append({"rank": rank, "kept": kept, "parameters": _size(cut, rank), **metrics})
+    console.show_table(
+        f"{run.path}: ranks on {len(prepared.held_out)} held-out rows",
+        list(rows[0]),
+        [list(row.values()) for row in rows],
+        slice(0, None),
+    )
+    good = [rank for rank in ranks if losses[rank] <= losses[adapter.rank] + config.shrink.tolerance]
+    report: dict[str, Any] = {
+        "run": str(run.path),
+        "ranks": rows,
+        "tolerance": config.shrink.tolerance,
+        "chosen": min(good, default=None),
+    }
+    if not good:
+        storage.write_text(run.path / "shrink.json", storage.dump_json(report))
+        console.say(
+            "shrink",
+            f"no lower rank stays within shrink.tolerance={config.shrink.tolerance:g} of the loss; nothing is saved",
+        )
+        return None
+    rank = min(good)
+    lower = dataclasses.replace(
+        config, adapter=derived.adapter_config(config.adapter, rank, config.adapter.target_modules)
+    )
+    new = derived.make(
+        lower, _cut(adapter, rank)[0], prepared, prepared.task.learned, {"run": str(run.path), "method": "svd"}
+    )
+    storage.write_text(run.path / "shrink.json", storage.dump_json(report))
+    console.say("shrink", f"rank {rank} instead of {adapter.rank}: {new.path}; merge it: lora-lab merge run={new.path}")
+    return new
+
+
+def _ranks(config: RunConfig, adapter: Updates) -> list[int]:
+    given = config.shrink.ranks or [2**power for power in range(adapter.rank.bit_length()) if 2**power < adapter.rank]
+    ranks = sorted(set(given), reverse=True)
+    if not ranks or ranks[0] >= adapter.rank:
+        raise ConfigError(f"shrink.ranks={given}: must all be below the adapter's rank, {adapter.rank}.")
+    return ranks
+
+
+def _cut(adapter: Updates, rank: int) -> tuple[Updates, float]:
+    """The adapter at a rank, and the mean share of its layers' squared norms that is kept."""
+    found = {name: update.truncated(min(rank, update.rank)) for name, update in adapter.layers.items()}
+    shares = [share for _, share in found.values()]
+    return Updates({name: update for name, (update, _) in found.items()}, adapter.whole), sum(shares) / len(shares)
+
+
+def _size(adapter: Updates, rank: int) -> int:
+    return sum(tensor.numel() for tensor in adapter.tensors(rank).values())

@@ -1,0 +1,112 @@
+"""Merge file by file: each of the base's tensors is read, changed and written in turn, so that memory holds one of them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_lab import storage
+from lora_lab.adapters.updates import Updates
+from lora_lab.base.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of the safetensors format
+
+
+def reason_against(skeleton: PreTrainedModel, weights: Weights, updates: Updates) -> str:
+    """Why this base cannot be merged file by file; empty if it can.
+
+    Args:
+        skeleton: the merged model without its weights (see `base.load.skeleton`).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for name in _needed(skeleton):
+        if name not in weights and name not in updates.whole:
+            return f"the base's files have no tensor {name}"
+        if name in weights and not weights.floating[name]:
+            return f"{name} holds no floating numbers"
+    turned = [name for name in updates.layers if isinstance(skeleton.get_submodule(name), Conv1D)]
+    return f"{turned[0]} keeps its weight the other way round" if turned else ""
+
+
+def _needed(skeleton: PreTrainedModel) -> list[str]:
+    """Names of the tensors that a checkpoint of this model must hold: of tied ones, the first."""
+    tied = set(skeleton.all_tied_weights_keys)
+    return [name for name in skeleton.state_dict() if name not in tied]
+
+
+def write(
+    skeleton: PreTrainedModel, weights: Weights, updates: Updates, dtype: torch.dtype, shard_size: str, folder: Path
+) -> None:
+    """Write the merged checkpoint into a folder: config, generation settings, shards, and the index last.
+
+    Args:
+        skeleton: see `reason_against`.
+        dtype: of every tensor.
+        shard_size: as `export.max_shard_size`.
+    """
+    skeleton.config.dtype = dtype
+    skeleton.config.architectures = [type(skeleton).__name__]
+    skeleton.config.save_pretrained(folder)
+    if skeleton.can_generate():
+        skeleton.generation_config.save_pretrained(folder)
+    shapes = {
+        name: updates.whole[name].shape if name in updates.whole else weights.shapes[name] for name in _needed(skeleton)
+    }
+    shards, where = list(_shards(shapes, dtype.itemsize, shard_size)), {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        _write_shard(folder / file, {name: shapes[name] for name in shard}, weights, updates, dtype)
+        where |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(storage.dump_json(index), encoding="utf-8")
+
+
+def _shards(shapes: dict[str, torch.Size], itemsize: int, shard_size: str) -> Iterator[list[str]]:
+    """The tensors' names, cut where a shard is full."""
+    limit, size, shard = int(shard_size[:-2]) * _UNITS[shard_size[-2:]], 0, []
+    for name, shape in shapes.items():
+        own = shape.numel() * itemsize
+        if shard and size + own > limit:
+            yield shard
+            size, shard = 0, []
+        size, shard = size + own, [*shard, name]
+    yield shard
+
+
+def _write_shard(
+    file: Path, shapes: dict[str, torch.Size], weights: Weights, updates: Updates, dtype: torch.dtype
+) -> None:
+    """One safetensors file: length of the header (8 bytes), header (JSON), tensors. safetensors' own writer takes all tensors
+    at once."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in shapes:
+            out.write(_merged(name, weights, updates, dtype).view(torch.uint8).numpy())
+
+
+@torch.no_grad()
+def _merged(name: str, weights: Weights, updates: Updates, dtype: torch.dtype) -> torch.Tensor:
+    if name in updates.whole:
+        return updates.whole[name].to(dtype).flatten()
+    tensor, update = weights[name], updates.layers.get(name.removesuffix(".weight"))
+    if update is not None and name.endswith(".weight"):
+        tensor = update.added_to(tensor)
+    return tensor.to(dtype).flatten()

@@ -1,0 +1,264 @@
+"""Several adapters as one, and one at a lower rank: what comes out is what the formula says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lora_lab import cli, compose, run
+from lora_lab.adapters import updates
+from lora_lab.adapters.updates import Update, Updates
+from lora_lab.config import MergeConfig
+from lora_lab.errors import AdapterError, ConfigError
+from lora_lab.merge import combine, shrink
+from lora_lab.merge.combine import combined
+from tests.conftest import make_base
+
+pytestmark = pytest.mark.usefixtures("reload_here")
+
+
+@pytest.fixture
+def trained(config_of, tmp_path, rows_file):
+    """Train a run of its own folder: `trained('a', 'adapter.r=8')`. Random rows can only be learned by heart, so they are the
+    held-out ones as well."""
+
+    def start(name: str, *more: str) -> str:
+        settings = (
+            f"data.eval={rows_file}",
+            "data.check=off",
+            "train.max_steps=3",
+            f"run_dir={tmp_path}/{name}",
+            *more,
+        )
+        return str(run.train(config_of(*settings)).path)
+
+    return start
+
+
+def adapter_of(folder: str) -> Updates:
+    return updates.read(run.run_dir.open_existing(folder).adapter)
+
+
+def dense(adapter: Updates) -> dict[str, torch.Tensor]:
+    return {name: update.up @ update.down for name, update in adapter.layers.items()}
+
+
+LOOSE = ("export.dtype=float32", "merge.max_loss_increase=9")
+UNLIKE = [
+    ("adapter.r=4",),
+    ("adapter=rslora", "adapter.r=8", "adapter.alpha_pattern={q_proj: 7}", "adapter.rank_pattern={v_proj: 2}"),
+    ("adapter.r=2", "adapter.target_modules=[q_proj,down_proj]", "seed=5"),
+]
+
+
+def test_an_update_read_from_files_is_pefts_own(trained, base):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for number, settings in enumerate(UNLIKE):
+        folder = trained(f"run{number}", *settings)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(plain, f"{folder}/adapter")
+        found = dense(adapter_of(folder))
+        assert found
+        for name, delta in found.items():
+            layer = model.get_base_model().get_submodule(name)
+            torch.testing.assert_close(delta, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-7)
+
+
+def test_the_default_is_the_true_weighted_sum(trained, tmp_path):
+    """Of adapters of unlike ranks, scales and layers; the new run is evaluated and merged like any other."""
+    folders = [trained(f"run{number}", *settings) for number, settings in enumerate(UNLIKE)]
+    weights = [0.5, -0.25, 2.0]
+    out = tmp_path / "out"
+    run.combine(
+        folders, [f"merge.adapters=[{','.join(folders)}]", f"merge.weights={weights}", f"run_dir={out}", *LOOSE]
+    )
+    parts = [dense(adapter_of(folder)) for folder in folders]
+    found = dense(adapter_of(str(out)))
+    assert set(found) == set().union(*parts)
+    for name, delta in found.items():
+        expected = sum(weight * part[name] for weight, part in zip(weights, parts, strict=True) if name in part)
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-7)
+    assert (out / "merged/config.json").exists()
+    report = json.loads((out / "combination.json").read_text())
+    assert [one["weight"] for one in report["adapters"]] == weights
+    for folder in folders:  # alone: as the run itself measured it
+        measured = json.loads((tmp_path / folder / "result.json").read_text())["tuned"]["loss"]
+        assert report["held_out"][folder]["alone"]["loss"] == pytest.approx(measured, rel=1e-5)
+    evaluation = run.evaluate(str(out), [])
+    assert evaluation["tuned"]["loss"] == pytest.approx(report["held_out"][folders[0]]["combined"]["loss"], rel=1e-5)
+    again = run.combine([str(out), folders[0]], [f"run_dir={tmp_path}/again", *LOOSE])  # one merge after another
+    assert again["refused"] == []
+    assert compose.load(out / "config.yaml").merge.adapters == []
+
+
+def random_adapters(count: int, rank: int = 4) -> list[Updates]:
+    torch.manual_seed(0)
+    return [
+        Updates({name: Update(torch.randn(rank, 24), torch.randn(16, rank)) for name in ("a", "b")}, {})
+        for _ in range(count)
+    ]
+
+
+def test_svd_is_the_best_of_its_rank():
+    adapters = random_adapters(2)
+    found, kept = combined(adapters, [0.3, 0.7], MergeConfig(method="svd"), 3)
+    share = []
+    for name, delta in dense(found).items():
+        exact = 0.3 * dense(adapters[0])[name] + 0.7 * dense(adapters[1])[name]
+        u, s, v = torch.linalg.svd(exact)
+        torch.testing.assert_close(delta, u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-4)
+        share.append(s[:3].square().sum() / s.square().sum())
+    assert kept == pytest.approx(float(sum(share) / 2), rel=1e-5)
+
+
+def by_ties(parts: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:
+    """The three steps of arXiv:2306.01708, section 3, number by number."""
+    trimmed = []
+    for part in parts:
+        least = part.abs().flatten().sort(descending=True).values[int(density * part.numel()) - 1]
+        trimmed.append(torch.where(part.abs() >= least, part, 0))
+    sign = torch.where(sum(trimmed) >= 0, 1, -1)
+    total, count = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
+    for part, weight in zip(trimmed, weights, strict=True):
+        agrees = part.sign() == sign
+        total += torch.where(agrees, weight * part, 0)
+        count += agrees
+    return total / count.clamp_min(1)
+
+
+def by_magnitude(parts: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:
+    kept = [
+        torch.where(p.abs() >= p.abs().flatten().sort(descending=True).values[int(density * p.numel()) - 1], p, 0)
+        for p in parts
+    ]
+    return sum(weight * part for weight, part in zip(weights, kept, strict=True))
+
+
+@pytest.mark.parametrize(("method", "reference"), [("ties", by_ties), ("magnitude_prune", by_magnitude)])
+def test_pruning_works_on_the_updates(method, reference):
+    adapters, weights = random_adapters(3), [1.0, 0.5, 2.0]
+    found, kept = combined(adapters, weights, MergeConfig(method=method, density=0.4), 16)  # rank of the whole layer
+    assert kept == pytest.approx(1.0, abs=1e-5)
+    for name, delta in dense(found).items():
+        expected = reference([dense(adapter)[name] for adapter in adapters], weights, 0.4)
+        torch.testing.assert_close(delta, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_drops_by_a_seed_and_keeps_the_mean(method):
+    adapters = random_adapters(2)
+    merge = MergeConfig(method=method, density=0.5)
+    one, again, other = (dense(combined(adapters, [1.0, 1.0], merge, 16, seed)[0])["a"] for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+    if method == "dare_linear":
+        many = [dense(combined(adapters, [1.0, 1.0], merge, 16, seed)[0])["a"] for seed in range(200)]
+        exact = sum(dense(adapter)["a"] for adapter in adapters)
+        spread = torch.stack(many).std(0) / len(many) ** 0.5
+        assert ((torch.stack(many).mean(0) - exact).abs() <= 5 * spread + 1e-4).all()
+
+
+def test_dora_is_converted_and_says_what_is_lost(trained, tmp_path, capsys):
+    folders = [trained("dora", "adapter=dora", "adapter.r=2"), trained("lora", "adapter.r=2")]
+    combine.combine(
+        folders,
+        [
+            "merge.weights=[1.0,0.0]",
+            f"merge.adapters=[{','.join(folders)}]",
+            f"run_dir={tmp_path}/out",
+        ],
+    )
+    assert "DoRA to LoRA of twice its rank" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out/combination.json").read_text())["held_out"][folders[0]]
+    learned = report["base"]["loss"] - report["alone"]["loss"]
+    assert report["combined"]["loss"] - report["alone"]["loss"] < 0.3 * learned
+
+
+def test_weights_are_searched_on_held_out_rows(trained, tmp_path):
+    folders = [
+        trained("good", "train.max_steps=8"),
+        trained("bad", "optim.lr=0.1", "train.max_steps=8", "train.keep_best=false"),
+    ]
+    combine.combine(
+        folders,
+        [
+            "merge.search_trials=8",
+            f"merge.adapters=[{','.join(folders)}]",
+            f"run_dir={tmp_path}/out",
+        ],
+    )
+    report = json.loads((tmp_path / "out/combination.json").read_text())
+    found = report["held_out"][folders[0]]
+    combine.combine(folders, [f"merge.adapters=[{','.join(folders)}]", f"run_dir={tmp_path}/even"])
+    even = json.loads((tmp_path / "even/combination.json").read_text())["held_out"][folders[0]]
+    assert found["combined"]["loss"] <= even["combined"]["loss"] + 1e-6
+
+
+def test_what_cannot_be_combined_is_refused(trained, tmp_path, capsys):
+    other = make_base(tmp_path / "other", seed=9)
+    one, two = trained("one"), trained("two", f"model.path={other}")
+    assert cli.main(["merge", f"merge.adapters=[{one},{two}]", f"run_dir={tmp_path}/out"]) == 2
+    assert "Name the base that it was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for words, says in (
+        ([f"merge.adapters=[{one}]"], "name two or more"),
+        ([f"merge.adapters=[{one},{one}]"], "two or more different"),
+        ([f"merge.adapters=[{one},{two}]", "merge.weights=[1.0]"], "1 weights for 2 adapters"),
+        ([f"merge.adapters=[{one},{two}]", "merge.rank=4"], "no effect with merge.method=cat"),
+        ([f"merge.adapters=[{one},{two}]", f"run={one}"], "names the runs already"),
+        ([f"merge.adapters=[{one},{tmp_path}/none]"], "no run there"),
+        ([f"merge.adapters=[{one},{two}]", f"run_dir={one}"], "not empty"),
+    ):
+        assert cli.main(["merge", *words]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_heads_cannot_be_summed(config_of, tmp_path):
+    from tests.conftest import write_jsonl
+
+    rows = write_jsonl(
+        tmp_path / "labels.jsonl", [{"text": f"red {i}", "label": "a" if i % 2 else "b"} for i in range(12)]
+    )
+    folders = [
+        str(
+            run.train(
+                config_of(
+                    "task=classification", f"data.train={rows}", "train.max_steps=1", f"run_dir={tmp_path}/{name}"
+                )
+            ).path
+        )
+        for name in ("one", "two")
+    ]
+    with pytest.raises(AdapterError, match="has a head of its own"):
+        combine.combine(folders, [f"run_dir={tmp_path}/out"])
+
+
+@pytest.mark.parametrize("adapter", [[], ["adapter=rslora"], ["adapter=dora"]], ids=["lora", "rslora", "dora"])
+def test_shrinking_saves_the_lowest_rank_within_tolerance(trained, tmp_path, adapter):
+    folder = trained("run", "adapter.r=8", "train.max_steps=8", *adapter)
+    new = shrink.shrink(folder, ["shrink.ranks=[4,2,1]", "shrink.tolerance=2"])
+    report = json.loads((tmp_path / "run/shrink.json").read_text())
+    figures = {row["rank"]: row for row in report["ranks"]}
+    own = json.loads((tmp_path / "run/result.json").read_text())["tuned"]["loss"]
+    assert figures[8]["loss"] == pytest.approx(own, rel=1e-4)  # uncut, by other factors
+    assert figures[8]["kept"] == pytest.approx(1.0)
+    assert 1 > figures[4]["kept"] > figures[2]["kept"] > figures[1]["kept"] > 0
+    good = [rank for rank in (4, 2, 1) if figures[rank]["loss"] <= figures[8]["loss"] + 2]
+    assert report["chosen"] == min(good)
+    assert compose.load(new.config).adapter.r == min(good)
+    evaluation = run.evaluate(str(new.path), [])
+    assert evaluation["tuned"]["loss"] == pytest.approx(figures[min(good)]["loss"], rel=1e-4)
+    assert run.merge(str(new.path), ["export.dtype=float32"])["refused"] == []
+
+
+def test_nothing_is_saved_where_no_rank_is_as_good(trained, tmp_path):
+    folder = trained("run", "adapter.r=4", "train.max_steps=8")
+    assert shrink.shrink(folder, ["shrink.ranks=[1]", "shrink.tolerance=0"]) is None
+    assert not (tmp_path / "run/shrunk").exists()
+    for given, says in (("[4]", "must all be below"), ("[8,1]", "must all be below")):
+        with pytest.raises(ConfigError, match=says):
+            shrink.shrink(folder, [f"shrink.ranks={given}"])

