@@ -33,14 +33,14 @@ _RECIPES = {
     "demo": ["recipe=demo"],
     "dialogue_summary": ["recipe=dialogue_summary"],
     "shakespeare": ["recipe=shakespeare"],
-    "gemma": ["recipe=demo", "model=gemma3_270m", "optim.lr=2e-4"],
+    "gemma": ["recipe=demo", "model=gemma3_270m", "optim.lr=2e-4", "train.max_steps=12", "task.generate_rows=0"],
 }
 _METRICS = {"demo": ("loss", "exact_match"), "dialogue_summary": ("loss", "rougeL"), "shakespeare": ("loss",)}
 
 _PEFT = """
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # libraries are imported before the time is taken
 def merge(base, adapter, out):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(out, max_shard_size="2GB")
@@ -53,6 +53,7 @@ from lora_lab.adapters import updates
 from lora_lab.base.load import ModelKind, skeleton
 from lora_lab.base.weights import Weights
 from lora_lab.merge import stream
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 def merge(base, adapter, out):
     found, weights, model = updates.read(Path(adapter)), Weights(Path(base)), skeleton(Path(base), ModelKind())
     assert not stream.reason_against(model, weights, found)
@@ -84,7 +85,7 @@ def main() -> None:
             "write": lambda: _write(folder, args.repeats),
             "bases": lambda: {name: _bases(_run(name, args.runs, folder)) for name in ("demo", "gemma")},
             "combine": lambda: _combine({name: _run(name, args.runs, folder) for name in _METRICS}),
-            "gguf": lambda: _gguf(_run("demo", args.runs, folder)),
+            "gguf": lambda: _gguf(_run("demo", args.runs, folder), folder),
         }
         for name in args.parts:
             result[name] = parts[name]()
@@ -199,17 +200,70 @@ def _combine(runs: dict[str, Path]) -> list[dict[str, Any]]:
     return lines
 
 
-def _gguf(run: Path) -> dict[str, Any]:
-    _lora_lab(
-        "export",
-        f"run={run}",
-        "export.targets=[gguf,gguf_lora]",
-        "export.gguf_type=f16",
-        "merge.min_top1_agreement=0.5",
-    )
-    f16 = json.loads((run / "export_report.json").read_text())
+_LLAMA = """
+import json, sys, xllamacpp
+gguf, adapter, conversations = json.load(open(sys.argv[1]))
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.verbosity = gguf, 1024, 1, -1
+if adapter:
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+server = xllamacpp.Server(params)
+ask = lambda messages: server.handle_chat_completions({"messages": messages, "max_tokens": 80, "temperature": 0.0})
+print(json.dumps([ask(messages)["choices"][0]["message"]["content"] for messages in conversations]))
+"""
+_TRANSFORMERS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokenizer, adapter, conversations = json.load(open(sys.argv[1]))
+tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+if adapter:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, adapter)
+found = []
+for messages in conversations:
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**ids, max_new_tokens=80, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    found.append(tokenizer.decode(made[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+print(json.dumps(found))
+"""
+
+
+def _answers(code: str, given: list[Any], folder: Path) -> list[str]:
+    (folder / "given.json").write_text(json.dumps(given))
+    words = [sys.executable, "-c", code, str(folder / "given.json")]
+    done = subprocess.run(words, cwd=speed._ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _gguf(run: Path, folder: Path) -> dict[str, Any]:
+    """Proofs at f16 and q8_0, and answers to 16 held-out orders by llama.cpp beside transformers: merged, and adapter on its base."""
+    from lora_lab import compose
+    from lora_lab.data.dataset import first_examples
+    from lora_lab.export import gguf
+    from lora_lab.prepared import prepare
+
+    _lora_lab("export", f"run={run}", "export.targets=[gguf,gguf_lora]", "export.gguf_type=f16")
+    found = {"f16": json.loads((run / "export_report.json").read_text())}
+    ready = prepare(compose.load(run / "config.yaml"), need_train=False)
+    rows = [example.messages for example in first_examples(ready.held_out, 16)]
+    asked, expected = [messages[:-1] for messages in rows], [messages[-1]["content"] for messages in rows]
+    base = folder / "base.gguf"
+    gguf._convert(ready.base.folder, base, "f16")
+    [merged], [adapter] = (list((run / "export" / name).glob("*.gguf")) for name in ("gguf", "gguf_lora"))
+    systems = {
+        "merged in llama.cpp": (_LLAMA, [str(merged), None, asked]),
+        "merged in transformers": (_TRANSFORMERS, [str(run / "merged"), str(run / "merged"), None, asked]),
+        "adapter in llama.cpp": (_LLAMA, [str(base), str(adapter), asked]),
+        "adapter in transformers": (
+            _TRANSFORMERS,
+            [str(ready.base.folder), str(run / "merged"), str(run / "adapter"), asked],
+        ),
+    }
+    answers = {name: _answers(code, given, folder) for name, (code, given) in systems.items()}
+    found["expected"], found["answers"] = expected, answers
     _lora_lab("export", f"run={run}", "export.targets=[gguf]", "export.gguf_type=q8_0")
-    return {"f16": f16, "q8_0": json.loads((run / "export_report.json").read_text())["gguf"]}
+    return found | {"q8_0": json.loads((run / "export_report.json").read_text())["gguf"]}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -281,6 +335,14 @@ def table(result: dict[str, Any]) -> str:
         ):
             lines.append(
                 f"| {name} | {gap['positions']} | {gap['top1_agreement']:.3f} | {gap['kl']:.5f} | {gap['loss']:.4f} | {gap['reference_loss']:.4f} |"
+            )
+        lines += ["", f"Answers to {len(part['expected'])} held-out orders:", ""]
+        for name in ("merged", "adapter"):
+            ours, theirs = (part["answers"][f"{name} in {where}"] for where in ("llama.cpp", "transformers"))
+            same = sum(one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True))
+            right = sum(one.strip() == other.strip() for one, other in zip(ours, part["expected"], strict=True))
+            lines.append(
+                f"- {name}: {same} the same text in llama.cpp as in transformers, {right} as expected to the letter"
             )
     return "\n".join(lines) + "\n"
 

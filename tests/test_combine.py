@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from lora_lab import cli, compose, run
+from lora_lab import cli, compose, run, storage
 from lora_lab.adapters import updates
 from lora_lab.adapters.updates import Update, Updates
 from lora_lab.config import MergeConfig
@@ -93,6 +93,10 @@ def test_the_default_is_the_true_weighted_sum(trained, tmp_path):
     again = run.combine([str(out), folders[0]], [f"run_dir={tmp_path}/again", *LOOSE])  # one merge after another
     assert again["refused"] == []
     assert compose.load(out / "config.yaml").merge.adapters == []
+    assert "run1 x -0.25" in (out / "merged/README.md").read_text()
+    before = storage.sha256(out / "adapter/adapter_model.safetensors")
+    run.resume(str(out), [])  # there is nothing to train
+    assert storage.sha256(out / "adapter/adapter_model.safetensors") == before
 
 
 def random_adapters(count: int, rank: int = 4) -> list[Updates]:
@@ -215,6 +219,28 @@ def test_what_cannot_be_combined_is_refused(trained, tmp_path, capsys):
     ):
         assert cli.main(["merge", *words]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda config, tensors: config.update(r=8), "has rank 4, and adapter_config.json says 8"),
+        (lambda config, tensors: config.update(peft_type="LOHA"), "only LORA has updates"),
+        (lambda config, tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), "has lora_A only"),
+    ],
+    ids=["rank", "method", "half"],
+)
+def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, trained, change, says):
+    from safetensors.torch import load_file, save_file
+
+    adapter = run.run_dir.open_existing(trained("run", "train.max_steps=1")).adapter
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(config, tensors)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=says):
+        updates.read(adapter)
 
 
 def test_heads_cannot_be_summed(config_of, tmp_path):

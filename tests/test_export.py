@@ -224,6 +224,12 @@ def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp
         assert go(found.template(), messages) == encoder.template.text(messages, None, add_generation_prompt=True)
 
 
+def test_a_model_that_continues_texts_has_no_turns(config_of, tmp_path):
+    rows = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"red cat {i} and two dogs"} for i in range(4)])
+    encoder = prepare(config_of("task=completion", f"data.train={rows}")).encoder
+    assert ollama.modelfile("x.gguf", encoder) == 'FROM ./x.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
+
+
 def test_a_template_that_ollama_cannot_write_is_refused_before_training(config_of, base, tmp_path):
     import shutil
 
@@ -261,7 +267,10 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))
 
 
-def test_an_architecture_that_the_conversion_does_not_know(config_of, tmp_path):
+def test_a_base_that_the_conversion_does_not_know(config_of, tmp_path):
+    said = problems(config_of("export=gguf"))  # its tokenizer is of our own making
+    assert "llama.cpp's conversion cannot take this base" in said
+    assert "pre-tokenizer was not recognized" in said
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     folder = tmp_path / "neo"
@@ -276,7 +285,7 @@ def test_an_architecture_that_the_conversion_does_not_know(config_of, tmp_path):
     GPTNeoForCausalLM(GPTNeoConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **shape)).save_pretrained(
         folder
     )
-    assert "conversion does not know GPTNeoForCausalLM" in problems(config_of(f"model.path={folder}", "export=gguf"))
+    assert "GPTNeoForCausalLM is not supported" in problems(config_of(f"model.path={folder}", "export=gguf"))
 
 
 @pytest.mark.parametrize(

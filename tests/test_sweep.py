@@ -494,6 +494,30 @@ def test_optuna_chooses_batches_that_train_as_cohorts(overrides, eval_file, tmp_
     assert [place["note"].startswith("stopped") for place in ranked] == [False] * 2 + [True] * 4
 
 
+def test_a_point_that_comes_again_is_not_trained_again(tmp_path):
+    from lora_lab.sweep.search import Search
+
+    space = {"adapter.r": {"choices": [2, 4]}}
+    search = Search(space, tmp_path / "journal", "random", seed=0)
+    asked = []
+    while batch := search.ask(3, 6):
+        asked += [trial.params["adapter.r"] for trial in batch]
+        search.tell(batch, [jobs.Outcome(float(trial.params["adapter.r"])) for trial in batch])
+    assert sorted(asked) == [2, 4]
+    trials = search.study.trials
+    assert len(trials) == 6
+    assert all(trial.value == trial.params["adapter.r"] for trial in trials)
+    # interrupted in a batch that holds a point twice
+    search = Search(space, tmp_path / "other", "random", seed=0)
+    first = search.ask(2, 4)
+    again = Search(space, tmp_path / "other", "random", seed=0)
+    left = again.ask(2, 4)
+    assert [trial.number for trial in left] == [trial.number for trial in first]
+    again.tell(left, [jobs.Outcome(1.0, stopped_at=3)] * 2)
+    assert {trial.state.name for trial in again.study.trials} == {"PRUNED"}
+    assert again.ask(2, 8) == []
+
+
 @pytest.mark.long
 def test_a_killed_search_goes_on_with_the_batch_it_was_in(overrides, eval_file, tmp_path):
     command = _search_command(overrides, eval_file, tmp_path / "search")

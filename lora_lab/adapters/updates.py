@@ -42,10 +42,10 @@ class Update:
 
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` [N, D] with the update, float32."""
-        found = torch.addmm(weight.float(), self.up, self.down)
+        found = weight.to(torch.float32, copy=True).addmm_(self.up, self.down)
         if self.magnitude is None:
             return found
-        return found * (self.magnitude / torch.linalg.norm(found, dim=1))[:, None]
+        return found.mul_((self.magnitude / torch.linalg.norm(found, dim=1))[:, None])
 
     def truncated(self, rank: int) -> tuple[Update, float]:
         """The nearest update of a rank (Eckart and Young 1936), and the share of the squared norm that it keeps. DoRA's
@@ -101,7 +101,7 @@ def read(folder: Path) -> Updates:
     """The adapter in a verified folder (peft's layout).
 
     Raises:
-        AdapterError: another method than LoRA, or tensors that are none of LoRA's.
+        AdapterError: another method than LoRA, half an update, or another rank than the settings say.
     """
     from safetensors.torch import load_file
 
@@ -120,7 +120,12 @@ def read(folder: Path) -> Updates:
     for layer, part in parts.items():
         if not {"lora_A", "lora_B"} <= part.keys():
             raise AdapterError(f"{folder / WEIGHTS}: {layer} has {', '.join(sorted(part))} only. Copy it again.")
-        scale = _scale(config, layer, len(part["lora_A"]))
+        rank, scale = _rank_and_scale(config, layer)
+        if part["lora_A"].shape[0] != rank or part["lora_B"].shape[1] != rank:
+            found = part["lora_A"].shape[0]
+            raise AdapterError(
+                f"{folder / WEIGHTS}: {layer} has rank {found}, and adapter_config.json says {rank}. Restore the one that was changed."
+            )
         layers[layer] = Update(part["lora_A"], scale * part["lora_B"], part.get("lora_magnitude_vector"))
     return Updates(layers, whole)
 
@@ -134,9 +139,10 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
+def _rank_and_scale(config: dict[str, Any], layer: str) -> tuple[int, float]:
     from peft.utils.other import get_pattern_key
 
-    patterns = config["alpha_pattern"] or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), layer), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
+    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)

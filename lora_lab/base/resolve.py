@@ -27,7 +27,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(key: str, name: str, revision: str | None = None) -> Path:
-    """The folder of a hub model, downloaded unless it is there already: its weights, and what its tokenizer reads.
+    """The folder of a hub model, downloaded unless it is there already: its weights, its licence, and what its tokenizer reads.
 
     Args:
         key: the configuration key with its value, for messages.
@@ -39,7 +39,11 @@ def download(key: str, name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *TOKENIZER_FILES]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.safetensors", "README.md", "LICENSE*", *TOKENIZER_FILES]
+            )
+        )
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BaseModelError(

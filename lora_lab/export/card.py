@@ -83,6 +83,10 @@ def _training(config: RunConfig, result: dict[str, Any]) -> list[str]:
         f"lora_alpha={adapter.lora_alpha:g}, target_modules={adapter.target_modules if isinstance(adapter.target_modules, str) else f'{len(adapter.target_modules)} names'}",
         f"- {optim.name}, lr={optim.lr:g}, {optim.schedule}; {config.train.batch_size} rows a step; seed {config.seed}",
     ]
+    if result.get("made_of"):
+        made = result["made_of"]
+        parts = ", ".join(f"{Path(one['run']).name} x {one['weight']:g}" for one in made["adapters"])
+        return [lines[0], f"- not trained but made of trained adapters ({made['method']}): {parts}"]
     if result:
         lines.append(
             f"- {result['steps']} steps, {result['tokens']:,} tokens, last training loss {result['train_loss']:.4f}"

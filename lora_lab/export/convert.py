@@ -3,7 +3,7 @@
 Started in a process of its own: the conversion that auto-round carries takes the module name `conversion` and a model's worth
 of memory.
 
-FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES` and `K_QUANTS`. ADAPTER: safetensors with the factors
+FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ADAPTER: safetensors with the factors
 `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+CHECK = "check"  # nothing is written; fails where the architecture or the tokenizer is not known
 K_QUANTS = (
     "q2_k",
     "q3_k_m",
@@ -36,6 +37,11 @@ def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_o
     hparams = conversion.ModelBase.load_hparams(Path(folder), False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     model_class = conversion.get_model_class(architecture)
+    if kind == CHECK:
+        model = model_class(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(out))
+        model.set_gguf_parameters()
+        model.set_vocab()
+        return
     model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out)).write()
     if adapter is not None:
         model = model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)

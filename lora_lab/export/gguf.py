@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import shutil
@@ -20,7 +21,7 @@ from torch.nn.functional import log_softmax
 from lora_lab.adapters import updates
 from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama
-from lora_lab.export.convert import K_QUANTS
+from lora_lab.export.convert import CHECK, K_QUANTS
 from lora_lab.export.job import Job
 from lora_lab.merge.parity import reloaded_logits
 
@@ -52,20 +53,31 @@ def check(job: Job, target: str) -> Iterator[str]:
     if job.kind.auto_class != "AutoModelForCausalLM":
         yield f"export.targets: {target} is for models that write; task={job.config.task.name} makes another. Drop it."
         return
-    architecture = job.architecture
-    from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
-
-    try:
-        get_conversion(hparams={"architectures": [architecture]}, auto_update=False)
-    except NotImplementedError:
-        yield f"export.targets: {target}: llama.cpp's conversion does not know {architecture}. Drop it; hf and adapter always load."
     if target == "gguf_lora" and job.config.adapter.use_dora:
         yield "export.targets: gguf_lora: llama.cpp has no DoRA. Export gguf (merged), or train with adapter=lora."
+        return
     if target == "ollama" and job.encoder.chat:
         try:
             ollama.turns(job.encoder)
         except ConfigError as error:
             yield str(error)
+            return
+    reason = _reason_against(job.base.folder)
+    if reason:
+        yield (
+            f"export.targets: {target}: llama.cpp's conversion cannot take this base ({reason}). Drop the target; hf and adapter always "
+            "load."
+        )
+
+
+@functools.lru_cache
+def _reason_against(base: Path) -> str:
+    """What the conversion says against the base's architecture or tokenizer; empty if it takes them."""
+    try:
+        _convert(base, Path("/dev/null"), CHECK)
+    except ExportError as error:
+        return str(error).partition(": ")[2].removesuffix(".")
+    return ""
 
 
 def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     kind = job.config.export.gguf_type
     file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
     _convert(job.merged, file, kind)
-    if with_modelfile and job.encoder.chat:
+    if with_modelfile:
         (folder / "Modelfile").write_text(ollama.modelfile(file.name, job.encoder), encoding="utf-8")
     reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device, job.exact)
     return {"type": kind, **_proved(job, file, reference, exact=kind in ("f32", "f16", "bf16"))}
@@ -110,11 +122,11 @@ def _convert(folder: Path, file: Path, kind: str, *adapter: str) -> None:
         with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=file.parent) as scratch:
             whole = Path(scratch) / "f16.gguf"
             _convert(folder, whole, "f16")
-            _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize cannot write {kind}")
+            _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize to {kind}")
         return
     script = str(Path(__file__).with_name("convert.py"))
     words = [sys.executable, "-P", script, str(folder), str(file), kind, *adapter]
-    _run(words, f"{folder}: llama.cpp's conversion fails")
+    _run(words, f"llama.cpp's conversion of {folder}")
 
 
 def _run(words: list[str], what: str) -> None:
@@ -122,7 +134,7 @@ def _run(words: list[str], what: str) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         reason = next((line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1])
-        raise ExportError(f"{what} ({reason.strip()}).")
+        raise ExportError(f"{what} fails: {reason.strip().removesuffix('.')}.")
 
 
 def _proved(
@@ -170,7 +182,7 @@ def _ask(job: Job, file: Path, adapter: Path | None) -> list[tuple[torch.Tensor,
             f"{scratch}/out.safetensors",
             *([str(adapter)] if adapter else []),
         ]
-        _run([sys.executable, "-P", script, *words], f"{file.name}: llama.cpp cannot use it")
+        _run([sys.executable, "-P", script, *words], f"llama.cpp with {file.name}")
         found = load_file(f"{scratch}/out.safetensors")
     return [(found[f"{n:06}.tokens"], found[f"{n:06}.logprobs"]) for n in range(len(job.rows.passes))]
 

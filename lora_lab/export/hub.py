@@ -13,6 +13,7 @@ from lora_lab.errors import ExportError
 
 
 def check(export: ExportConfig) -> Iterator[str]:
+    """Why nothing could be uploaded."""
     if export.push_to_hub is None:
         return
     if not is_hub_id(export.push_to_hub):

@@ -7,10 +7,11 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
-from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.base.weights import Weights
 from lora_lab.config import RunConfig
 from lora_lab.data.encode import Encoder
 from lora_lab.run_dir import RunDir
@@ -31,16 +32,15 @@ class Job:
     device: torch.device
     rows: Probe | None = None  # what is compared on; not before training
 
-    @functools.cached_property
-    def architecture(self) -> str:
-        """transformers' class of the model."""
-        return type(load.skeleton(self.base.folder, self.kind)).__name__
-
     @property
     def merged(self) -> Path:
         return self.run.merged
 
-    @property
+    @functools.cached_property
     def exact(self) -> str:
-        """The type that a reference is computed in: float32 where memory is the machine's, not to mistake rounding for a fault."""
-        return "float32" if self.device.type == "cpu" else "auto"
+        """The type that a reference is computed in: float32 where that fits into the machine's memory, not to mistake rounding for
+        a fault."""
+        if self.device.type != "cpu":
+            return "auto"
+        size = 4 * sum(shape.numel() for shape in Weights(self.base.folder).shapes.values())
+        return "float32" if size < 0.7 * psutil.virtual_memory().available else "auto"

@@ -16,6 +16,7 @@ from lora_lab.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lora_lab.data.chat import ChatEncoder
+    from lora_lab.data.encode import Encoder
 
 _SYSTEM, _USER, _ANSWER = "(what the system says)", "(what the user says)", "(what the answer says)"
 
@@ -118,11 +119,13 @@ def _refused(reason: str) -> ConfigError:
     )
 
 
-def modelfile(gguf: str, encoder: ChatEncoder) -> str:
-    """The text of a Modelfile.
+def modelfile(gguf: str, encoder: Encoder) -> str:
+    """The text of a Modelfile; of a model that continues texts, with nothing around them.
 
     Args:
         gguf: name of the GGUF file beside it.
     """
+    if not encoder.chat:
+        return f'FROM ./{gguf}\nTEMPLATE """{{{{ .Prompt }}}}"""\n'
     stops = "".join(f'PARAMETER stop "{encoder.tokenizer.decode([token])}"\n' for token in encoder.end_tokens())
     return f'FROM ./{gguf}\nTEMPLATE """{turns(encoder).template()}"""\n{stops}'

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def check(job: Job) -> Iterator[str]:
+    """A library that is missing."""
     if job.config.export.quantization == "torchao_int8" and importlib.util.find_spec("torchao") is None:
         yield "export.quantization=torchao_int8 needs torchao. pip install 'lora-lab[torchao]'"
 

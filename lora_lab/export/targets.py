@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,20 @@ def make(job: Job) -> dict[str, dict[str, Any]]:
         except MergeError as error:
             report[name] = {"refused": [str(error)]}
             console.say("refused", error)
+    if report:
+        _write(job.run.path / "export_report.json", report)
     published = {name: job.run.path / "export" / name for name, found in report.items() if "refused" not in found}
     if "hf" in job.config.export.targets:
         published["hf"] = job.run.merged
     if job.config.export.push_to_hub and published:
         hub.push(published, job.config.export)
-    if report:
-        storage.write_text(job.run.path / "export_report.json", storage.dump_json(report))
     return report
+
+
+def _write(file: Path, report: dict[str, dict[str, Any]]) -> None:
+    """Add to what was said of other targets before."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    storage.write_text(file, storage.dump_json(before | report))
 
 
 def _shown(found: dict[str, Any]) -> str:

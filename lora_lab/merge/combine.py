@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,18 +63,23 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
     sources = [open_source(run, place) for place, run in enumerate(runs)]
     check_together(sources)
     sources = [as_lora(source) for source in sources]
+    _check_search(config.merge, sources)
     rank = rank_of(config.merge, sources)
     config = dataclasses.replace(config, adapter=adapter_config(config, sources, rank))
     load_all(sources, config)
-    weights = _weights(config.merge, sources, rank)
-    found, kept = combined([source.adapter for source in sources], weights, config.merge, rank)
-    made_of = [{"run": source.title, "weight": weight} for source, weight in zip(sources, weights, strict=True)]
+    weights = _weights(config, sources, rank)
+    found, kept = combined([source.adapter for source in sources], weights, config.merge, rank, config.seed)
     lost = "" if config.merge.method == "cat" else f"; {kept:.1%} of the updates' squared norm fit into that rank"
     console.say("combine", f"{len(sources)} adapters by {config.merge.method} into one of rank {rank}{lost}")
-    first = sources[0].prepared
-    run = derived.make(config, found, first, first.task.learned, {"method": config.merge.method, "adapters": made_of})
-    report = {"method": config.merge.method, "rank": rank, "kept": kept, "adapters": made_of}
-    report["held_out"] = _compare(sources, found, rank)
+    measured = _compare(sources, found, rank)
+    first = sources[0]
+    made_of = {
+        "method": config.merge.method,
+        "adapters": [{"run": source.title, "weight": w} for source, w in zip(sources, weights, strict=True)],
+    }
+    own = measured.get(first.title, {})
+    run = derived.make(config, found, first.prepared, made_of, own.get("base"), own.get("combined"))
+    report = made_of | {"rank": rank, "kept": kept, "held_out": measured}
     storage.write_text(run.path / "combination.json", storage.dump_json(report))
     return run
 
@@ -212,35 +218,37 @@ def _compare(sources: list[Source], found: Updates, rank: int) -> dict[str, Any]
     return result
 
 
-def _weights(merge: MergeConfig, sources: list[Source], rank: int) -> list[float]:
-    if merge.search_trials:
-        return _searched(merge, sources, rank)
-    return merge.weights or [1 / len(sources)] * len(sources)
-
-
-def _searched(merge: MergeConfig, sources: list[Source], rank: int) -> list[float]:
-    """The weights of the lowest mean held-out loss that so many trials find, equal ones among them.
-
-    Raises:
-        ConfigError: Optuna is not installed, or no source has held-out rows.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError("merge.search_trials: needs Optuna. pip install 'lora-lab[hpo]'") from error
-    measured = [source for source in sources if source.prepared.held_out is not None]
-    if len(measured) < len(sources):
+def _check_search(merge: MergeConfig, sources: list[Source]) -> None:
+    if not merge.search_trials:
+        return
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("merge.search_trials: needs Optuna. pip install 'lora-lab[hpo]'")
+    blind = [source.title for source in sources if source.prepared.held_out is None]
+    if blind:
         raise ConfigError(
-            "merge.search_trials: every run needs held-out rows (data.eval), by which weights are compared."
+            f"merge.search_trials: weights are compared on held-out rows (data.eval), and {blind[0]} has none."
         )
+
+
+def _weights(config: RunConfig, sources: list[Source], rank: int) -> list[float]:
+    if config.merge.search_trials:
+        return _searched(config, sources, rank)
+    return config.merge.weights or [1 / len(sources)] * len(sources)
+
+
+def _searched(config: RunConfig, sources: list[Source], rank: int) -> list[float]:
+    """The weights of the lowest mean held-out loss that so many trials find, equal ones among them."""
+    import optuna
+
+    merge = config.merge
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=config.seed))
     names = [source.name for source in sources]
     study.enqueue_trial(dict.fromkeys(names, 1 / len(sources)))
 
     def loss(trial: optuna.Trial) -> float:
         weights = [trial.suggest_float(name, 0.0, 1.5) for name in names]
-        put(sources, combined([source.adapter for source in sources], weights, merge, rank)[0], rank)
+        put(sources, combined([source.adapter for source in sources], weights, merge, rank, config.seed)[0], rank)
         model = sources[0].prepared.model
         model.set_adapter(COMBINED)
         losses = []

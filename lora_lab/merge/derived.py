@@ -24,15 +24,23 @@ def adapter_config(like: LoraAdapter, rank: int, targets: str | list[str]) -> Lo
     return dataclasses.replace(like, r=rank, lora_alpha=float(rank), target_modules=targets, **plain)
 
 
-def make(config: RunConfig, adapter: Updates, prepared: Prepared, learned: dict[str, Any], made_of: Any) -> RunDir:
+def make(
+    config: RunConfig,
+    adapter: Updates,
+    prepared: Prepared,
+    made_of: Any,
+    base: dict[str, float] | None,
+    tuned: dict[str, float] | None,
+) -> RunDir:
     """Make the run folder `config.run_dir` with an adapter in it, as if it had been trained.
 
     Args:
         config: its `adapter` is the adapter's (see `adapter_config`).
         adapter: of ranks up to `config.adapter.r`.
-        prepared: the base and data that belong to it.
-        learned: what the task had learned of its rows.
-        made_of: for `lora_lab.json`.
+        prepared: the base, data and task that belong to it.
+        made_of: which runs' adapters, and how; for `lora_lab.json` and `result.json`.
+        base: metrics of the base on the held-out rows, as far as they are known.
+        tuned: the same of the adapter.
     """
     config = dataclasses.replace(config, merge=_without_adapters(config.merge))
     run = run_dir.create(config)
@@ -42,7 +50,10 @@ def make(config: RunConfig, adapter: Updates, prepared: Prepared, learned: dict[
         peft_config.modules_to_save = list(prepared.kind.new_modules) or None
         with storage.new_folder(run.adapter) as temporary:
             state = adapter.tensors(config.adapter.r)
+            learned = prepared.task.learned
             files.write_tensors(temporary, state, peft_config, config, prepared.base, learned, made_of=made_of)
+        result = {"made_of": made_of, "base": base, "tuned": tuned, "versions": run_dir.versions()}
+        storage.write_text(run.result, storage.dump_json(result))
     return run
 
 

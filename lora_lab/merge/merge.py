@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from lora_lab.run_dir import RunDir
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_SENTENCEPIECE = "tokenizer.model"  # transformers does not need it, llama.cpp's conversion does
 
 
 def merge(
@@ -66,6 +69,8 @@ def merge(
     with storage.new_folder(run.merged, {"base": base.fingerprint}) as temporary:
         how = _write(temporary, model, chosen, run, config, base, kind, encoder)
         save_tokenizer(encoder.tokenizer, temporary)
+        if (base.folder / _SENTENCEPIECE).is_file():
+            shutil.copy(base.folder / _SENTENCEPIECE, temporary)
         del model
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, config, kind, rows, reference, trained_logits, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from peft import set_peft_model_state_dict
 
@@ -14,7 +13,7 @@ from lora_lab.adapters.updates import Updates
 from lora_lab.config import RunConfig
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
-from lora_lab.prepared import load_adapted, prepare
+from lora_lab.prepared import Prepared, load_adapted, prepare
 from lora_lab.run_dir import RunDir
 
 _SHRUNK = "shrunk"  # name of the lower adapter in the model
@@ -39,45 +38,49 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     files.check_base(run.adapter, prepared.base)
     adapter = updates.read(run.adapter)
     ranks = _ranks(config, adapter)
-    widest = dataclasses.replace(
-        config, adapter=derived.adapter_config(config.adapter, adapter.rank, config.adapter.target_modules)
-    )
-    model = load_adapted(prepared, {_SHRUNK: widest}).eval()
-    rows, losses = [], {}
-    for rank in [adapter.rank, *ranks]:
-        cut, kept = _cut(adapter, rank)
-        set_peft_model_state_dict(model, cut.tensors(adapter.rank), adapter_name=_SHRUNK)
-        metrics = prepared.measure(f"rank {rank}").metrics
-        losses[rank] = metrics["loss"]
-        rows.append({"rank": rank, "kept": kept, "parameters": _size(cut, rank), **metrics})
+    figures = _figures(config, adapter, [adapter.rank, *ranks], prepared)
     console.show_table(
         f"{run.path}: ranks on {len(prepared.held_out)} held-out rows",
-        list(rows[0]),
-        [list(row.values()) for row in rows],
+        list(figures[0]),
+        [list(row.values()) for row in figures],
         slice(0, None),
     )
-    good = [rank for rank in ranks if losses[rank] <= losses[adapter.rank] + config.shrink.tolerance]
-    report: dict[str, Any] = {
-        "run": str(run.path),
-        "ranks": rows,
-        "tolerance": config.shrink.tolerance,
-        "chosen": min(good, default=None),
-    }
-    if not good:
-        storage.write_text(run.path / "shrink.json", storage.dump_json(report))
+    tolerance, whole = config.shrink.tolerance, figures[0]["loss"]
+    good = [row for row in figures[1:] if row["loss"] <= whole + tolerance]
+    chosen = good[-1] if good else None  # ranks fall
+    new = None
+    if chosen is None:
         console.say(
-            "shrink",
-            f"no lower rank stays within shrink.tolerance={config.shrink.tolerance:g} of the loss; nothing is saved",
+            "shrink", f"no lower rank stays within shrink.tolerance={tolerance:g} of the loss; nothing is saved"
         )
-        return None
-    rank = min(good)
-    lower = dataclasses.replace(
-        config, adapter=derived.adapter_config(config.adapter, rank, config.adapter.target_modules)
-    )
-    new = derived.make(
-        lower, _cut(adapter, rank)[0], prepared, prepared.task.learned, {"run": str(run.path), "method": "svd"}
-    )
+    else:
+        new = _save(run, config, adapter, chosen, prepared)
+    report = {"run": str(run.path), "tolerance": tolerance, "chosen": chosen and chosen["rank"], "ranks": figures}
     storage.write_text(run.path / "shrink.json", storage.dump_json(report))
+    return new
+
+
+def _figures(config: RunConfig, adapter: Updates, ranks: Sequence[int], prepared: Prepared) -> list[dict[str, float]]:
+    """For each rank the share of the updates that is kept, the adapter's size, and what is measured."""
+    targets = config.adapter.target_modules
+    widest = dataclasses.replace(config, adapter=derived.adapter_config(config.adapter, adapter.rank, targets))
+    model, figures = load_adapted(prepared, {_SHRUNK: widest}).eval(), []
+    for rank in ranks:
+        cut, kept = _cut(adapter, rank)
+        set_peft_model_state_dict(model, cut.tensors(adapter.rank), adapter_name=_SHRUNK)
+        size = sum(tensor.numel() for tensor in cut.tensors(rank).values())
+        figures.append({"rank": rank, "kept": kept, "parameters": size, **prepared.measure(f"rank {rank}").metrics})
+    return figures
+
+
+def _save(run: RunDir, config: RunConfig, adapter: Updates, chosen: dict[str, float], prepared: Prepared) -> RunDir:
+    """The run folder of the chosen rank."""
+    rank = chosen["rank"]
+    lower = derived.adapter_config(config.adapter, rank, config.adapter.target_modules)
+    metrics = {name: value for name, value in chosen.items() if name not in ("rank", "kept", "parameters")}
+    made_of = {"method": f"svd to rank {rank}", "adapters": [{"run": str(run.path), "weight": 1.0}]}
+    cut, _ = _cut(adapter, rank)
+    new = derived.make(dataclasses.replace(config, adapter=lower), cut, prepared, made_of, None, metrics)
     console.say("shrink", f"rank {rank} instead of {adapter.rank}: {new.path}; merge it: lora-lab merge run={new.path}")
     return new
 
@@ -95,7 +98,3 @@ def _cut(adapter: Updates, rank: int) -> tuple[Updates, float]:
     found = {name: update.truncated(min(rank, update.rank)) for name, update in adapter.layers.items()}
     shares = [share for _, share in found.values()]
     return Updates({name: update for name, (update, _) in found.items()}, adapter.whole), sum(shares) / len(shares)
-
-
-def _size(adapter: Updates, rank: int) -> int:
-    return sum(tensor.numel() for tensor in adapter.tensors(rank).values())

@@ -152,9 +152,9 @@ def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: 
         if member.done and member.failure is None:
             _those([job], lambda job, member=member: _finish(job, member, prepared, before, clock))
         elif member.failure is None:
-            step, loss = member.state.step, halving.loss_at(member, member.state.step)
+            step, score = member.state.step, halving.score_at(member, member.state.step)
             job.stopped, job.stopped_at = f"stopped at step {step} of {member.total_steps}", step
-            job.stopped_loss = loss if math.isfinite(loss) else None
+            job.stopped_score = score if math.isfinite(score) else None
 
 
 def _fit(members: list[Member], prepared: Prepared, roster: Roster | None, width: int, budget: Budget) -> Clock:

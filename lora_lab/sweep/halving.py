@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_lab import console
 from lora_lab.config import SweepConfig
+from lora_lab.sweep.jobs import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from lora_lab.train.cohort import Member
@@ -23,9 +24,9 @@ class Rung:
     kept: list[Member] = dataclasses.field(default_factory=list)
 
     def choose(self, trained: Sequence[Member]) -> None:
-        """Keep the members with the lowest held-out losses where they stopped; one without a finite loss is never kept."""
+        """Keep the members that are best on held-out rows where they stopped; one without a finite figure is never kept."""
         scored = sorted(
-            (loss_at(member, member.stop_at), place) for place, member in enumerate(trained) if member.failure is None
+            (score_at(member, member.stop_at), place) for place, member in enumerate(trained) if member.failure is None
         )
         finite = [place for loss, place in scored if math.isfinite(loss)][: self.keep]
         self.kept = [trained[place] for place in sorted(finite)]
@@ -55,7 +56,13 @@ def rungs(members: list[Member], sweep: SweepConfig) -> Iterator[Rung]:
             members = rung.kept
 
 
-def loss_at(member: Member, step: int) -> float:
-    """The held-out loss that was measured after a step."""
-    found = [line.get("eval_loss") for line in member.log.read() if line["step"] == step and "eval_loss" in line]
-    return math.inf if not found or found[-1] is None else found[-1]
+def score_at(member: Member, step: int) -> float:
+    """What was measured on held-out rows after a step, such that lower is better: `sweep.metric` where training measures it (not
+    generated answers), else the loss."""
+    metric = member.config.sweep.metric
+    for line in member.log.read():
+        if line["step"] == step and "eval_loss" in line:
+            name = metric if f"eval_{metric}" in line else "loss"
+            value = line[f"eval_{name}"]
+            return math.inf if value is None else value if name in LOWER_IS_BETTER else -value
+    return math.inf

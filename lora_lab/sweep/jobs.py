@@ -23,6 +23,9 @@ _FAILED = "failed.json"
 _SHARED_OF_TRAIN = ("packing", "gradient_checkpointing", "recompute_every", "offload_activations")
 
 
+LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "mse", "mae", "rmse")  # of the metrics
+
+
 @dataclasses.dataclass
 class Job:
     """One point of a sweep: its configuration, and what came of it."""
@@ -32,7 +35,7 @@ class Job:
     error: Exception | None = None
     stopped: str = ""  # why it did not reach its end, without an error
     stopped_at: int | None = None  # the step after which it stopped
-    stopped_loss: float | None = None  # its held-out loss there
+    stopped_score: float | None = None  # what it was worth there; lower is better
     repeats: str | None = None  # name of the job whose values it has, with another seed
 
     @property

@@ -17,9 +17,8 @@ from scipy import stats
 from lora_lab import console, storage
 from lora_lab.errors import RunError
 from lora_lab.report import sweep_report
-from lora_lab.sweep.jobs import Job, Outcome
+from lora_lab.sweep.jobs import LOWER_IS_BETTER, Job, Outcome
 
-_LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "mse", "mae", "rmse")
 _CONFIDENCE = 0.95
 
 
@@ -52,14 +51,14 @@ def metric(job: Job) -> float | None:
 def score(job: Job) -> float | None:
     """The metric such that lower is better."""
     value = metric(job)
-    return value if value is None or job.config.sweep.metric in _LOWER_IS_BETTER else -value
+    return value if value is None or job.config.sweep.metric in LOWER_IS_BETTER else -value
 
 
 def outcome(job: Job) -> Outcome:
-    """What the job was worth to a sweeper; one that was stopped early, its loss there."""
+    """What the job was worth to a sweeper; one that was stopped early, what it was worth there."""
     if job.stopped_at is None:
         return Outcome(score(job))
-    return Outcome(job.stopped_loss if job.config.sweep.metric == "loss" else None, job.stopped_at)
+    return Outcome(job.stopped_score, job.stopped_at)
 
 
 def best(jobs: Sequence[Job]) -> list[Job]:
@@ -71,7 +70,7 @@ def best(jobs: Sequence[Job]) -> list[Job]:
 def rank(folder: Path, jobs: Sequence[Job], again: Sequence[Job]) -> dict[str, Any]:
     """Rank, say in words what is known, and write `ranking.json`, `ranking.csv` and `report.html`."""
     sweep = jobs[0].config.sweep
-    sign = 1 if sweep.metric in _LOWER_IS_BETTER else -1
+    sign = 1 if sweep.metric in LOWER_IS_BETTER else -1
     places = sorted((_place(job, again) for job in jobs), key=lambda place: (place.metric is None, sign * place.mean))
     words, take = judge(places, sweep.metric, sign)
     result = {

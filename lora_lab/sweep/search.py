@@ -52,12 +52,33 @@ class Search:
             console.say("search", f"{len(self._left)} trials were interrupted and go on")
 
     def ask(self, batch: int, most: int) -> list[optuna.trial.Trial | optuna.trial.FrozenTrial]:
-        """The next trials to train; none when there are enough."""
-        if self._left:
-            left, self._left = self._left, []
-            return left
-        count = min(batch, most - len(self.study.trials))
-        return [self.study.ask(self.space) for _ in range(count)]
+        """The next trials to train, of unlike points; none when there are enough.
+
+        A trial that repeats an earlier one's point is told what that was worth, and one that repeats a point of its own batch
+        will be.
+        """
+        asked, self._left = self._left, []
+        self._twins: dict[int, list[Any]] = {}
+        found = [trial for trial in asked if not self._repeats(trial, asked[: asked.index(trial)])]
+        while not asked and len(found) < batch and len(self.study.trials) < most:
+            trial = self.study.ask(self.space)
+            if not self._repeats(trial, found):
+                found.append(trial)
+        return found
+
+    def _repeats(self, trial: Any, batch: Sequence[Any]) -> bool:
+        """Whether a trial's point is known already, or will be."""
+        from optuna.trial import TrialState
+
+        for twin in batch:
+            if twin.params == trial.params:
+                self._twins.setdefault(twin.number, []).append(trial)
+                return True
+        for earlier in self.study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]):
+            if earlier.params == trial.params:
+                self._tell(trial, Outcome(earlier.value, earlier.last_step))
+                return True
+        return False
 
     def chosen(self, trial: optuna.trial.Trial | optuna.trial.FrozenTrial) -> list[str]:
         """A trial's values as overrides."""
@@ -65,17 +86,21 @@ class Search:
 
     def tell(self, batch: Sequence[Any], outcomes: Sequence[Outcome]) -> None:
         """Tell what the runs of a batch were worth."""
+        for asked, outcome in zip(batch, outcomes, strict=True):
+            for trial in (asked, *self._twins.get(asked.number, ())):
+                self._tell(trial, outcome)
+
+    def _tell(self, asked: Any, outcome: Outcome) -> None:
         from optuna.trial import Trial, TrialState
 
-        for asked, outcome in zip(batch, outcomes, strict=True):
-            trial = Trial(self.study, asked._trial_id)
-            if outcome.stopped_at is not None and outcome.score is not None:
-                trial.report(outcome.score, outcome.stopped_at)
-                self.study.tell(trial, state=TrialState.PRUNED)
-            elif outcome.score is not None:
-                self.study.tell(trial, outcome.score)
-            else:
-                self.study.tell(trial, state=TrialState.FAIL)
+        trial = Trial(self.study, asked._trial_id)
+        if outcome.score is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif outcome.stopped_at is None:
+            self.study.tell(trial, outcome.score)
+        else:
+            trial.report(outcome.score, outcome.stopped_at)
+            self.study.tell(trial, state=TrialState.PRUNED)
 
 
 def _distribution(key: str, values: dict[str, Any]) -> optuna.distributions.BaseDistribution:
