@@ -14,7 +14,7 @@ from lora_lab.errors import ConfigError, MergeError
 from lora_lab.export import adapter, card, gguf, hub, quantized
 from lora_lab.export.job import Job
 
-POSITIONS = 200  # that llama.cpp is asked about, one by one
+POSITIONS = 256  # that llama.cpp is asked about, one by one
 
 
 @dataclasses.dataclass(frozen=True)
