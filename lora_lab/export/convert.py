@@ -7,6 +7,8 @@ FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, 
 `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
+import importlib.metadata
+import json
 import os
 import sys
 from pathlib import Path
@@ -33,7 +35,13 @@ def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_o
     import gguf
     from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
 
-    conversion = get_conversion(folder, auto_update=False)
+    try:
+        conversion = get_conversion(folder, auto_update=False)
+    except NotImplementedError as error:
+        [architecture] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"]
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("auto-round", "gguf"))
+        cause = "" if isinstance(error.__cause__, NotImplementedError) else f" ({error.__cause__!r})"
+        sys.exit(f"Error: {architecture} is not supported by {versions}{cause}")
     hparams = conversion.ModelBase.load_hparams(Path(folder), False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     model_class = conversion.get_model_class(architecture)

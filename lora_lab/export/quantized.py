@@ -32,6 +32,7 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
     """
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, job.kind.auto_class).from_pretrained(
         job.merged, quantization_config=_config(job), dtype="auto", device_map={"": job.device}, use_safetensors=True
     )
