@@ -13,7 +13,7 @@ from lora_lab.errors import ConfigError, Interrupted, LoraLabError
 
 _COMMON = """
 exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
-non-finite update; 4 a merge refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
+non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
 
 _TRAIN = """\
 A run is composed from groups (GROUP=CHOICE) and single values (SECTION.KEY=VALUE):
@@ -65,8 +65,8 @@ configuration holds; base and data must be unchanged.
   lora-lab merge run=DIR
   lora-lab merge run=DIR export.dtype=float32
   lora-lab merge sweep=DIR                                the run that the ranking says to take; or member=3
-  lora-lab merge merge.adapters=[A,B,C]                   one adapter of several, in a run folder of its own, and that merged
-  lora-lab merge merge.adapters=[A,B] merge.weights=[0.7,0.3] merge.method=ties run_dir=DIR
+  lora-lab merge 'merge.adapters=[A,B,C]'                   one adapter of several, in a run folder of its own, and that merged
+  lora-lab merge 'merge.adapters=[A,B]' 'merge.weights=[0.7,0.3]' merge.method=ties run_dir=DIR
 
 Adds the adapter to the base, saves DIR/merged, loads that in a fresh process with plain transformers, compares it with the
 trained model on held-out rows, and keeps it only if it agrees (limits: the merge section). After training on a quantized
@@ -74,15 +74,15 @@ base, what to merge into is measured (merge.base).
 """,
     "shrink": """\
   lora-lab shrink run=DIR                                  ranks 1, 2, 4, ... below the adapter's, each measured
-  lora-lab shrink run=DIR shrink.ranks=[8,4] shrink.tolerance=0.02 run_dir=OUT
+  lora-lab shrink run=DIR 'shrink.ranks=[8,4]' shrink.tolerance=0.02 run_dir=OUT
 
 The lowest rank whose held-out loss rises by no more than shrink.tolerance is saved as a run folder (DIR/shrunk), which can be
 evaluated, merged and exported like any other.
 """,
     "export": """\
   lora-lab export run=DIR export=gguf                      DIR/export/gguf: for llama.cpp, LM Studio and the like
-  lora-lab export run=DIR export.targets=[ollama] export.gguf_type=q8_0
-  lora-lab export run=DIR export.targets=[vllm,gguf_lora]  the adapter alone
+  lora-lab export run=DIR 'export.targets=[ollama]' export.gguf_type=q8_0
+  lora-lab export run=DIR 'export.targets=[vllm,gguf_lora]'  the adapter alone
   lora-lab export run=DIR export=quantized export.quantization=int8
 
 Each is loaded where it is meant to be loaded and compared on held-out rows with what it was made of; what disagrees is not
