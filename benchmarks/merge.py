@@ -249,7 +249,7 @@ def _gguf(run: Path, folder: Path) -> dict[str, Any]:
     rows = [example.messages for example in first_examples(ready.held_out, 16)]
     asked, expected = [messages[:-1] for messages in rows], [messages[-1]["content"] for messages in rows]
     base = folder / "base.gguf"
-    gguf._convert(ready.base.folder, base, "f16")
+    gguf.convert(ready.base.folder, base, "f16")
     [merged], [adapter] = (list((run / "export" / name).glob("*.gguf")) for name in ("gguf", "gguf_lora"))
     systems = {
         "merged in llama.cpp": (_LLAMA, [str(merged), None, asked]),

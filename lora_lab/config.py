@@ -616,6 +616,21 @@ def _merge_contradictions(merge: MergeConfig) -> list[str]:
         found.append(f"merge.adapters={merge.adapters}: name two or more different run folders.")
     if merge.weights is not None and len(merge.weights) != count:
         found.append(f"merge.weights: {len(merge.weights)} weights for {count} adapters. Give each adapter one.")
+    if not count:
+        told = {
+            "merge.method": merge.method != "cat",
+            "merge.rank": merge.rank is not None,
+            "merge.search_trials": merge.search_trials,
+        }
+        found += [
+            f"{key}: no effect without merge.adapters. Name the runs, or drop it."
+            for key, given in told.items()
+            if given
+        ]
+    if merge.correction_rank != 64 and merge.base != "corrected":
+        found.append(
+            f"merge.correction_rank={merge.correction_rank}: no effect without merge.base=corrected. Set that, or drop it."
+        )
     alone = {
         "merge.rank": merge.rank is not None and merge.method == "cat",
         "merge.density": merge.density != 0.5 and merge.method in ("cat", "svd"),

@@ -6,7 +6,6 @@ find base -> build data -> load base -> attach adapter -> fit -> evaluate -> mer
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from lora_lab.export.job import Job
 from lora_lab.merge import parity
 from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import merge as merge_adapter
+from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
 from lora_lab.report import summary
 from lora_lab.run_dir import RunDir
@@ -36,6 +36,10 @@ from lora_lab.train.loop import Clock, fit, peak_memory_gib
 
 def train(config: RunConfig) -> RunDir:
     """`lora-lab train`: the whole walk in a new run folder."""
+    if config.merge.adapters:
+        raise ConfigError(
+            "merge.adapters: no effect in training. Train first, then: lora-lab merge merge.adapters=[A,B]"
+        )
     run_dir.check_free(config)
     prepared = prepare(config)
     _check_targets(RunDir(Path(config.run_dir)), prepared)
@@ -118,7 +122,7 @@ def _make_targets(run: RunDir, prepared: Prepared, member: Member, refused: list
             found["merge"] = _merge(run, prepared, rows, trained_logits)
         except MergeError as error:
             refused.append(error)
-            return {"merge": {"refused": [str(error)]}}
+            found["merge"] = {"refused": [str(error)]}
     return found | {"export": _export(run, prepared, refused)}
 
 
@@ -242,7 +246,10 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
             load_trained(run, prepared)
             rows, trained_logits = _probe(prepared)
             prepared.model = None
-            _merge(run, prepared, rows, trained_logits)
+            try:
+                _merge(run, prepared, rows, trained_logits)
+            except MergeError as error:
+                refused.append(error)
         report = _export(run, prepared, refused)
     if refused:
         raise refused[0]
@@ -250,17 +257,15 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _is_merged(run: RunDir, config: RunConfig) -> bool:
-    """Whether the merged checkpoint is there, whole, and of the type that is asked for."""
-    if not run.merged.is_dir():
-        return False
-    storage.verify(run.merged)
-    return json.loads((run.merged / "config.json").read_text(encoding="utf-8")).get("dtype") == config.export.dtype
+    """Whether the merged checkpoint is there, whole, and made as the configuration says."""
+    return run.merged.is_dir() and storage.verify(run.merged).get("made_with") == merge_settings(config)
 
 
 def _export(run: RunDir, prepared: Prepared, refused: list[MergeError]) -> dict[str, dict[str, Any]]:
+    """Make the targets; `refused` says whether the merge was, and gets the errors of what was not kept."""
     data = prepared.held_out or prepared.train
     rows = parity.probe(first_examples(data, 64), 64, prepared.task, targets.POSITIONS)
-    report = targets.make(dataclasses.replace(_job(run, prepared), rows=rows))
+    report = targets.make(dataclasses.replace(_job(run, prepared), rows=rows), merged=not refused)
     refused += [ExportError(text) for one in report.values() for text in one.get("refused", ())]
     return report
 

@@ -214,6 +214,8 @@ def test_what_cannot_be_combined_is_refused(trained, tmp_path, capsys):
         ([f"merge.adapters=[{one},{two}]", "merge.weights=[1.0]"], "1 weights for 2 adapters"),
         ([f"merge.adapters=[{one},{two}]", "merge.rank=4"], "no effect with merge.method=cat"),
         ([f"merge.adapters=[{one},{two}]", f"run={one}"], "names the runs already"),
+        ([f"run={one}", "merge.method=ties"], "merge.method: no effect without merge.adapters"),
+        ([f"run={one}", "merge.correction_rank=8"], "no effect without merge.base=corrected"),
         ([f"merge.adapters=[{one},{tmp_path}/none]"], "no run there"),
         ([f"merge.adapters=[{one},{two}]", f"run_dir={one}"], "not empty"),
     ):

@@ -315,6 +315,12 @@ def test_export_merges_first_and_says_what_is_missing(trained, capsys):
     before = (done.merged / "model.safetensors").stat().st_mtime_ns
     assert cli.main(["export", f"run={done.path}", "export=merged", "export.dtype=float32"]) == 0
     assert (done.merged / "model.safetensors").stat().st_mtime_ns == before  # not merged again
+    assert cli.main(["export", f"run={done.path}", "export=merged", "export.dtype=bfloat16"]) == 0
+    assert json.loads((done.merged / "config.json").read_text())["dtype"] == "bfloat16"  # made anew for another type
+    strict = ["export.dtype=float32", "merge.max_logit_diff=1e-30"]  # the adapter alone is exported all the same
+    assert cli.main(["export", f"run={done.path}", "export.targets=[hf,vllm]", *strict]) == 4
+    assert "not published" in capsys.readouterr().err
+    assert (done.path / "export/vllm/README.md").exists()
     assert compose.load(done.config, ["export=gguf"]).export.targets == ["hf", "gguf"]
 
 

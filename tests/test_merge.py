@@ -204,7 +204,8 @@ def test_a_correction_goes_towards_what_training_saw(config_of):
     from lora_lab.prepared import prepare
 
     def weights(policy: str, rank: int = 1) -> dict[str, torch.Tensor]:
-        config = config_of("quant=nf4", f"merge.base={policy}", f"merge.correction_rank={rank}", "export.dtype=float32")
+        given = [f"merge.correction_rank={rank}"] if policy == "corrected" else []
+        config = config_of("quant=nf4", f"merge.base={policy}", "export.dtype=float32", *given)
         ready = prepare(config)
         return bases.load(policy, ready.base, ready.kind, config, ready.device).state_dict()
 

@@ -144,8 +144,10 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
     Raises:
         BaseModelError: the base lacks weights that belong to no head.
     """
+    from lora_lab.base.weights import Weights
+
     prefix = model.base_model_prefix
-    there = {name.removeprefix(f"{prefix}.") for name in _tensor_names(folder)}
+    there = {name.removeprefix(f"{prefix}.") for name in Weights(folder)}
     found = []
     if head == "always":
         tops = {name: module for name, module in model.named_children() if name != prefix}
@@ -165,16 +167,6 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
         ):  # a bias alone begins, and stays, at zero
             return tuple(found)  # loading will say what is missing
     return tuple(found)
-
-
-def _tensor_names(folder: Path) -> list[str]:
-    from safetensors import safe_open
-
-    names = []
-    for file in inspect.weight_files(folder):
-        with safe_open(file, "pt") as tensors:
-            names += tensors.keys()
-    return names
 
 
 def load_model(

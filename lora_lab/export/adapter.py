@@ -13,7 +13,7 @@ from lora_lab.errors import ExportError
 from lora_lab.export.job import Job
 from lora_lab.merge import derived
 from lora_lab.merge.merge import adapted
-from lora_lab.merge.parity import compare, logits, reloaded_logits
+from lora_lab.merge.parity import compare, disagreements, logits, reloaded_logits
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
 
@@ -71,10 +71,10 @@ def _proved(job: Job, folder: Path) -> dict[str, Any]:
     reference = logits(model, job.rows)
     del model
     found = reloaded_logits(job.base.folder, job.kind.auto_class, job.rows, job.device, dtype, folder)
-    gap, limits = compare(reference, found, job.rows), job.config.merge
-    if not (gap.kl <= limits.max_kl and gap.top1_agreement >= limits.min_top1_agreement):
+    gap = compare(reference, found, job.rows)
+    wrong = disagreements(gap, job.config.merge)
+    if wrong:
         raise ExportError(
-            f"{folder.name}: peft says something else than the trained adapter (KL {gap.kl:.2e}, top-1 {gap.top1_agreement:.4f}; "
-            f"allowed: merge.max_kl={limits.max_kl:g}, merge.min_top1_agreement={limits.min_top1_agreement:g}). Nothing is kept."
+            f"{folder.name}: peft says something else than the trained adapter: {'; '.join(wrong)}. Nothing is kept."
         )
     return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap)}

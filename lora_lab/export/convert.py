@@ -40,7 +40,8 @@ def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_o
     except NotImplementedError as error:
         [architecture] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"]
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("auto-round", "gguf"))
-        cause = "" if isinstance(error.__cause__, NotImplementedError) else f" ({error.__cause__!r})"
+        cause = error.__cause__  # that it is not in the list, or what its module fails with
+        cause = "" if cause is None or isinstance(cause, NotImplementedError) else f" ({cause!r})"
         sys.exit(f"Error: {architecture} is not supported by {versions}{cause}")
     hparams = conversion.ModelBase.load_hparams(Path(folder), False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)

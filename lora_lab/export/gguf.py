@@ -23,7 +23,7 @@ from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama
 from lora_lab.export.convert import CHECK, K_QUANTS
 from lora_lab.export.job import Job
-from lora_lab.merge.parity import reloaded_logits
+from lora_lab.merge.parity import disagreements, loss_increase, reloaded_logits
 
 _PACKAGES = ("auto_round", "sentencepiece", "xllamacpp")
 
@@ -74,7 +74,7 @@ def check(job: Job, target: str) -> Iterator[str]:
 def _reason_against(base: Path) -> str:
     """What the conversion says against the base's architecture or tokenizer; empty if it takes them."""
     try:
-        _convert(base, Path("/dev/null"), CHECK)
+        convert(base, Path("/dev/null"), CHECK)
     except ExportError as error:
         return str(error).partition(": ")[2].removesuffix(".")
     return ""
@@ -88,7 +88,7 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     """
     kind = job.config.export.gguf_type
     file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
-    _convert(job.merged, file, kind)
+    convert(job.merged, file, kind)
     if with_modelfile:
         (folder / "Modelfile").write_text(ollama.modelfile(file.name, job.encoder), encoding="utf-8")
     reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device, job.exact)
@@ -110,18 +110,18 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
             factors |= {f"{name}.a": same.down.contiguous(), f"{name}.b": same.up.contiguous()}
         save_file(factors, f"{scratch}/factors.safetensors")
         base = Path(scratch) / "base.gguf"
-        _convert(job.base.folder, base, "f16", f"{scratch}/factors.safetensors", str(file))
+        convert(job.base.folder, base, "f16", f"{scratch}/factors.safetensors", str(file))
         reference = reloaded_logits(
             job.base.folder, job.kind.auto_class, job.rows, job.device, job.exact, job.run.adapter
         )
         return _proved(job, base, reference, exact=True, adapter=file)
 
 
-def _convert(folder: Path, file: Path, kind: str, *adapter: str) -> None:
+def convert(folder: Path, file: Path, kind: str, *adapter: str) -> None:
     if kind in K_QUANTS and shutil.which("llama-quantize"):
         with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=file.parent) as scratch:
             whole = Path(scratch) / "f16.gguf"
-            _convert(folder, whole, "f16")
+            convert(folder, whole, "f16")
             _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize to {kind}")
         return
     script = str(Path(__file__).with_name("convert.py"))
@@ -148,17 +148,9 @@ def _proved(
     """
     told = _ask(job, file, adapter)
     gap = compare(reference, told, [job.rows.task.compared_targets(example) for example in job.rows.examples])
-    limits, found = job.config.merge, []
-    if exact and not gap.kl <= limits.max_kl:
-        found.append(f"KL {gap.kl:.2e} > merge.max_kl={limits.max_kl:g}")
-    if exact and not gap.top1_agreement >= limits.min_top1_agreement:
-        found.append(
-            f"top-1 agreement {gap.top1_agreement:.4f} < merge.min_top1_agreement={limits.min_top1_agreement:g}"
-        )
-    if not gap.loss - gap.reference_loss <= limits.max_loss_increase:
-        found.append(
-            f"loss {gap.loss - gap.reference_loss:+.4f} > merge.max_loss_increase={limits.max_loss_increase:g}"
-        )
+    limits = job.config.merge
+    found = disagreements(gap, limits) if exact else []
+    found += loss_increase(gap, limits, "against transformers")
     if found:
         raise ExportError(
             f"{file.name}: llama.cpp says something else than transformers: {'; '.join(found)}. Nothing is kept."

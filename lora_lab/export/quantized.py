@@ -12,7 +12,7 @@ from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.config import QuantConfig
 from lora_lab.errors import ExportError
 from lora_lab.export.job import Job
-from lora_lab.merge.parity import compare, reloaded_logits
+from lora_lab.merge.parity import compare, loss_increase, reloaded_logits
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -41,11 +41,11 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
     del model
     reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device)
     gap = compare(reference, reloaded_logits(folder, job.kind.auto_class, job.rows, job.device), job.rows)
-    limit = job.config.merge.max_loss_increase
-    if not gap.loss - gap.reference_loss <= limit:
+    found = loss_increase(gap, job.config.merge, "against the merged checkpoint")
+    if found:
         raise ExportError(
-            f"quantized: loss {gap.loss - gap.reference_loss:+.4f} > merge.max_loss_increase={limit:g}. Nothing is kept; raise the "
-            "limit if that is acceptable, or choose another export.quantization."
+            f"quantized: {found[0]}. Nothing is kept; raise the limit if that is acceptable, or choose another "
+            "export.quantization."
         )
     return {
         "quantization": job.config.export.quantization,

@@ -56,15 +56,18 @@ def needs_merged(targets: Iterable[str]) -> bool:
     return any(name == "hf" or TARGETS[name].of_merged for name in targets)
 
 
-def make(job: Job) -> dict[str, dict[str, Any]]:
+def make(job: Job, merged: bool = True) -> dict[str, dict[str, Any]]:
     """Make every target but hf in `export/<target>/` of the run, each published only if it was proved.
+
+    Args:
+        merged: whether there is a merged checkpoint; without one, only what is made of the adapter alone.
 
     Returns:
         Of each target what was proved, or under `refused` why it was not kept; also in `export_report.json`.
     """
     report: dict[str, dict[str, Any]] = {}
     for name in job.config.export.targets:
-        if name == "hf":
+        if name == "hf" or (TARGETS[name].of_merged and not merged):
             continue
         folder = job.run.path / "export" / name
         try:
@@ -79,7 +82,7 @@ def make(job: Job) -> dict[str, dict[str, Any]]:
     if report:
         _write(job.run.path / "export_report.json", report)
     published = {name: job.run.path / "export" / name for name, found in report.items() if "refused" not in found}
-    if "hf" in job.config.export.targets:
+    if "hf" in job.config.export.targets and merged:
         published["hf"] = job.run.merged
     if job.config.export.push_to_hub and published:
         hub.push(published, job.config.export)

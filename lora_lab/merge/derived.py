@@ -59,5 +59,5 @@ def make(
 
 def _without_adapters(merge: MergeConfig) -> MergeConfig:
     """The derived run is merged like any other."""
-    told = {"adapters": [], "weights": None, "method": "cat", "rank": None, "density": 0.5, "search_trials": 0}
-    return dataclasses.replace(merge, **told)
+    plain, names = MergeConfig(), ("adapters", "weights", "method", "rank", "density", "search_trials")
+    return dataclasses.replace(merge, **{name: getattr(plain, name) for name in names})

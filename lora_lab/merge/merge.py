@@ -66,7 +66,7 @@ def merge(
         clear_device_cache(garbage_collection=True)
         model = adapted(chosen, run, config, base, kind, device)
         reference = parity.logits(model, rows)
-    with storage.new_folder(run.merged, {"base": base.fingerprint}) as temporary:
+    with storage.new_folder(run.merged, {"base": base.fingerprint, "made_with": settings(config)}) as temporary:
         how = _write(temporary, model, chosen, run, config, base, kind, encoder)
         save_tokenizer(encoder.tokenizer, temporary)
         if (base.folder / _SENTENCEPIECE).is_file():
@@ -88,6 +88,12 @@ def merge(
                 f"{run.merge_report}. Merge at export.dtype=float32, or raise the limit if the gap is acceptable."
             )
     return report
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the merged weights, beside base and adapter."""
+    merge = config.merge
+    return {"dtype": config.export.dtype, "base": merge.base, "correction_rank": merge.correction_rank}
 
 
 def _write(

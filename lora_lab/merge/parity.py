@@ -25,6 +25,7 @@ from lora_lab.merge.reload import OUTPUTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lora_lab.export.gguf import TopGap
     from lora_lab.tasks.base import Pass, Task
 
 _MAX_POSITIONS = 512  # logits of so many positions are held at once: 100 MB for a vocabulary of 50,000
@@ -174,15 +175,26 @@ def judge(arithmetic: Gap, trained: Gap, limits: MergeConfig, dtype: str) -> lis
         found.append(
             f"max |logit difference| {arithmetic.max_logit_diff:.2e} > merge.max_logit_diff={limits.max_logit_diff:g}"
         )
-    if not arithmetic.kl <= limits.max_kl:
-        found.append(f"KL {arithmetic.kl:.2e} > merge.max_kl={limits.max_kl:g}")
-    if not arithmetic.top1_agreement >= limits.min_top1_agreement:
+    found += disagreements(arithmetic, limits)
+    found += loss_increase(trained, limits, "against the model as trained")
+    return found
+
+
+def disagreements(gap: Gap | TopGap, limits: MergeConfig) -> list[str]:
+    """Why two distributions that should be the same are not."""
+    found = []
+    if not gap.kl <= limits.max_kl:
+        found.append(f"KL {gap.kl:.2e} > merge.max_kl={limits.max_kl:g}")
+    if not gap.top1_agreement >= limits.min_top1_agreement:
         found.append(
-            f"top-1 agreement {arithmetic.top1_agreement:.4f} < merge.min_top1_agreement={limits.min_top1_agreement:g}"
-        )
-    increase = trained.loss - trained.reference_loss
-    if not increase <= limits.max_loss_increase:
-        found.append(
-            f"loss {increase:+.4f} against the model as trained > merge.max_loss_increase={limits.max_loss_increase:g}"
+            f"top-1 agreement {gap.top1_agreement:.4f} < merge.min_top1_agreement={limits.min_top1_agreement:g}"
         )
     return found
+
+
+def loss_increase(gap: Gap | TopGap, limits: MergeConfig, against: str) -> list[str]:
+    """Why a loss is too far above the reference's."""
+    increase = gap.loss - gap.reference_loss
+    if increase <= limits.max_loss_increase:
+        return []
+    return [f"loss {increase:+.4f} {against} > merge.max_loss_increase={limits.max_loss_increase:g}"]
