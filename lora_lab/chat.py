@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from transformers import TextStreamer
 
-from lora_lab import compose, console, run_dir
+from lora_lab import console
 from lora_lab.errors import ConfigError
 from lora_lab.prepared import load_trained, prepare
+from lora_lab.trained import open_trained
 
 
 def chat(path: str, overrides: list[str]) -> None:
     """`lora-lab chat`: talk to the base with its trained adapter, in turns or with one `prompt=...`."""
     prompts = [text.partition("=")[2] for text in overrides if text.startswith("prompt=")]
-    run = run_dir.open_existing(path)
-    config = compose.load(run.config, [text for text in overrides if not text.startswith("prompt=")])
+    run, config = open_trained(path, "chat", [text for text in overrides if not text.startswith("prompt=")])
     if config.task.name != "causal_lm":
         raise ConfigError(
             f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."

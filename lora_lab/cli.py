@@ -5,111 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
 from lora_lab import __version__, signals
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
+from lora_lab.verbs import EXAMPLES, TAKES, VERBS
 
 _COMMON = """
 exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
 non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
-
-_TRAIN = """\
-A run is composed from groups (GROUP=CHOICE) and single values (SECTION.KEY=VALUE):
-
-  lora-lab train recipe=demo                              a shipped recipe, as it stands
-  lora-lab train recipe=demo adapter.r=4 optim.lr=1e-4    the same with other values
-  lora-lab train recipe=demo data.train=my.jsonl          on your rows (JSONL, JSON, CSV, Parquet)
-  lora-lab train model=hub model.path=Qwen/Qwen3-8B data.train=my.jsonl quant=nf4
-  lora-lab train -m recipe=demo adapter.r=4,8,16          one run for each value, together on one base; sweep=halving,
-                                                          sweep.seeds=3, sweep.budget=30minutes: docs/sweeps.md
-  lora-lab train --config-dir mine recipe=own             a recipe of yours: mine/recipe/own.yaml
-
-groups:  model quant adapter task data optim train hardware tracker export recipe
-keys:    lora-lab config --keys lists every key with its meaning; lora-lab config recipe=demo shows values and origins
-"""
-
-_EXAMPLES = {
-    "train": _TRAIN,
-    "config": """\
-  lora-lab config recipe=demo adapter.r=4     resolved values, each with the file or override that set it
-  lora-lab config --keys                      every key: type and limits, default, meaning
-""",
-    "data": """\
-  lora-lab data recipe=demo                       rows as the model sees them, lengths, labels, checks; and as a page
-  lora-lab data recipe=demo data.train=my.jsonl   the same for your rows
-  lora-lab data recipe=demo --rows 10 --html look.html
-
-Trained-on text is green (between brackets when piped). Exit code 1 if a check finds an error: rows that cannot be used,
-answers that do not end, prompts that differ between training and inference. lora-lab train makes the same checks first
-(data.check=error, warn or off).
-""",
-    "plan": """\
-  lora-lab plan recipe=demo                             modules, steps, memory, disk: nothing is loaded
-  lora-lab plan recipe=demo train.batch_size=32 quant=none
-  lora-lab plan recipe=demo probe=true                  also loads the model, trains six steps, and says how long it takes
-""",
-    "resume": """\
-  lora-lab resume run=runs/demo/2026-01-31_12-00-00
-  lora-lab resume sweep=runs/demo/sweep_2026-01-31_12-00-00
-
-Goes on from the newest valid checkpoint and ends with the same bytes as a run that was never interrupted. The run's own
-configuration holds; base and data must be unchanged.
-""",
-    "evaluate": """\
-  lora-lab evaluate run=DIR
-  lora-lab evaluate run=DIR data.eval=other.jsonl task.generate_rows=100
-""",
-    "merge": """\
-  lora-lab merge run=DIR
-  lora-lab merge run=DIR export.dtype=float32
-  lora-lab merge sweep=DIR                                the run that the ranking says to take; or member=3
-  lora-lab merge 'merge.adapters=[A,B,C]'                   one adapter of several, in a run folder of its own, and that merged
-  lora-lab merge 'merge.adapters=[A,B]' 'merge.weights=[0.7,0.3]' merge.method=ties run_dir=DIR
-
-Adds the adapter to the base, saves DIR/merged, loads that in a fresh process with plain transformers, compares it with the
-trained model on held-out rows, and keeps it only if it agrees (limits: the merge section). After training on a quantized
-base, what to merge into is measured (merge.base).
-""",
-    "shrink": """\
-  lora-lab shrink run=DIR                                  ranks 1, 2, 4, ... below the adapter's, each measured
-  lora-lab shrink run=DIR 'shrink.ranks=[8,4]' shrink.tolerance=0.02 run_dir=OUT
-
-The lowest rank whose held-out loss rises by no more than shrink.tolerance is saved as a run folder (DIR/shrunk), which can be
-evaluated, merged and exported like any other.
-""",
-    "export": """\
-  lora-lab export run=DIR export=gguf                      DIR/export/gguf: for llama.cpp, LM Studio and the like
-  lora-lab export run=DIR 'export.targets=[ollama]' export.gguf_type=q8_0
-  lora-lab export run=DIR 'export.targets=[vllm,gguf_lora]'  the adapter alone
-  lora-lab export run=DIR export=quantized export.quantization=int8
-
-Each is loaded where it is meant to be loaded and compared on held-out rows with what it was made of; what disagrees is not
-kept. The same keys with lora-lab train are checked before training.
-""",
-    "chat": """\
-  lora-lab chat run=DIR
-  lora-lab chat run=DIR prompt="Extract the order as JSON with the keys customer, city, item, quantity, reference.
-
-  Order R-2041 for Graz: two oak tables. Name on the invoice is Maria Keller."
-
-The prompt is rendered by the chat template that the model was trained with; data.train shows how prompts were worded.
-""",
-}
-
-VERBS = {
-    "train": "train an adapter; evaluate; merge if the recipe says so",
-    "data": "show rows as the model sees them, and check them",
-    "plan": "what a run would train, and in how much memory, disk and time",
-    "resume": "go on with an interrupted run",
-    "evaluate": "measure base and adapter on held-out rows",
-    "merge": "fold the adapter, or several, into the base, and prove it",
-    "shrink": "lower the rank of a trained adapter as far as its quality holds",
-    "export": "make what other programs load: GGUF, Ollama, vLLM, fewer bits",
-    "chat": "talk to a trained model",
-    "config": "show the resolved configuration and where each value comes from",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     signals.install()
     try:
+        _refuse_several_processes()
         return {"train": _train, "data": _data, "plan": _plan, "config": _config}.get(args.verb, _on_run)(args)
     except LoraLabError as error:
         if args.debug:
@@ -131,6 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; what was finished is saved. Go on with: lora-lab resume {what}" if error.sweep or error.run else ""
         print(f"lora-lab: stopped{hint}", file=sys.stderr)
         return error.exit_code
+
+
+def _refuse_several_processes() -> None:
+    """Each process of a launcher would train the whole run by itself, in one folder."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={size}: lora-lab works in one process. Start it without torchrun or accelerate launch; several runs at once: "
+            "lora-lab train -m."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,8 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lora-lab {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
+        takes = (
+            f"\nkeys, beside run: {textwrap.fill(', '.join(TAKES[name]), 110, subsequent_indent='  ')}\n"
+            if name in TAKES
+            else ""
+        )
         verb = verbs.add_parser(
-            name, help=summary, description=summary + ".", epilog=_EXAMPLES[name] + _COMMON, formatter_class=text
+            name, help=summary, description=summary + ".", epilog=EXAMPLES[name] + takes + _COMMON, formatter_class=text
         )
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
         verb.add_argument("--debug", action="store_true", help="show stack traces")
@@ -184,11 +106,20 @@ def _train(args: argparse.Namespace) -> int:
     if alone:
         raise ConfigError(f"{alone[0]}: no effect on a single run. Add -m and several values, such as adapter.r=4,8.")
     config = compose.compose(args.overrides, args.config_dir)
+    _refuse_upload(config.export.push_to_hub, args.overrides)
     _quiet_libraries()
     from lora_lab import run
 
     run.train(config)
     return 0
+
+
+def _refuse_upload(repository: str | None, overrides: Sequence[str]) -> None:
+    """A recipe does not choose where weights go."""
+    if repository is not None and not any(text.startswith("export.push_to_hub=") for text in overrides):
+        raise ConfigError(
+            f"export.push_to_hub={repository}: a recipe starts no upload. Say it on the command line: export.push_to_hub={repository}"
+        )
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -236,6 +167,13 @@ def _on_run(args: argparse.Namespace) -> int:
     named = [text.partition("=")[2] for text in args.overrides if text.startswith("run=")]
     if len(named) != 1 or not named[0]:
         raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
+    rest = [text for text in args.overrides if not text.startswith("run=")]
+    from lora_lab.trained import open_trained
+
+    # a mistake is told before torch is loaded
+    open_trained(
+        named[0], args.verb, [text for text in rest if not (args.verb == "chat" and text.startswith("prompt="))]
+    )
     _quiet_libraries()
     from lora_lab import chat, run
     from lora_lab.merge import shrink
@@ -248,7 +186,7 @@ def _on_run(args: argparse.Namespace) -> int:
         "export": run.export,
         "chat": chat.chat,
     }
-    verbs[args.verb](named[0], [text for text in args.overrides if not text.startswith("run=")])
+    verbs[args.verb](named[0], rest)
     return 0
 
 

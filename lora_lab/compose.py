@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.config import SCHEMA_VERSION, RunConfig, parse
 from lora_lab.errors import ConfigError, nearest
+from lora_lab.reading import read_yaml
 from lora_lab.schema import MISSING
 
 GROUPS = (
@@ -228,8 +229,8 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _choose(node: DictConfig, override: Override) -> None:
-    """Put a shipped choice of a group into a run's configuration.
+def chosen(override: Override) -> dict[str, Any]:
+    """What a shipped choice of a group says.
 
     Raises:
         ConfigError: there is no such choice, or it chooses other groups itself.
@@ -238,8 +239,7 @@ def _choose(node: DictConfig, override: Override) -> None:
     unknown = _unknown_choices(override, None)
     if unknown or group == "recipe":
         raise ConfigError(*(unknown or [f"{override.input_line}: a run has its recipe already. Set single values."]))
-    values = yaml.safe_load((conf_dir() / group / f"{override.value()}.yaml").read_text(encoding="utf-8"))
-    OmegaConf.update(node, group, values or {}, merge=True, force_add=True)
+    return read_yaml(conf_dir() / group / f"{override.value()}.yaml", ConfigError) or {}
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -248,10 +248,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing, not YAML, from a newer lora_lab, or the result does not fit the schema.
     """
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML ({_first_line(error)}).") from error
+    tree = read_yaml(file, ConfigError)
     version = tree.pop("schema_version", None) if isinstance(tree, dict) else None
     if version != SCHEMA_VERSION:
         raise ConfigError(
@@ -262,7 +259,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             override = parse_override(text)
             if override.key_or_group in GROUPS:
-                _choose(node, override)
+                OmegaConf.update(node, override.key_or_group, chosen(override), merge=True, force_add=True)
             else:
                 OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
         except ConfigError as error:

@@ -6,6 +6,7 @@ Hydra composes (see `compose.py`), these dataclasses decide. Nothing here import
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -531,6 +532,7 @@ class RunConfig:
 _ADAPTER = TypeAdapter(RunConfig)
 
 
+@functools.cache
 def all_keys() -> dict[str, FieldInfo]:
     """Every key of the configuration (such as `adapter.r`) with its pydantic description, in order."""
     return keys(RunConfig)

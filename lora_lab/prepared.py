@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from lora_lab import console, tracking
+from lora_lab import console, run_dir, tracking
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, check_targets, coverage, layer_number, without_adapter
+from lora_lab.adapters.attach import attach, attach_trained, check_targets, coverage, layer_number, without_adapter
 from lora_lab.base import load
+from lora_lab.base.fingerprint import companions
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from lora_lab.config import RunConfig
@@ -130,6 +132,7 @@ def find_base(config: RunConfig) -> Found:
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
     if encoder.chat:
         encoder.template.check_variables()
+    base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))
     return Found(base, kind, model, targets, encoder)
 
 
@@ -232,12 +235,23 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
     learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
         found = find_base(config)
+    if trained is not None:
+        _check_trained(trained, config, found)
     console.say("base", f"{found.base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
     if found.encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
         console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
     return assemble(config, found, data, task, device, stages)
+
+
+def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
+    """Refuse an adapter that was trained on another base, or has other settings than its run; tell other versions."""
+    files.check_base(run.adapter, found.base)
+    files.check_settings(run.adapter, config.adapter)
+    saved = run_dir.read_manifest(run)
+    if saved is not None:
+        run_dir.tell_versions(saved)
 
 
 def assemble(
@@ -253,11 +267,12 @@ def assemble(
     )
 
 
-def load_adapted(prepared: Prepared, members: dict[str, RunConfig] | None = None) -> PeftModel:
-    """Load the (quantized) base and put fresh adapters on it, of which the last is active; `prepared.model` holds it.
+def load_adapted(prepared: Prepared, members: dict[str, RunConfig | Path] | None = None) -> PeftModel:
+    """Load the (quantized) base and put adapters on it, of which the last is active; `prepared.model` holds it.
 
     Args:
-        members: the configuration that each adapter is made by; None: the run's own adapter alone.
+        members: for each adapter the configuration that a fresh one is made by, or the folder of a trained one, verified; None: the
+            run's own fresh adapter alone.
     """
     config, members = prepared.config, members or {ADAPTER: prepared.config}
     with prepared.stages("load_base"):
@@ -265,7 +280,10 @@ def load_adapted(prepared: Prepared, members: dict[str, RunConfig] | None = None
             prepared.base, prepared.kind, config.model.dtype, config.quant, prepared.device, config.seed
         )
         for name, own in members.items():
-            model = attach(model, own.adapter, name, prepared.kind, own.seed)
+            if isinstance(own, Path):
+                model = attach_trained(model, own, name)
+            else:
+                model = attach(model, own.adapter, name, prepared.kind, own.seed)
         prepared.model = model
     more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
     console.say("adapter", f"{coverage(model, name)}{more}")
@@ -293,8 +311,5 @@ def accelerate(prepared: Prepared) -> None:
 
 
 def load_trained(run: RunDir, prepared: Prepared) -> PeftModel:
-    """The run's base with its trained adapter, checked to belong together."""
-    files.check_base(run.adapter, prepared.base)
-    model = load_adapted(prepared).eval()
-    files.read_into(run.adapter, model, ADAPTER)
-    return model
+    """The base with the trained adapter of the run that was prepared."""
+    return load_adapted(prepared, {ADAPTER: run.adapter}).eval()

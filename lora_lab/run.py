@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_lab import compose, console, run_dir, storage
+from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config import RunConfig
@@ -32,6 +32,7 @@ from lora_lab.tasks.base import Measured
 from lora_lab.train import checkpoint
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import Clock, fit, peak_memory_gib
+from lora_lab.trained import open_trained, tell_uploads
 
 
 def train(config: RunConfig) -> RunDir:
@@ -46,7 +47,7 @@ def train(config: RunConfig) -> RunDir:
     load_adapted(prepared)
     run = run_dir.create(config)
     with run.locked():
-        run_dir.write_manifest(run, prepared.base, prepared.data_hashes())
+        run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
         console.say("run", run.path)
         with _stoppable(run):
             _walk(run, prepared, resume_from=None)
@@ -55,15 +56,16 @@ def train(config: RunConfig) -> RunDir:
 
 def resume(path: str, overrides: list[str]) -> RunDir:
     """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run."""
-    if overrides:
-        raise ConfigError(f"{overrides[0]}: resume takes no overrides, because it would not be the same run any more.")
-    run = run_dir.open_existing(path)
+    run, config = open_trained(path, "resume", overrides)
     with run.locked():
         if run.result.exists():
             console.say("run", f"{run.path} is finished; nothing to do. See {run.result.name}.")
             return run
-        prepared = prepare(compose.load(run.config))
+        tell_uploads(run, config)
+        prepared = prepare(config)
         run_dir.check_manifest(run, prepared.base, prepared.data_hashes())
+        if run_dir.read_manifest(run) is None:  # stopped before it was written
+            run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
         found, skipped = checkpoint.newest_valid(run.checkpoints)
         for line in skipped:
             console.say("skipped", line)
@@ -188,8 +190,7 @@ def _show_measured(held_out: Dataset, found: dict[str, Measured]) -> None:
 
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
-    run = run_dir.open_existing(path)
-    config = compose.load(run.config, overrides)
+    run, config = open_trained(path, "evaluate", overrides)
     prepared = prepare(config, need_train=config.task.few_shot > 0, trained=run)
     if prepared.held_out is None:
         raise ConfigError(
@@ -213,8 +214,7 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
 
 def merge(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab merge`: a verified, deployable checkpoint in `merged/`."""
-    run = run_dir.open_existing(path)
-    config = compose.load(run.config, overrides)
+    run, config = open_trained(path, "merge", overrides)
     with run.locked():
         prepared = prepare(config, need_train=config.data.eval is None, trained=run)
         load_trained(run, prepared)
@@ -232,8 +232,7 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
         ConfigError: no targets, or one that could not load what would be made.
         ExportError: a target was refused; the others are kept.
     """
-    run = run_dir.open_existing(path)
-    config = compose.load(run.config, overrides)
+    run, config = open_trained(path, "export", overrides)
     if not config.export.targets:
         raise ConfigError(
             "export.targets: nothing to export. Say what: lora-lab export run=DIR export.targets=[gguf,ollama]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ from lora_lab import __version__, compose, console, storage
 from lora_lab.base.load import BaseFiles
 from lora_lab.config import RunConfig
 from lora_lab.errors import RunError
+from lora_lab.reading import read_json
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "safetensors")
 
@@ -125,10 +125,12 @@ def check_same(run: RunDir, config: RunConfig) -> None:
         )
 
 
-def write_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
-    """Record what the run is made of: versions, the base's fingerprint, the data's hashes, the code's commit."""
+def write_manifest(run: RunDir, config: RunConfig, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
+    """Record what the run is made of: its configuration, versions, the base and what goes with it, the data's hashes, the code's
+    commit."""
     manifest = {
-        "base": {"name": base.name, "folder": str(base.folder), "fingerprint": base.fingerprint},
+        "config": dataclasses.asdict(config),
+        "base": {**base.recorded(), "folder": str(base.folder)},
         "data": data,
         "versions": versions(),
         "git_commit": _git_commit(),
@@ -136,22 +138,75 @@ def write_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]
     storage.write_text(run.manifest, storage.dump_json(manifest))
 
 
+def read_manifest(run: RunDir) -> dict[str, Any] | None:
+    """What was recorded when the run began; None if it was stopped before that.
+
+    Raises:
+        RunError: the file is damaged, or it is gone although there is something to go on with.
+    """
+    if not run.manifest.exists():
+        if run.adapter.exists() or run.result.exists() or any(run.checkpoints.glob("step-*")):
+            raise RunError(
+                f"{run.manifest}: missing, so nothing tells what the run was made of. Restore it, or start anew."
+            )
+        return None
+    saved = read_json(run.manifest, RunError)
+    shapes = {"base": dict, "data": dict, "versions": dict}
+    wrong = [key for key, kind in shapes.items() if not isinstance(saved.get(key), kind)]
+    if wrong or not all(isinstance(files, dict) for files in saved["data"].values()):
+        raise RunError(f"{run.manifest}: '{(wrong or ['data'])[0]}' is not what lora-lab wrote. Restore the file.")
+    return saved
+
+
+def check_config(run: RunDir, config: RunConfig) -> None:
+    """Refuse a `config.yaml` that was edited since the run began.
+
+    Args:
+        config: what the file says.
+
+    Raises:
+        RunError: naming the keys with both values.
+    """
+    recorded = (read_manifest(run) or {}).get("config")
+    if not isinstance(recorded, dict):  # made by an earlier version
+        return
+    then, now = dict(compose.leaves(recorded)), dict(compose.leaves(dataclasses.asdict(config)))
+    edited = [f"{key} is {now[key]} and was {then[key]}" for key in now if key in then and now[key] != then[key]]
+    if edited:
+        raise RunError(f"{run.config}: edited since the run began: {'; '.join(edited)}. Restore it, or start anew.")
+
+
 def check_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
-    """Refuse to go on when the base or the data are not what the run was started with.
+    """Refuse to go on when the base or the data are not what the run was started with; tell other versions.
 
     Raises:
         RunError: naming what changed.
     """
-    if not run.manifest.exists():
+    saved = read_manifest(run)
+    if saved is None:
         return
-    saved: dict[str, Any] = json.loads(run.manifest.read_text(encoding="utf-8"))
-    if saved["base"]["fingerprint"] != base.fingerprint:
+    changed = base.changed(saved["base"])
+    if changed:
         raise RunError(
-            f"{run.path}: the base {base.name} has other weights than at the start. Restore it, or start anew."
+            f"{run.path}: the base {base.name} has another {', '.join(changed)} than at the start. Restore what was changed, or "
+            "start anew."
         )
     for key, files in data.items():
-        if sorted(saved["data"][key].values()) != sorted(files.values()):
+        if sorted(saved["data"].get(key, {}).values()) != sorted(files.values()):
             raise RunError(f"{run.path}: the files of {key} changed since the start. Restore them, or start anew.")
+    tell_versions(saved)
+
+
+def tell_versions(saved: dict[str, Any]) -> None:
+    """Say which libraries have another version than when the run began: results may differ in the last bits."""
+    now = versions()
+    other = [
+        f"{name} {then} then, {now[name]} now"
+        for name, then in saved["versions"].items()
+        if name in now and now[name] != then
+    ]
+    if other:
+        console.say("versions", f"{'; '.join(other)}: the same bytes cannot be promised")
 
 
 def versions() -> dict[str, str]:

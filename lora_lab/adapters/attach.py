@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_lab.adapters import files
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base.load import ModelKind
 from lora_lab.errors import AdapterError, nearest
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -136,16 +138,34 @@ def attach(
 
     A fresh adapter leaves the base's outputs unchanged.
     """
-    import torch
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    torch.manual_seed(seed)
     config = adapter.peft_config(kind.peft_task_type)
     config.modules_to_save = list(kind.new_modules) or None
     if kind.new_modules or adapter.layers_to_transform is not None:  # peft has no rule that says the same
         config.target_modules = check_targets(base, adapter, kind.new_modules)
         config.exclude_modules = None
+    return _put(model, config, name, seed)
+
+
+def attach_trained(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
+    """Add the adapter in a verified folder under `name`: its settings and weights are the folder's alone.
+
+    Raises:
+        AdapterError: the folder does not fit this model.
+    """
+    model = _put(model, files.settings(folder), name, seed=0)
+    files.read_into(folder, model, name)
+    return model
+
+
+def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed: int) -> PeftModel:
+    import torch
+    from peft import PeftModel, get_peft_model
+
+    torch.manual_seed(seed)
+    config.inference_mode = False
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,16 @@ from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config import RunConfig
 from lora_lab.errors import AdapterError, CheckpointError
+from lora_lab.reading import read_json, reading
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
 
+    from lora_lab.adapters.lora import LoraAdapter
+
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 PROVENANCE = "lora_lab.json"
 
 
@@ -62,7 +65,7 @@ def write_tensors(
     peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
     content = {
         "lora_lab": __version__,
-        "base": {"name": base.name, "fingerprint": base.fingerprint, **dataclasses.asdict(config.quant)},
+        "base": {**base.recorded(), **dataclasses.asdict(config.quant)},
         "task": {"name": config.task.name, **learned},
         **provenance,
     }
@@ -76,7 +79,7 @@ def learned(folder: Path) -> dict[str, Any]:
         AdapterError: there is no adapter.
         CheckpointError: the folder does not match its manifest.
     """
-    task = _provenance(folder)["task"]
+    task = _provenance(folder).get("task")
     return {key: value for key, value in task.items() if key != "name"} if isinstance(task, dict) else {}
 
 
@@ -84,22 +87,71 @@ def _provenance(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no adapter there. Train it first, or finish it with lora-lab resume.")
     storage.verify(folder)
-    return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    found = read_json(folder / PROVENANCE, AdapterError)
+    if not isinstance(found.get("base"), dict):
+        raise AdapterError(f"{folder / PROVENANCE}: says of no base what it is. Copy the adapter again.")
+    return found
 
 
 def check_base(folder: Path, base: BaseFiles) -> None:
-    """Check that the adapter in `folder` is whole and was trained on this very base.
+    """Check that the adapter in `folder` is whole and was trained on this very base, tokenizer and template included.
 
     Raises:
         CheckpointError: the folder does not match its manifest.
-        AdapterError: it was trained on other weights, even if every shape fits.
+        AdapterError: it was trained on another, even if every shape fits.
     """
     trained_on = _provenance(folder)["base"]
-    if trained_on["fingerprint"] != base.fingerprint:
+    changed = base.changed(trained_on)
+    if "weights" in changed:
         raise AdapterError(
-            f"{folder}: trained on {trained_on['name']} (weights {trained_on['fingerprint'][:12]}), and model.path="
+            f"{folder}: trained on {trained_on.get('name')} (weights {str(trained_on.get('fingerprint'))[:12]}), and model.path="
             f"{base.name} has other weights ({base.fingerprint[:12]}). Name the base that it was trained on."
         )
+    if changed:
+        raise AdapterError(
+            f"{folder}: trained on {trained_on.get('name')}, and the {' and the '.join(changed)} in {base.folder} changed since: "
+            "the model would be asked otherwise than it was trained. Restore the files."
+        )
+
+
+def settings(folder: Path) -> PeftConfig:
+    """What the adapter in `folder` is: the only reader of `adapter_config.json`. No module that it names is imported.
+
+    Raises:
+        AdapterError: a method that lora_lab does not train, or settings that peft does not know as this method's.
+    """
+    import peft
+
+    file = folder / CONFIG
+    tree = read_json(file, AdapterError)
+    method, mapping = tree.pop("peft_type", None), tree.pop("auto_mapping", None)
+    if method != "LORA":
+        raise AdapterError(f"{file}: peft_type={method}; only LORA has updates that can be read.")
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    unknown = sorted(set(tree) - known)
+    if mapping or unknown:
+        raise AdapterError(
+            f"{file}: '{unknown[0] if unknown else 'auto_mapping'}' is nothing that peft {peft.__version__} knows of LORA. Install "
+            "the version that wrote it."
+        )
+    with reading(file, AdapterError):
+        return peft.LoraConfig(**tree)
+
+
+def check_settings(folder: Path, adapter: LoraAdapter) -> None:
+    """Check that the adapter in `folder` has the settings of the run that it is in; layers follow from its tensors.
+
+    Raises:
+        AdapterError: naming the keys with both values.
+    """
+    saved, told = settings(folder), adapter.peft_config(None)
+    other = [
+        f"{name}={getattr(saved, name)}, and the run says {getattr(told, name)}"
+        for name in adapter.settings
+        if getattr(saved, name) != getattr(told, name)
+    ]
+    if other:
+        raise AdapterError(f"{folder / CONFIG}: {'; '.join(other)}. Restore the one that was changed.")
 
 
 def read_into(folder: Path, model: PeftModel, name: str) -> None:

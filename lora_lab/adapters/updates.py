@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lora_lab.adapters import files
 from lora_lab.adapters.files import WEIGHTS
 from lora_lab.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _PREFIX = "base_model.model."
 
@@ -105,9 +108,7 @@ def read(folder: Path) -> Updates:
     """
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config["peft_type"] != "LORA":
-        raise AdapterError(f"{folder}: peft_type={config['peft_type']}; only LORA has updates that can be read.")
+    config = files.settings(folder)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     whole = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
@@ -139,10 +140,10 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _rank_and_scale(config: dict[str, Any], layer: str) -> tuple[int, float]:
+def _rank_and_scale(config: LoraConfig, layer: str) -> tuple[int, float]:
     from peft.utils.other import get_pattern_key
 
-    ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -37,6 +37,19 @@ class BaseFiles:
     name: str  # as the user named it
     folder: Path
     fingerprint: str  # see `fingerprint.py`
+    companions: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of its tokenizer and so on, by name
+
+    def recorded(self) -> dict[str, Any]:
+        """What runs and adapters remember of it."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "companions": self.companions}
+
+    def changed(self, recorded: dict[str, Any]) -> list[str]:
+        """What of it differs from what was recorded; earlier versions of lora_lab recorded the weights alone."""
+        found = ["weights"] if recorded.get("fingerprint") != self.fingerprint else []
+        then, now = recorded.get("companions") or {}, self.companions
+        if then and now:  # else nobody has looked
+            found += [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        return found
 
 
 def find(model: ModelConfig) -> BaseFiles:

@@ -16,7 +16,7 @@ import torch
 from peft import set_peft_model_state_dict
 from peft.utils import merge_utils
 
-from lora_lab import compose, console, run_dir, storage
+from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.updates import Update, Updates, factored
 from lora_lab.base.weights import Weights
@@ -26,6 +26,7 @@ from lora_lab.merge import derived
 from lora_lab.prepared import Prepared, load_adapted, prepare
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks.base import Measured
+from lora_lab.trained import open_trained
 
 COMBINED = "combined"  # name of the new adapter in the model
 
@@ -58,9 +59,9 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
     runs = [run_dir.open_existing(path) for path in named]
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     default = f"run_dir={runs[0].path.absolute().parent / f'combined_{now}'}"
-    config = compose.load(runs[0].config, [default, *overrides])
+    _, config = open_trained(named[0], "combine", [default, *overrides])
     run_dir.check_free(config)
-    sources = [open_source(run, place) for place, run in enumerate(runs)]
+    sources = [open_source(path, place) for place, path in enumerate(named)]
     check_together(sources)
     sources = [as_lora(source) for source in sources]
     _check_search(config.merge, sources)
@@ -113,9 +114,10 @@ def _combined_layer(pairs: list[tuple[float, Update]], merge: MergeConfig, rank:
     return factored(pruned, rank)
 
 
-def open_source(run: RunDir, place: int) -> Source:
+def open_source(path: str, place: int) -> Source:
     """A run made ready, but for its model."""
-    prepared = prepare(compose.load(run.config), need_train=False, trained=run)
+    run, config = open_trained(path, "combine", [])
+    prepared = prepare(config, need_train=False, trained=run)
     return Source(run, prepared, updates.read(run.adapter), f"source{place}")
 
 
@@ -177,7 +179,7 @@ def adapter_config(config: RunConfig, sources: list[Source], rank: int) -> Any:
 def load_all(sources: list[Source], config: RunConfig) -> None:
     """The first's base with every adapter on it, for all sources."""
     first = sources[0].prepared
-    members = {source.name: source.prepared.config for source in sources} | {COMBINED: config}
+    members = {source.name: source.run.adapter for source in sources} | {COMBINED: config}
     for source in sources[1:]:
         own = source.prepared.config
         if (own.quant, own.model.dtype) != (config.quant, config.model.dtype):
@@ -188,7 +190,6 @@ def load_all(sources: list[Source], config: RunConfig) -> None:
     model = load_adapted(first, members).eval()
     for source in sources:
         source.prepared.model = model
-        files.read_into(source.run.adapter, model, source.name)
 
 
 def put(sources: list[Source], found: Updates, rank: int) -> None:

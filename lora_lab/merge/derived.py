@@ -45,7 +45,7 @@ def make(
     config = dataclasses.replace(config, merge=_without_adapters(config.merge))
     run = run_dir.create(config)
     with run.locked():
-        run_dir.write_manifest(run, prepared.base, prepared.data_hashes())
+        run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
         peft_config = config.adapter.peft_config(prepared.kind.peft_task_type)
         peft_config.modules_to_save = list(prepared.kind.new_modules) or None
         with storage.new_folder(run.adapter) as temporary:

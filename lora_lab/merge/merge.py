@@ -11,8 +11,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from lora_lab import console, storage
-from lora_lab.adapters import files, updates
-from lora_lab.adapters.attach import attach, trainable
+from lora_lab.adapters import updates
+from lora_lab.adapters.attach import attach_trained, trainable
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import save_tokenizer
@@ -52,7 +52,6 @@ def merge(
     Raises:
         MergeError: the merged checkpoint differs by more than the `merge` section allows; nothing is published.
     """
-    files.check_base(run.adapter, base)
     names, measured = bases.policies(config), {}
     for name in names:
         model = None
@@ -133,8 +132,7 @@ def adapted(
 ) -> PeftModel:
     """The run's adapter on the base that a policy names."""
     model = bases.load(policy, base, kind, config, device)
-    model = attach(model, config.adapter, "default", kind, config.seed).eval()
-    files.read_into(run.adapter, model, "default")
+    model = attach_trained(model, run.adapter, "default").eval()
     for name, parameter in trainable(model).items():
         if ".modules_to_save." in name:  # heads are trained in float32 and stored like the rest of the checkpoint
             parameter.data = parameter.data.to(getattr(torch, config.export.dtype))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from peft import set_peft_model_state_dict
 
-from lora_lab import compose, console, run_dir, storage
-from lora_lab.adapters import files, updates
+from lora_lab import console, run_dir, storage
+from lora_lab.adapters import updates
 from lora_lab.adapters.updates import Updates
 from lora_lab.config import RunConfig
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
 from lora_lab.prepared import Prepared, load_adapted, prepare
 from lora_lab.run_dir import RunDir
+from lora_lab.trained import open_trained
 
 _SHRUNK = "shrunk"  # name of the lower adapter in the model
 
@@ -27,15 +29,13 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     Raises:
         ConfigError: no held-out rows to measure on, or no lower rank to try.
     """
-    run = run_dir.open_existing(path)
-    config = compose.load(run.config, [f"run_dir={run.path / _SHRUNK}", *overrides])
+    run, config = open_trained(path, "shrink", [f"run_dir={Path(path) / _SHRUNK}", *overrides])
     run_dir.check_free(config)
     prepared = prepare(config, need_train=False, trained=run)
     if prepared.held_out is None:
         raise ConfigError(
             "data.eval: ranks are compared on held-out rows. Name some: lora-lab shrink run=DIR data.eval=FILE"
         )
-    files.check_base(run.adapter, prepared.base)
     adapter = updates.read(run.adapter)
     ranks = _ranks(config, adapter)
     figures = _figures(config, adapter, [adapter.rank, *ranks], prepared)

@@ -121,7 +121,8 @@ def _member(name: str, job: Job, prepared: Prepared) -> Member:
     prepared.model.set_adapter(name)
     member = Member(name, job.config, job.run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
     run_dir.check_manifest(job.run, prepared.base, prepared.data_hashes())
-    run_dir.write_manifest(job.run, prepared.base, prepared.data_hashes())
+    if run_dir.read_manifest(job.run) is None:
+        run_dir.write_manifest(job.run, job.config, prepared.base, prepared.data_hashes())
     found, skipped = checkpoint.newest_valid(job.run.checkpoints)
     for line in skipped:
         console.say("skipped", line)
