@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from lora_lab import prepared as stages
+from lora_lab import run, tracking
 from lora_lab.adapters.attach import trainable
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError
@@ -250,9 +251,9 @@ def test_a_norm_that_computes_something_else_stays_plain():
         def forward(self, x):
             return super().forward(x) + 1
 
-    assert norm.of_module(LlamaRMSNorm(8).requires_grad_(False)) is not None
-    assert norm.of_module(OtherRMSNorm(8).requires_grad_(False)) is None
-    assert norm.of_module(LlamaRMSNorm(8)) is None  # its weight is trained
+    assert norm.of_module(LlamaRMSNorm(8).requires_grad_(False), torch.randn(4, 8)) is not None
+    assert norm.of_module(OtherRMSNorm(8).requires_grad_(False), torch.randn(4, 8)) is None
+    assert norm.of_module(LlamaRMSNorm(8), torch.randn(4, 8)) is None  # its weight is trained
 
 
 def test_an_mlp_that_computes_something_else_stays_plain(families, config_of, monkeypatch, capsys):
@@ -269,7 +270,7 @@ def test_accelerations_that_change_the_outputs_are_taken_back(families, config_o
     forward = LoraLinear.forward
     monkeypatch.setattr(LoraLinear, "forward", lambda *given: forward(*given) * 1.1)
     fast = first_step(config_of(f"model.path={families['llama']}"))
-    assert "none: they would change this model's outputs" in capsys.readouterr().out
+    assert "no fused_projections: it would change this model's outputs" in capsys.readouterr().out
     monkeypatch.setattr(LoraLinear, "forward", forward)
     assert_same(fast, first_step(config_of(f"model.path={families['llama']}", "speed=plain")))
 
@@ -355,3 +356,67 @@ def test_a_prefix_stops_growing_at_its_limit():
 def test_a_prefix_that_cannot_be_kept_is_refused(config_of, settings, says):
     with pytest.raises(ConfigError, match=says):
         stages.prepare(config_of("speed.prefix_cache=true", *settings))
+
+
+_GATED = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_ODD = {  # norms with a gate, layers that return two things, projections that are changed in place
+    "Qwen3_5TextConfig": {"head_dim": 16, **_LINEAR},
+    "GraniteMoeHybridConfig": {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 128, **_GATED,
+    },
+    "BambaConfig": {"attn_layer_indices": [1], "attn_rotary_emb": 16, **_GATED},
+    "FalconH1Config": {"mamba_d_ssm": 128, **_GATED},
+    "GptOssConfig": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _ODD)
+def test_an_acceleration_never_stops_a_run(name, config_of, tmp_path, capsys):
+    """What it cannot express is left out, and what is left computes what the plain modules compute."""
+    import transformers
+
+    folder = tmp_path / "base"
+    tokenizer = make_tokenizer(folder)
+    own = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**own, **_ODD[name])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    losses = {}
+    for speed in ("fast", "plain"):
+        told = [
+            f"model.path={folder}",
+            f"speed={speed}",
+            "train.packing=false",
+            "train.max_steps=2",
+            "adapter.target_modules=[o_proj]",
+        ]
+        done = run.train(config_of(*told, f"run_dir={tmp_path}/{speed}"))
+        losses[speed] = [line["loss"] for line in tracking.MetricsLog(done.path / "metrics.jsonl").read()]
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_an_acceleration_that_fails_is_left_out_alone(families, config_of, monkeypatch, capsys):
+    """The others are kept, and the reason is told."""
+    from lora_lab.fast import norm as norms
+
+    monkeypatch.setattr(norms, "forward_of", lambda module, eps, scale: lambda x: x.no_such_thing)
+    run.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
+    said = capsys.readouterr().out
+    assert "no fused_norms: AttributeError" in said
+    assert "projections fused" in said
+
+
+def test_an_acceleration_with_another_backward_pass_is_left_out(families, config_of, monkeypatch, capsys):
+    from lora_lab.fast.norm import RMSNorm
+
+    backward = RMSNorm.backward
+    monkeypatch.setattr(RMSNorm, "backward", staticmethod(lambda ctx, dy: (3 * backward(ctx, dy)[0], None, None, None)))
+    run.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
+    assert "no fused_norms: it would change this model's gradients by" in capsys.readouterr().out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -15,17 +16,20 @@ from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
+from lora_lab.adapters.attach import trainable
 from lora_lab.config import SpeedConfig
 from lora_lab.fast import mlp, norm, prefix, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch
-from lora_lab.fast.modules import FusedMLP, Group, Projection
+from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
 from lora_lab.fast.roster import Roster
+from lora_lab.train import oom
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _PLAIN = (nn.Linear, Linear4bit)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
+_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "last_layer_rows", "prefix_cache")  # in this order
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 
@@ -73,40 +77,120 @@ def accelerate(
 ) -> Applied:
     """Replace what `speed` allows and the model's modules permit.
 
+    All are tried together, forward and backward, on the model's own calls. If that fails or moves the numbers, each is tried on top
+    of those that went well, and what does not is left out with its reason: an acceleration never stops a run.
+
     Args:
         run: a forward pass of the model, in evaluation; gives a tensor that is compared before and after.
         free: bytes of which dequantized weights may take a share.
         prove: whether results are compared; False for a model whose tensors have no content.
     """
-    applied, scratch = Applied(), Scratch()
+    wanted = [name for name in _STEPS if getattr(speed, name)]
+    with torch.enable_grad():
+        plain = _outcome(model, run) if prove else None
+        calls = _watched(model, run)
+        applied, reason = _tried(model, speed, wanted, calls, free, plain, run)
+        if not reason:
+            return applied
+        kept: list[str] = []
+        refused: list[str] = []
+        for name in wanted:
+            _, reason = _tried(model, speed, [*kept, name], calls, free, plain, run, keep=False)
+            kept += [] if reason else [name]
+            refused += [f"no {name}: {reason}"] if reason else []
+        applied, reason = _tried(model, speed, kept, calls, free, plain, run)
+    applied.lines = ([f"none: {reason}"] if reason else applied.lines) + refused
+    return applied
+
+
+def _tried(
+    model: PeftModel,
+    speed: SpeedConfig,
+    wanted: list[str],
+    calls: _Calls,
+    free: int,
+    plain: _Outcome | None,
+    run: Callable[[], torch.Tensor],
+    keep: bool = True,
+) -> tuple[Applied, str]:
+    """The model with these accelerations, and why they cannot be used; undone then, or where they are not to be kept."""
+    applied, reason = Applied(), ""
+    try:
+        _apply(model, speed, wanted, calls, free, applied, prove=plain is not None)
+        reason = "" if plain is None else plain.differs_from(_outcome(model, run))
+    except Exception as error:  # whatever a model of another make raises here is about the acceleration alone
+        if oom.is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+    if reason or not keep:
+        applied.undo()
+    return applied, reason
+
+
+def _apply(
+    model: PeftModel, speed: SpeedConfig, wanted: list[str], calls: _Calls, free: int, applied: Applied, prove: bool
+) -> None:
+    scratch = Scratch()
     projections, refused = _projections(model)
-    with torch.no_grad():
-        before, order = _watched(projections, run)
-    if speed.fused_mlp:
-        _fuse_mlps(model, projections, scratch, applied, prove)
-    if speed.fused_projections:
-        _fuse_projections(projections, order, scratch, applied)
+    if "fused_mlp" in wanted:
+        _fuse_mlps(model, projections, calls, scratch, applied, prove)
+    if "fused_projections" in wanted:
+        _fuse_projections(projections, calls.order, scratch, applied)
     if refused:
         applied.lines.append(f"plain: {refused}")
     applied.alone = _alone(model, applied, refused)
-    if speed.fused_norms:
-        _fuse_norms(model, applied, prove)
+    if "fused_norms" in wanted:
+        _fuse_norms(model, calls, applied, prove)
     layer = rows.last_layer(model.get_base_model())
-    if speed.last_layer_rows and layer is not None:
+    if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
         applied.lines.append("last layer only where there is a loss")
     _keep_weights(model, speed, free, applied)
-    if speed.prefix_cache:
+    if "prefix_cache" in wanted:
         _keep_prefix(model, free, applied)
-    if not prove:
-        return applied
-    with torch.no_grad():
-        after = run()
-    gap = ((after.float() - before.float()).norm() / before.float().norm()).item()
-    if not gap <= _ROUNDING[model.get_base_model().dtype]:
-        applied.undo()
-        applied.lines = [f"none: they would change this model's outputs by {gap:.1e} of their norm"]
-    return applied
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What a model gave, forward and backward."""
+
+    output: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    rounding: float
+
+    def differs_from(self, other: _Outcome) -> str:
+        """Why another outcome is not the same up to rounding; gradients pass through twice as many layers."""
+        gap = _gap([self.output], [other.output])
+        if not gap <= self.rounding:
+            return f"it would change this model's outputs by {gap:.1e} of their norm"
+        gap = _gap(self.gradients.values(), [other.gradients[name] for name in self.gradients])
+        return "" if gap <= 5 * self.rounding else f"it would change this model's gradients by {gap:.1e} of their norm"
+
+
+def _gap(ones: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> float:
+    pairs = [(one.float(), other.float()) for one, other in zip(ones, others, strict=True)]
+    apart = sum(float((other - one).square().sum()) for one, other in pairs)
+    norm = sum(float(one.square().sum()) for one, _ in pairs)
+    return math.sqrt(apart / norm) if norm else math.sqrt(apart)
+
+
+def _outcome(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
+    """A forward pass and, from the mean square of what it gives, a backward pass; no gradient is left behind."""
+    output = run()
+    parameters = trainable(model)
+    gradients: dict[str, torch.Tensor] = {}
+    if output.requires_grad:
+        found = torch.autograd.grad(output.float().square().mean(), list(parameters.values()), allow_unused=True)
+        gradients = {name: one for name, one in zip(parameters, found, strict=True) if one is not None}
+    return _Outcome(output.detach(), gradients, _ROUNDING[model.get_base_model().dtype])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """How the modules of a model were called in a forward pass."""
+
+    order: list[tuple[str, torch.Tensor]]  # linear layers with what they read
+    single: dict[str, torch.Tensor]  # of modules that were always called with one tensor alone: the first
 
 
 def _alone(model: PeftModel, applied: Applied, refused: str) -> str:
@@ -160,24 +244,44 @@ def _unfit(module: nn.Module) -> str:
     return ""
 
 
-def _watched(
-    projections: dict[str, Projection], run: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]:
-    """What `run` gives, and which layers were called with which tensor, in order."""
-    calls: list[tuple[str, torch.Tensor]] = []
+def _watched(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Calls:
+    """Watch a forward pass."""
+    projections, _ = _projections(model)
+    order: list[tuple[str, torch.Tensor]] = []
+    single: dict[str, torch.Tensor] = {}
+    other: set[str] = set()
+
+    def note(name: str, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if name in projections and inputs:
+            order.append((name, inputs[0]))
+        if len(inputs) == 1 and not named and isinstance(inputs[0], torch.Tensor):
+            single.setdefault(name, inputs[0])
+        else:
+            other.add(name)
+
     handles = [
-        one.module.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0])))
-        for name, one in projections.items()
+        module.register_forward_pre_hook(
+            lambda _, inputs, named, name=name: note(name, inputs, named), with_kwargs=True
+        )
+        for name, module in model.named_modules()
+        if name in projections or _is_norm(module) or hasattr(module, "act_fn")
     ]
     try:
-        return run(), calls
+        with torch.no_grad():
+            run()
     finally:
         for handle in handles:
             handle.remove()
+    return _Calls(order, {name: tensor for name, tensor in single.items() if name not in other})
 
 
 def _fuse_mlps(
-    model: PeftModel, projections: dict[str, Projection], scratch: Scratch, applied: Applied, prove: bool
+    model: PeftModel,
+    projections: dict[str, Projection],
+    calls: _Calls,
+    scratch: Scratch,
+    applied: Applied,
+    prove: bool,
 ) -> None:
     count, other = 0, ""
     for name, module in model.named_modules():
@@ -189,7 +293,10 @@ def _fuse_mlps(
             other = f"activation {type(module.act_fn).__name__}"
             continue
         fused = FusedMLP(module, [gate, up], down, scratch, applied.roster)
-        if prove and not _equal(module, fused, gate.base.in_features):
+        if name not in calls.single:
+            other = f"{type(module).__name__} is called with more than one tensor, or never"
+            continue
+        if prove and not _equal(module, fused, calls.single[name]):
             other = f"{type(module).__name__} computes something else"
             continue
         applied.replace(module, fused.forward)
@@ -201,15 +308,14 @@ def _fuse_mlps(
         applied.lines.append(f"gated MLP fused: {count}" + (f" (not: {other})" if other else ""))
 
 
-def _equal(module: nn.Module, fused: FusedMLP, width: int) -> bool:
-    weight = fused.down.base.weight
-    dtype = fused.down.base.compute_dtype if isinstance(fused.down.base, Linear4bit) else weight.dtype
-    probe = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(
-        weight.device, dtype or torch.float32
-    )
-    with torch.no_grad():
-        plain, own = module(probe).float(), fused.forward(probe).float()
-    return bool((own - plain).norm() <= _ROUNDING[probe.dtype] * plain.norm())
+@torch.no_grad()
+def _equal(module: nn.Module, fused: FusedMLP, seen: torch.Tensor) -> bool:
+    plain, own = module(seen), fused.forward(seen)
+    return isinstance(plain, torch.Tensor) and _gap([plain], [own]) <= _ROUNDING[_computing(seen)]
+
+
+def _computing(x: torch.Tensor) -> torch.dtype:
+    return computed_in(x[:0]).dtype
 
 
 def _fuse_projections(
@@ -248,18 +354,19 @@ def _same_input(projections: dict[str, Projection], order: list[tuple[str, torch
     yield from dict.fromkeys(tuple(names) for _, names in groups if names)
 
 
-def _fuse_norms(model: PeftModel, applied: Applied, prove: bool) -> None:
+def _is_norm(module: nn.Module) -> bool:
+    return "RMSNorm" in type(module).__name__ or "T5LayerNorm" in type(module).__name__
+
+
+def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) -> None:
     count = 0
-    for module in model.modules():
-        if "RMSNorm" not in type(module).__name__ and "T5LayerNorm" not in type(module).__name__:
+    for name, module in model.named_modules():
+        if not _is_norm(module) or name not in calls.single:  # gated norms are called with two
             continue
-        found = norm.of_module(module, prove)
+        found = norm.of_module(module, calls.single[name], prove)
         if found is None:
             continue
-        eps, scale = found
-        applied.replace(
-            module, lambda x, module=module, eps=eps, scale=scale: norm.RMSNorm.apply(x, module.weight, eps, scale)
-        )
+        applied.replace(module, norm.forward_of(module, *found))
         count += 1
     if count:
         applied.lines.append(f"RMS norms fused: {count}")

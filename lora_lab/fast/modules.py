@@ -146,9 +146,9 @@ class FusedMLP:
         self.plain = module.forward
         self.act = mlp.activation(module.act_fn)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not all(one.ready for one in (*self.up, self.down)):
-            return self.plain(x)
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not all(one.ready for one in (*self.up, self.down)):
+            return self.plain(x, *args, **kwargs)
         inputs = computed_in(x)
         first, factors = lora(self.up, self.roster, inputs, x.shape)
         inner = torch.Size([*x.shape[:-1], self.down.base.in_features])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -37,18 +40,33 @@ class RMSNorm(torch.autograd.Function):
         return wide.sub_(normal.mul_(shared)).mul_(inverse).to(dy.dtype), None, None, None
 
 
-def of_module(module: nn.Module, prove: bool = True) -> tuple[float, str] | None:
-    """A norm module's epsilon and kind of scale, if this function gives the very numbers that it gives; without proof, some."""
+def of_module(module: nn.Module, seen: torch.Tensor, prove: bool = True) -> tuple[float, str] | None:
+    """A norm module's epsilon and kind of scale, if this function gives the very numbers that it gives; without proof, some.
+
+    Args:
+        seen: what the module was called with.
+    """
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if eps is None or weight is None or weight.dim() != 1 or weight.requires_grad:
         return None
     if not prove:
         return eps, next(iter(_SCALES))
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, len(weight), generator=generator).to(weight)
     with torch.no_grad():
+        plain = module(seen)
         for scale in _SCALES:
-            if torch.equal(module(probe), RMSNorm.apply(probe, weight, eps, scale)):
+            if torch.equal(plain, RMSNorm.apply(seen, weight, eps, scale)):
                 return eps, scale
     return None
+
+
+def forward_of(module: nn.Module, eps: float, scale: str) -> Callable[..., torch.Tensor]:
+    """What replaces the module's forward; called with more than one tensor, it is the module's own."""
+    plain = module.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs:
+            return plain(x, *args, **kwargs)
+        return RMSNorm.apply(x, module.weight, eps, scale)
+
+    return forward

@@ -18,7 +18,7 @@ from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
 from lora_lab.tasks.generation import generate_all
-from lora_lab.train import packing
+from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,9 +54,16 @@ class DecoderTask(Task):
             return "whole logits (the output layer is adapted)"
         before = self.token_losses(model, batch)[0] if prove else None
         self.chunked_loss = True
-        if prove:
+        if not prove:
+            return "loss in chunks"
+        try:
             after, _ = self.token_losses(model, batch)
             self.chunked_loss = torch.allclose(before, after, rtol=1e-3, atol=1e-3)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if oom.is_out_of_memory(error):
+                raise
+            self.chunked_loss = False
+            return f"whole logits ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
         return "loss in chunks" if self.chunked_loss else "whole logits (the model changes them after its output layer)"
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PackedBatch:
