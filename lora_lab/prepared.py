@@ -25,12 +25,13 @@ from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder
-from lora_lab.errors import ConfigError, DataError
+from lora_lab.errors import ConfigError, DataError, TrainingError
 from lora_lab.fast import apply
 from lora_lab.fast.roster import Roster
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.base import Measured, Task
+from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -287,10 +288,36 @@ def load_adapted(prepared: Prepared, members: dict[str, RunConfig | Path] | None
         prepared.model = model
     more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
     console.say("adapter", f"{coverage(model, name)}{more}")
+    decide_packing(prepared)
     accelerate(prepared)
     if prepared.kind.new_modules:
         console.say("head", f"{', '.join(prepared.kind.new_modules)}: trained whole, in float32")
     return prepared.model
+
+
+def decide_packing(prepared: Prepared) -> None:
+    """Let rows lie end to end only where two of them prove that it changes nothing for this model; decided before anything is measured.
+
+    Raises:
+        ConfigError: it does, and the rows must lie so (`train.packing=true`, or a task that compares the rows of one pass).
+    """
+    task, data = prepared.task, prepared.held_out or prepared.train
+    if data is None or not (task.packed and task.together):
+        return
+    try:
+        with prepared.accelerator.autocast():
+            packing.check_isolation(prepared.model.eval(), first_examples(data, 2))
+        return
+    except Exception as error:  # whatever a model of another make raises here is about packing alone
+        if oom.is_out_of_memory(error):
+            raise
+        reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
+    reason = reason.strip().partition("\n")[0]
+    if prepared.config.train.packing or task.compares_rows:
+        way_out = "Choose another base" if task.compares_rows else "Set train.packing=false"
+        raise ConfigError(f"train.packing: {reason} {way_out}.")
+    task.part_rows()
+    console.say("packing", f"rows one by one: {reason}")
 
 
 def accelerate(prepared: Prepared) -> None:

@@ -142,7 +142,7 @@ def test_isolation_check_catches_a_leak(config_of, monkeypatch):
         return packing._segment_attention(module, query, key, value, mask, [sum(segment_lengths)], **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.IMPLEMENTATION, leaky)
-    with pytest.raises(TrainingError, match="rows would see each other. Set train.packing=false"):
+    with pytest.raises(TrainingError, match="rows would see each other"):
         packing.check_isolation(model, first_examples(prepared.train, 2))
 
 
@@ -344,23 +344,24 @@ def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
     assert relative_gap(adapter_of(model), finished) == 0
 
 
-def test_unpackable_architecture_is_refused_or_runs_unpacked(tmp_path, config_of):
-    """Soft-capped attention (Gemma 2) is not done per segment: packing refuses it, one row at a time works."""
+def test_unpackable_architecture_is_refused_or_runs_unpacked(tmp_path, config_of, capsys):
+    """Soft-capped attention (Gemma 2) is not done per segment: rows go one by one then, and to demand packing is refused."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    from lora_lab.errors import TrainingError
+    from lora_lab.errors import ConfigError
 
     folder = make_base(tmp_path / "gemma")
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Gemma2Config(**shape, num_key_value_heads=2, head_dim=16, vocab_size=size, pad_token_id=0)
     Gemma2ForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(TrainingError, match=r"cannot be packed \(attention with soft capping"):
-        train_once(config_of(f"model.path={folder}", "train.max_steps=1"), tmp_path / "a")
-    _, losses = train_once(
-        config_of(f"model.path={folder}", "train.max_steps=1", "train.packing=false"), tmp_path / "b"
-    )
-    assert len(losses) == 1
+    told = f"model.path={folder}", "train.max_steps=1"
+    with pytest.raises(ConfigError, match=r"cannot be packed \(attention with soft capping.*Set train.packing=false"):
+        train_once(config_of(*told, "train.packing=true"), tmp_path / "a")
+    _, losses = train_once(config_of(*told), tmp_path / "b")
+    assert "rows one by one: this model cannot be packed" in capsys.readouterr().out
+    _, apart = train_once(config_of(*told, "train.packing=false"), tmp_path / "c")
+    assert losses == apart
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4"])

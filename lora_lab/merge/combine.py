@@ -23,7 +23,7 @@ from lora_lab.base.weights import Weights
 from lora_lab.config import MergeConfig, RunConfig
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import derived
-from lora_lab.prepared import Prepared, load_adapted, prepare
+from lora_lab.prepared import Prepared, decide_packing, load_adapted, prepare
 from lora_lab.run_dir import RunDir
 from lora_lab.tasks.base import Measured
 from lora_lab.trained import open_trained
@@ -190,6 +190,7 @@ def load_all(sources: list[Source], config: RunConfig) -> None:
     model = load_adapted(first, members).eval()
     for source in sources:
         source.prepared.model = model
+        decide_packing(source.prepared)
 
 
 def put(sources: list[Source], found: Updates, rank: int) -> None:

@@ -86,6 +86,7 @@ class Task:
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     head: ClassVar[str] = "none"  # see `ModelKind`
     packed: ClassVar[bool] = False  # rows can lie end to end in one forward pass
+    compares_rows: ClassVar[bool] = False  # and must: its loss compares rows of one pass
 
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         """
@@ -99,6 +100,10 @@ class Task:
         self.learned = learned
         self.model = model
         self.together = config.train.packing is not False  # else a forward pass for each row
+
+    def part_rows(self) -> None:
+        """Give each row a forward pass of its own."""
+        self.together = False
 
     # -- before training ------------------------------------------------------------------------------------------------
 

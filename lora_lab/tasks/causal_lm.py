@@ -36,6 +36,10 @@ class DecoderTask(Task):
         self.speed = config.speed
         self.block_attention = config.speed.block_attention and self.together
 
+    def part_rows(self) -> None:
+        super().part_rows()
+        self.block_attention = False
+
     @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
         from transformers import MODEL_FOR_MASKED_LM_MAPPING

@@ -87,6 +87,7 @@ class Preference(DecoderTask):
     """`task=preference`."""
 
     encoder_class = PreferenceEncoder
+    compares_rows = True
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> AnswersBatch:
         if self.config.loss != "kto":

@@ -19,7 +19,7 @@ import torch
 
 from lora_lab import console, signals
 from lora_lab.adapters import files
-from lora_lab.data.dataset import Dataset, Stream, first_examples
+from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.errors import Interrupted, TrainingError
 from lora_lab.train import checkpoint, diagnose, joint, oom, packing, regularize
 from lora_lab.train.cohort import Member
@@ -135,10 +135,6 @@ def fit(
 def _prepare(members: list[Member], loop: Loop) -> None:
     for member in members:
         oom.apply(member)
-    if loop.task.packed and loop.task.together:
-        members[0].model.eval()
-        with members[0].turn(), loop.accelerator.autocast():
-            packing.check_isolation(members[0].model, first_examples(loop.train, 2))
     if loop.roster is not None:
         joint.check(members, loop.train, loop.task, loop.roster, loop.accelerator)
 

@@ -118,7 +118,7 @@ def logits(model: PeftModel, batch: PackedBatch, block_attention: bool = False) 
 
 
 def _unpackable(why: str) -> TrainingError:
-    return TrainingError(f"train.packing=true: this model cannot be packed ({why}). Set train.packing=false.")
+    return TrainingError(f"this model cannot be packed ({why}).")
 
 
 def check_isolation(model: PeftModel, examples: list[Example]) -> None:
@@ -141,8 +141,7 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
     limit = _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
     if not gap <= limit:
         raise TrainingError(
-            f"train.packing=true: packed rows change this model's logits by {gap:.1e} of their norm (allowed: {limit:.0e}), "
-            "so rows would see each other. Set train.packing=false."
+            f"packed rows change this model's logits by {gap:.1e} of their norm (allowed: {limit:.0e}), so rows would see each other."
         )
 
 
