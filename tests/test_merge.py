@@ -18,6 +18,8 @@ from lora_lab.base.weights import Weights
 from lora_lab.config import MergeConfig
 from lora_lab.errors import ConfigError, MergeError
 from lora_lab.merge import parity, stream
+from tests.conftest import make_tokenizer, write_jsonl
+from tests.test_tasks import make_encoder_tokenizer
 
 
 @pytest.fixture
@@ -313,3 +315,55 @@ def test_what_was_there_is_kept(trained, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in (folder / "merged").iterdir()} == before
     assert not [path for path in folder.iterdir() if path.name.endswith((".tmp", ".old"))]
+
+
+@pytest.mark.usefixtures("reload_here")
+@pytest.mark.parametrize("policy", ["dequantized", "corrected", "auto"])
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_layers_that_quantizing_turned_are_turned_back(trained, tmp_path, policy, method):
+    """GPT-2 keeps its weights the other way round, and bitsandbytes' layers do not."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = len(make_tokenizer(tmp_path / "base"))
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=size, initializer_range=0.1, **shape)).save_pretrained(tmp_path / "base")
+    loose = ("merge.max_loss_increase=9", "merge.min_top1_agreement=0.5", "merge.max_kl=1")
+    done = trained(
+        f"model.path={tmp_path}/base", f"quant={method}", f"merge.base={policy}", "export=merged", "export.dtype=float32", *loose
+    )  # fmt: skip
+    report = json.loads(done.merge_report.read_text())
+    assert report["refused"] == []
+    assert report["merged_vs_base_and_adapter"]["max_logit_diff"] < 1e-3
+    if policy == "dequantized" and method == "nf4":
+        assert report["merged_vs_model_as_trained"]["max_logit_diff"] < 1e-3
+
+
+@pytest.mark.usefixtures("reload_here")
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Camembert", "Roberta"])
+def test_a_tied_output_matrix_is_no_new_part(config_of, tmp_path, kind, capsys):
+    """Masked-language heads whose decoder is the input embedding: trained through the adapter alone, and merged as one matrix."""
+    import transformers
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    size = len(make_encoder_tokenizer(folder))
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=130,
+        type_vocab_size=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForMaskedLM")(config).save_pretrained(folder)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"red cat {i} and two dogs"} for i in range(12)])
+    done = run.train(
+        config_of(
+            f"model.path={folder}",
+            "task=masked_lm",
+            f"data.train={rows}",
+            "train.max_steps=4",
+            "export=merged",
+            "export.dtype=float32",
+        )
+    )
+    assert "trained whole" not in capsys.readouterr().out
+    assert json.loads(done.merge_report.read_text())["refused"] == []

@@ -163,9 +163,11 @@ def attach_trained(model: PreTrainedModel | PeftModel, folder: Path, name: str) 
 def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed: int) -> PeftModel:
     import torch
     from peft import PeftModel, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
     config.inference_mode = False
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # as this base lies, not another
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)

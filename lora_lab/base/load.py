@@ -166,6 +166,8 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
         tops = {name: module for name, module in model.named_children() if name != prefix}
         found = [name for name, module in tops.items() if any(True for _ in module.parameters())]
     for name, parameter in model.named_parameters():
+        if name in model.all_tied_weights_keys:  # on the meta device a tied weight has a parameter of its own
+            continue
         module, _, own = name.rpartition(".")
         known = name.removeprefix(f"{prefix}.")
         legacy = known.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

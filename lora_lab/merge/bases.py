@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_lab.adapters.updates import factored
 from lora_lab.base.load import BaseFiles, ModelKind, load_model
+from lora_lab.base.load import skeleton as load_skeleton
 from lora_lab.config import QuantConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -35,14 +37,27 @@ def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, devic
     anew = dataclasses.replace(config.quant, cache=False)  # what is kept in 4 bits could not be saved in others
     quantized = load_model(base, kind, config.model.dtype, anew, device, config.seed)
     as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
+    _turn_back(as_trained, load_skeleton(base.folder, kind))
     if policy == "dequantized":
         return as_trained
     model = load_model(base, kind, config.export.dtype, QuantConfig(), device, config.seed)
     torch.manual_seed(config.seed)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, Conv1D)):
             _correct(module.weight, as_trained.get_submodule(name).weight, config.merge.correction_rank)
     return model
+
+
+def _turn_back(model: PreTrainedModel, published: PreTrainedModel) -> None:
+    """Give a dequantized model the layers that it was published with: bitsandbytes makes a Linear of GPT-2's `Conv1D`, whose weight
+    lies the other way round."""
+    for name, module in published.named_modules():
+        own = model.get_submodule(name)
+        if isinstance(module, Conv1D) and isinstance(own, nn.Linear):
+            turned = Conv1D(own.out_features, own.in_features)
+            turned.weight = nn.Parameter(own.weight.data.T.contiguous(), requires_grad=False)
+            turned.bias = own.bias
+            model.set_submodule(name, turned)
 
 
 @torch.no_grad()
