@@ -16,7 +16,16 @@ from accelerate.state import AcceleratorState
 
 from lora_lab import console, run_dir, tracking
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, attach_trained, check_targets, coverage, layer_number, without_adapter
+from lora_lab.adapters.attach import (
+    attach,
+    attach_trained,
+    check_targets,
+    coverage,
+    expert_weights,
+    fresh_settings,
+    layer_number,
+    without_adapter,
+)
 from lora_lab.base import load
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.load import BaseFiles, ModelKind
@@ -123,6 +132,8 @@ def find_base(config: RunConfig) -> Found:
     kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
     targets = check_targets(model, config.adapter, kind.new_modules)
     _say_too_high_rank(model, targets, config.adapter.r)
+    fresh_settings(model, config.adapter, kind)
+    _say_experts(model, config)
     if config.speed.prefix_cache and min(layer_number(name) or 0 for name in targets) == 0:
         raise ConfigError(
             "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
@@ -157,6 +168,20 @@ def _say_too_high_rank(model: PreTrainedModel, targets: list[str], r: int) -> No
             f"adapter.r={r} is above the smaller side of {len(smaller)} layers ({smaller[0]}: {sides[smaller[0]]}); "
             f"{lowest} is all that the smallest of them can use",
         )
+
+
+def _say_experts(model: PreTrainedModel, config: RunConfig) -> None:
+    """bitsandbytes quantizes linear layers, and a mixture's experts are none: most of the base stays as it is."""
+    experts = {name: one for name, one in expert_weights(model).items() if one.dim() == 3}
+    if not experts or config.quant.method == "none":
+        return
+    count = sum(one.numel() for one in experts.values())
+    share = count / sum(one.numel() for one in model.parameters())
+    size = count * getattr(torch, config.model.dtype).itemsize / 2**30
+    console.say(
+        "experts",
+        f"{len(experts)} weights of experts ({share:.0%} of the base) stay unquantized: {size:.2f} GiB in {config.model.dtype}",
+    )
 
 
 def build_data(
@@ -249,7 +274,7 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
 def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
     """Refuse an adapter that was trained on another base, or has other settings than its run; tell other versions."""
     files.check_base(run.adapter, found.base)
-    files.check_settings(run.adapter, config.adapter)
+    files.check_settings(run.adapter, fresh_settings(found.model, config.adapter, found.kind))
     saved = run_dir.read_manifest(run)
     if saved is not None:
         run_dir.tell_versions(saved)

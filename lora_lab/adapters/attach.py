@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +29,16 @@ class Coverage:
     linear_layers: int  # all linear layers of the base, the output head included
     trainable_parameters: int
     base_parameters: int
+    matched_experts: int = 0  # adapted weights of experts and routers
+    experts: int = 0  # all of them
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.base_parameters
+        experts = (
+            f" and {self.matched_experts} of {self.experts} weights of experts and routers" if self.experts else ""
+        )
         return (
-            f"{self.matched} of {self.linear_layers} linear layers adapted, "
+            f"{self.matched} of {self.linear_layers} linear layers{experts} adapted, "
             f"{self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
         )
 
@@ -93,9 +99,44 @@ def linear_layers(model: nn.Module) -> list[str]:
             continue
         adapted = isinstance(module, BaseTunerLayer)
         inside = f"{name}." if adapted else inside
-        if isinstance(module.get_base_layer() if adapted else module, (nn.Linear, Conv1D)):
+        layer = module.get_base_layer() if adapted else module
+        if isinstance(layer, (nn.Linear, Conv1D)) and not _is_router(layer):
             found.append(name)
     return found
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a module is a linear layer by its class, but gives something else than one (Llama 4's router)."""
+    from torch import nn
+
+    own = type(module)
+    return (
+        isinstance(module, nn.Linear)
+        and own.__module__.startswith("transformers.models.")
+        and own.forward is not nn.Linear.forward
+    )
+
+
+def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a mixture's experts, which lie in one tensor [experts, ...], and of the routers beside them; of an adapted model
+    the base's."""
+    from torch import nn
+
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
+    experts, others = {}, {}
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() == 3 and not isinstance(module, convolutions):
+            experts[name] = parameter
+        elif parameter.dim() == 2 and (not isinstance(module, (nn.Linear, nn.Embedding)) or _is_router(module)):
+            others[name] = parameter
+    blocks = {_block(name) for name in experts}
+    return {**experts, **{name: one for name, one in others.items() if _block(name) in blocks}}
+
+
+def _block(name: str) -> str:
+    """The module that holds the module of a parameter, whatever wraps that."""
+    return name.replace(".base_layer", "").rpartition(".")[0].rpartition(".")[0]
 
 
 def _matching(key: str, names: str | list[str], layers: list[str], shown: str | None = None) -> list[str]:
@@ -141,12 +182,33 @@ def attach(
     from peft import PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return _put(model, fresh_settings(base, adapter, kind), name, seed)
+
+
+def fresh_settings(base: PreTrainedModel, adapter: LoraAdapter, kind: ModelKind) -> PeftConfig:
+    """peft's settings of a fresh adapter on this base (which may be on the meta device).
+
+    Of families whose experts peft knows, 'all-linear' and the names that experts had before transformers 5 mean their weights.
+
+    Raises:
+        AdapterError: an option that is not defined for experts.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     config = adapter.peft_config(kind.peft_task_type)
     config.modules_to_save = list(kind.new_modules) or None
-    if kind.new_modules or adapter.layers_to_transform is not None:  # peft has no rule that says the same
+    routers = any(map(_is_router, base.modules()))
+    if kind.new_modules or adapter.layers_to_transform is not None or routers:  # peft has no rule that says the same
         config.target_modules = check_targets(base, adapter, kind.new_modules)
         config.exclude_modules = None
-    return _put(model, config, name, seed)
+    convert_peft_config_for_transformers(config, base, None)
+    told = [key for key, value in (("lora_dropout", adapter.lora_dropout), ("use_dora", adapter.use_dora)) if value]
+    if config.target_parameters and told:
+        raise AdapterError(
+            f"adapter.{told[0]}: not defined for the weights of experts ({', '.join(sorted(config.target_parameters))}). Drop it, or "
+            "name other adapter.target_modules, such as [q_proj,k_proj,v_proj,o_proj]."
+        )
+    return config
 
 
 def attach_trained(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
@@ -167,12 +229,17 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
 
     torch.manual_seed(seed)
     config.inference_mode = False
-    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())  # as this base lies, not another
+    config.fan_in_fan_out = any(
+        isinstance(module, Conv1D) for module in model.modules()
+    )  # as this base lies, not another
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
+        with warnings.catch_warnings():
+            if config.target_parameters:  # peft looks for its own patterns of experts among the layers alone
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = get_peft_model(model, config, adapter_name=name)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise AdapterError(f"adapter: peft refuses it on this base ({error}).") from error
     model.set_adapter(name)
@@ -203,7 +270,10 @@ def coverage(model: PeftModel, name: str) -> Coverage:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters]
+    experts = [m for m in adapted if hasattr(m, "parameter_name")]  # peft's wrapper of a weight
     own = sum(parameter.numel() for parameter in trainable(model).values())
     _, total = model.get_nb_trainable_parameters()  # counts two weights in each byte of 4-bit storage
     layers = [layer for layer in linear_layers(model) if ".modules_to_save." not in layer]
-    return Coverage(len(adapted), len(layers), own, total - own)
+    return Coverage(
+        len(adapted) - len(experts), len(layers), own, total - own, len(experts), len(expert_weights(model))
+    )

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
 
-    from lora_lab.adapters.lora import LoraAdapter
-
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PROVENANCE = "lora_lab.json"
+# what, beside the tensors, decides what a trained adapter does
+_SETTINGS = "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora use_dora".split()
 
 
 def write(
@@ -138,16 +138,19 @@ def settings(folder: Path) -> PeftConfig:
         return peft.LoraConfig(**tree)
 
 
-def check_settings(folder: Path, adapter: LoraAdapter) -> None:
+def check_settings(folder: Path, told: PeftConfig) -> None:
     """Check that the adapter in `folder` has the settings of the run that it is in; layers follow from its tensors.
+
+    Args:
+        told: what the run's configuration makes of them on its base.
 
     Raises:
         AdapterError: naming the keys with both values.
     """
-    saved, told = settings(folder), adapter.peft_config(None)
+    saved = settings(folder)
     other = [
         f"{name}={getattr(saved, name)}, and the run says {getattr(told, name)}"
-        for name in adapter.settings
+        for name in _SETTINGS
         if getattr(saved, name) != getattr(told, name)
     ]
     if other:

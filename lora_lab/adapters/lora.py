@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 @section
 class LoraAdapter:
     """The `adapter` section for `adapter=lora`. Every name is peft's own (`peft.LoraConfig`)."""
-
-    # what, beside the tensors, decides what a trained adapter does
-    settings: ClassVar = "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora use_dora".split()
 
     method: Annotated[Literal["lora"], Field(description="adapter family")] = "lora"
     r: Annotated[int, Field(ge=1, le=4096, description="rank of the update")] = 16

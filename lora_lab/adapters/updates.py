@@ -109,6 +109,11 @@ def read(folder: Path) -> Updates:
     from safetensors.torch import load_file
 
     config = files.settings(folder)
+    if config.target_parameters:
+        raise AdapterError(
+            f"{folder}: reaches into experts ({', '.join(sorted(config.target_parameters))}), whose updates are no single matrices. "
+            "Merge it: lora-lab merge, or export hf, gguf or quantized."
+        )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     whole = {}
     for name, tensor in load_file(folder / WEIGHTS).items():

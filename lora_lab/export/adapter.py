@@ -32,6 +32,8 @@ def check_vllm(job: Job) -> Iterator[str]:
     adapter = job.config.adapter
     if job.kind.auto_class != "AutoModelForCausalLM":
         yield f"export.targets: vllm is for models that write; task={job.config.task.name} makes another. Drop it."
+    if job.experts:
+        yield "export.targets: vllm: the adapter reaches into experts. Export hf (merged), or name other adapter.target_modules."
     if adapter.use_dora:
         yield "export.targets: vllm: loads no DoRA. Export hf (merged), or train with adapter=lora."
     if job.kind.new_modules:

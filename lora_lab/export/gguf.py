@@ -56,6 +56,9 @@ def check(job: Job, target: str) -> Iterator[str]:
     if target == "gguf_lora" and job.config.adapter.use_dora:
         yield "export.targets: gguf_lora: llama.cpp has no DoRA. Export gguf (merged), or train with adapter=lora."
         return
+    if target == "gguf_lora" and job.experts:
+        yield "export.targets: gguf_lora: the adapter reaches into experts. Export gguf (merged), or name other adapter.target_modules."
+        return
     if target == "ollama" and job.encoder.chat:
         try:
             ollama.turns(job.encoder)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from lora_lab.adapters.attach import fresh_settings
+from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.weights import Weights
 from lora_lab.config import RunConfig
@@ -35,6 +37,12 @@ class Job:
     @property
     def merged(self) -> Path:
         return self.run.merged
+
+    @functools.cached_property
+    def experts(self) -> bool:
+        """Whether the adapter reaches into the experts of a mixture, whose updates are no single matrices."""
+        skeleton = load.skeleton(self.base.folder, self.kind)
+        return bool(fresh_settings(skeleton, self.config.adapter, self.kind).target_parameters)
 
     @functools.cached_property
     def exact(self) -> str:

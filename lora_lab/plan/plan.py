@@ -71,7 +71,7 @@ class Plan:
     base_parameters: int
     rows: dict[str, dict[str, int]]  # data key -> rows read, used, truncated, and dropped by kind
     work: Work
-    memory: Memory
+    memory: Memory | None  # None: it cannot be foreseen for this model
     disk: dict[str, int]  # bytes by what they hold
     free_disk: int
 
@@ -83,22 +83,37 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     data, found, task = prepared.build_data(config, prepared.find_base(config))
     targets.check(Job(run_dir.RunDir(Path(config.run_dir)), config, found.base, found.kind, found.encoder, device))
     work = foresee(config, task, data.train, data.held_out)
-    estimated, on_cuda = (
-        memory.estimate(config, found.base, found.kind, task, work.largest, work.evaluation, kind)
-        for kind in (device.type, "cuda")
-    )
+    estimated, on_cuda = _memory(config, found, task, work, device.type)
     matched, unmatched, trainable, base = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
     disk = _disk(config, trainable, base, evaluated=data.held_out is not None)
     cached = quantized.folder_of(found.base, found.kind, config.model.dtype, config.quant, device.type)
-    if cached is not None and not cached.exists():
+    if estimated is not None and cached is not None and not cached.exists():
         disk["quantized base (cache folder)"] = estimated.base
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
     show(result, config, device.type, on_cuda)
     if probe:
         _probe(config, found, task, data, work)
     return result
+
+
+def _memory(
+    config: RunConfig, found: Found, task: Task, work: Work, device: str
+) -> tuple[Memory, Memory] | tuple[None, None]:
+    """What training needs on this device and on a GPU; None, aloud, for models that cannot be run on tensors without content."""
+    try:
+        here, on_cuda = (
+            memory.estimate(config, found.base, found.kind, task, work.largest, work.evaluation, kind)
+            for kind in (device, "cuda")
+        )
+    except Exception as error:  # of whatever torch or a model of another make does with such tensors
+        reason = str(error).strip().partition("\n")[0][:160]
+        console.say(
+            "memory", f"cannot be foreseen for this model ({type(error).__name__}: {reason}); probe=true measures it"
+        )
+        return None, None
+    return here, on_cuda
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------
@@ -239,7 +254,7 @@ def _duration(seconds: float) -> str:
 # -- showing ------------------------------------------------------------------------------------------------------------
 
 
-def show(found: Plan, config: RunConfig, device: str, on_cuda: Memory) -> None:
+def show(found: Plan, config: RunConfig, device: str, on_cuda: Memory | None) -> None:
     """Print a plan."""
     endings = [
         [name, found.matched.get(name, 0), found.unmatched.get(name, 0)]
@@ -261,7 +276,8 @@ def show(found: Plan, config: RunConfig, device: str, on_cuda: Memory) -> None:
         f"{work.largest.num_tokens} tokens in one forward pass of {len(work.largest.lengths)} rows, "
         f"{len(work.largest.targets)} things to learn",
     )
-    _show_memory(found.memory, device, on_cuda)
+    if found.memory is not None and on_cuda is not None:
+        _show_memory(found.memory, device, on_cuda)
     free = _gib(found.free_disk)
     console.show_table(
         f"disk ({free:.1f} GiB free)", ["", "GiB"], [[name, f"{_gib(size):.2f}"] for name, size in found.disk.items()]

@@ -60,7 +60,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def restore(member: Member, folder: Path) -> None:
     """Bring a freshly built member back to the state saved in a verified checkpoint."""
     files.check_base(folder, member.base)
-    files.check_settings(folder, member.config.adapter)
+    files.check_settings(folder, member.model.peft_config[member.name])
     files.read_into(folder, member.model, member.name)
     saved = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     member.state = type(member.state)(**saved["member"])

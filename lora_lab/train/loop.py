@@ -358,7 +358,7 @@ def _load_best(member: Member) -> None:
     if member.config.train.keep_best and best is not None and best != member.state.step:
         folder = member.run.checkpoints / f"step-{best}"
         files.check_base(folder, member.base)  # it may have been written days ago
-        files.check_settings(folder, member.config.adapter)
+        files.check_settings(folder, member.model.peft_config[member.name])
         files.read_into(folder, member.model, member.name)
         member.measured = None
 
