@@ -81,7 +81,11 @@ def read_yaml(file: Path, error: type[LoraLabError]) -> Any:
     Raises:
         error: also what is not YAML, has a key twice, names a type, is nested too deep, or grows too large through aliases.
     """
-    text = read_text(file, error, MAX_YAML_BYTES)
+    return parse_yaml(file, read_text(file, error, MAX_YAML_BYTES), error)
+
+
+def parse_yaml(file: Path, text: str, error: type[LoraLabError]) -> Any:
+    """As `read_yaml`, of a text that was read from `file` already."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
