@@ -39,6 +39,7 @@ PARAMETERS = (
 _PARAMETERS = "hydra.launcher.parameters."
 _WORD = re.compile(r"[\w.,:+@=/&|\[\]-]*")  # a value that stays one word of an sbatch line
 _NO_CODE = "a configuration never names code to run. Remove the key."
+_MAX_VALUES = 10_000
 _SCALARS = (str, int, float, bool, type(None))
 _WAY_OUT = (
     "A file may set hydra.sweep.dir and .subdir, hydra.launcher.workers, named hydra.launcher.parameters, "
@@ -100,8 +101,10 @@ def check_file(file: Path, tree: Any, package: str | None) -> None:
         raise ConfigError(f"{file}: holds nothing. Write key: value lines, or {{}} for a choice that changes nothing.")
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: must hold key: value lines, not {_kind(tree)}.")
-    for key, node in _nodes(tree):
+    for number, (key, node) in enumerate(_nodes(tree)):
         _check_node(file, key, node)
+        if number > _MAX_VALUES:
+            raise ConfigError(f"{file}: more than {_MAX_VALUES:,} values. A configuration is not the place for data.")
     if package is not None and of_hydra(package):
         raise ConfigError(f"{file}: '# @package {package}' places the file among Hydra's own keys. Remove the line.")
     _check_defaults(file, tree.get("defaults"))
@@ -132,14 +135,20 @@ def _kind(value: Any) -> str:
 
 
 def _check_defaults(file: Path, entries: Any) -> None:
-    for entry in entries if isinstance(entries, list) else ():
+    if entries is not None and not isinstance(entries, list):
+        raise ConfigError(f"{file}: defaults={_shown(entries)}: must be a list, such as [override /quant: nf4].")
+    for entry in entries or ():
+        if not isinstance(entry, (str, dict)) or (isinstance(entry, dict) and len(entry) != 1):
+            raise ConfigError(f"{file}: defaults: {_shown(entry)}: must be a file's name, or one GROUP: CHOICE.")
         for name, choice in entry.items() if isinstance(entry, dict) else [(entry, None)]:
             _check_default(file, f"defaults: {name}{'' if choice is None else f': {choice}'}", name, choice)
 
 
 def _check_default(file: Path, where: str, name: str, choice: Any) -> None:
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not isinstance(choice, (str, list, type(None))):
         raise ConfigError(f"{file}: {where}: must be the name of a group or a file.")
+    if "${" in where:
+        raise ConfigError(f"{file}: {where}: a choice must stand there as it is, not as ${{...}}.")
     group, _, package = name.split(" ")[-1].partition("@")
     chosen = choice if isinstance(choice, list) else [choice]
     for part in (group.removeprefix("/"), *(one for one in chosen if isinstance(one, str))):
@@ -147,10 +156,15 @@ def _check_default(file: Path, where: str, name: str, choice: Any) -> None:
             raise ConfigError(f"{file}: {where}: leads out of the folder of configurations. Name a group in it.")
     if of_hydra(package):
         raise ConfigError(f"{file}: {where}: places a group among Hydra's own keys. Drop @{package}.")
-    if of_hydra(group):
-        problem = _choice(f"{file}: {where}", group.removeprefix("/"), choice) if not package else "no @package here."
-        if problem:
-            raise ConfigError(problem)
+    if not of_hydra(group):
+        return
+    if "launcher" in group:  # run.yaml chooses one, and Hydra lets the outermost file win
+        raise ConfigError(
+            f"{file}: {where}: no effect in a file. Choose it on the command line: hydra/launcher={choice}"
+        )
+    problem = _choice(f"{file}: {where}", group.removeprefix("/"), choice)
+    if problem or package:
+        raise ConfigError(problem or f"{file}: {where}: Hydra's groups have their place already. Drop @{package}.")
 
 
 def _check_hydra(file: Path, node: Any) -> None:
@@ -208,6 +222,12 @@ def check_composed(node: dict[str, Any]) -> None:
     for key, (value, expected) in fixed.items():
         if value != expected:
             raise ConfigError(f"hydra.{key}={_shown(value)}: not a key that can be set here. {_WAY_OUT}")
+    launcher = node.get("launcher") or {}
+    idle = [] if launcher.get("executor") else [key for key in launcher if key != "_target_"]
+    if idle and "_target_" in launcher:
+        raise ConfigError(
+            f"hydra.launcher.{idle[0]}: no effect with this launcher. Choose hydra/launcher=cohort_local or cohort_slurm, or drop it."
+        )
     for part in ("launcher", "sweeper"):
         for key, value in _ends(node.get(part), f"hydra.{part}"):
             _check_made(part, key, value)

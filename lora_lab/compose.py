@@ -113,7 +113,7 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
             continue
         if override.key_or_group in GROUPS:
             prepared += [] if unknown else [override.input_line]
-        elif allowed.of_hydra(override.key_or_group) or override.type is not OverrideType.CHANGE:
+        elif "/" in override.key_or_group or override.type is not OverrideType.CHANGE:
             prepared.append(override.input_line)
         else:
             prepared.append(f"++{override.input_line}")
@@ -218,6 +218,10 @@ def composed(prepared: Sequence[str]) -> Iterator[DictConfig]:
             raise ConfigError(f"The configuration cannot be composed: {_explain(error)}") from error
         except (LoraLabError, MemoryError):
             raise
+        except RecursionError as error:
+            raise ConfigError(
+                "The configuration cannot be composed: a file's defaults name that file again."
+            ) from error
         except Exception as error:  # a defaults list of the user's that is no list of groups ends in any of them
             raise ConfigError(f"The configuration cannot be composed: {_explain(error)}") from error
         tree.hydra.job.num, tree.hydra.job.id = 0, "0"  # Hydra sets them for each run of a sweep

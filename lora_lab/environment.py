@@ -47,7 +47,7 @@ def leaking(values: Iterable[tuple[str, Any]]) -> list[str]:
         values: key and value; names inside of values count as well.
     """
     known = secrets()
-    found = {key: known[content] for key, value in values for content in known if content in str(value)}
+    found = {key: known[content] for key, value in values for content in known if content in f"{key}={value}"}
     return [
         f"{_without(key, known)}: holds the secret of the environment variable {name}. {WAY_OUT}"
         for key, name in found.items()
