@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lora_lab.schema import MISSING
 GROUPS = (
     "model quant adapter task data optim train hardware speed tracker export sweep recipe".split()
 )  # folders of conf/, in the order of a run
-_MAX_OVERRIDE = 100_000  # characters
+_MAX_OVERRIDE, _MAX_KEY = 100_000, 200  # characters
 
 
 def conf_dir() -> Path:
@@ -59,6 +60,8 @@ def parse_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{_short(text)}: not an override. Write key=value, such as adapter.r=8.")
+    if len(key) > _MAX_KEY:
+        raise ConfigError(f"{_short(key)}: no key has more than {_MAX_KEY} characters.")
     if len(text) > _MAX_OVERRIDE:
         raise ConfigError(f"{_short(text)}: longer than {_MAX_OVERRIDE:,} characters. Write it in a recipe.")
     parser = _parser()
@@ -117,7 +120,7 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
             prepared.append(override.input_line)
         else:
             prepared.append(f"++{override.input_line}")
-    if config_dir is not None and not Path(config_dir).is_dir():
+    if config_dir is not None and not os.path.isdir(config_dir):
         problems.append(f"--config-dir {config_dir}: no such folder.")
     elif config_dir is not None:
         folder = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
@@ -126,9 +129,10 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
 
 
 def _unknown_choices(override: Override, config_dir: str | None) -> list[str]:
-    group, known = override.key_or_group, choices(override.key_or_group, config_dir)
+    group = override.key_or_group
     if group not in GROUPS or override.is_delete():
         return []
+    known = choices(group, config_dir)
     unknown = [
         f"{group}={value}: no such {group}.{nearest(value, known)} There are: {', '.join(known) or 'none'}."
         for value in _values(override)

@@ -11,6 +11,8 @@ from pathlib import Path
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
+_MAX_BYTES = 2**17  # seconds to read, whatever stands in it
+
 
 class UserFiles(ConfigSource):
     """A folder of YAML files that somebody else may have written."""
@@ -27,10 +29,10 @@ class UserFiles(ConfigSource):
         """
         from lora_lab.allowed import check_file
         from lora_lab.errors import ConfigError
-        from lora_lab.reading import MAX_YAML_BYTES, parse_yaml, read_text, reading
+        from lora_lab.reading import parse_yaml, read_text, reading
 
         file = self._file(config_path)
-        text = read_text(file, ConfigError, MAX_YAML_BYTES)
+        text = read_text(file, ConfigError, _MAX_BYTES)
         tree = parse_yaml(file, text, ConfigError)
         with reading(file, ConfigError, "Mend the file."):
             header = ConfigSource._get_header_dict(text[:512])
