@@ -25,10 +25,22 @@ TARGETS = {
         "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
     ),
 }
-KEYS = (
-    *("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.launcher.workers"),
-    *(f"hydra.sweeper.{name}" for name in "trials batch sampler seed max_batch_size".split()),
-)
+_COUNT = ("an integer, at least 1", lambda value: type(value) is int and value >= 1)
+_TEXT = ("a folder's name", lambda value: isinstance(value, str) and value.strip() != "")
+# key -> what its value must be
+KEYS = {
+    "hydra.sweep.dir": _TEXT,
+    "hydra.sweep.subdir": _TEXT,
+    "hydra.launcher.workers": _COUNT,
+    "hydra.sweeper.trials": _COUNT,
+    "hydra.sweeper.batch": _COUNT,
+    "hydra.sweeper.sampler": ("tpe or random", lambda value: value in ("tpe", "random")),
+    "hydra.sweeper.seed": ("an integer from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
+    "hydra.sweeper.max_batch_size": (
+        "an integer, at least 1, or null",
+        lambda value: value is None or _COUNT[1](value),
+    ),
+}
 # Of submitit's parameters those that no shell reads. The others (setup, srun_args, python, ...) can hold commands, so they are
 # the command line's.
 PARAMETERS = (
@@ -228,19 +240,24 @@ def check_composed(node: dict[str, Any]) -> None:
         raise ConfigError(
             f"hydra.launcher.{idle[0]}: no effect with this launcher. Choose hydra/launcher=cohort_local or cohort_slurm, or drop it."
         )
-    for part in ("launcher", "sweeper"):
+    for part in ("launcher", "sweeper", "sweep"):
         for key, value in _ends(node.get(part), f"hydra.{part}"):
             _check_made(part, key, value)
 
 
 def _check_made(part: str, key: str, value: Any) -> None:
-    if key == f"hydra.{part}._target_" and value in TARGETS[part]:
-        return
     if key.rpartition(".")[2] == "_target_":
-        raise ConfigError(f"{key}={_shown(value)}: {_NO_CODE}")
-    if key in (*KEYS, "hydra.launcher.executor", "hydra.launcher.parameters", "hydra.sweeper.params"):
-        if value in ({}, None) or (isinstance(value, _SCALARS) and key in (*KEYS, "hydra.launcher.executor")):
-            return
-    elif key.startswith(_PARAMETERS) and _flat(value):
+        if key != f"hydra.{part}._target_" or value not in TARGETS.get(part, ()):
+            raise ConfigError(f"{key}={_shown(value)}: {_NO_CODE}")
         return
-    raise ConfigError(f"{key}={_shown(value)}: not a key that can be set here. {_WAY_OUT}")
+    if key in KEYS:
+        rule, holds = KEYS[key]
+        if not holds(value):
+            raise ConfigError(f"{key}={_shown(value)}: must be {rule}.")
+        return
+    if key in ("hydra.launcher.executor", "hydra.sweep") and isinstance(value, _SCALARS):
+        return
+    if key in ("hydra.launcher.parameters", "hydra.sweeper.params") and value in ({}, None):
+        return
+    if not (key.startswith(_PARAMETERS) and _flat(value)):
+        raise ConfigError(f"{key}={_shown(value)}: not a key that can be set here. {_WAY_OUT}")

@@ -208,7 +208,14 @@ def _first_point(text: str) -> str:
     override = parse_override(text)
     if not override.is_sweep_override():
         return text
-    first = override.value().start if override.is_interval_sweep() else next(iter(override.sweep_string_iterator()))
+    if override.is_interval_sweep():
+        return f"{text.partition('=')[0]}={override.value().start}"
+    try:
+        first = next(iter(override.sweep_string_iterator()), None)
+    except _UNREADABLE as error:
+        raise ConfigError(f"{_short(text)}: {_first_line(error)}. Name the values.") from error
+    if first is None:
+        raise ConfigError(f"{_short(text)}: a sweep without values. Name some, or drop it.")
     return f"{text.partition('=')[0]}={first}"
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.data.augment import AugmentConfig
 from lora_lab.data.clean import Language, Step
 from lora_lab.errors import ConfigError
-from lora_lab.schema import describe, keys, repaired, section, unreadable, validate
+from lora_lab.schema import adapter_of, describe, keys, repaired, section, unreadable, validate
 
 SCHEMA_VERSION = 1
 
@@ -530,7 +530,7 @@ class RunConfig:
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
 
 
-_ADAPTER = TypeAdapter(RunConfig)
+_ADAPTER = adapter_of(RunConfig)
 
 
 def all_keys() -> dict[str, FieldInfo]:

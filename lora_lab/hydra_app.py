@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.compose import compose_prepared, conf_dir, parse_override, to_run_config
 from lora_lab.config import RunConfig, all_keys
-from lora_lab.errors import ConfigError, LoraLabError
+from lora_lab.errors import ConfigError, LoraLabError, RunError
 from lora_lab.sweep.jobs import Nodes, Outcome
 
 _MAX_POINTS = 10_000
@@ -55,10 +55,16 @@ def multirun(
     if points > _MAX_POINTS:
         raise ConfigError(f"The sweep has {points:,} points, and at most {_MAX_POINTS:,} are made. Give fewer values.")
     failures: list[tuple[str, LoraLabError]] = []
+    taken: set[Path] = set()  # the folders of runs that were launched
 
     def cohort(points: list[tuple[DictConfig, Path]], on: dict[str, Any] | None = None) -> list[Outcome]:
         configs = {}
         for place, (tree, folder) in enumerate(points):
+            if folder in taken:
+                raise ConfigError(
+                    f"hydra.sweep.subdir: two runs of the sweep would share {folder}. Have ${{hydra.job.num}} in it."
+                )
+            taken.add(folder)
             try:
                 with open_dict(tree):
                     tree.run_dir = str(folder)
@@ -72,7 +78,14 @@ def multirun(
         return cohort([(tree, Path(HydraConfig.get().runtime.output_dir))])[0]
 
     task.cohort = cohort
-    _hydra_main(["-m", *prepared], "run", task)
+    try:
+        _hydra_main(["-m", *prepared], "run", task)
+    except OSError as error:
+        if taken:  # the runs' own
+            raise
+        raise RunError(
+            f"{error.filename}: the sweep's folder cannot be made ({error.strerror}). Set hydra.sweep.dir."
+        ) from error
     return failures
 
 

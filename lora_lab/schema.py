@@ -5,12 +5,14 @@ Strict: an unknown key, a wrong type (also "3" for 3, or true for 1) or a value 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import itertools
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -23,7 +25,34 @@ from pydantic_core import ErrorDetails
 
 from lora_lab.errors import nearest
 
-section = dataclass(config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), frozen=True, kw_only=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without pydantic's plugins: to find some, it reads the metadata of all installed packages, and what it finds runs."""
+    before = os.environ.get(_PLUGINS)
+    os.environ[_PLUGINS] = "__all__"
+    try:
+        yield
+    finally:
+        os.environ.pop(_PLUGINS)
+        os.environ.update({} if before is None else {_PLUGINS: before})
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(kind: type) -> type:
+    """Class decorator of a section: a strict, frozen pydantic dataclass."""
+    with _alone():
+        return dataclass(kind, config=_STRICT, frozen=True, kw_only=True)
+
+
+def adapter_of(kind: type) -> TypeAdapter:
+    """What checks trees against a section."""
+    with _alone():
+        return TypeAdapter(kind)
+
 
 MISSING = "???"  # Hydra's mark for "the user must say"
 _MAX_INTEGER, _MAX_NUMBER = 2**32, 1e9  # no key has a use for more; what computes with it would overflow somewhere

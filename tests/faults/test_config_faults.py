@@ -179,6 +179,41 @@ def test_a_sweep_of_too_many_points_is_refused():
         hydra_app.multirun(["data.train=a", "seed=range(0,20000)", "train.epochs=range(1,20001)"], None, lambda *_: [])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.r=range(5,5)", "adapter.r=range(5,5): a sweep without values"),
+        ("adapter.r=range(1,5,0)", "arg 3 must not be zero"),
+        ("adapter.r=glob(*)", "Name the values"),
+        ("hydra.sweeper.max_batch_size=0", "hydra.sweeper.max_batch_size=0: must be an integer, at least 1, or null"),
+        ("hydra.sweep.dir=", "hydra.sweep.dir=: must be a folder's name"),
+        ("hydra.sweep.dir=/proc/x", "/proc/x: the sweep's folder cannot be made"),
+        ("hydra.sweep.subdir=same", "two runs of the sweep would share"),
+        ("hydra.sweep.dir=a,b", "hydra.sweep.dir=a,b: not a key"),
+    ],
+)
+def test_a_sweep_that_cannot_be_made_is_refused(override, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = [] if override.startswith("adapter.r") else ["adapter.r=1,2"]
+    with pytest.raises(LoraLabError) as caught:
+        hydra_app.multirun(["data.train=a", "hydra.sweep.dir=out", *points, override], None, lambda *_: [])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ("trials=x", "an integer, at least 1"),
+        ("batch=0", "an integer, at least 1"),
+        ("seed=-1", "an integer from 0"),
+        ("sampler=grid", "tpe or random"),
+    ],
+)
+def test_a_search_has_its_settings_checked(setting, rule):
+    with pytest.raises(ConfigError, match=rf"hydra\.sweeper\.{setting}: must be {rule}"):
+        compose.compose(["data.train=a", "hydra/sweeper=optuna_cohort", f"hydra.sweeper.{setting}"], multirun=True)
+
+
 # -- chance -----------------------------------------------------------------------------------------------------------
 
 _quiet = {
