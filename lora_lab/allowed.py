@@ -34,7 +34,7 @@ KEYS = {
     "hydra.launcher.workers": _COUNT,
     "hydra.sweeper.trials": _COUNT,
     "hydra.sweeper.batch": _COUNT,
-    "hydra.sweeper.sampler": ("tpe or random", lambda value: value in ("tpe", "random")),
+    "hydra.sweeper.sampler": ("one that is known; there are tpe and random", lambda value: value in ("tpe", "random")),
     "hydra.sweeper.seed": ("an integer from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
     "hydra.sweeper.max_batch_size": (
         "an integer, at least 1, or null",

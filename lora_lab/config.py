@@ -3,8 +3,6 @@
 Hydra composes (see `compose.py`), these dataclasses decide. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any, Literal
 

@@ -206,7 +206,7 @@ def test_a_sweep_that_cannot_be_made_is_refused(override, said, tmp_path, monkey
         ("trials=x", "an integer, at least 1"),
         ("batch=0", "an integer, at least 1"),
         ("seed=-1", "an integer from 0"),
-        ("sampler=grid", "tpe or random"),
+        ("sampler=grid", "one that is known; there are tpe and random"),
     ],
 )
 def test_a_search_has_its_settings_checked(setting, rule):
