@@ -253,34 +253,39 @@ def to_run_config(tree: DictConfig) -> RunConfig:
     Raises:
         ConfigError: interpolations that do not resolve, a `_target_`, a secret, or any problem the schema finds.
     """
-    values = check(tree)
-    values.pop("hydra", None)
-    return parse(_without_missing(values))
+    return parse(_without_missing(check(tree)))
+
+
+_USED = ("launcher", "sweeper", "sweep")  # what Hydra makes use of in its own section
 
 
 def check(tree: DictConfig) -> dict[str, Any]:
-    """The resolved values of a composed tree, in which nothing acts and nothing is secret.
-
-    Hydra's own section, where there is one, holds only what Hydra will use of it: launcher, sweeper and sweep.
+    """The resolved values of a tree in which nothing acts and nothing is secret; Hydra's own section is checked and left out.
 
     Raises:
         ConfigError: naming the key.
     """
     raw = OmegaConf.to_container(tree, resolve=False)
-    _refuse_code({key: value for key, value in raw.items() if key != "hydra"})
-    ours = {key: value for key, value in raw.items() if key != "hydra"}
-    used = {key: (raw.get("hydra") or {}).get(key) for key in _USED} if "hydra" in raw else {}
-    interpolation.check({**ours, **({"hydra": used} if used else {})})
-    values = _resolved(tree, bool(used))
-    if used:
-        allowed.check_composed({**raw["hydra"], **values["hydra"]})
-    secret = environment.leaking((key, value) for key, value in everything(values) if not isinstance(value, dict))
+    composed = raw.get("hydra") if _is_composed(raw.get("hydra")) else None
+    ours = {key: value for key, value in raw.items() if composed is None or key != "hydra"}
+    used = {} if composed is None else {part: composed.get(part) for part in _USED}
+    _refuse_code(ours)
+    interpolation.check({**ours, "hydra": used} if used else ours)
+    with _resolving():
+        values = {key: _plain(tree, key) for key in ours}
+        acting = {part: _plain(tree.hydra, part) for part in used}
+    if composed is not None:
+        allowed.check_composed({**composed, **acting})
+    shown = {**values, "hydra": {"sweep": acting["sweep"]}} if used else values
+    secret = environment.leaking((key, value) for key, value in everything(shown) if not isinstance(value, dict))
     if secret:
         raise ConfigError(*secret)
     return values
 
 
-_USED = ("launcher", "sweeper", "sweep")
+def _is_composed(node: Any) -> bool:
+    """Whether this is Hydra's own section, and not a key of that name in a run's `config.yaml`."""
+    return isinstance(node, dict) and "launcher" in node and "runtime" in node
 
 
 def _refuse_code(tree: dict[str, Any]) -> None:
@@ -298,24 +303,21 @@ def everything(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from everything(value, key)
 
 
-def _resolved(tree: DictConfig, with_hydra: bool) -> dict[str, Any]:
+@contextlib.contextmanager
+def _resolving() -> Iterator[None]:
     try:
-        return {
-            key: {part: _plain(node[part]) for part in _USED} if key == "hydra" else _plain(node)
-            for key, node in ((key, _node(tree, key)) for key in tree)
-            if key != "hydra" or with_hydra
-        }
+        yield
     except OmegaConfBaseException as error:
         raise ConfigError(f"The configuration does not resolve: {_explain(error)}") from error
     except RecursionError as error:
         raise ConfigError("The configuration has ${...} that are nested too deep. Write the values.") from error
 
 
-def _node(tree: DictConfig, key: str) -> Any:
-    return MISSING if OmegaConf.is_missing(tree, key) else tree[key]
-
-
-def _plain(node: Any) -> Any:
+def _plain(tree: DictConfig, key: str) -> Any:
+    """One value of a tree, resolved."""
+    if OmegaConf.is_missing(tree, key):
+        return MISSING
+    node = tree[key]
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 

@@ -303,3 +303,16 @@ def test_short_and_absent_contents_are_no_secrets(monkeypatch):
     monkeypatch.setenv("SITE_TOKEN", "demo")
     monkeypatch.setenv("OTHER_TOKEN", "")
     assert compose.compose(["data.train=a", "name=demo"]).name == "demo"
+
+
+def test_a_run_s_own_file_has_no_section_of_hydra_s(tmp_path):
+    text = compose.to_yaml(compose.compose(["data.train=a"]))
+    for more, said in (
+        ("hydra: 5\n", "hydra=5: unknown key"),
+        ("hydra: {launcher: {_target_: os.system}}\n", "never names code"),
+        ("hydra: {job: {env_set: {A: b}}}\n", "hydra.job.env_set.A"),
+    ):
+        (tmp_path / "config.yaml").write_text(text + more)
+        with pytest.raises(ConfigError) as caught:
+            compose.load(tmp_path / "config.yaml")
+        assert said in str(caught.value)
