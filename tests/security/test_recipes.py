@@ -76,6 +76,7 @@ def mine(tmp_path_factory) -> Path:
     (folder / "sub/other.yaml").write_text("env_set: {A: b}\n")
     (folder / "outside.yaml").write_text("hydra: {job: {env_set: {A: b}}}\n")
     (folder / "canary").write_text("untouched")
+    (folder / "recipe/harmless.yaml").write_text(_HEAD)
     for name, (text, _) in HOSTILE.items():
         told = text.replace("CANARY", str(folder / "canary")).replace("OUTSIDE", str(folder / "outside"))
         (folder / f"recipe/{name}.yaml").write_text(told)
@@ -95,6 +96,7 @@ _UNDER_AUDIT = """
 import json, sys
 from lora_lab import compose, explain, hydra_app
 from lora_lab.errors import LoraLabError
+from lora_lab.sweep.jobs import Outcome
 
 folder, names = sys.argv[1], json.loads(sys.argv[2])
 compose.compose(["recipe=demo"])  # Hydra's modules and plugins are loaded
@@ -112,30 +114,40 @@ def hook(event, arguments):
     elif event in started:
         events.append(f"{event} {arguments}")
 
+def launch(configs, nodes):
+    said.append("launched")
+    return [Outcome(None) for _ in configs]
+
+uses = (lambda given: compose.compose(given, folder), lambda given: explain.explain(given, folder),
+        lambda given: hydra_app.multirun([*given, "adapter.r=2,4"], folder, launch))
 sys.addaudithook(hook)
 for name in names:
-    events.append(name)
-    for use in (lambda given: compose.compose(given, folder), lambda given: explain.explain(given, folder),
-                lambda given: hydra_app.multirun([*given, "adapter.r=2,4"], folder, lambda *points: said.append("launched"))):
+    before = [list(said), list(events)]
+    for use in uses:
         try:
             use([f"recipe={name}"])
             said.append(f"{name} was accepted")
         except LoraLabError:
             pass
-print(json.dumps([said, [event for event in events if event not in names]]))
+print(json.dumps([before, said, events]))
 """
 
 
 def test_nothing_is_started_opened_or_sent_by_a_hostile_recipe(mine, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-B", "-c", _UNDER_AUDIT, str(mine), json.dumps(list(HOSTILE))],
+        [sys.executable, "-B", "-c", _UNDER_AUDIT, str(mine), json.dumps([*HOSTILE, "harmless"])],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[], []]
-    assert list(tmp_path.iterdir()) == []
+    before, said, events = json.loads(done.stdout)
+    assert before == [[], []]
+    # the harmless one, last, is seen to be composed, launched and written of: the hook works
+    assert said == ["harmless was accepted", "harmless was accepted", "launched", "harmless was accepted"]
+    assert any("os.mkdir" in event for event in events)
+    assert any("multirun.yaml" in event for event in events)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert (mine / "canary").read_text() == "untouched"
 
 
