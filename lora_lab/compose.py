@@ -1,14 +1,16 @@
 """Hydra composes: from group choices, recipes and `key=value` overrides to one plain tree, then one `RunConfig`.
 
-hydra and omegaconf live here, in `hydra_app.py` and in `explain.py` only. Interpolations are resolved here, once; a
-configuration that names code (`_target_`) or reads a secret from the environment is refused.
+hydra and omegaconf live here, in `hydra_app.py`, `explain.py` and `interpolation.py`, and in `hydra_plugins/`. Interpolations are
+resolved here, once. What a file or an override may say to Hydra stands in `allowed.py`; a configuration that names code or
+holds a secret of the environment is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab import allowed, environment, interpolation
 from lora_lab.config import SCHEMA_VERSION, RunConfig, parse
-from lora_lab.errors import ConfigError, nearest
+from lora_lab.errors import ConfigError, LoraLabError, nearest
 from lora_lab.reading import read_yaml
 from lora_lab.schema import MISSING
 
 GROUPS = (
     "model quant adapter task data optim train hardware speed tracker export sweep recipe".split()
 )  # folders of conf/, in the order of a run
-_SECRET = re.compile(r"\$\{\s*oc\.env\s*:\s*\w*(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*", re.IGNORECASE)
-_TRUSTED_TARGETS = ("hydra._internal.", "hydra_plugins.")  # Hydra's own launchers, sweepers and plugins
+_MAX_OVERRIDE, _MAX_KEY = 100_000, 200  # characters
 
 
 def conf_dir() -> Path:
@@ -46,6 +48,7 @@ def choices(group: str, config_dir: str | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_override(text: str) -> Override:
     """Parse `key=value` by Hydra's grammar.
 
@@ -57,18 +60,39 @@ def parse_override(text: str) -> Override:
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{text}: not an override. Write key=value, such as adapter.r=8.")
-    parser = OverridesParser.create()
+        raise ConfigError(f"{_short(text)}: not an override. Write key=value, such as adapter.r=8.")
+    if len(key) > _MAX_KEY:
+        raise ConfigError(f"{_short(key)}: no key has more than {_MAX_KEY} characters.")
+    if len(text) > _MAX_OVERRIDE:
+        raise ConfigError(f"{_short(text)}: longer than {_MAX_OVERRIDE:,} characters. Write it in a recipe.")
+    parser = _parser()
     try:
         return parser.parse_override(text)
-    except HydraException:
+    except _UNREADABLE:
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
     try:
         return parser.parse_override(f"{key}='{quoted}'")
-    except HydraException as error:
+    except _UNREADABLE as error:
         raise ConfigError(
-            f"{text}: not an override ({_first_line(error)}). Write key=value, such as adapter.r=8."
+            f"{_short(text)}: not an override ({_short(_first_line(error))}). Write key=value, such as adapter.r=8."
         ) from error
+
+
+_UNREADABLE = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    RecursionError,
+)  # the last two of absurd numbers and brackets
+
+
+@functools.cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[list[str], list[str]]:
@@ -77,38 +101,69 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
     A value override becomes `++key=value`, so that an unknown key reaches the schema, which names all of them at once,
     instead of stopping Hydra at the first. Group choices are checked here, because Hydra's own message is a page long.
     """
-    prepared, problems = [], []
+    prepared, problems = [], environment.leaking((text.partition("=")[0], text) for text in overrides)
+    if problems:
+        return prepared, problems
     for text in overrides:
         try:
             override = parse_override(text)
+            refused = allowed.check_override(_short(text), override.key_or_group, override.package, override.value())
+            unknown = [refused] if refused else _unknown_choices(override, config_dir)
         except ConfigError as error:
             problems += error.problems
             continue
-        unknown = _unknown_choices(override, config_dir)
         problems += unknown
+        if refused:
+            continue
         if override.key_or_group in GROUPS:
             prepared += [] if unknown else [override.input_line]
-        elif override.key_or_group.startswith("hydra") or override.type is not OverrideType.CHANGE:
+        elif "/" in override.key_or_group or override.type is not OverrideType.CHANGE:
             prepared.append(override.input_line)
         else:
             prepared.append(f"++{override.input_line}")
-    if config_dir is not None and not Path(config_dir).is_dir():
+    if config_dir is not None and not os.path.isdir(config_dir):
         problems.append(f"--config-dir {config_dir}: no such folder.")
     elif config_dir is not None:
-        prepared.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")
+        folder = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
+        prepared.append(f"hydra.searchpath=['lora_lab://{folder}']")  # read by hydra_plugins/lora_lab_files
     return prepared, problems
 
 
 def _unknown_choices(override: Override, config_dir: str | None) -> list[str]:
-    group, known = override.key_or_group, choices(override.key_or_group, config_dir)
+    group = override.key_or_group
     if group not in GROUPS or override.is_delete():
         return []
-    values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
-    return [
+    known = choices(group, config_dir)
+    unknown = [
         f"{group}={value}: no such {group}.{nearest(value, known)} There are: {', '.join(known) or 'none'}."
-        for value in values
+        for value in _values(override)
         if value not in known and value is not None
     ]
+    return unknown + [
+        f"{Path(config_dir) / group / value}.yaml: lora_lab has a {group} of that name, which goes first. Rename yours."
+        for value in _values(override)
+        if config_dir and value in known and _is_in(config_dir, group, value) and value in choices(group)
+    ]
+
+
+def _values(override: Override) -> list[Any]:
+    """What a group is set to: one choice, or each of a sweep's."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if override.is_range_sweep() or override.is_interval_sweep():
+        raise ConfigError(
+            f"{_short(override.input_line or '')}: a range of choices. Name them: {override.key_or_group}=a,b"
+        )
+    try:
+        return list(override.sweep_iterator())
+    except _UNREADABLE as error:
+        raise ConfigError(f"{_short(override.input_line or '')}: {_first_line(error)}. Name the choices.") from error
+
+
+def _is_in(config_dir: str, group: str, choice: str) -> bool:
+    """Whether the user's folder, if it is another than ours, has this choice."""
+    mine = Path(config_dir) / group
+    return (mine / f"{choice}.yaml").exists() and mine.resolve() != (conf_dir() / group).resolve()
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, multirun: bool = False) -> RunConfig:
@@ -127,36 +182,70 @@ def compose_prepared(
 ) -> tuple[RunConfig, list[str]]:
     """The checked configuration, and the prepared overrides; every problem of either kind is in one error."""
     prepared, problems = prepare(overrides, config_dir)
-    single = [_first_point(text) for text in prepared] if multirun else prepared
+    config = None
     try:
+        single = [_first_point(text) for text in prepared] if multirun else prepared
         with composed(single) as tree:
             config = to_run_config(tree)
+        for other in _other_choices(prepared) if multirun else ():
+            with composed([*single, other]) as tree:
+                check(tree)
     except ConfigError as error:
         # without the choices that are missing, keys that they would have set are not the user's mistake
         problems += [text for text in error.problems if not problems or "must be set" not in text]
-    if problems:
-        raise ConfigError(*problems)
+    if problems or config is None:
+        raise ConfigError(*map(environment.without_secrets, problems))
     return config, prepared
+
+
+def _other_choices(prepared: Sequence[str]) -> Iterator[str]:
+    """Each choice of a swept group but the first: a sweep composes them when it is at work already."""
+    for override in map(parse_override, prepared):
+        if override.key_or_group in GROUPS and override.is_sweep_override():
+            yield from (f"{override.key_or_group}={value}" for value in _values(override)[1:])
 
 
 def _first_point(text: str) -> str:
     override = parse_override(text)
     if not override.is_sweep_override():
         return text
-    first = override.value().start if override.is_interval_sweep() else next(iter(override.sweep_string_iterator()))
+    if override.is_interval_sweep():
+        return f"{text.partition('=')[0]}={override.value().start}"
+    try:
+        first = next(iter(override.sweep_string_iterator()), None)
+    except _UNREADABLE as error:
+        raise ConfigError(f"{_short(text)}: {_first_line(error)}. Name the values.") from error
+    if first is None:
+        raise ConfigError(f"{_short(text)}: a sweep without values. Name some, or drop it.")
     return f"{text.partition('=')[0]}={first}"
 
 
 @contextlib.contextmanager
 def composed(prepared: Sequence[str]) -> Iterator[DictConfig]:
     """The composed tree; Hydra's state stands inside the block, and Hydra's errors become `ConfigError`."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="lora_lab"):
+    with started():
         try:
             tree = hydra.compose("run", overrides=list(prepared), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"The configuration cannot be composed: {_explain(error)}") from error
+        except (LoraLabError, MemoryError):
+            raise
+        except RecursionError as error:
+            raise ConfigError(
+                "The configuration cannot be composed: a file's defaults name that file again."
+            ) from error
+        except Exception as error:  # a defaults list of the user's that is no list of groups ends in any of them
+            raise ConfigError(f"The configuration cannot be composed: {_explain(error)}") from error
+        tree.hydra.job.num, tree.hydra.job.id = 0, "0"  # Hydra sets them for each run of a sweep
         yield tree
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """Hydra's state stands inside the block, with lora_lab's groups."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="lora_lab"):
+        yield
 
 
 def to_run_config(tree: DictConfig) -> RunConfig:
@@ -165,42 +254,78 @@ def to_run_config(tree: DictConfig) -> RunConfig:
     Raises:
         ConfigError: interpolations that do not resolve, a `_target_`, a secret, or any problem the schema finds.
     """
-    refuse_code(tree)
-    tree = tree.copy()
-    with open_dict(tree):
-        tree.pop("hydra", None)
-    return parse(_resolved(tree))
+    return parse(_without_missing(check(tree)))
 
 
-def _resolved(tree: DictConfig) -> dict[str, Any]:
-    secrets = _SECRET.findall(OmegaConf.to_yaml(tree, resolve=False))
-    if secrets:
-        raise ConfigError(
-            "The configuration reads a secret from the environment, and configurations are saved with the run. Remove "
-            "the ${oc.env:...}; libraries read HF_TOKEN, WANDB_API_KEY and the like from the environment themselves."
-        )
+_USED = ("launcher", "sweeper", "sweep")  # what Hydra makes use of in its own section
+
+
+def check(tree: DictConfig) -> dict[str, Any]:
+    """The resolved values of a tree in which nothing acts and nothing is secret; Hydra's own section is checked and left out.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    raw = OmegaConf.to_container(tree, resolve=False)
+    composed = raw.get("hydra") if _is_composed(raw.get("hydra")) else None
+    ours = {key: value for key, value in raw.items() if composed is None or key != "hydra"}
+    used = {} if composed is None else {part: composed.get(part) for part in _USED}
+    _refuse_code(ours)
+    interpolation.check({**ours, "hydra": used} if used else ours)
+    with _resolving():
+        values = {key: _plain(tree, key) for key in ours}
+        acting = {part: _plain(tree.hydra, part) for part in used}
+    if composed is not None:
+        allowed.check_composed({**composed, **acting})
+    shown = {**values, "hydra": {"sweep": acting["sweep"]}} if used else values
+    secret = environment.leaking((key, value) for key, value in everything(shown) if not isinstance(value, dict))
+    if secret:
+        raise ConfigError(*secret)
+    return values
+
+
+def _is_composed(node: Any) -> bool:
+    """Whether this is Hydra's own section, and not a key of that name in a run's `config.yaml`."""
+    return isinstance(node, dict) and "launcher" in node and "runtime" in node
+
+
+def _refuse_code(tree: dict[str, Any]) -> None:
+    for key, value in everything(tree):
+        if key.rpartition(".")[2] == "_target_":
+            raise ConfigError(f"{key}={value}: a configuration never names code to run. Remove the key.")
+
+
+def everything(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree with its key, whatever lies in lists included."""
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in inside:
+        key = f"{prefix}[{name}]" if isinstance(node, list) else f"{prefix}.{name}" if prefix else str(name)
+        yield key, value
+        yield from everything(value, key)
+
+
+@contextlib.contextmanager
+def _resolving() -> Iterator[None]:
     try:
-        return _without_missing(OmegaConf.to_container(tree, resolve=True))
+        yield
     except OmegaConfBaseException as error:
         raise ConfigError(f"The configuration does not resolve: {_explain(error)}") from error
+    except RecursionError as error:
+        raise ConfigError("The configuration has ${...} that are nested too deep. Write the values.") from error
+
+
+def _plain(tree: DictConfig, key: str) -> Any:
+    """One value of a tree, resolved."""
+    if OmegaConf.is_missing(tree, key):
+        return MISSING
+    node = tree[key]
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _without_missing(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     return {key: _without_missing(value) for key, value in node.items() if value != MISSING}
-
-
-def refuse_code(tree: DictConfig) -> None:
-    """Refuse `_target_` keys: Hydra would call what they name. Only Hydra's own plugins may carry one.
-
-    Raises:
-        ConfigError: naming the key and its value.
-    """
-    for key, value in leaves(OmegaConf.to_container(tree, resolve=False)):
-        trusted = key.startswith("hydra.") and str(value).startswith(_TRUSTED_TARGETS)
-        if key.rpartition(".")[2] == "_target_" and not trusted:
-            raise ConfigError(f"{key}={value}: a configuration never names code to run. Remove the key.")
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -213,10 +338,9 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _explain(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        " ".join(line for line in lines if not line.startswith(("object_type=", "reference_type=", "full_key:"))) + "."
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = " ".join(line for line in lines if not line.startswith(("object_type=", "reference_type=", "full_key:")))
+    return f"{told.rstrip('.') if len(told) <= 600 else told[:600] + '…'}."
 
 
 def _first_line(error: Exception) -> str:

@@ -3,20 +3,18 @@
 Hydra composes (see `compose.py`), these dataclasses decide. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.data.augment import AugmentConfig
 from lora_lab.data.clean import Language, Step
 from lora_lab.errors import ConfigError
-from lora_lab.schema import describe, keys, repaired, section, validate
+from lora_lab.schema import adapter_of, describe, keys, repaired, section, unreadable, validate
 
 SCHEMA_VERSION = 1
 
@@ -332,8 +330,10 @@ class TrainConfig:
 class HardwareConfig:
     """Where it runs."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")] = "auto"
-    threads: Annotated[int | None, Field(ge=1, description="CPU threads; null: torch's choice")] = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N")] = (
+        "auto"
+    )
+    threads: Annotated[int | None, Field(ge=1, le=1024, description="CPU threads; null: torch's choice")] = None
 
 
 @section
@@ -529,7 +529,7 @@ class RunConfig:
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
 
 
-_ADAPTER = TypeAdapter(RunConfig)
+_ADAPTER = adapter_of(RunConfig)
 
 
 @functools.cache
@@ -544,6 +544,9 @@ def parse(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: every unknown key, wrong type, out-of-range and contradictory value, all in one message.
     """
+    problems = unreadable(tree)
+    if problems:
+        raise ConfigError(*problems)
     config, errors = validate(_ADAPTER, tree)
     # Past the bad values, the good ones must still not contradict each other: name those problems as well.
     readable = config or validate(_ADAPTER, repaired(tree, errors, all_keys()))[0]

@@ -9,22 +9,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from lora_lab.compose import GROUPS, compose_prepared, composed, conf_dir, leaves, parse_override
+from lora_lab.compose import GROUPS, compose_prepared, conf_dir, leaves, parse_override, started
 from lora_lab.config import RunConfig, all_keys
+from lora_lab.errors import ConfigError
+from lora_lab.reading import read_yaml
 from lora_lab.schema import rule
 
 
 def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
     """The composed configuration, and for each key the file or override that set its value (or 'default')."""
     config, prepared = compose_prepared(overrides, config_dir)
-    with composed(prepared):
+    with started():
         loader = GlobalHydra.instance().config_loader()
         chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
-        folders = [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
     origins = {}
     for default in chosen:
         file = next(
@@ -41,7 +42,7 @@ def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[Ru
 
 
 def _origins_in(file: Path, package: str | None) -> Iterable[tuple[str, str]]:
-    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    tree = read_yaml(file, ConfigError) or {}
     tree.pop("defaults", None)
     shown = os.path.relpath(file, conf_dir().parent) if file.is_relative_to(conf_dir().parent) else str(file)
     return [(key, shown) for key, _ in _under(package or "", tree)]

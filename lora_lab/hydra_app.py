@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,13 +13,24 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.compose import compose_prepared, conf_dir, to_run_config
+from lora_lab.compose import compose_prepared, conf_dir, parse_override, to_run_config
 from lora_lab.config import RunConfig, all_keys
-from lora_lab.errors import ConfigError, LoraLabError
+from lora_lab.errors import ConfigError, LoraLabError, RunError
 from lora_lab.sweep.jobs import Nodes, Outcome
+
+_MAX_POINTS = 10_000
+_COMPLETING = (
+    "-sc",
+    "--shell-completion",
+    "install=",
+    "uninstall=",
+    "query=",
+)  # Hydra knows other options, one of which unpickles
 
 
 def multirun(
@@ -39,11 +51,20 @@ def multirun(
     _, prepared = compose_prepared(overrides, config_dir, multirun=True)
     if any(text.startswith("run_dir=") for text in overrides):
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
+    points = math.prod(_width(text) for text in prepared)
+    if points > _MAX_POINTS:
+        raise ConfigError(f"The sweep has {points:,} points, and at most {_MAX_POINTS:,} are made. Give fewer values.")
     failures: list[tuple[str, LoraLabError]] = []
+    taken: set[Path] = set()  # the folders of runs that were launched
 
     def cohort(points: list[tuple[DictConfig, Path]], on: dict[str, Any] | None = None) -> list[Outcome]:
         configs = {}
         for place, (tree, folder) in enumerate(points):
+            if folder in taken:
+                raise ConfigError(
+                    f"hydra.sweep.subdir: two runs of the sweep would share {folder}. Have ${{hydra.job.num}} in it."
+                )
+            taken.add(folder)
             try:
                 with open_dict(tree):
                     tree.run_dir = str(folder)
@@ -57,8 +78,25 @@ def multirun(
         return cohort([(tree, Path(HydraConfig.get().runtime.output_dir))])[0]
 
     task.cohort = cohort
-    _hydra_main(["-m", *prepared], "run", task)
+    try:
+        _hydra_main(["-m", *prepared], "run", task)
+    except OSError as error:
+        if taken:  # the runs' own
+            raise
+        raise RunError(
+            f"{error.filename}: the sweep's folder cannot be made ({error.strerror}). Set hydra.sweep.dir."
+        ) from error
     return failures
+
+
+def _width(text: str) -> int:
+    """How many values an override of a grid has."""
+    sweep = parse_override(text).value()
+    if isinstance(sweep, ChoiceSweep):
+        return len(sweep.list)
+    if isinstance(sweep, RangeSweep):
+        return max(1, math.ceil(abs((sweep.stop - sweep.start) / (sweep.step or 1))))
+    return 1
 
 
 def complete(arguments: Sequence[str], verb: str | None) -> None:
@@ -73,7 +111,8 @@ def complete(arguments: Sequence[str], verb: str | None) -> None:
     ConfigStore.instance().store(name="completion", node=node)
     if verb is not None:
         os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace(f" {verb}", "", 1)
-    _hydra_main(arguments, "completion", lambda tree: None)
+    known = [word for word in arguments if word.startswith(_COMPLETING)]
+    _hydra_main(known, "completion", lambda tree: None)
 
 
 def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], None]) -> None:
@@ -83,7 +122,7 @@ def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[Dict
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through then, instead of printing them and leaving
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"Hydra: {error}") from error
     finally:
         sys.argv = before

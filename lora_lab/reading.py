@@ -41,7 +41,7 @@ def read_bytes(file: Path, error: type[LoraLabError], max_bytes: int = MAX_BYTES
             raise error(f"{file}: not a regular file. Replace it by one.")
         content = stream.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise error(f"{file}: larger than {max_bytes // 2**20} MiB, so it is not what its name says.")
+        raise error(f"{file}: larger than {_size(max_bytes)}, so it is not what its name says.")
     return content
 
 
@@ -81,7 +81,11 @@ def read_yaml(file: Path, error: type[LoraLabError]) -> Any:
     Raises:
         error: also what is not YAML, has a key twice, names a type, is nested too deep, or grows too large through aliases.
     """
-    text = read_text(file, error, MAX_YAML_BYTES)
+    return parse_yaml(file, read_text(file, error, MAX_YAML_BYTES), error)
+
+
+def parse_yaml(file: Path, text: str, error: type[LoraLabError]) -> Any:
+    """As `read_yaml`, of a text that was read from `file` already."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
@@ -109,6 +113,10 @@ def reading(what: object, error: type[LoraLabError], way_out: str = "Copy or dow
     except Exception as problem:
         reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
         raise error(f"{what}: cannot be read ({type(problem).__name__}: {reason}). {way_out}") from problem
+
+
+def _size(count: int) -> str:
+    return f"{count // 2**20} MiB" if count >= 2**20 else f"{count // 2**10} KiB"
 
 
 def _depth(tree: Any) -> int:

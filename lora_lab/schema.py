@@ -5,11 +5,17 @@ Strict: an unknown key, a wrong type (also "3" for 3, or true for 1) or a value 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import difflib
+import itertools
 import json
+import math
+import os
 import re
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,9 +25,39 @@ from pydantic_core import ErrorDetails
 
 from lora_lab.errors import nearest
 
-section = dataclass(config=ConfigDict(extra="forbid", strict=True), frozen=True, kw_only=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without pydantic's plugins: to find some, it reads the metadata of all installed packages, and what it finds runs."""
+    before = os.environ.get(_PLUGINS)
+    os.environ[_PLUGINS] = "__all__"
+    try:
+        yield
+    finally:
+        os.environ.pop(_PLUGINS)
+        os.environ.update({} if before is None else {_PLUGINS: before})
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(kind: type) -> type:
+    """Class decorator of a section: a strict, frozen pydantic dataclass."""
+    with _alone():
+        return dataclass(kind, config=_STRICT, frozen=True, kw_only=True)
+
+
+def adapter_of(kind: type) -> TypeAdapter:
+    """What checks trees against a section."""
+    with _alone():
+        return TypeAdapter(kind)
+
 
 MISSING = "???"  # Hydra's mark for "the user must say"
+_MAX_INTEGER, _MAX_NUMBER = 2**32, 1e9  # no key has a use for more; what computes with it would overflow somewhere
+_MAX_DEPTH = 30
+_MAX_SHOWN = 20  # problems of one kind
 _NUMBERS = (int, float, bool, int | None, float | None)
 
 
@@ -44,6 +80,50 @@ def validate(adapter: TypeAdapter, tree: dict[str, Any]) -> tuple[Any, list[Erro
         return None, error.errors(include_url=False)
 
 
+def unreadable(tree: Any) -> list[str]:
+    """A sentence for each value that no key can have: what is no plain value, or text that no file can hold."""
+    problems, left = [], [("", tree, 0)]
+    while left and len(problems) < _MAX_SHOWN:
+        key, node, depth = left.pop()
+        if depth > _MAX_DEPTH:
+            return [f"{key.partition('.')[0]}: nested deeper than {_MAX_DEPTH} levels."]
+        if isinstance(node, dict):
+            names = [name for name in node if not isinstance(name, str)]
+            problems += [
+                f"{f'{key}.{name}'.lstrip('.')}: not text, as a key must be. Write it in quotes." for name in names
+            ]
+            left += [(f"{key}.{name}".lstrip("."), value, depth + 1) for name, value in node.items()]
+            left += [(key, name, depth) for name in node if isinstance(name, str)]
+        elif isinstance(node, list):
+            left += [(f"{key}[{place}]", value, depth + 1) for place, value in enumerate(node)]
+        else:
+            problems += _unreadable(key, node)
+    return problems
+
+
+def _unreadable(key: str, value: Any) -> list[str]:
+    if not isinstance(value, (str, int, float, type(None))):
+        return [f"{key}: must be text, a number, true, false or null, not {type(value).__name__}."]
+    if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+        return [f"{key}={shown(value)}: holds a NUL or half a character (bytes that are not UTF-8). Write plain text."]
+    if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        return [f"{key}={shown(value)}: must be at most {_MAX_INTEGER:,}."]
+    if isinstance(value, float) and _MAX_NUMBER < abs(value) < math.inf:
+        return [f"{key}={shown(value)}: must be at most {_MAX_NUMBER:g}."]
+    return []
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as JSON, and not all of it if it is long."""
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a number of more than 20 digits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def _key(error: ErrorDetails, known: dict[str, FieldInfo]) -> str:
     """The configuration key of an error: its location up to the schema's own key (unions add parts behind it)."""
     parts = [str(part) for part in error["loc"]]
@@ -53,9 +133,19 @@ def _key(error: ErrorDetails, known: dict[str, FieldInfo]) -> str:
 def describe(errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> list[str]:
     """One sentence for each key that is wrong: key, value, rule, nearest valid choice."""
     by_key: dict[str, list[ErrorDetails]] = {}
-    for error in errors:
+    for error in itertools.chain.from_iterable(map(_apart, errors)):
         by_key.setdefault(_key(error, known), []).append(error)
-    return [_sentence(key, found, known) for key, found in by_key.items()]
+    problems = [_sentence(key, found, known) for key, found in itertools.islice(by_key.items(), _MAX_SHOWN)]
+    return problems + ([f"... and {len(by_key) - _MAX_SHOWN} more keys."] if len(by_key) > _MAX_SHOWN else [])
+
+
+def _apart(error: ErrorDetails) -> Iterator[ErrorDetails]:
+    """An unknown section's keys, one by one; any other error as it is."""
+    if error["type"] == "unexpected_keyword_argument" and isinstance(error["input"], dict) and error["input"]:
+        for name, value in error["input"].items():
+            yield from _apart({**error, "loc": (*error["loc"], name), "input": value})
+    else:
+        yield error
 
 
 def _inside(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> str | None:
@@ -73,7 +163,7 @@ def _inside(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo]) -
             there = f" There are: {', '.join(fields)}."
             return f"{key}[{index}].{field}: unknown key.{nearest(field, fields, cutoff=0.4)}{there}"
         if error["type"] not in ("missing", "missing_argument"):
-            return f"{key}[{index}].{field}={json.dumps(error['input'], default=str)}: must be {rule(fields[field])}."
+            return f"{key}[{index}].{field}={shown(error['input'])}: must be {rule(fields[field])}."
     return None
 
 
@@ -87,19 +177,51 @@ def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo])
     if inside is not None:
         return inside
     first = errors[0]
-    value = "null" if first["input"] is None else json.dumps(first["input"], ensure_ascii=False, default=str)
+    value, name = shown(first["input"]), key if len(key) <= 100 else f"{key[:100]}…"
     if first["type"] == "unexpected_keyword_argument":
         if key.rpartition(".")[2] == "_target_":
-            return f"{key}={value}: a configuration never names code to run. Remove the key."
-        namesakes = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
-        return f"{key}={value}: unknown key.{nearest(key, namesakes or known) or nearest(key, known, cutoff=0.4)}"
+            return f"{name}={value}: a configuration never names code to run. Remove the key."
+        return f"{name}={value}: unknown key.{_meant(key[:100], known)}"
     if first["type"] in ("missing", "missing_argument") or first["input"] == MISSING:
         return f"{key}: must be set. It is: {known[key].description if key in known else 'a section'}."
-    rules = "; or ".join(dict.fromkeys(error["msg"].removeprefix("Input ").removeprefix("should ") for error in errors))
+    rules = "; or ".join(
+        dict.fromkeys(
+            error["msg"].removeprefix("Input ").removeprefix("String ").removeprefix("should ") for error in errors
+        )
+    )
     choices = re.findall(r"'([^']+)'", first["msg"]) if first["type"] == "literal_error" else []
     if key in known and known[key].annotation in _NUMBERS:
         rules = f"be {rule(known[key])}"
-    return f"{key}={value}: must {rules}.{nearest(first['input'], choices) if choices else ''}"
+    if first["type"] == "finite_number":
+        rules = rules.replace("a number", "a finite number")
+    if first["type"] == "dataclass_type":
+        rules = "be a section: keys and values"
+    return f"{name}={value}: must {rules}.{nearest(first['input'], choices) if choices else ''}"
+
+
+def _meant(key: str, known: dict[str, FieldInfo]) -> str:
+    """' Did you mean ...?' for a key that there is not, the last part of which may belong to another section.
+
+    A section may be called by what it holds as well: `lora.r` is `adapter.r`, because `adapter.method` can be lora.
+    """
+    first, _, last = key.rpartition(".")
+    namesakes = [other for other in known if other.rpartition(".")[2] == last]
+    near = nearest(key, namesakes) if namesakes else ""
+    if near:
+        return near
+    section = _section_called(first.partition(".")[0], known)
+    inside = [other for other in known if section and other.startswith(f"{section}.")]
+    return nearest(f"{section}.{last}", inside) or nearest(key, known) or nearest(key, namesakes or known, cutoff=0.4)
+
+
+def _section_called(word: str, known: dict[str, FieldInfo]) -> str:
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    if word in sections:
+        return word
+    for key, info in known.items():
+        if key.endswith((".name", ".method")) and word in typing.get_args(info.annotation):
+            return key.partition(".")[0]
+    return next(iter(difflib.get_close_matches(word, sections, n=1, cutoff=0.6)), "")
 
 
 def rule(info: FieldInfo) -> str:

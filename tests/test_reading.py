@@ -21,7 +21,7 @@ _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 
         (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a": ' * 200 + b"1" + b"}" * 200, "nested deeper than 100"),
-        (b" " * 2048, "larger than 0 MiB"),
+        (b" " * 2048, "larger than 1 KiB"),
     ],
 )
 def test_json_that_cannot_be_used_is_a_sentence_that_names_the_file(tmp_path, content, said):

@@ -1,0 +1,65 @@
+"""Secrets of the environment: none may stand in a configuration, because configurations are shown and saved with the run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_SHORTEST = 8  # characters; what is shorter is found in harmless text by chance
+_WORDS = frozenset(
+    "token tokens secret secrets password passwords passwd passphrase passcode pwd pat auth authorization bearer "
+    "credential credentials apikey apikeys accesskey secretkey privatekey signingkey".split()
+)
+_BEFORE_KEY = frozenset("api access secret private signing encryption deploy account master auth license".split())
+_PLACES = frozenset("path paths file files dir dirs folder home sock socket".split())  # a place, not what lies there
+_NOT_SECRET = frozenset(("PWD", "OLDPWD"))
+WAY_OUT = (
+    "Configurations are saved with the run. Remove it; libraries read HF_TOKEN, WANDB_API_KEY and the like from the "
+    "environment themselves."
+)
+
+
+def secret_name(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret, judged by the words of the name."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+    if name in _NOT_SECRET or not words or words[-1] in _PLACES:
+        return False
+    keys = itertools.pairwise(words)
+    return not _WORDS.isdisjoint(words) or any(a in _BEFORE_KEY and b in ("key", "keys") for a, b in keys)
+
+
+def secrets() -> dict[str, str]:
+    """The variables that hold secrets: content -> name."""
+    return {
+        value.strip(): name
+        for name, value in os.environ.items()
+        if len(value.strip()) >= _SHORTEST and secret_name(name)
+    }
+
+
+def leaking(values: Iterable[tuple[str, Any]]) -> list[str]:
+    """A sentence for each key whose value holds a secret; it names key and variable, never the content.
+
+    Args:
+        values: key and value; names inside of values count as well.
+    """
+    known = secrets()
+    found = {key: known[content] for key, value in values for content in known if content in f"{key}={value}"}
+    return [
+        f"{_without(key, known)}: holds the secret of the environment variable {name}. {WAY_OUT}"
+        for key, name in found.items()
+    ]
+
+
+def without_secrets(text: str) -> str:
+    """A message, with the name of the variable in place of its content."""
+    return _without(text, secrets())
+
+
+def _without(text: str, known: dict[str, str]) -> str:
+    for content in sorted(known, key=len, reverse=True):
+        text = text.replace(content, f"${known[content]}")
+    return text
