@@ -41,7 +41,7 @@ def end_with_parent(parent: int) -> None:
 def _main(parent: str, *command: str) -> None:
     end_with_parent(int(parent))
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], command)  # noqa: S606
     except OSError as error:
         sys.exit(f"Error: {command[0]}: {error.strerror}")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lab import __version__, compose, console, storage
+from lora_lab import __version__, children, compose, console, storage
 from lora_lab.base.load import BaseFiles
 from lora_lab.config import RunConfig
 from lora_lab.errors import RunError
@@ -236,7 +236,7 @@ def _git_commit() -> str | None:
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = children.run(command, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return (done.stdout.strip() or None) if done.returncode == 0 else None

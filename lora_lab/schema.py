@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from lora_lab.errors import nearest
 
-section = dataclass(config=ConfigDict(extra="forbid", strict=True), frozen=True, kw_only=True)
+section = dataclass(config=ConfigDict(extra="forbid", strict=True, validate_default=True), frozen=True, kw_only=True)
 
 MISSING = "???"  # Hydra's mark for "the user must say"
 _NUMBERS = (int, float, bool, int | None, float | None)

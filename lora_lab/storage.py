@@ -426,9 +426,7 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = reading.read_json(folder / MANIFEST, CheckpointError)
         intact = manifest.pop("manifest_sha256") == _digest(manifest)
     except (LoraLabError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder}: {MANIFEST} is missing or unreadable, so the folder is incomplete."
-        ) from error
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing or unreadable, so the folder is incomplete.") from error
     if not intact:
         raise CheckpointError(f"{folder / MANIFEST}: does not match its own checksum, so the folder cannot be trusted.")
     root = os.path.realpath(folder)
@@ -437,7 +435,9 @@ def verify(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, although {MANIFEST} lists it.")
         if not Path(os.path.realpath(file)).is_relative_to(root):
-            raise CheckpointError(f"{file}: a link that leaves the folder, which lora-lab never writes. It is not trusted.")
+            raise CheckpointError(
+                f"{file}: a link that leaves the folder, which lora-lab never writes. It is not trusted."
+            )
         size = file.stat().st_size
         if size != expected["size"]:
             raise CheckpointError(f"{file}: {size} bytes where {MANIFEST} says {expected['size']}: the file is cut.")
