@@ -84,6 +84,8 @@ def check_free(config: RunConfig) -> RunDir:
     """
     try:
         run = RunDir(Path(config.run_dir).expanduser())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            run.path.lstat()
         if run.path.is_dir() and not _is_free(run.path):
             raise RunError(
                 f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "

@@ -429,8 +429,14 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing or unreadable, so the folder is incomplete.") from error
     if not intact:
         raise CheckpointError(f"{folder / MANIFEST}: does not match its own checksum, so the folder cannot be trusted.")
+    with reading.reading(folder, CheckpointError):  # a disk may fail to give a file back
+        _check_files(folder, _files_of(folder, manifest))
+    return manifest
+
+
+def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     root = os.path.realpath(folder)
-    for name, expected in _files_of(folder, manifest).items():
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, although {MANIFEST} lists it.")
@@ -443,7 +449,6 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {size} bytes where {MANIFEST} says {expected['size']}: the file is cut.")
         if sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: its SHA-256 differs from {MANIFEST}: the file was changed or damaged.")
-    return manifest
 
 
 def _files_of(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
