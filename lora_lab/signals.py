@@ -16,7 +16,10 @@ _deferred: list[int] | None = None  # a list: inside `deferred`, where nothing i
 
 def _handle(signum: int, _frame) -> None:
     if signum == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # shell and kernel both send one: the second asks for nothing more
         _leave_terminal()
+        if _held:  # and none of them is a person who cannot wait for the save
+            return
     if _deferred is not None:
         _deferred.append(signum)
         return

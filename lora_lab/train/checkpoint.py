@@ -154,22 +154,18 @@ def restore(member: Member, folder: Path) -> None:
         member.optimizer.load_state_dict(optimizer)
     member.state = type(member.state)(**saved["member"])
     member.log.unwritten = saved.get(_UNWRITTEN, [])
-    best(member)
+    _replace_lost_best(member)
 
 
-def best(member: Member) -> Path | None:
-    """The checkpoint with the lowest held-out loss, None where that is the member as it is, or nothing was measured.
-
-    If it is damaged, the best of those that are whole takes its place, and `best_lost` keeps its step; if there is none, the member
-    as it is has to do.
-    """
+def _replace_lost_best(member: Member) -> None:
+    """If the checkpoint with the lowest held-out loss is damaged, the best of those that are whole takes its place, and `best_lost`
+    keeps its step; if there is none, the best is what will be measured from now on, or the last state."""
     state = member.state
     if not member.config.train.keep_best or state.best_step in (None, state.step):
-        return None
-    folder = _folder(member, state.best_step)
+        return
     try:
-        check(folder)
-        return folder
+        check(_folder(member, state.best_step))
+        return
     except LoraLabError as error:
         console.say("lost", f"the best checkpoint: {error}")
     state.best_lost = state.best_step
@@ -178,9 +174,8 @@ def best(member: Member) -> Path | None:
     state.best_loss = losses.get(state.best_step)
     if state.best_step is None:
         console.say("best", "no other was measured and is whole: the run goes on with what it measures from now on")
-        return None
+        return
     console.say("best", f"step {state.best_step} takes its place (held-out loss {state.best_loss:.4f})")
-    return None if state.best_step == state.step else _folder(member, state.best_step)
 
 
 def _measured(member: Member) -> dict[int, float]:

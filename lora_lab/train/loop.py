@@ -20,7 +20,7 @@ import torch
 from lora_lab import console, signals
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream, first_examples
-from lora_lab.errors import Interrupted, RunError, TrainingError
+from lora_lab.errors import CheckpointError, Interrupted, RunError, TrainingError
 from lora_lab.train import checkpoint, diagnose, joint, oom, packing, regularize
 from lora_lab.train.cohort import Member
 
@@ -376,9 +376,15 @@ def _save_all(members: list[Member]) -> None:
 
 
 def _load_best(member: Member) -> None:
-    folder = checkpoint.best(member)
-    if folder is not None:
-        files.check_base(folder, member.base)  # it may have been written days ago
+    best = member.state.best_step
+    if member.config.train.keep_best and best is not None and best != member.state.step:
+        folder = member.run.checkpoints / f"step-{best}"
+        try:
+            files.check_base(folder, member.base)  # it may have been written days ago
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Go on with the next best one: lora-lab resume run={member.run.path}"
+            ) from error
         files.read_into(folder, member.model, member.name)
         member.measured = None
 

@@ -19,7 +19,7 @@ _SYSTEM = ("posix", "fcntl", "io", "_io")  # modules whose functions ask somethi
 _CHANGES = (
     "open write fsync rename replace mkdir unlink rmdir chmod ftruncate flock".split()
 )  # those that change something
-_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE, _MS_REMOUNT = 0x20000, 0x4000, 0x40000, 0x20
 
 
 def fork() -> int:
@@ -102,15 +102,24 @@ def files_of_at_most(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def small_disk(folder: Path, size: str) -> None:
-    """Mount a file system of its own on an existing folder, for this fork alone. Skips where that is not allowed."""
+def small_disk(folder: Path, size: str, read_only: bool = False) -> None:
+    """Mount an empty file system of its own on an existing folder, for this process alone.
+
+    Raises:
+        NotMounted: that is not allowed here.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if (
         libc.unshare(_CLONE_NEWNS)
         or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-        or libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode())
+        or libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", int(read_only), f"size={size}".encode())
     ):
         raise NotMounted(os.strerror(ctypes.get_errno()))
+
+
+def resized(folder: Path, size: str) -> None:
+    """Give the file system of `small_disk` another size."""
+    assert ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _MS_REMOUNT, f"size={size}".encode()) == 0
 
 
 class NotMounted(Exception):

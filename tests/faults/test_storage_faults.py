@@ -249,6 +249,80 @@ def test_another_file_system_below_and_in_place(tmp_path):
     assert "Another file system is mounted there: mount it one folder higher. ['merged']" in said
 
 
+def test_a_parent_that_is_read_only(tmp_path):
+    config = compose.compose(["recipe=demo", f"run_dir={tmp_path}/disk/runs/one"])
+    (tmp_path / "disk").mkdir()
+
+    def action():
+        small_disk(tmp_path / "disk", "64k", read_only=True)
+        try:
+            storage.write_text(tmp_path / "disk/a.json", "")
+        except RunError as error:
+            told = str(error)
+        try:
+            run_dir.create(config)
+        except RunError as error:
+            return f"{told} {error}"
+
+    said = in_fork(action)
+    skip_if_not_mounted(said)
+    assert "Read-only file system" in said
+    assert f"run_dir={tmp_path}/disk/runs/one: {tmp_path}/disk is read-only. Choose another run_dir." in said
+
+
+FULL = """
+import json, sys
+from pathlib import Path
+from lora_lab import cli, compose, run
+from lora_lab.errors import RunError
+from tests.faults.forks import resized, small_disk
+
+disk, overrides, names = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+
+def ends(folder):
+    return {name: (folder / name).read_bytes() for name in names}
+
+def used(folder):
+    return sum(-(-file.stat().st_size // 4096) + 1 for file in folder.rglob("*")) * 4
+
+found = []
+small_disk(disk, "64m")
+whole = run.train(compose.compose([*overrides, f"run_dir={disk}/whole"])).path
+expected, most = ends(whole), used(whole)
+for share in range(1, 21):
+    small_disk(disk, f"{most * share // 20}k")
+    folder = disk / "run"
+    try:
+        run.train(compose.compose([*overrides, f"run_dir={folder}"]))
+        found.append([share, "", ends(folder) == expected])
+        continue
+    except RunError as error:
+        said = str(error)
+    resized(disk, "64m")
+    again = folder / "config.yaml"
+    run.resume(str(folder), []) if again.exists() else run.train(compose.compose([*overrides, f"run_dir={folder}"]))
+    litter = [str(p) for p in folder.rglob(".*.tmp")] + [str(p) for p in folder.rglob(".*.old")]
+    found.append([share, said, ends(folder) == expected and not litter])
+print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.mark.faults
+def test_runs_on_disks_that_fill_up_anywhere(overrides, eval_file, tmp_path):
+    """Twenty sizes of a disk: a sentence each time, and with more room the same bytes, without litter."""
+    (tmp_path / "disk").mkdir()
+    some = json.dumps([*overrides, *LONG, f"data.eval={eval_file}"])
+    command = [sys.executable, "-c", FULL, f"{tmp_path}/disk", some, json.dumps(ENDS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    skip_if_not_mounted(done.stderr.strip().splitlines()[-1].rpartition("forks.")[2] if done.stderr.strip() else "")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.rpartition("FOUND")[2])
+    assert all(same for _, _, same in found), found
+    said = [text for _, text, _ in found if text]
+    assert len(said) > 10
+    assert all("No space left on device" in text for text in said), said
+
+
 def test_a_full_temporary_folder_is_named_as_such(tmp_path):
     def action():
         files_of_at_most(1000)
@@ -344,10 +418,17 @@ def test_metrics_are_durable_before_the_checkpoint_that_counts_on_them(tmp_path,
 LONG = ["train.max_steps=6", "train.epochs=2", "train.save_steps=2", "train.eval_steps=2", "train.keep_checkpoints=5"]
 
 
+ENDS = [
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "metrics.jsonl",
+    "checkpoints/step-6/state.json",
+    "checkpoints/step-6/optimizer.safetensors",
+]
+
+
 def ends(folder: Path) -> dict[str, bytes]:
-    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl"]
-    names += ["checkpoints/step-6/state.json", "checkpoints/step-6/optimizer.safetensors"]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: (folder / name).read_bytes() for name in ENDS}
 
 
 def before_step(monkeypatch, step: int, action) -> None:
@@ -506,6 +587,21 @@ def test_a_hangup_that_is_ignored_stays_ignored():
     signals.install()
     os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_hangup_does_not_hurry():
+    """Shell and kernel both send one when a terminal closes, and a service manager sends one after SIGTERM."""
+    signals.install()
+    with signals.held() as arrived:
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
+            os.kill(os.getpid(), signum)
+        assert arrived == [signal.SIGTERM]
+    signals.install()
+    signal.signal(signal.SIGHUP, signals._handle)
+    with signals.held() as arrived:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert arrived == [signal.SIGHUP]
 
 
 def test_after_a_hangup_output_goes_nowhere(tmp_path):
