@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_lab import storage
 from lora_lab.errors import Interrupted, LoraLabError
 
 _PIPED_WIDTH = 160  # for tables; lines of text keep their length
@@ -24,16 +27,41 @@ _log: list[Console] = []  # the run's log.txt, while a run is open
 
 @contextlib.contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Inside the block, everything that is said and shown goes into a file as well (progress bars as lines)."""
-    with open(file, "a", encoding="utf-8") as stream:
-        _log.append(Console(file=stream, width=_PIPED_WIDTH, highlight=False, soft_wrap=True))
+    """Inside the block, everything that is said and shown goes into a file as well (progress bars as lines).
+
+    Raises:
+        RunError: the file cannot be opened, or is no regular file. Later on, a log that no disk takes is told of and left out.
+    """
+    try:
+        descriptor = storage.open_own(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    except OSError as error:
+        raise storage.cannot_be_written(file, error) from error
+    _log.append(Console(file=_LogFile(file, descriptor), width=_PIPED_WIDTH, highlight=False, soft_wrap=True))
+    try:
+        yield
+    except (LoraLabError, Interrupted) as error:
+        _say(_log[-1], "stopped", error)
+        raise
+    finally:
+        _log.pop()
+        os.close(descriptor)
+
+
+class _LogFile(io.TextIOBase):
+    """A log without a buffer. It must not end a run: when the disk is full, that is said once and the log ends."""
+
+    def __init__(self, file: Path, descriptor: int):
+        self.file, self.descriptor, self.ended = file, descriptor, False
+
+    def write(self, text: str) -> int:
+        if self.ended:
+            return len(text)
         try:
-            yield
-        except (LoraLabError, Interrupted) as error:
-            _say(_log[-1], "stopped", error)
-            raise
-        finally:
-            _log.pop()
+            storage.write_all(self.descriptor, text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            self.ended = True
+            _say(out, "log", f"{self.file}: cannot be written ({error.strerror}); the log ends here, the run goes on")
+        return len(text)
 
 
 def say(topic: str, text: object) -> None:

@@ -9,7 +9,7 @@
     ├── CheckpointError     2   a checkpoint or artifact that fails its checksums
     ├── TrainingError       3   training stopped before a bad update (non-finite loss or gradient)
     └── MergeError          4   the merged checkpoint is not the model that was trained
-    Interrupted             130 (Ctrl-C) or 143 (SIGTERM), after the state was saved
+    Interrupted             130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after the state was saved
 
 Anything else is a bug of ours: exit code 1 and a stack trace.
 """
@@ -73,7 +73,7 @@ class ExportError(MergeError):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` can swallow it."""
+    """Ctrl-C, SIGTERM or SIGHUP. A BaseException, so that no `except Exception` can swallow it."""
 
     run: object = None  # folder of the run that was stopped, once there is one
     sweep: object = None  # or of the sweep

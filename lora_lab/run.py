@@ -45,19 +45,17 @@ def train(config: RunConfig) -> RunDir:
     prepared = prepare(config)
     _check_targets(RunDir(Path(config.run_dir)), prepared)
     load_adapted(prepared)
-    run = run_dir.create(config)
-    with run.locked():
+    with _stoppable(RunDir(Path(config.run_dir).expanduser())), run_dir.created(config) as run:
         run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
         console.say("run", run.path)
-        with _stoppable(run):
-            _walk(run, prepared, resume_from=None)
+        _walk(run, prepared, resume_from=None)
     return run
 
 
 def resume(path: str, overrides: list[str]) -> RunDir:
     """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run."""
     run, config = open_trained(path, "resume", overrides)
-    with run.locked():
+    with _stoppable(run), run.locked():
         if run.result.exists():
             console.say("run", f"{run.path} is finished; nothing to do. See {run.result.name}.")
             return run
@@ -70,19 +68,18 @@ def resume(path: str, overrides: list[str]) -> RunDir:
         for line in skipped:
             console.say("skipped", line)
         console.say("resume", f"from {found}" if found else "no valid checkpoint: from the first step")
-        with _stoppable(run):
-            load_adapted(prepared)
-            _walk(run, prepared, resume_from=found)
+        load_adapted(prepared)
+        _walk(run, prepared, resume_from=found)
     return run
 
 
 @contextmanager
 def _stoppable(run: RunDir) -> Iterator[None]:
-    """Tell whoever reports an interruption which run can be resumed."""
+    """Tell whoever reports an interruption which run can be resumed, as soon as there is one."""
     try:
         yield
     except Interrupted as interruption:
-        interruption.run = run.path
+        interruption.run = run.path if run.config.is_file() else None
         raise
 
 
@@ -170,7 +167,8 @@ def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
         "steps": state.step,
         "stopped_early": state.stopped_early,
         "best_step": state.best_step,
-        "train_loss": [line["loss"] for line in member.log.read() if "loss" in line][-1],
+        **({} if state.best_lost is None else {"best_lost": state.best_lost}),
+        "train_loss": next((line["loss"] for line in reversed(member.log.read()) if "loss" in line), None),
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
         "tokens_per_second": clock.tokens_per_second,

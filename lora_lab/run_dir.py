@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lab import __version__, compose, console, storage
+from lora_lab import __version__, children, compose, console, storage
 from lora_lab.base.load import BaseFiles
 from lora_lab.config import RunConfig
 from lora_lab.errors import RunError
@@ -57,56 +57,124 @@ class RunDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process at a time works in a run folder; what it says goes into `log.txt` as well."""
-        with storage.locked(self.path), console.logged_to(self.path / "log.txt"):
-            yield
+        """Only one process at a time works in a run folder; what it says goes into `log.txt` as well. What a process that died in it
+        left is tidied up first.
+
+        Raises:
+            RunError: another process works in it, or it holds links that leave it.
+        """
+        refuse_links(self.path)
+        with storage.locked(self.path):
+            restored = [line for folder in self._written_into for line in storage.recover(folder)]
+            with console.logged_to(self.path / "log.txt"):
+                for line in restored:
+                    console.say("restored", line)
+                yield
+
+    @property
+    def _written_into(self) -> list[Path]:
+        return [self.path, self.checkpoints, self.path / "export"]
 
 
 def check_free(config: RunConfig) -> RunDir:
     """The run folder that the configuration names, still to be made; called before any long work.
 
     Raises:
-        RunError: it holds something already, is a file, or its parent cannot be written.
+        RunError: it holds something already, is a file, cannot be named so, or its parent cannot be written.
     """
-    run = RunDir(Path(config.run_dir).expanduser())
-    if run.path.is_dir() and any(run.path.iterdir()):
-        raise RunError(
-            f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "
-            f"with it: lora-lab resume run={run.path}"
-        )
-    if run.path.exists() and not run.path.is_dir():
-        raise RunError(f"run_dir={run.path}: a file of that name exists. Choose another run_dir.")
-    parent = next(folder for folder in [run.path.absolute(), *run.path.absolute().parents] if folder.exists())
-    if not os.access(parent, os.W_OK):
+    try:
+        run = RunDir(Path(config.run_dir).expanduser())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            run.path.lstat()
+        if run.path.is_dir() and not _is_free(run.path):
+            raise RunError(
+                f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "
+                f"with it: lora-lab resume run={run.path}"
+            )
+        if os.path.lexists(run.path) and not run.path.is_dir():
+            raise RunError(f"run_dir={run.path}: a file of that name exists. Choose another run_dir.")
+        parent = next(folder for folder in [run.path.absolute(), *run.path.absolute().parents] if folder.exists())
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not ours to look at; NUL; ~nobody
+        raise _unusable(config.run_dir, error) from error
+    if not parent.is_dir():
+        raise RunError(f"run_dir={run.path}: {parent} is a file, not a folder. Choose another run_dir.")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise RunError(f"run_dir={run.path}: {parent} is read-only. Choose another run_dir.")
     return run
 
 
-def create(config: RunConfig) -> RunDir:
-    """Make the run folder and save the resolved configuration in it.
+def _is_free(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what a start leaves that died before it had written `config.yaml`."""
+    return all(entry.name == storage.LOCK or storage.is_temporary(entry.name) for entry in folder.iterdir())
+
+
+def _unusable(path: str, error: Exception) -> RunError:
+    reason = getattr(error, "strerror", None) or error
+    return RunError(f"run_dir={path}: cannot be made ({reason}). Choose another run_dir.")
+
+
+@contextlib.contextmanager
+def created(config: RunConfig) -> Iterator[RunDir]:
+    """Make the run folder, save the resolved configuration in it, and hold its lock from the first moment on: of two that start on one
+    folder, one is refused.
 
     Raises:
-        RunError: as `check_free`, or the system refuses to make it.
+        RunError: as `check_free`, another process was quicker, or the system refuses to make it.
     """
     run = check_free(config)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        storage.make_folders(run.path)
     except OSError as error:
-        raise RunError(f"run_dir={run.path}: cannot be made ({error.strerror}). Choose another run_dir.") from error
-    storage.write_text(run.config, compose.to_yaml(config))
-    return run
+        raise _unusable(config.run_dir, error) from error
+    with storage.locked(run.path):
+        check_free(config)
+        storage.write_text(run.config, compose.to_yaml(config))
+        with console.logged_to(run.path / "log.txt"):
+            yield run
+
+
+def create(config: RunConfig) -> RunDir:
+    """Make the run folder and save the resolved configuration in it, for later.
+
+    Raises:
+        RunError: as `created`.
+    """
+    with created(config) as run:
+        return run
 
 
 def open_existing(path: str) -> RunDir:
-    """The run folder that `run=DIR` names.
+    """The run folder that `run=DIR` names. It may itself be a link; links inside it must stay inside it.
 
     Raises:
-        RunError: there is no run in it.
+        RunError: there is no run in it, or it holds links that leave it.
     """
-    run = RunDir(Path(path).expanduser())
-    if not run.config.is_file():
+    try:
+        run = RunDir(Path(path).expanduser())
+        there = run.config.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not ours to look at; NUL; ~nobody
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"run={path}: cannot be read ({reason}). Name a folder that lora-lab train made.") from error
+    if not there:
         raise RunError(f"run={path}: no run there (no config.yaml). Name a folder that lora-lab train made.")
+    refuse_links(run.path)
     return run
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder through which files elsewhere would be read, written or removed: a received one may hold such links.
+
+    Raises:
+        RunError: naming the first link that leaves it.
+    """
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(root):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+                raise RunError(
+                    f"{folder}: holds the link {path.relative_to(root)} -> {os.readlink(path)}, which leaves the run folder; nothing was "
+                    "touched. Replace it by what it names, or remove it."
+                )
 
 
 def check_same(run: RunDir, config: RunConfig) -> None:
@@ -225,7 +293,7 @@ def _git_commit() -> str | None:
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = children.run(command, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return (done.stdout.strip() or None) if done.returncode == 0 else None

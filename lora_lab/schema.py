@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from lora_lab.errors import nearest
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 _PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
 
 

@@ -34,7 +34,7 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -173,9 +173,10 @@ def config_of(overrides):
 @pytest.fixture
 def reload_here(monkeypatch):
     """Checkpoints are reloaded in this process, to be quick; other scripts still get their own."""
+    from lora_lab import children
     from lora_lab.merge import reload
 
-    run = subprocess.run
+    run = children.run
 
     def here(command, **options):
         if not command[2:3] or not command[2].endswith("reload.py"):
@@ -183,4 +184,4 @@ def reload_here(monkeypatch):
         reload.main(*command[3:])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("subprocess.run", here)
+    monkeypatch.setattr(children, "run", here)

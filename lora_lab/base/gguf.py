@@ -40,6 +40,7 @@ def to_safetensors(file: Path) -> Path:
             f"{folder.parent}: cannot be made ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be written."
         ) from error
     with FileLock(f"{folder}.lock"):  # another process may be converting the same file
+        storage.recover(folder.parent, folder.name)
         if not folder.exists():
             _convert(file, folder)
     return folder

@@ -62,6 +62,7 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
     with contextlib.suppress(OSError, RunError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
+            storage.recover(folder.parent, folder.name)
             if not folder.exists():
                 with storage.new_folder(folder, {}) as temporary:
                     model.save_pretrained(temporary)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lora_lab import console
+from lora_lab import children, console
 from lora_lab.config import DataConfig
 from lora_lab.data import sources
 from lora_lab.data.encode import Encoder, Outcome
@@ -141,7 +141,12 @@ _encoder: Encoder | None = None  # of a worker process
 
 def _start_worker(kind: type[Encoder], *setting: Any) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    children.end_with_parent(multiprocessing.parent_process().pid)
+    for signum in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # Ctrl-C and a closed terminal are for the process that started this one
+        signal.signal(signum, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker for each core
     _encoder = kind(*setting)
 

@@ -105,6 +105,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
             f"{folder.parent}: cannot be written ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be."
         ) from error
     with lock:  # another process may be encoding the same file
+        storage.recover(folder.parent, folder.name)
         try:
             if folder.exists():
                 storage.verify(folder)

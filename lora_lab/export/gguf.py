@@ -7,9 +7,7 @@ import functools
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
+from lora_lab import children, storage
 from lora_lab.adapters import updates
 from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama
@@ -106,13 +105,13 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
     """
     adapter = updates.read(job.run.adapter)
     file = folder / f"{job.config.name}-lora.gguf".replace(" ", "_")
-    with tempfile.TemporaryDirectory(prefix="lora_lab_") as scratch:
+    with storage.scratch() as scratch:
         factors = {}
         for name, update in adapter.layers.items():
             same = update.filled(adapter.rank)
             factors |= {f"{name}.a": same.down.contiguous(), f"{name}.b": same.up.contiguous()}
         save_file(factors, f"{scratch}/factors.safetensors")
-        base = Path(scratch) / "base.gguf"
+        base = scratch / "base.gguf"
         convert(job.base.folder, base, "f16", f"{scratch}/factors.safetensors", str(file))
         reference = reloaded_logits(
             job.base.folder, job.kind.auto_class, job.rows, job.device, job.exact, job.run.adapter
@@ -122,8 +121,8 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
 
 def convert(folder: Path, file: Path, kind: str, *adapter: str) -> None:
     if kind in K_QUANTS and shutil.which("llama-quantize"):
-        with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=file.parent) as scratch:
-            whole = Path(scratch) / "f16.gguf"
+        with storage.scratch(file.parent) as scratch:
+            whole = scratch / "f16.gguf"
             convert(folder, whole, "f16")
             _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize to {kind}")
         return
@@ -133,7 +132,7 @@ def convert(folder: Path, file: Path, kind: str, *adapter: str) -> None:
 
 
 def _run(words: list[str], what: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    done = children.run(words, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         reason = next((line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1])
@@ -162,7 +161,7 @@ def _proved(
 
 
 def _ask(job: Job, file: Path, adapter: Path | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    with tempfile.TemporaryDirectory(prefix="lora_lab_") as scratch:
+    with storage.scratch() as scratch:
         tensors = {"letter": torch.tensor(job.encoder.tokenizer.encode("a", add_special_tokens=False)[:1])}
         for number, [(inputs, positions)] in enumerate(job.rows.passes):
             tensors |= {

@@ -6,9 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from lora_lab import children, storage
 from lora_lab.config import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
@@ -101,7 +100,7 @@ def reloaded_logits(
     Raises:
         MergeError: the checkpoint does not load there.
     """
-    with tempfile.TemporaryDirectory(prefix="lora_lab_") as scratch:
+    with storage.scratch() as scratch:
         rows_file, outputs_file = f"{scratch}/rows.safetensors", f"{scratch}/outputs.safetensors"
         tensors, order = {}, []
         for inputs, positions in itertools.chain.from_iterable(rows.passes):
@@ -115,11 +114,10 @@ def reloaded_logits(
         # -P: the script's own folder is not searched for modules, so nothing of lora_lab can be imported by accident
         command = [sys.executable, "-P", script, str(folder), auto_class, rows_file, outputs_file, str(device), dtype]
         command += [] if adapter is None else [str(adapter)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
-        )
+        done = children.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            storage.check_scratch(scratch, reason)
             raise MergeError(f"{folder}: plain transformers cannot load the merged checkpoint ({reason}).")
         saved = load_file(outputs_file)
     numbers, found = iter(order), []

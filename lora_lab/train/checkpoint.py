@@ -5,43 +5,64 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_lab import storage
+from lora_lab import console, reading, storage
 from lora_lab.adapters import files
-from lora_lab.errors import CheckpointError
+from lora_lab.errors import CheckpointError, LoraLabError, RunError
 
 if TYPE_CHECKING:
     from lora_lab.train.cohort import Member
 
 _NAME = re.compile(r"^step-(\d+)$")
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+_UNWRITTEN = "unwritten_metrics"  # lines of metrics.jsonl that no disk took
+_LATER = {"best_lost"}  # fields that checkpoints of earlier versions do not have
 
 
 def save(member: Member) -> Path:
     """Write `checkpoints/step-N/`, then drop older checkpoints beyond `train.keep_checkpoints` (never the best one)."""
-    folder = member.run.checkpoints / f"step-{member.state.step}"
+    folder = _folder(member, member.state.step)
     tensors, scalars = _flatten(member.optimizer.state_dict())
     state = {
         "member": dataclasses.asdict(member.state),
         "schedule": member.schedule.state_dict(),
         "optimizer": scalars,
     }
+    unwritten = member.log.sync()  # the checkpoint counts on every line up to its step
+    if unwritten:
+        state[_UNWRITTEN] = unwritten
     with storage.new_folder(folder, {"step": member.state.step}) as temporary:
         files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
         save_file(tensors, temporary / _OPTIMIZER)
         (temporary / _STATE).write_text(storage.dump_json(state), encoding="utf-8")
-    keep = member.config.train.keep_checkpoints
-    for step, old in _steps(member.run.checkpoints)[keep:]:
-        if step != member.state.best_step:
-            shutil.rmtree(old, ignore_errors=True)
+    _purge(member)
     return folder
+
+
+def _folder(member: Member, step: int) -> Path:
+    return member.run.checkpoints / f"step-{step}"
+
+
+def _purge(member: Member) -> None:
+    """Drop checkpoints that are not needed any more, and those beyond the step, which were damaged when the run was resumed: they
+    must not push out whole ones."""
+    found = _steps(member.run.checkpoints)
+    done = [step for step, _ in found if step <= member.state.step]
+    kept = {*done[: member.config.train.keep_checkpoints], member.state.best_step}
+    for step, old in found:
+        if step not in kept:
+            try:
+                storage.remove(old)
+            except RunError as error:  # it takes room, and nothing else
+                console.say("purge", error)
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -49,23 +70,128 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     skipped = []
     for _, folder in _steps(checkpoints):
         try:
-            storage.verify(folder)
-        except CheckpointError as error:
+            check(folder)
+        except LoraLabError as error:
             skipped.append(str(error))
         else:
             return folder, skipped
     return None, skipped
 
 
+def check(folder: Path) -> None:
+    """Check that a checkpoint is whole and says what `save` says.
+
+    Raises:
+        LoraLabError: it is damaged.
+    """
+    listed = storage.verify(folder)["files"]
+    absent = [name for name in (files.WEIGHTS, files.PROVENANCE, _OPTIMIZER, _STATE) if name not in listed]
+    if absent:
+        raise CheckpointError(f"{folder}: {storage.MANIFEST} does not list {absent[0]}, so the folder is incomplete.")
+    state = _read_state(folder)["member"]
+    if folder.name != f"step-{state['step']}":
+        raise CheckpointError(f"{folder}: holds the state of step {state['step']}, so it was renamed. It is not used.")
+    for name in (files.WEIGHTS, _OPTIMIZER):
+        storage.check_safetensors(folder / name)
+    with reading.reading(folder / _OPTIMIZER, CheckpointError), safe_open(folder / _OPTIMIZER, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            _path(json.loads(name))
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` says.
+
+    Raises:
+        CheckpointError: it is not of the shape that `save` writes.
+    """
+    from lora_lab.train.cohort import State
+
+    file = folder / _STATE
+    saved = reading.read_json(file, CheckpointError)
+    member, known = saved.get("member"), typing.get_type_hints(State)
+    if not isinstance(member, dict) or not isinstance(saved.get("schedule"), dict):
+        raise CheckpointError(f"{file}: has no member or no schedule, so it is no checkpoint's state.")
+    unlike = sorted((member.keys() ^ known.keys()) - _LATER)
+    unlike += [name for name, value in member.items() if name in known and not _is(value, known[name])]
+    if unlike or member["step"] < 0:
+        raise CheckpointError(f"{file}: {(unlike or ['step'])[0]} is missing, unknown or of another type.")
+    with reading.reading(file, CheckpointError):
+        for path, _ in saved["optimizer"]:
+            _path(path)
+    if not all(isinstance(line, str) for line in saved.get(_UNWRITTEN, [])):
+        raise CheckpointError(f"{file}: {_UNWRITTEN} is not a list of lines.")
+    return saved
+
+
+def _is(value: Any, hint: Any) -> bool:
+    kinds = typing.get_args(hint) or (hint,)
+    return type(value) in kinds or (float in kinds and type(value) is int)
+
+
+def _path(path: Any) -> None:
+    """Check one of the paths that `_flatten` gives."""
+    if not path or not all(type(key) in (str, int) for key in path) or not isinstance(path, list):
+        raise ValueError(f"{path!r} is no path into an optimizer's state")
+
+
 def restore(member: Member, folder: Path) -> None:
-    """Bring a freshly built member back to the state saved in a verified checkpoint."""
+    """Bring a freshly built member back to the state saved in a checkpoint. If its best checkpoint is damaged, another one becomes
+    the best, aloud.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or was written with another optimizer or schedule.
+        AdapterError: it is of another base, or does not fit the adapter.
+    """
     files.check_base(folder, member.base)
     files.check_settings(folder, member.model.peft_config[member.name])
+    saved = _read_state(folder)
+    with reading.reading(folder / _OPTIMIZER, CheckpointError):
+        optimizer = _unflatten(load_file(folder / _OPTIMIZER), saved["optimizer"])
+    if saved["schedule"].keys() != member.schedule.state_dict().keys():
+        raise CheckpointError(f"{folder / _STATE}: its schedule is of another kind than the run's.")
     files.read_into(folder, member.model, member.name)
-    saved = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    with reading.reading(folder, CheckpointError):
+        member.schedule.load_state_dict(saved["schedule"])
+        member.optimizer.load_state_dict(optimizer)
     member.state = type(member.state)(**saved["member"])
-    member.schedule.load_state_dict(saved["schedule"])
-    member.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), saved["optimizer"]))
+    member.log.unwritten = saved.get(_UNWRITTEN, [])
+    _replace_lost_best(member)
+
+
+def _replace_lost_best(member: Member) -> None:
+    """If the checkpoint with the lowest held-out loss is damaged, the best of those that are whole takes its place, and `best_lost`
+    keeps its step; if there is none, the best is what will be measured from now on, or the last state."""
+    state = member.state
+    if not member.config.train.keep_best or state.best_step in (None, state.step):
+        return
+    try:
+        check(_folder(member, state.best_step))
+        return
+    except LoraLabError as error:
+        console.say("lost", f"the best checkpoint: {error}")
+    state.best_lost = state.best_step
+    losses = {step: loss for step, loss in _measured(member).items() if step == state.step or _whole(member, step)}
+    state.best_step = min(losses, key=losses.__getitem__, default=None)
+    state.best_loss = losses.get(state.best_step)
+    if state.best_step is None:
+        console.say("best", "no other was measured and is whole: the run goes on with what it measures from now on")
+        return
+    console.say("best", f"step {state.best_step} takes its place (held-out loss {state.best_loss:.4f})")
+
+
+def _measured(member: Member) -> dict[int, float]:
+    """The held-out losses that were logged up to where the member stands."""
+    lines = [*member.log.read(), *member.log.waiting()]
+    found = {line["step"]: line["eval_loss"] for line in lines if line.get("eval_loss") is not None}
+    return {step: loss for step, loss in found.items() if step <= member.state.step}
+
+
+def _whole(member: Member, step: int) -> bool:
+    try:
+        check(_folder(member, step))
+    except LoraLabError:
+        return False
+    return True
 
 
 def _steps(checkpoints: Path) -> list[tuple[int, Path]]:

@@ -37,6 +37,7 @@ class State:
     micro_batch_size: int | None = None  # these three: what a lack of memory led to, see oom.py
     checkpointing: bool = False
     offloading: bool = False
+    best_lost: int | None = None  # the step of the best checkpoint that was found damaged, so that another had to do
 
 
 class Member:

@@ -20,7 +20,7 @@ import torch
 from lora_lab import console, signals
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream
-from lora_lab.errors import Interrupted, TrainingError
+from lora_lab.errors import CheckpointError, Interrupted, RunError, TrainingError
 from lora_lab.train import checkpoint, diagnose, joint, oom, packing, regularize
 from lora_lab.train.cohort import Member
 
@@ -162,6 +162,7 @@ def _step_and_save(members: list[Member], loop: Loop, alone: bool) -> None:
             _update(member, step, loop)
             _log(member, step, loop, shared + time.perf_counter() - started)
             _evaluate_and_save(member, loop.held_out, loop.task, loop.accelerator)
+            _stop_unlogged(member)
         except Exception as error:
             _fail(member, error, alone)
 
@@ -346,6 +347,23 @@ def _evaluate_and_save(member: Member, held_out: Dataset | None, task: Task, acc
             checkpoint.save(member)
 
 
+def _stop_unlogged(member: Member) -> None:
+    """Stop if metrics.jsonl cannot be written, after an attempt to save the finished step; the lines go with the checkpoint.
+
+    Raises:
+        RunError: naming what is saved.
+    """
+    problem = member.log.problem
+    if problem is None:
+        return
+    try:
+        with member.turn():
+            saved = f"Step {member.state.step} is saved in {checkpoint.save(member)}"
+    except RunError as error:
+        saved = f"Step {member.state.step} could not be saved either ({error})"
+    raise RunError(f"{problem} {saved}; go on with: lora-lab resume run={member.run.path}")
+
+
 def _save_all(members: list[Member]) -> None:
     for member in members:
         if member.failure is None:
@@ -357,7 +375,12 @@ def _load_best(member: Member) -> None:
     best = member.state.best_step
     if member.config.train.keep_best and best is not None and best != member.state.step:
         folder = member.run.checkpoints / f"step-{best}"
-        files.check_base(folder, member.base)  # it may have been written days ago
+        try:
+            files.check_base(folder, member.base)  # it may have been written days ago
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Go on with the next best one: lora-lab resume run={member.run.path}"
+            ) from error
         files.check_settings(folder, member.model.peft_config[member.name])
         files.read_into(folder, member.model, member.name)
         member.measured = None
