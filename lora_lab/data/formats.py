@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_lab.data.limits import fault_of
 from lora_lab.errors import DataError, nearest
 
 Message = dict[str, Any]
@@ -179,8 +180,10 @@ def _pair_label(values: dict[str, Any], names: Sequence[str] | None = None) -> R
 def _labelled(text: str, pair: str | None, given: Any, names: Sequence[str] | None) -> Record:
     """A label, or a list of them. Its name is the answer, so that a language model can learn it as well."""
     if isinstance(given, str) and given.startswith("["):  # a list in a CSV file
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(given)
+        if problem := fault_of(given):
+            raise RowError("label", f"the label {problem}")
     labels = [_class(label, names) for label in (given if isinstance(given, list) else [given])]
     if len(set(map(str, labels))) < len(labels):
         raise RowError("label", f"label {_shown(given)} names a class twice.")
@@ -456,9 +459,12 @@ def _decoded(value: Any, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        decoded = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError("not text", f"'{column}' is neither a structure nor JSON text ({_shown(value)}).") from error
+    if problem := fault_of(decoded):
+        raise RowError("not text", f"'{column}' {problem}")
+    return decoded
 
 
 def _shown(value: Any) -> str:

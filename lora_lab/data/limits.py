@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 MAX_ROW_CHARS = 2**23  # of all texts of a row: two million tokens
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can write half of a character; no file of text and no tokenizer can
+_MAX_DEPTH = 100  # of lists and objects inside a row
 _AGAIN_SECONDS = 0.1  # an exception that is raised inside a destructor is lost, so it is raised again
 _LAST_SECONDS = 30.0
 _STATUS = "/proc/self/statm"  # the process's size in pages comes first
+
+
+def fault_of(values: Any) -> str | None:
+    """What is wrong with the texts of a row, at any depth, keys included; None if nothing is."""
+    size, inside = 0, [([values], 0)]
+    for node, depth in inside:  # which grows
+        if depth > _MAX_DEPTH:
+            return f"is nested deeper than {_MAX_DEPTH} levels."
+        for child in [*node, *node.values()] if isinstance(node, dict) else node:
+            if isinstance(child, str):
+                size += len(child)
+                if not child.isascii() and (half := _HALF.search(child)):
+                    return (
+                        f"holds half of a character ({half.group()!r}), which is no text. Remove it, or write it whole."
+                    )
+            elif isinstance(child, (dict, list)):
+                inside.append((child, depth + 1))
+    if size > MAX_ROW_CHARS:
+        return f"holds {size:,} characters, above {MAX_ROW_CHARS:,}. Split it into several rows."
+    return None
 
 
 class Bounds:

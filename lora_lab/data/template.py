@@ -93,7 +93,7 @@ class ChatTemplate:
                 yield
         except MemoryError as error:
             raise DataError(
-                f"The model's chat template cannot render it (it takes more than {_RENDER_BYTES // 2**20} MiB of memory)."
+                f"Stopped, because the model's chat template cannot render it (it takes more than {_RENDER_BYTES // 2**20} MiB of memory)."
             ) from error
         finally:
             self._bounds = None
