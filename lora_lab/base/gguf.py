@@ -51,7 +51,7 @@ def to_safetensors(file: Path) -> Path:
         lock.acquire()
     except OSError as error:
         raise BaseModelError(
-            f"{folder.parent}: cannot be written ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be."
+            f"{folder.parent}: cannot be made ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be written."
         ) from error
     with lock:  # another process may be converting the same file
         if not cache.usable(folder):
@@ -100,6 +100,7 @@ class _Head:
 
     def __init__(self, file: Path, content: mmap.mmap):
         self.file, self.content, self.at = file, content, 4
+        self.alignment = 32
 
     def check(self) -> None:
         [version] = self._numbers("I")
@@ -112,12 +113,19 @@ class _Head:
             name = self._text().rpartition(b".")[2].decode("utf-8", "replace")
             [kind] = self._numbers("I")
             value = self._value(kind)
+            if name == "alignment" and isinstance(value, int):
+                self.alignment = value
             if name in _LIMITS and isinstance(value, (int, float)) and not value <= _LIMITS[name]:
                 raise self._damaged(f"{name} {value:g}, above {_LIMITS[name]:,}")
-        for _ in range(tensors):
-            self._tensor()
+        ends = [self._tensor_end() for _ in range(tensors)]
+        data = -(-self.at // max(1, self.alignment)) * self.alignment
+        if data + max(ends, default=0) > len(self.content):
+            raise self._damaged(f"tensors up to byte {data + max(ends):,} of {len(self.content):,}")
 
-    def _tensor(self) -> None:
+    def _tensor_end(self) -> int:
+        """Where a tensor's bytes end, behind the start of all data."""
+        from gguf.constants import GGML_QUANT_SIZES
+
         name = self._text().decode("utf-8", "replace")
         [dimensions] = self._numbers("I")
         if dimensions > _MAX_DIMENSIONS:
@@ -125,7 +133,11 @@ class _Head:
         shape = self._numbers("Q" * dimensions)
         if math.prod(shape) > _MAX_ELEMENTS:
             raise self._damaged(f"tensor {name[:60]!r} of shape {list(shape)}")
-        self._numbers("IQ")
+        kind, offset = self._numbers("IQ")
+        if kind not in GGML_QUANT_SIZES:
+            raise self._damaged(f"tensor {name[:60]!r} of the unknown type {kind}")
+        elements, size = GGML_QUANT_SIZES[kind]
+        return offset + math.prod(shape) // elements * size
 
     def _value(self, kind: int) -> object:
         if kind in _SCALARS:

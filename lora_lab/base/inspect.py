@@ -27,6 +27,7 @@ _CODE_KEYS = (
 _CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_SCALES = (".SCB", ".absmax")  # bitsandbytes' names for what belongs to a quantized weight
 _BOUNDED = (".jinja", ".model", ".spm")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", _INDEX)
 _MAX_CONFIG_BYTES = 16 * 2**20  # the names of 100,000 classes, twice
@@ -49,10 +50,13 @@ def weight_files(folder: Path) -> list[Path]:
         BaseModelError: no config or one that cannot be trusted, no safetensors, weights that could be two models, an index that
             does not fit its shards, or a file that is missing, cut, no regular file or outside the folder.
     """
+    require_config(folder)
     check_files(folder)
     single, index = folder / _SINGLE, folder / _INDEX
     if not index.exists():
-        return [_whole(_there(folder, _SINGLE))]
+        files = [_whole(_there(folder, _SINGLE))]
+        _check_quantized(folder, files)
+        return files
     listed = _listed(index)
     if single.exists() and set(listed) != {_SINGLE}:
         raise BaseModelError(
@@ -64,19 +68,29 @@ def weight_files(folder: Path) -> list[Path]:
         file = _whole(_there(folder, name))
         _compare(index, file, tensors)
         files.append(file)
+    _check_quantized(folder, files)
     return files
 
 
-def check_files(folder: Path) -> None:
-    """Check the small files of a model folder, whichever a library will read of them.
+def require_config(folder: Path) -> None:
+    """Refuse a folder that holds no model.
 
     Raises:
-        BaseModelError: no `config.json`, one that names code or absurd sizes, a file that is no regular file, is too large or is
-            a link out of the folder, an adapter beside the model.
+        BaseModelError: it has no `config.json`.
     """
     with reading(folder, BaseModelError):
         if not (folder / "config.json").exists():
             raise BaseModelError(f"{folder}: no config.json, so this is not a transformers model folder.")
+
+
+def check_files(folder: Path) -> None:
+    """Check the small files of the folder of a model or tokenizer, whichever a library will read of them.
+
+    Raises:
+        BaseModelError: a configuration that names code or absurd sizes, a file that is no regular file, is too large or is a link
+            out of the folder, an adapter beside the model.
+    """
+    with reading(folder, BaseModelError):
         for file in _small_files(folder):
             _refuse_foreign(folder, file)
             check_file(
@@ -84,8 +98,10 @@ def check_files(folder: Path) -> None:
             )
     for name in _SMALL:
         if (folder / name).exists():
-            _refuse_code(folder / name, read_json(folder / name, BaseModelError, max_bytes=_MAX_CONFIG_BYTES))
-    check_config(folder / "config.json", read_json(folder / "config.json", BaseModelError, max_bytes=_MAX_CONFIG_BYTES))
+            tree = read_json(folder / name, BaseModelError, max_bytes=_MAX_CONFIG_BYTES)
+            _refuse_code(folder / name, tree)
+            if name == "config.json":
+                check_config(folder / name, tree)
     if (folder / _ADAPTER).exists():
         raise BaseModelError(
             f"{folder}: holds {_ADAPTER}, and transformers would put that adapter onto the model. Merge it into the base, or move "
@@ -211,12 +227,33 @@ def _whole(file: Path) -> Path:
     return file
 
 
-def _compare(index: Path, file: Path, listed: set[str]) -> None:
-    """Refuse an index that says otherwise than its shard: transformers loads whole shards, whatever the index leaves out."""
+def _check_quantized(folder: Path, files: list[Path]) -> None:
+    """Refuse weights that are plain where the configuration says that bitsandbytes quantized them: layers would be made for
+    scales that are nowhere."""
+    file = folder / "config.json"
+    how = read_json(file, BaseModelError, max_bytes=_MAX_CONFIG_BYTES).get("quantization_config") or {}
+    if not isinstance(how, dict):
+        raise BaseModelError(f"{file}: quantization_config must be an object, not {type(how).__name__}.")
+    if how.get("quant_method") != "bitsandbytes":
+        return
+    if not any(name.endswith(_SCALES) for weights in files for name in _names(weights)):
+        raise BaseModelError(
+            f"{file}: quantization_config says that bitsandbytes quantized these weights, and they are plain numbers. Remove it; "
+            "to quantize them, set quant.method."
+        )
+
+
+def _names(file: Path) -> set[str]:
+    """The tensors of a safetensors file."""
     from safetensors import safe_open
 
     with reading(file, BaseModelError), safe_open(file, "np") as tensors:
-        there = set(tensors.keys())
+        return set(tensors.keys())
+
+
+def _compare(index: Path, file: Path, listed: set[str]) -> None:
+    """Refuse an index that says otherwise than its shard: transformers loads whole shards, whatever the index leaves out."""
+    there = _names(file)
     for names, sentence in (
         (listed - there, "names tensor {} of {}, which is not in it"),
         (there - listed, "leaves out tensor {} of {}"),

@@ -135,6 +135,7 @@ def model_config(folder: Path, kind: ModelKind) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
+    inspect.require_config(folder)
     inspect.check_files(folder)
     with _building(folder, kind):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
