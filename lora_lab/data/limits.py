@@ -85,9 +85,11 @@ class Bounds:
         if not self._timed:
             yield
             return
+        if self.left <= 0:
+            raise too_slow
         started, self._too_slow = time.process_time(), too_slow
         signal.setitimer(signal.ITIMER_VIRTUAL, _LAST_SECONDS)
-        signal.setitimer(signal.ITIMER_PROF, max(0.01, min(seconds, self.left)), _AGAIN_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, min(seconds, self.left), _AGAIN_SECONDS)
         try:
             yield
         finally:
