@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -63,11 +64,15 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with reading(
-            f"model.path={file}: as GGUF, by transformers", BaseModelError, "Choose another file of this model."
+        with (
+            reading(f"model.path={file}, read by transformers", BaseModelError, "Choose another file of this model."),
+            tempfile.TemporaryDirectory() as alone,
         ):
+            (Path(alone) / "model.gguf").symlink_to(
+                file.resolve()
+            )  # transformers would read what lies beside it as well
+            source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
             tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             tokenizer.chat_template = chosen_template(file, tokenizer.chat_template)
             model = AutoModelForCausalLM.from_pretrained(
