@@ -115,6 +115,7 @@ def _building(folder: Path, kind: ModelKind) -> Iterator[None]:
         ) from error
 
 
+_MOST_PER_BYTE, _SMALL_MODEL = 8, 2**28  # parameters: of one bit each, and a head that is new
 _said: set[tuple[str, str]] = set()  # configurations are read several times, and told of once
 
 _AS = {
@@ -168,9 +169,11 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
         head: as in `ModelKind`.
 
     Raises:
-        BaseModelError: the base lacks weights that belong to no head.
+        BaseModelError: the configuration describes a far larger model than the files hold.
     """
     from lora_lab.base.weights import Weights
+
+    _refuse_larger(model, folder)
 
     prefix = model.base_model_prefix
     there = {name.removeprefix(f"{prefix}.") for name in Weights(folder)}
@@ -193,6 +196,17 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
         ):  # a bias alone begins, and stays, at zero
             return tuple(found)  # loading will say what is missing
     return tuple(found)
+
+
+def _refuse_larger(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a configuration whose model would fill the machine with numbers that the files do not hold."""
+    described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(file.stat().st_size for file in inspect.weight_files(folder))
+    if described > _MOST_PER_BYTE * stored + _SMALL_MODEL:
+        raise BaseModelError(
+            f"{folder}/config.json: describes a {type(model).__name__} of {described:,} parameters, and the weights have "
+            f"{stored:,} bytes. They do not belong together: copy or download the folder again."
+        )
 
 
 def load_model(
