@@ -166,8 +166,8 @@ def _refuse_code(file: Path, tree: dict[str, Any]) -> None:
 
 
 def _small_files(folder: Path) -> list[Path]:
-    """Everything beside the weights that a library may read."""
-    patterns = (*TOKENIZER_FILES, "additional_chat_templates/*")
+    """Everything beside the weights that a library, or a model card of ours, may read."""
+    patterns = (*TOKENIZER_FILES, "additional_chat_templates/*", "README.md", "LICENSE*")
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
