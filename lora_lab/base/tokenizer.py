@@ -60,7 +60,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     inspect.check_files(folder)
     with reading(f"{folder}: its tokenizer", BaseModelError):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_own_files(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_own_files(folder))
+        encoded = tokenizer(
+            ["a", "a b"], padding=tokenizer.pad_token_id is not None
+        )  # settings of a wrong kind are not
+        tokenizer.decode(encoded["input_ids"][0])  # noticed before they are used
+    return tokenizer
 
 
 def _own_files(folder: Path) -> dict[str, None]:

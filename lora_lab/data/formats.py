@@ -124,8 +124,10 @@ def _feedback(values: dict[str, Any], _: Any = None) -> Record:
 def _answered(prompt: Any, answer: Any, values: dict[str, Any]) -> Record:
     if isinstance(prompt, list) and isinstance(answer, list):  # conversational form: two lists of messages
         return _messages({**values, "messages": prompt + answer})
-    history = values.get("history") or []
-    turns = [part for pair in history for part in pair] if isinstance(history, list) else []
+    history = _decoded(values.get("history") or [], "history")
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise RowError("not text", f"'history' must be a list of pairs [question, answer], not {_shown(history)}.")
+    turns = [part for pair in history for part in pair]
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*turns, prompt, answer])]
     record = _conversation(messages, values.get("tools"), values.get("system"))

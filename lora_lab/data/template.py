@@ -140,11 +140,12 @@ class ChatTemplate:
                 parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
                     re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.tokenizer.chat_template)
                 )
+                known = meta.find_undeclared_variables(parsed)
         except LoraLabError:
             raise
         except Exception:
             return  # told with the first row
-        known = meta.find_undeclared_variables(parsed) | set(re.findall(r"\bset (\w+)", self.tokenizer.chat_template))
+        known |= set(re.findall(r"\bset (\w+)", self.tokenizer.chat_template))
         for name in self.kwargs:
             if name not in known:
                 raise ConfigError(

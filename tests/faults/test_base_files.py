@@ -224,7 +224,7 @@ def test_an_adapter_beside_the_model_is_refused(copy):
 
 SMALL = {
     "generation_config.json": (b"[1]", b'{"a": 1', b"\xff", b"[" * 5000),
-    "tokenizer_config.json": (b"[1]", b"{", b'{"tokenizer_class": 5}', b'{"a":' * 5000, b'{"fast_tokenizer_files": ["tokenizer.../../x.json"]}', b'{"auto_map": 1}'),
+    "tokenizer_config.json": (b"[1]", b"{", b'{"tokenizer_class": 5}', b'{"a":' * 5000, b'{"fast_tokenizer_files": ["tokenizer.../../x.json"]}', b'{"auto_map": 1}', b'{"model_max_length": []}', b'{"padding_side": "up", "pad_token": "a"}'),
     "special_tokens_map.json": (b"[1]", b'{"pad_token": '),
     "tokenizer.json": (b"{", b"[]", b'{"version": "1.0", "model": {"type": "Newer"}, "added_tokens": []}', b'{"a":' * 5000, b"\xff\xfe", b"null"),
     "chat_template.jinja": (b"\xff\xfe\xfa",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from lora_lab.data import limits
 from lora_lab.data.formats import Record, RowError
 from lora_lab.data.template import ChatTemplate
-from lora_lab.errors import DataError
+from lora_lab.errors import ConfigError, DataError
 from tests.conftest import CHATML, make_tokenizer, write_jsonl
 
 CHAT = [{"role": "user", "content": "red cat"}, {"role": "assistant", "content": "blue"}]
@@ -60,6 +61,7 @@ FAILING = {
     "date of a number": "{{ strftime_now(5) }}",
     "date that does not exist": "{{ strftime_now('\\ud83d') }}",
     "division": "{{ 1 // 0 }}",
+    "number too long": "{{ (45 ** 2601) }}",
     "attributes": "{{ ''.__class__.__mro__ }}",
     "globals": "{{ messages.__init__.__globals__ }}",
     "include": "{% include '/etc/passwd' %}",
@@ -98,6 +100,10 @@ def test_a_template_without_end_stops_the_run_in_bounded_time_and_memory(name, t
 def test_a_template_that_fails_is_the_row_s_problem_with_a_sentence(name, tokenizer):
     with pytest.raises(RowError, match="the model's chat template cannot render it"):
         template(tokenizer, FAILING[name]).text(CHAT)
+    chat = template(tokenizer, FAILING[name])
+    chat.kwargs = {"any": 1}
+    with contextlib.suppress(ConfigError):
+        chat.check_variables()
 
 
 def test_all_renderings_of_a_row_are_bounded_together(tokenizer, monkeypatch):
