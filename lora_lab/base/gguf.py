@@ -181,5 +181,6 @@ class _Head:
 
     def _damaged(self, what: str) -> BaseModelError:
         return BaseModelError(
-            f"model.path={self.file}: its head has {what}: cut or damaged. Copy or download it again."
+            f"model.path={self.file}: cannot read this GGUF file: its head has {what}, so it is cut or damaged. Copy or download "
+            "it again."
         )
