@@ -45,6 +45,22 @@ def read_bytes(file: Path, error: type[LoraLabError], max_bytes: int = MAX_BYTES
     return content
 
 
+def check_file(file: Path, error: type[LoraLabError], max_bytes: int | None = MAX_BYTES) -> None:
+    """Check a file that a library will read: a regular one, and of at most `max_bytes` (None: of any size).
+
+    Raises:
+        error: it is missing, no regular file, or too large.
+    """
+    try:
+        found = file.stat()
+    except (OSError, ValueError) as problem:
+        raise error(f"{file}: cannot be read ({getattr(problem, 'strerror', None) or problem}).") from problem
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{file}: not a regular file. Replace it by one.")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise error(f"{file}: larger than {max_bytes // 2**20} MiB, so it is not what its name says.")
+
+
 def read_text(file: Path, error: type[LoraLabError], max_bytes: int = MAX_BYTES) -> str:
     """As `read_bytes`, as UTF-8 text.
 
@@ -110,7 +126,11 @@ def reading(what: object, error: type[LoraLabError], way_out: str = "Copy or dow
         yield
     except (LoraLabError, MemoryError):
         raise
-    except Exception as problem:
+    except BaseException as problem:
+        if (
+            not isinstance(problem, Exception) and type(problem).__name__ != "PanicException"
+        ):  # tokenizers' and safetensors'
+            raise
         reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
         raise error(f"{what}: cannot be read ({type(problem).__name__}: {reason}). {way_out}") from problem
 

@@ -371,6 +371,7 @@ def test_a_kept_quantized_base_is_the_one_that_was_quantized(tmp_path, cache, me
     import shutil
 
     from lora_lab.base import quantized
+    from lora_lab.base.cache import usable
     from lora_lab.config import ModelConfig
 
     shutil.rmtree(cache / "quantized", ignore_errors=True)
@@ -394,7 +395,7 @@ def test_a_kept_quantized_base_is_the_one_that_was_quantized(tmp_path, cache, me
 
     first = tensors()
     folder = quantized.folder_of(files, kind, "bfloat16", quant, "cpu")
-    assert quantized.usable(folder)
+    assert usable(folder)
     again = tensors()
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -402,7 +403,7 @@ def test_a_kept_quantized_base_is_the_one_that_was_quantized(tmp_path, cache, me
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert all(torch.equal(first[name], tensor) for name, tensor in tensors().items())
-    assert quantized.usable(folder)
+    assert usable(folder)
     other = QuantConfig(method=method, double_quant=not double)
     assert quantized.folder_of(files, kind, "bfloat16", other, "cpu") != folder
     assert quantized.folder_of(files, kind, "bfloat16", QuantConfig(method=method, cache=False), "cpu") is None

@@ -5,21 +5,37 @@ GGUF holds quantized blocks that transformers can read but not train on. The cac
 
 from __future__ import annotations
 
+import math
+import mmap
+import struct
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 
 from lora_lab import storage
+from lora_lab.base import cache
 from lora_lab.base.fingerprint import remembered_sha256
 from lora_lab.base.resolve import cache_dir
-from lora_lab.base.tokenizer import save_tokenizer
+from lora_lab.base.tokenizer import chosen_template, save_tokenizer
 from lora_lab.errors import BaseModelError
+from lora_lab.reading import check_file, reading
 
 _FORMAT = 1  # raised when the conversion changes, so that older cache entries are not used
 
+# GGUF's types of values: struct's letter for each of a fixed size.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_PAIRS, _MAX_TENSORS, _MAX_DIMENSIONS, _MAX_ELEMENTS = 2**16, 2**20, 8, 2**44
+# What a model is built from before its tensors are looked at.
+_LIMITS = {
+    "block_count": 2_000, "expert_count": 4_096, "embedding_length": 2**20, "feed_forward_length": 2**20, "vocab_size": 2**24,
+    "head_count": 2**14, "head_count_kv": 2**14, "context_length": 2**31,
+}  # fmt: skip
+
 
 def to_safetensors(file: Path) -> Path:
-    """The folder with the dequantized model and its tokenizer, made on first use.
+    """The folder with the dequantized model and its tokenizer, made on first use and verified on every other.
 
     The weights are stored in bfloat16, the type that nearly all models in GGUF were published in; the rounding is far
     below the error of the file's own quantization.
@@ -27,22 +43,23 @@ def to_safetensors(file: Path) -> Path:
     Raises:
         BaseModelError: the file is not GGUF, is cut, or holds an architecture that transformers cannot read.
     """
-    with open(file, "rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise BaseModelError(f"model.path={file}: not a GGUF file (its first bytes are not 'GGUF').")
+    check_file(file, BaseModelError, None)
+    check_head(file)
     folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{_FORMAT}"
-    if folder.exists():  # it appears whole or not at all
-        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
     except OSError as error:
         raise BaseModelError(
             f"{folder.parent}: cannot be made ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be written."
         ) from error
-    with FileLock(f"{folder}.lock"):  # another process may be converting the same file
+    try:  # another process may have been converting the same file
         storage.recover(folder.parent, folder.name)
-        if not folder.exists():
+        if not cache.usable(folder):
             _convert(file, folder)
+    finally:
+        lock.release()
     return folder
 
 
@@ -50,16 +67,123 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-    except ImportError as error:
-        raise BaseModelError(f"model.path={file}: reading GGUF needs the package gguf: pip install gguf") from error
-    except (ValueError, OSError, KeyError, RuntimeError, IndexError) as error:
-        raise BaseModelError(f"model.path={file}: transformers cannot read this GGUF file ({error}).") from error
+        with (
+            reading(f"model.path={file}, read by transformers", BaseModelError, "Choose another file of this model."),
+            tempfile.TemporaryDirectory() as alone,
+        ):
+            (Path(alone) / "model.gguf").symlink_to(
+                file.resolve()
+            )  # transformers would read what lies beside it as well
+            source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
+            tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+            tokenizer.chat_template = chosen_template(file, tokenizer.chat_template)
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
+            )
+    except BaseModelError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise BaseModelError(f"model.path={file}: reading GGUF needs the package gguf: pip install gguf") from error
+        raise
     with storage.new_folder(folder, {"source": file.name}) as temporary:
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
+
+
+def check_head(file: Path) -> None:
+    """Check that the head of a GGUF file is whole: the reader of the package gguf trusts its counts, and reads on behind the end.
+
+    Raises:
+        BaseModelError: not GGUF, of another version, cut, or with counts that no model has.
+    """
+    with reading(f"model.path={file}", BaseModelError), open(file, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise BaseModelError(f"model.path={file}: not a GGUF file (its first bytes are not 'GGUF').")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _Head(file, content).check()
+
+
+class _Head:
+    """A walk over the head of a GGUF file, in its own order: version, counts, pairs of key and value, tensors."""
+
+    def __init__(self, file: Path, content: mmap.mmap):
+        self.file, self.content, self.at = file, content, 4
+        self.alignment = 32
+
+    def check(self) -> None:
+        [version] = self._numbers("I")
+        if version not in (2, 3):
+            raise self._damaged(f"version {version}; 2 and 3 can be read")
+        tensors, pairs = self._numbers("QQ")
+        if tensors > _MAX_TENSORS or pairs > _MAX_PAIRS:
+            raise self._damaged(f"{tensors:,} tensors and {pairs:,} settings")
+        for _ in range(pairs):
+            name = self._text().rpartition(b".")[2].decode("utf-8", "replace")
+            [kind] = self._numbers("I")
+            value = self._value(kind)
+            if name == "alignment" and isinstance(value, int):
+                self.alignment = value
+            if name in _LIMITS and isinstance(value, (int, float)) and not value <= _LIMITS[name]:
+                raise self._damaged(f"{name} {value:g}, above {_LIMITS[name]:,}")
+        ends = [self._tensor_end() for _ in range(tensors)]
+        data = -(-self.at // max(1, self.alignment)) * self.alignment
+        if data + max(ends, default=0) > len(self.content):
+            raise self._damaged(f"tensors up to byte {data + max(ends):,} of {len(self.content):,}")
+
+    def _tensor_end(self) -> int:
+        """Where a tensor's bytes end, behind the start of all data."""
+        from gguf.constants import GGML_QUANT_SIZES
+
+        name = self._text().decode("utf-8", "replace")
+        [dimensions] = self._numbers("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise self._damaged(f"tensor {name[:60]!r} has {dimensions:,} dimensions")
+        shape = self._numbers("Q" * dimensions)
+        if math.prod(shape) > _MAX_ELEMENTS:
+            raise self._damaged(f"tensor {name[:60]!r} of shape {list(shape)}")
+        kind, offset = self._numbers("IQ")
+        if kind not in GGML_QUANT_SIZES:
+            raise self._damaged(f"tensor {name[:60]!r} of the unknown type {kind}")
+        elements, size = GGML_QUANT_SIZES[kind]
+        return offset + math.prod(shape) // elements * size
+
+    def _value(self, kind: int) -> object:
+        if kind in _SCALARS:
+            return self._numbers(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY:
+            raise self._damaged(f"a value of the unknown type {kind}")
+        [inner] = self._numbers("I")
+        [count] = self._numbers("Q")
+        if inner in _SCALARS:
+            self._skip(count * struct.calcsize(f"<{_SCALARS[inner]}"))
+        elif inner == _STRING:
+            self._skip(8 * count, only_look=True)  # each has at least its length
+            for _ in range(count):
+                self._text()
+        else:
+            raise self._damaged("lists inside a list")
+        return None
+
+    def _text(self) -> bytes:
+        [length] = self._numbers("Q")
+        start = self.at
+        self._skip(length)
+        return self.content[start : self.at]
+
+    def _numbers(self, letters: str) -> tuple:
+        start, size = self.at, struct.calcsize(f"<{letters}")
+        self._skip(size)
+        return struct.unpack_from(f"<{letters}", self.content, start)
+
+    def _skip(self, size: int, only_look: bool = False) -> None:
+        if self.at + size > len(self.content):
+            raise self._damaged(f"something of {size:,} bytes at byte {self.at:,} of {len(self.content):,}")
+        self.at += 0 if only_look else size
+
+    def _damaged(self, what: str) -> BaseModelError:
+        return BaseModelError(
+            f"model.path={self.file}: cannot read this GGUF file: its head has {what}, so it is cut or damaged. Copy or download "
+            "it again."
+        )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_lab.base import gguf, inspect, quantized
+from lora_lab import console
+from lora_lab.base import cache, gguf, inspect, quantized
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import download, is_hub_id, local_path
 from lora_lab.config import HardwareConfig, ModelConfig, QuantConfig
-from lora_lab.errors import BaseModelError, ConfigError
+from lora_lab.errors import BaseModelError, ConfigError, LoraLabError
 
 if TYPE_CHECKING:
     import torch
@@ -103,22 +106,30 @@ def skeleton(folder: Path, kind: ModelKind, dtype: str | None = None) -> PreTrai
     import transformers
 
     settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    try:
-        with torch.device("meta"):
-            return getattr(transformers, kind.auto_class).from_config(model_config(folder, kind), **settings)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _cannot_build(folder, kind, error) from error
+    config = model_config(folder, kind)
+    with _building(folder, kind), torch.device("meta"):
+        return getattr(transformers, kind.auto_class).from_config(config, **settings)
 
 
-def _cannot_build(folder: Path, kind: ModelKind, error: Exception) -> BaseModelError:
+@contextlib.contextmanager
+def _building(folder: Path, kind: ModelKind) -> Iterator[None]:
+    """Whatever transformers raises of a configuration becomes a BaseModelError."""
     from transformers import __version__
 
-    reason = str(error).strip().partition("\n")[0]
-    return BaseModelError(
-        f"{folder}/config.json: transformers {__version__} cannot build {_AS[kind.auto_class]} from it ({reason}). Choose "
-        "another base or task."
-    )
+    try:
+        yield
+    except (LoraLabError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
+        raise BaseModelError(
+            f"{folder}/config.json: transformers {__version__} cannot build {_AS[kind.auto_class]} from it ({reason}). Choose "
+            "another base or task."
+        ) from error
 
+
+_MOST_PER_BYTE, _SMALL_MODEL = 8, 2**28  # parameters: of one bit each, and a head that is new
+_said: set[tuple[str, str]] = set()  # configurations are read several times, and told of once
 
 _AS = {
     "AutoModelForCausalLM": "a causal language model",
@@ -138,13 +149,29 @@ def model_config(folder: Path, kind: ModelKind) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _cannot_build(folder, kind, error) from error
-    for name, value in kind.settings.items():
-        setattr(config, name, value)
+    inspect.require_config(folder)
+    inspect.check_files(folder)
+    with _building(folder, kind):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _choose_attention(folder, config)
+        for name, value in kind.settings.items():
+            setattr(config, name, value)
     return config
+
+
+def _choose_attention(folder: Path, config: PretrainedConfig) -> None:
+    """Take back a choice of native code (FlashAttention and its like) that a `config.json` made: it is ours, and changes no
+    result."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        chosen = getattr(part, "_attn_implementation", None)
+        if chosen in inspect.KNOWN_ATTENTION:
+            continue
+        part._attn_implementation_internal = None
+        if (str(folder), chosen) not in _said:
+            _said.add((str(folder), chosen))
+            console.say(
+                "base", f"config.json asks for {chosen}; attention is computed by torch instead, and nothing is lost"
+            )
 
 
 def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, ...]:
@@ -155,9 +182,11 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
         head: as in `ModelKind`.
 
     Raises:
-        BaseModelError: the base lacks weights that belong to no head.
+        BaseModelError: the configuration describes a far larger model than the files hold.
     """
     from lora_lab.base.weights import Weights
+
+    _refuse_larger(model, folder)
 
     prefix = model.base_model_prefix
     there = {name.removeprefix(f"{prefix}.") for name in Weights(folder)}
@@ -184,6 +213,17 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
     return tuple(found)
 
 
+def _refuse_larger(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a configuration whose model would fill the machine with numbers that the files do not hold."""
+    described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(file.stat().st_size for file in inspect.weight_files(folder))
+    if described > _MOST_PER_BYTE * stored + _SMALL_MODEL:
+        raise BaseModelError(
+            f"{folder}/config.json: describes a {type(model).__name__} of {described:,} parameters, and the weights have "
+            f"{stored:,} bytes. They do not belong together: copy or download the folder again."
+        )
+
+
 def load_model(
     files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig, device: torch.device, seed: int
 ) -> PreTrainedModel:
@@ -201,7 +241,7 @@ def load_model(
     logging.set_verbosity_error()  # what is missing or new is said below
     torch.manual_seed(seed)
     kept = quantized.folder_of(files, kind, dtype, quant, device.type)
-    again = kept is not None and quantized.usable(kept)
+    again = kept is not None and cache.usable(kept)
     how = {"config": model_config(files.folder, kind), "quantization_config": bitsandbytes_config(quant, dtype, kind)}
     try:
         model, report = getattr(transformers, kind.auto_class).from_pretrained(
@@ -210,10 +250,13 @@ def load_model(
             dtype=getattr(torch, dtype),
             device_map={"": device},
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=kind.head == "always",
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (LoraLabError, MemoryError):
+        raise
+    except Exception as error:  # of transformers, safetensors, the quantizer and torch
         raise BaseModelError(
             f"model.path={files.name}: cannot be loaded with quant.method={quant.method} ({error})."
         ) from error

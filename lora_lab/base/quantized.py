@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from filelock import FileLock
 from lora_lab import storage
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config import QuantConfig
-from lora_lab.errors import CheckpointError, RunError
+from lora_lab.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,18 +42,6 @@ def folder_of(files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig,
     ]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "quantized" / digest[:32]
-
-
-def usable(folder: Path) -> bool:
-    """Whether the folder holds a base that is what was written; a damaged one is removed."""
-    if not folder.exists():
-        return False
-    try:
-        storage.verify(folder)
-    except CheckpointError:
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
 
 
 def keep(model: PreTrainedModel, folder: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lora_lab import storage
+from lora_lab import console, storage
+from lora_lab.base import inspect
 from lora_lab.errors import BaseModelError
+from lora_lab.reading import read_json, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,22 +20,21 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
+MAX_TEMPLATE = 2**20  # characters; the longest of known models has some 30,000
+_DEFAULT = "default"  # transformers' name for the template that is used when none is named
 
 
 def load_tokenizer(folder: Path, chat: bool = True) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with a pad token, and for `chat` with a chat template.
 
     Raises:
-        BaseModelError: the folder has no tokenizer, or one that cannot tell where in the text a token lies.
+        BaseModelError: the folder has no tokenizer, one that cannot be trusted, or one that cannot tell where in the text a token
+            lies.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+    tokenizer = read_tokenizer(folder)
     if not tokenizer.is_fast:
         raise BaseModelError(f"{folder}: its tokenizer gives no character offsets, which exact masks need.")
+    tokenizer.chat_template = chosen_template(folder, tokenizer.chat_template)
     if not chat:
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -47,6 +48,73 @@ def load_tokenizer(folder: Path, chat: bool = True) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder as it is.
+
+    Raises:
+        BaseModelError: there is none, it cannot be read, or it names files outside the folder.
+    """
+    from transformers import AutoTokenizer
+
+    inspect.check_files(folder)
+    with reading(f"{folder}: its tokenizer", BaseModelError):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_own_files(folder))
+        encoded = tokenizer(
+            ["a", "a b"], padding=tokenizer.pad_token_id is not None
+        )  # settings of a wrong kind are not
+        tokenizer.decode(encoded["input_ids"][0])  # noticed before they are used
+    return tokenizer
+
+
+def _own_files(folder: Path) -> dict[str, None]:
+    """The files that `tokenizer_config.json` names, to be taken from the folder instead: many note where they once lay.
+
+    Raises:
+        BaseModelError: a version of the tokenizer's file that is outside the folder.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return {}
+    config = read_json(file, BaseModelError)
+    versions = config.get("fast_tokenizer_files", [])
+    for name in versions if isinstance(versions, list) else [versions]:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise BaseModelError(
+                f"{file}: fast_tokenizer_files names {str(name)[:200]!r}, which is outside the folder. The folder is not trusted."
+            )
+    return dict.fromkeys(key for key in config if key.endswith("_file"))
+
+
+def chosen_template(source: Path, templates: Any) -> str | None:
+    """The one chat template that is used, and saved with merges: the default of several. None where there is none.
+
+    Args:
+        source: where they come from, for messages.
+
+    Raises:
+        BaseModelError: several without a default, something that is no text, or too long.
+    """
+    if isinstance(templates, dict):
+        if _DEFAULT not in templates:
+            raise BaseModelError(
+                f"{source}: its tokenizer has the chat templates {', '.join(map(str, templates)) or '(none)'}, and none is called "
+                f"'{_DEFAULT}'. Give the one to use this name in a copy of the folder."
+            )
+        others = [str(name) for name in templates if name != _DEFAULT]
+        if others:
+            console.say(
+                "template", f"'{_DEFAULT}' is used of the tokenizer's chat templates; not used: {', '.join(others)}"
+            )
+        templates = templates[_DEFAULT]
+    if templates is None:
+        return None
+    if not isinstance(templates, str):
+        raise BaseModelError(f"{source}: its chat template must be text, not {type(templates).__name__}.")
+    if len(templates) > MAX_TEMPLATE:
+        raise BaseModelError(f"{source}: its chat template has {len(templates):,} characters, above {MAX_TEMPLATE:,}.")
+    return templates
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

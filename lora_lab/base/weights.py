@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 
 from lora_lab.base import inspect
+from lora_lab.errors import BaseModelError
+from lora_lab.reading import reading
 
 
 class Weights:
@@ -19,7 +21,7 @@ class Weights:
         self.shapes: dict[str, torch.Size] = {}
         self.floating: dict[str, bool] = {}
         for file in inspect.weight_files(folder):
-            with safe_open(file, "pt") as tensors:
+            with reading(file, BaseModelError), safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                     part = tensors.get_slice(name)
                     self._files[name], self.shapes[name] = file, torch.Size(part.get_shape())
@@ -33,5 +35,6 @@ class Weights:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor; its pages of the file leave memory with it."""
-        with safe_open(self._files[name], "pt") as tensors:
+        file = self._files[name]
+        with reading(file, BaseModelError), safe_open(file, "pt") as tensors:
             return tensors.get_tensor(name)

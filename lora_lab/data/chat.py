@@ -13,6 +13,7 @@ from lora_lab.data.clean import clean
 from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Message, Record, RowError, class_name
 from lora_lab.data.template import ChatTemplate, Rendered
+from lora_lab.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,12 +52,15 @@ class ChatEncoder(Encoder):
 
     def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """What the model is given to answer a conversation that was typed, not read from rows."""
-        return self.template.text(cleaned(messages, self.config), tools, add_generation_prompt=True)
+        return self.template.typed(cleaned(messages, self.config), tools, prompt=True)
 
     def end_tokens(self) -> list[int]:
         """Ids that end an answer: the token that training puts there, and the end of sequence."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        [found] = self._tokenized(self.template.examples(Record(messages=probe), "answers"))
+        try:
+            [found] = self._tokenized(self.template.examples(Record(messages=probe), "answers"))
+        except RowError as error:
+            raise DataError(f"The conversation of one question and one answer cannot be rendered: {error}") from error
         if isinstance(found, RowError):
             return [self.tokenizer.eos_token_id]
         [tokens] = found

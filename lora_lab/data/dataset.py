@@ -13,7 +13,7 @@ import pyarrow.compute
 from lora_lab.data import store
 from lora_lab.data.chunks import SCHEMA, Report, columns_of, encode_chunk
 from lora_lab.data.encode import Encoder, Example
-from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, Row, parse_json_line, renamed
+from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, Row, checked, parse_json_line, renamed
 from lora_lab.errors import DataError
 
 _BLOCK_BYTES = 2**22
@@ -246,7 +246,7 @@ class Stream:
             values, problem = parse_json_line(text.decode("utf-8-sig"))
         except UnicodeDecodeError:
             values, problem = {}, NOT_UTF8
-        return part, renamed(Row(line + 1, values, problem), columns_of(file, self.encoder.config))
+        return part, renamed(checked(Row(line + 1, values, problem)), columns_of(file, self.encoder.config))
 
     def sample(self, count: int = 1000) -> Dataset:
         """Lines evenly spread over all, encoded now: what the checks look at.

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_lab.data.limits import fault_of
 from lora_lab.errors import DataError, nearest
 
 Message = dict[str, Any]
@@ -123,8 +124,10 @@ def _feedback(values: dict[str, Any], _: Any = None) -> Record:
 def _answered(prompt: Any, answer: Any, values: dict[str, Any]) -> Record:
     if isinstance(prompt, list) and isinstance(answer, list):  # conversational form: two lists of messages
         return _messages({**values, "messages": prompt + answer})
-    history = values.get("history") or []
-    turns = [part for pair in history for part in pair] if isinstance(history, list) else []
+    history = _decoded(values.get("history") or [], "history")
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise RowError("not text", f"'history' must be a list of pairs [question, answer], not {_shown(history)}.")
+    turns = [part for pair in history for part in pair]
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*turns, prompt, answer])]
     record = _conversation(messages, values.get("tools"), values.get("system"))
@@ -179,8 +182,10 @@ def _pair_label(values: dict[str, Any], names: Sequence[str] | None = None) -> R
 def _labelled(text: str, pair: str | None, given: Any, names: Sequence[str] | None) -> Record:
     """A label, or a list of them. Its name is the answer, so that a language model can learn it as well."""
     if isinstance(given, str) and given.startswith("["):  # a list in a CSV file
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(given)
+        if problem := fault_of(given):
+            raise RowError("label", f"the label {problem}")
     labels = [_class(label, names) for label in (given if isinstance(given, list) else [given])]
     if len(set(map(str, labels))) < len(labels):
         raise RowError("label", f"label {_shown(given)} names a class twice.")
@@ -456,9 +461,12 @@ def _decoded(value: Any, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        decoded = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError("not text", f"'{column}' is neither a structure nor JSON text ({_shown(value)}).") from error
+    if problem := fault_of(decoded):
+        raise RowError("not text", f"'{column}' {problem}")
+    return decoded
 
 
 def _shown(value: Any) -> str:

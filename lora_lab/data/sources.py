@@ -21,7 +21,9 @@ from typing import IO, Any
 from lora_lab import storage
 from lora_lab.base.resolve import local_path
 from lora_lab.config import Source
+from lora_lab.data.limits import MAX_ROW_CHARS, fault_of
 from lora_lab.errors import DataError
+from lora_lab.reading import reading
 
 HUB = "hub:"
 KINDS = {
@@ -31,6 +33,8 @@ KINDS = {
 MAX_LINE_BYTES = 64 * 2**20  # a longer line is no row of text; refused before it fills the memory
 NOT_UTF8 = "not valid UTF-8. Save the file as UTF-8."
 _MAX_JSON_BYTES = 2**30  # a .json file is read whole
+_MAX_GROUP_BYTES = 4 * 2**30  # of a Parquet file's parts
+_BATCH_BYTES = 64 * 2**20  # of rows of Parquet that are read together
 _MAX_RATIO, _RATIO_FROM_BYTES = (
     200,
     2**22,
@@ -80,7 +84,7 @@ class DataFile:
                 for row in _READERS[self.kind](stream, self):
                     if progress is not None:
                         progress.at(raw.tell())
-                    yield row
+                    yield checked(row)
         except _UNREADABLE as error:
             reason = getattr(error, "strerror", None) or error
             hint = " Make the archive again: it is cut or damaged." if self.zipped else ""
@@ -120,8 +124,9 @@ class HubData:
         return self._load()._fingerprint
 
     def rows(self, progress: Any = None) -> Iterator[Row]:
-        for number, values in enumerate(self._load(), start=1):
-            yield Row(number, values)
+        with reading(f"{self.key}=hub:{self.path}", DataError):
+            for number, values in enumerate(self._load(), start=1):
+                yield checked(Row(number, values))
 
 
 class _Guarded:
@@ -225,7 +230,7 @@ def _kind(key: str, path: Path) -> str:
     if kind == "json":
         with (
             gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as stream,
-            contextlib.suppress(OSError),
+            contextlib.suppress(*_UNREADABLE),
         ):
             if stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
                 return "jsonl"  # one object a line, whatever the name says
@@ -253,6 +258,14 @@ def _lines(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, str, str | 
             yield number, "", NOT_UTF8
 
 
+def checked(row: Row) -> Row:
+    """The row, or the same row with what keeps it from being text: half characters, too much of it, nested too deep."""
+    if row.problem is not None:
+        return row
+    problem = fault_of(row.values)
+    return row if problem is None else Row(row.number, {}, problem)
+
+
 def parse_json_line(text: str) -> tuple[dict[str, Any], str | None]:
     """The object that one line holds, and what is wrong with it."""
     try:
@@ -277,8 +290,13 @@ def _read_json(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
         raise DataError(
             f"{file.key}={file.path}: a .json file above 1 GiB. Write one object a line into a .jsonl file."
         )
+    content = stream.read(_MAX_JSON_BYTES + 1)
+    if len(content) > _MAX_JSON_BYTES:
+        raise DataError(
+            f"{file.key}={file.path}: unpacks to more than 1 GiB. Write one object a line into a .jsonl file."
+        )
     try:
-        rows = json.loads(stream.read().decode("utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file.key}={file.path}: not valid JSON ({error}).") from error
     if not isinstance(rows, list):
@@ -291,12 +309,12 @@ def _read_json(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
 def _read_csv(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
     """Every value is text, as it stands in the file."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    lines = _csv_lines(stream)
+    lines = _CsvLines(stream, file)
     reader = csv.reader(lines, delimiter="\t" if file.kind == "tsv" else ",", strict=True)
     try:
         header = next(reader, [])
         for fields in reader:
-            number = reader.line_num
+            number, lines.taken = reader.line_num, 0
             if not fields:
                 continue
             if any(map(_SURROGATE.search, fields)):
@@ -313,11 +331,25 @@ def _read_csv(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
         ) from error
 
 
-def _csv_lines(stream: IO[bytes]) -> Iterator[str]:
-    line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
-    while line:
-        yield line.decode("utf-8", errors="surrogateescape")
-        line = stream.readline(MAX_LINE_BYTES + 1)
+class _CsvLines:
+    """The lines of a CSV file; a row may have many, but not without end."""
+
+    def __init__(self, stream: IO[bytes], file: DataFile):
+        self.stream, self.file = stream, file
+        self.taken = 0  # bytes since the last row
+        self.first = True
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.stream.readline(MAX_LINE_BYTES + 1):
+            self.taken += len(line)
+            if self.taken > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{self.file.key}={self.file.path}: a row is longer than {MAX_LINE_BYTES // 2**20} MiB, so it is no row of text. "
+                    "Is a quote not closed?"
+                )
+            if self.first:
+                line, self.first = line.removeprefix(b"\xef\xbb\xbf"), False
+            yield line.decode("utf-8", errors="surrogateescape")
 
 
 def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
@@ -326,13 +358,45 @@ def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
+        table = pyarrow.parquet.ParquetFile(stream)
+        for batch in table.iter_batches(batch_size=_parquet_rows(table, file)):
+            for values in _of_batch(batch):
                 number += 1
-                yield Row(number, _without_nulls(values))
-    except (pyarrow.ArrowException, ValueError) as error:
+                yield Row(number, {}, NOT_UTF8) if values is None else Row(number, _without_nulls(values))
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{file.key}={file.path}: not a Parquet file that can be read ({reason}).") from error
+
+
+def _parquet_rows(table: Any, file: DataFile) -> int:
+    """How many rows of a Parquet file are read together.
+
+    Raises:
+        DataError: it can only be read in parts that are too large.
+    """
+    largest = 0
+    for index in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(index)
+        if group.total_byte_size > _MAX_GROUP_BYTES:
+            raise DataError(
+                f"{file.key}={file.path}: row group {index + 1} holds {group.total_byte_size / 2**30:.1f} GiB, above "
+                f"{_MAX_GROUP_BYTES // 2**30}, and is read at once. Write smaller row groups."
+            )
+        largest = max(largest, group.total_byte_size // max(1, group.num_rows))
+    return max(1, min(1024, _BATCH_BYTES // max(1, largest)))
+
+
+def _of_batch(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch; None for one whose bytes are not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                [values] = batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                values = None
+            yield values
 
 
 def _without_nulls(value: Any) -> Any:
@@ -347,8 +411,14 @@ def _without_nulls(value: Any) -> Any:
 def _read_text(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
     """Lines, paragraphs (parted by blank lines) or the whole file, without those that hold no text."""
     part: list[str] = []
-    first = 1
+    first, size = 1, 0
     for number, text, problem in _lines(stream, file):
+        size = size + len(text) if part else len(text)
+        if size > MAX_LINE_BYTES:
+            raise DataError(
+                f"{file.key}={file.path}: what starts in line {first} is longer than {MAX_LINE_BYTES // 2**20} MiB. Set "
+                "data.sample_by=paragraph or line, or split the file."
+            )
         if problem:
             yield Row(number, {}, problem)
             continue
@@ -377,6 +447,10 @@ def _read_conll(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
             tokens, tags, fault = [], [], None
             continue
         first = number if not tokens else first
+        if len(tokens) > MAX_ROW_CHARS:
+            raise DataError(
+                f"{file.key}={file.path}: the sentence of line {first} does not end. Part sentences by blank lines."
+            )
         if problem or len(fields) < 2:
             fault = (
                 fault or f"line {number}: {problem or 'no tag behind the token. Write token and tag in two columns.'}"

@@ -131,9 +131,7 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "task": {name: getattr(encoder.task, name) for name in encoder.task_options},
         "vocab_size": encoder.vocab_size,
         "template": encoder.tokenizer.chat_template,
-        "day": encoder.template.text([{"role": "user", "content": "a"}])
-        if encoder.chat and encoder.template.dated
-        else None,
+        "day": encoder.template.of_today() if encoder.chat else None,
         "tokenizer": tokenizer_digest(encoder.tokenizer),
         "augmentation": encoder.augmenter.digest() if encoder.augmenter else None,
         "encoder": type(encoder).__qualname__,

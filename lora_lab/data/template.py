@@ -12,18 +12,21 @@ import contextlib
 import dataclasses
 import json
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.data.formats import Message, Record, RowError, weight_of
-from lora_lab.errors import ConfigError, DataError, nearest
+from lora_lab.data.limits import MAX_ROW_CHARS, Bounds
+from lora_lab.errors import ConfigError, DataError, LoraLabError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RENDER_SECONDS = 1.0  # of processor time; real conversations take a thousandth
+_ROW_SECONDS = 10.0  # for all renderings of a row: two for each answer
+_RENDER_BYTES = 2**30  # more than the process has; the longest rows that are read take a fifth
+_MAX_TEXT = 2 * MAX_ROW_CHARS
+_MAX_BEGINNINGS = 2**26  # characters of all beginnings of a conversation, which are held together
 _NOT_FOR_TEMPLATES = ("train", "weight")
 
 
@@ -65,6 +68,7 @@ class ChatTemplate:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = sorted((special | {tokenizer.eos_token}) - {""}, key=len, reverse=True)
         self._native_tools: bool | None = None
+        self._bounds: Bounds | None = None  # of the row that is being rendered
 
     def text(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False
@@ -73,32 +77,53 @@ class ChatTemplate:
 
         Raises:
             RowError: the template refuses the conversation.
-        DataError: it does not come to an end.
+            DataError: it does not come to an end, or takes more memory than any text needs.
         """
-        from jinja2 import TemplateError
+        with self._row():
+            return self._text(messages, tools, add_generation_prompt)
 
+    @contextlib.contextmanager
+    def _row(self) -> Iterator[None]:
+        """The renderings of one conversation, which are bounded together."""
+        if self._bounds is not None:
+            yield
+            return
+        try:
+            with Bounds(_RENDER_BYTES, _ROW_SECONDS) as self._bounds:
+                yield
+        except MemoryError as error:
+            raise DataError(
+                f"Stopped, because the model's chat template cannot render it (it takes more than {_RENDER_BYTES // 2**20} MiB of memory)."
+            ) from error
+        finally:
+            self._bounds = None
+
+    def _text(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         if (tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)) and not self.native_tools:
             messages, tools = _tools_as_text(messages, tools), None
-        return self._rendered(messages, tools, add_generation_prompt, TemplateError)
+        return self._rendered(messages, tools, add_generation_prompt)
 
-    def _rendered(self, messages: list[Message], tools: Any, add_generation_prompt: bool, template_error: type) -> str:
+    def _rendered(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
         plain = [{k: v for k, v in message.items() if k not in _NOT_FOR_TEMPLATES} for message in messages]
+        stopped = DataError(
+            f"The model's chat template was stopped after {_RENDER_SECONDS:g} s: it does not end."
+            if self._bounds.left > _RENDER_SECONDS
+            else f"The model's chat template was stopped after {_ROW_SECONDS:g} s with one conversation."
+        )
         try:
-            with _time_limit():
-                return self.tokenizer.apply_chat_template(
+            with self._bounds.slice(_RENDER_SECONDS, stopped):
+                text = self.tokenizer.apply_chat_template(
                     plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs
                 )
-        except (
-            template_error,
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            MemoryError,
-            RecursionError,
-            OverflowError,
-        ) as error:
+        except (LoraLabError, MemoryError):
+            raise
+        except Exception as error:  # of the template itself, of jinja, of Python's compiler
             raise RowError("template", f"the model's chat template cannot render it ({error}).") from error
+        if len(text) > _MAX_TEXT:
+            raise DataError(
+                f"The model's chat template makes {len(text):,} characters of one conversation, above {_MAX_TEXT:,}: no text is that long."
+            )
+        return text
 
     def check_variables(self) -> None:
         """Refuse variables that the template does not have: they would have no effect.
@@ -106,16 +131,21 @@ class ChatTemplate:
         Raises:
             ConfigError: naming the variable, and those that there are.
         """
-        from jinja2 import TemplateError, meta
+        from jinja2 import meta
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        stopped = DataError(f"The model's chat template was not read in {_RENDER_SECONDS:g} s.")
         try:
-            parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
-                re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.tokenizer.chat_template)
-            )
-        except TemplateError:
+            with self._row(), self._bounds.slice(_RENDER_SECONDS, stopped):
+                parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                    re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.tokenizer.chat_template)
+                )
+                known = meta.find_undeclared_variables(parsed)
+        except LoraLabError:
+            raise
+        except Exception:
             return  # told with the first row
-        known = meta.find_undeclared_variables(parsed) | set(re.findall(r"\bset (\w+)", self.tokenizer.chat_template))
+        known |= set(re.findall(r"\bset (\w+)", self.tokenizer.chat_template))
         for name in self.kwargs:
             if name not in known:
                 raise ConfigError(
@@ -126,10 +156,9 @@ class ChatTemplate:
     def native_tools(self) -> bool:
         """Whether the template shows tools, calls and results. If not, they are written as text (see `_tools_as_text`)."""
         if self._native_tools is None:
-            from jinja2 import TemplateError
-
             try:
-                shown = self._rendered(_TOOL_PROBE, [_PROBED_TOOL], False, TemplateError)
+                with self._row():
+                    shown = self._rendered(_TOOL_PROBE, [_PROBED_TOOL], False)
             except RowError:
                 shown = ""
             self._native_tools = all(mark in shown for mark in ("probe_described", "probe_argument", "probe_result"))
@@ -140,6 +169,25 @@ class ChatTemplate:
         """Whether the text depends on the day on which it is rendered."""
         return "strftime_now" in (self.tokenizer.chat_template or "") and "date_string" not in self.kwargs
 
+    def of_today(self) -> str | None:
+        """A text that differs from day to day if the template's texts do; None if they do not.
+
+        Raises:
+            DataError: the template cannot write it.
+        """
+        return self.typed([{"role": "user", "content": "a"}]) if self.dated else None
+
+    def typed(self, messages: list[Message], tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
+        """As `text`, of a conversation that is in no row.
+
+        Raises:
+            DataError: whatever keeps the template from rendering it.
+        """
+        try:
+            return self.text(messages, tools, prompt)
+        except RowError as error:
+            raise DataError(f"The conversation cannot be rendered: {error}") from error
+
     def examples(self, record: Record, supervise: str) -> list[Rendered]:
         """The training examples of one conversation: usually one.
 
@@ -149,9 +197,12 @@ class ChatTemplate:
         Raises:
             RowError: the template cannot render the conversation, or shows an answer otherwise than it would be given.
         """
-        messages, tools = record.messages, record.tools
+        with self._row():
+            return self._examples(record.messages, record.tools, supervise)
+
+    def _examples(self, messages: list[Message], tools: Any, supervise: str) -> list[Rendered]:
         if supervise == "all":
-            text = self.text(messages, tools)
+            text = self._text(messages, tools)
             end_missing = messages[-1]["role"] == "assistant" and not self._end(text)[1]
             return [Rendered(text, [(0, len(text), 1.0)], end_missing, messages=messages, tools=tools)]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -199,11 +250,23 @@ class _Turns:
     def __init__(self, template: ChatTemplate, messages: list[Message], tools: Any):
         self.template, self.messages, self.tools = template, messages, tools
         self._texts: dict[tuple[int, bool], str] = {}
+        self._size = 0
 
     def _text(self, count: int, prompt: bool) -> str:
         if (count, prompt) not in self._texts:
-            self._texts[count, prompt] = self.template.text(self.messages[:count], self.tools, prompt)
+            self._texts[count, prompt] = self._rendered(count, prompt)
         return self._texts[count, prompt]
+
+    def _rendered(self, count: int, prompt: bool) -> str:
+        text = self.template._text(self.messages[:count], self.tools, prompt)
+        self._size += len(text)
+        if self._size > _MAX_BEGINNINGS:
+            raise RowError(
+                "template",
+                f"{len(self.messages)} messages are rendered up to each answer, and that is above {_MAX_BEGINNINGS:,} characters. "
+                "Split the conversation.",
+            )
+        return text
 
     def through(self, turn: int) -> str:
         """The text up to and including message `turn`."""
@@ -227,25 +290,6 @@ class _Turns:
         start, end = self.span(turn)
         through = self.through(turn)
         return start < end and through.startswith(self.prompt(turn)) and self.through(cut - 1).startswith(through[:end])
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Stop a template that does not come to an end. Signals reach the main thread only; elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise DataError(f"The model's chat template was stopped after {_RENDER_SECONDS:g} s: it does not end.")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _tools_as_text(messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:

@@ -9,7 +9,8 @@ from lora_lab import storage
 from lora_lab.base import inspect
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import TOKENIZER_FILES, download, is_hub_id, local_path
-from lora_lab.errors import BaseModelError
+from lora_lab.base.tokenizer import read_tokenizer
+from lora_lab.errors import BaseModelError, LoraLabError
 
 _BATCH = 16  # lines translated at a time
 
@@ -46,13 +47,13 @@ class Translator:
 
     def __init__(self, key: str, folder: Path, prefix: str):
         import torch
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import AutoModelForSeq2SeqLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.prefix = prefix
+        self.tokenizer = read_tokenizer(folder)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, report = AutoModelForSeq2SeqLM.from_pretrained(
                 folder,
                 dtype=torch.float32,  # half precision overflows in T5, and makes ties between tokens likely
@@ -60,7 +61,9 @@ class Translator:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (LoraLabError, MemoryError):
+            raise
+        except Exception as error:  # of transformers, safetensors and torch
             raise BaseModelError(
                 f"{key}: cannot be loaded ({error}). Name the folder of a transformers sequence-to-sequence model."
             ) from error

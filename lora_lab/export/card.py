@@ -13,7 +13,11 @@ from lora_lab import __version__
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config import RunConfig
+from lora_lab.errors import BaseModelError
+from lora_lab.reading import read_bytes
 from lora_lab.run_dir import RunDir
+
+_FRONT_CHARS = 2**16  # of a model card, in which its front matter stands
 
 
 def card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]) -> str:
@@ -53,17 +57,18 @@ def base_licence(folder: Path) -> str | None:
     """The licence that the base's own card names, or the first line of its LICENSE file."""
     readme = folder / "README.md"
     if readme.is_file():
-        found = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        text = read_bytes(readme, BaseModelError).decode(errors="replace")
+        found = re.match(r"---\n(.*?)\n---", text[:_FRONT_CHARS], re.DOTALL)
         try:
             front = yaml.safe_load(found[1]) if found else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a card that says nothing
             front = None
         if isinstance(front, dict) and isinstance(front.get("license"), str):
             return front["license"]
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         file = folder / name
         if file.is_file():
-            words = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            words = read_bytes(file, BaseModelError).decode(errors="replace").strip().splitlines()
             return words[0].strip() if words else None
     return None
 

@@ -22,7 +22,11 @@ def main(
 
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, auto_class)
-    model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    chosen = transformers.AutoConfig.from_pretrained(folder)._attn_implementation
+    own = (
+        {} if chosen in (None, "eager", "sdpa") else {"attn_implementation": "sdpa"}
+    )  # no native code of a file's choice
+    model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **own)
     problems = {kind: sorted(names) for kind, names in info.items() if names}
     if problems:
         sys.exit(f"the checkpoint does not load cleanly: {problems}")

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base import quantized
+from lora_lab.base import inspect, quantized
 from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skeleton
 from lora_lab.config import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
@@ -253,7 +253,8 @@ def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, 
     from transformers import AutoConfig
 
     dtype = AutoConfig.from_pretrained(base.folder).dtype or torch.float32
-    size = sum(file.stat().st_size for file in base.folder.glob("*.safetensors"))
+    files = inspect.weight_files(base.folder) if any(base.folder.glob("*.safetensors")) else []
+    size = sum(file.stat().st_size for file in files)
     return dtype, size or sum(weights.values()) * dtype.itemsize
 
 

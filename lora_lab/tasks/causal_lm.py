@@ -194,5 +194,5 @@ def _share(hits) -> float:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # whatever a model wrote
         return None

@@ -26,7 +26,7 @@ class NumberEncoder(LabelEncoder):
     def labels(self, record: Record) -> tuple[str, ...]:
         try:
             number = float(record.label)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise RowError(

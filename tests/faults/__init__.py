@@ -1,0 +1,1 @@
+"""Faults: what is damaged, cut, odd or full."""

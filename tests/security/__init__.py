@@ -1,0 +1,1 @@
+"""Attacks: what somebody else may have written."""
