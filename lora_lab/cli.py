@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from lora_lab import __version__, signals
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
 
+_PRINTING = ("config", "data", "plan", "chat")  # their output is all that they are for
 _COMMON = """
 exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
-non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
+non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving. A reader that closes its pipe (| head) changes nothing;
+where stdout cannot be written (disk full) a run still goes on to its end, and config, data, plan and chat end with 2."""
 
 _TRAIN = """\
 A run is composed from groups (GROUP=CHOICE) and single values (SECTION.KEY=VALUE):
@@ -117,20 +119,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-sc" in argv or "--shell-completion" in argv:
         return _complete(argv)
-    args = _parse(argv)
+    try:
+        args = _parse(argv)
+    except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
+        raise SystemExit(_written(done.code or 0, needed=True)) from None
     signals.install()
+    return _written(_run(args), needed=args.verb in _PRINTING)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The verb's exit code, after saying what went wrong."""
     try:
         return {"train": _train, "data": _data, "plan": _plan, "config": _config}.get(args.verb, _on_run)(args)
     except LoraLabError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"lora-lab: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(args, str(error), error.exit_code)
     except Interrupted as error:
         what = f"sweep={error.sweep}" if error.sweep else f"run={error.run}"
         hint = f"; what was finished is saved. Go on with: lora-lab resume {what}" if error.sweep or error.run else ""
-        print(f"lora-lab: stopped{hint}", file=sys.stderr)
+        _complain(f"lora-lab: stopped{hint}")
         return error.exit_code
+    except Exception as error:
+        sentence = _of_machine(error)
+        if sentence is not None:
+            return _failed(args, f"{sentence} --debug shows where.", 2)
+        _complain(traceback.format_exc().rstrip())
+        _complain("lora-lab: this is a bug in lora-lab, not a mistake of yours. Please report it with the lines above.")
+        return 1
+
+
+def _failed(args: argparse.Namespace, sentence: str, code: int) -> int:
+    if args.debug:
+        _complain(traceback.format_exc().rstrip())
+    _complain(f"lora-lab: {sentence}")
+    return code
+
+
+def _of_machine(error: Exception) -> str | None:
+    """A sentence for what a file, a disk or too little memory can cause anywhere; None for anything else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{where or 'the system'}: {error.strerror or error}."
+    if isinstance(error, RecursionError):
+        return "a value or a file is nested too deep to be read. Make it flatter."
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return (
+            f"memory ran out ({str(error).partition(chr(10))[0] or 'no room'}). Set a smaller data.max_tokens or "
+            "train.micro_batch_size, or quant=nf4; lora-lab plan shows what needs how much."
+        )
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from lora_lab.train import oom
+
+    return oom.is_out_of_memory(error)
+
+
+def _complain(text: str) -> None:
+    from lora_lab import console
+
+    console.complain(text)
+
+
+def _written(code: int, needed: bool) -> int:
+    """The exit code, now that all output is where it can go.
+
+    Args:
+        needed: whether the output is what the command is for, so that losing it is a failure.
+    """
+    from lora_lab import console
+
+    console.stdout.flush()
+    console.stderr.flush()
+    lost = console.stdout.lost
+    console.stdout.lost = None
+    if lost is None or isinstance(lost, BrokenPipeError):  # whoever read it has read enough
+        return code
+    console.complain(
+        f"lora-lab: stdout: {lost.strerror}, so what was said is lost there; a run's log.txt has all of it."
+    )
+    return code or (2 if needed else 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,10 +289,10 @@ def _multirun(args: argparse.Namespace) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
     _quiet_libraries()
     from lora_lab import hydra_app
-    from lora_lab.sweep import sweep
+    from lora_lab.sweep import ranking, sweep
 
     whole = sweep.Sweep()
-    failures = hydra_app.multirun(args.overrides, args.config_dir, whole.launch)
+    failures = hydra_app.multirun(args.overrides, args.config_dir, ranking.check, whole.launch)
     return whole.end(failures)
 
 
