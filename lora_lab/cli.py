@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
 from lora_lab import __version__, signals
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-sc" in argv or "--shell-completion" in argv:
-        return _complete(argv)
+        return _written(_complete(argv), needed=True)
     try:
         args = _parse(argv)
     except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
@@ -203,9 +204,18 @@ def _written(code: int, needed: bool) -> int:
     return code or (2 if needed else 0)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, which would drop what it cannot write without a word."""
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        from lora_lab import console
+
+        (console.stdout if file is sys.stdout else console.stderr).write(console.shown(message or ""))
+
+
 def _parser() -> argparse.ArgumentParser:
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lora-lab",
         formatter_class=text,
         description="Fine-tune a frozen, quantized base model with small adapters, and merge them back with proof.",

@@ -48,7 +48,8 @@ def shown(text: object) -> str:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    return match[0].encode("ascii", "backslashreplace").decode("ascii")
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:

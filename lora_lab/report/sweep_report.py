@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -106,6 +107,7 @@ def _figure(width: float, height: float) -> Figure:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the page's reader has fonts of their own
     mpl.rcParams["font.family"] = "sans-serif"
     mpl.rcParams["font.sans-serif"] = _FONT
     mpl.rcParams["text.parse_math"] = False  # a value with two $ is no formula
@@ -125,7 +127,13 @@ def _short(key: str) -> str:
 
 
 def _label(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else console.shown(value)
+    return f"{value:g}" if isinstance(value, float) else _shortened(value, 24)
+
+
+def _shortened(value: Any, most: int) -> str:
+    """A text that leaves room for the drawing."""
+    text = console.shown(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _levels(places: Sequence[dict[str, Any]], key: str) -> list[Any]:
@@ -227,7 +235,7 @@ def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
     left, right = figure.subplots(1, 2)
     for number, curve in enumerate(curves[:most]):
         colour = f"C{number}"
-        label = console.shown(curve.title)
+        label = _shortened(curve.title, 60)
         _draw(left, [_smoothed(one) for one in curve.train], colour, label)
         _draw(right, curve.held_out, colour, label, marker="o")
     more = f" (the {most} best of {len(curves)})" if len(curves) > most else ""
