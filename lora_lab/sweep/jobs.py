@@ -258,12 +258,10 @@ def _config_in(path: Path) -> RunConfig:
     """
     file = path / "config.yaml"
     if path.is_symlink() or file.is_symlink():
-        raise RunError(f"{path}: a link, and a sweep's runs are in its own folder. Left out; put a copy there instead.")
+        raise RunError("a link, and a sweep's runs are in its own folder. Left out; put a copy there instead.")
     if not path.is_dir():
-        raise RunError(f"{path}: a file where a run's folder should be. Left out; remove it.")
+        raise RunError("a file where a run's folder should be. Left out; remove it.")
     if not file.exists():
-        raise RunError(
-            f"{path}: no config.yaml, so the run never began. Left out; the sweep's first command makes it again."
-        )
+        raise RunError("no config.yaml, so the run never began. Left out; the sweep's first command makes it again.")
     with reading.reading(file, RunError, "The run is left out."):
         return dataclasses.replace(compose.load(file), run_dir=str(path))

@@ -87,12 +87,15 @@ class Faults:
                 step.loss = float("nan")
         self.plain(member, step, inside)
 
-    def cut(self) -> None:
-        """Cut the results that are to be cut."""
+    def cut(self) -> int:
+        """Cut the results that are to be cut; how many there were."""
+        count = 0
         for name, (kind, _) in self.planned.items():
             file = self.folder / "sweep" / name / "result.json"
             if kind == "cut" and file.exists() and self._first(name, kind):
                 file.write_bytes(file.read_bytes()[:40])
+                count += 1
+        return count
 
     def _first(self, name: str, kind: str) -> bool:
         mark = self.marks / f"{name}-{kind}"
