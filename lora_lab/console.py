@@ -161,7 +161,7 @@ def say(topic: str, text: object) -> None:
 
 
 def _say(console: Console, topic: str, text: object) -> None:
-    console.print(f"{topic:>9}", style="bold cyan", markup=False, end="")
+    console.print(f"{shown(topic):>9}", style="bold cyan", markup=False, end="")
     console.print(f"  {shown(text)}", markup=False)
 
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lora_lab.compose import compose_prepared, conf_dir, to_run_config
+from lora_lab.compose import compose_prepared, conf_dir, parse_override, to_run_config
 from lora_lab.config import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError
 from lora_lab.sweep.jobs import Nodes, Outcome
@@ -38,8 +38,9 @@ def multirun(
         The folder and error of each point whose configuration cannot be used.
 
     Raises:
-        ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
+        ConfigError: the sweep has no points, its first one cannot be used, or `run_dir` is set (Hydra numbers the folders).
     """
+    _refuse_empty(overrides)
     first, prepared = compose_prepared(overrides, config_dir, multirun=True)
     check(first)
     if any(text.startswith("run_dir=") for text in overrides):
@@ -64,6 +65,17 @@ def multirun(
     task.cohort = cohort
     _hydra_main(["-m", *prepared], "run", task)
     return failures
+
+
+def _refuse_empty(overrides: Sequence[str]) -> None:
+    for text in overrides:
+        override = parse_override(text)
+        if not override.is_sweep_override() or override.is_interval_sweep():
+            continue
+        if next(override.sweep_string_iterator(), None) is None:
+            raise ConfigError(
+                f"{text}: a sweep over no values at all. Write such as adapter.r=4,8 or adapter.r=range(4,9)."
+            )
 
 
 def complete(arguments: Sequence[str], verb: str | None) -> None:

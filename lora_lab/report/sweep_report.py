@@ -94,11 +94,16 @@ def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
         (f"{result['metric']} against cost", lambda: _pareto(places, result)),
     ]
     notes = [note for curve in curves for note in curve.notes]
+    drawn = []
+    for title, draw in plots:
+        try:
+            figure = draw()
+            drawn += [] if figure is None else [(title, _svg(figure))]
+        except Exception as error:  # values can be anything; the other drawings and the table are worth having
+            notes.append(f"{title}: cannot be drawn of these runs ({error}).")
     for note in notes:
         console.say("damaged", note)
-    figures = [(title, figure) for title, draw in plots if (figure := draw()) is not None]
     keys = list(dict.fromkeys(key for place in result["ranking"] for key in place["values"]))
-    drawn = [(title, _svg(figure)) for title, figure in figures]
     page = pages.render("sweep.html.jinja", result=result, keys=keys, figures=drawn, notes=notes)
     storage.write_text(file, page)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ def train(jobs: list[Job]) -> None:
 def opened(jobs: list[Job]) -> list[Job]:
     """Make the jobs' folders; those that are neither finished nor refused."""
     for job in jobs:
-        _open(job)
+        _those([job], _open)
         if job.damage:
             console.say(
                 "damaged", f"{job.title} is not finished after all, and goes on from its checkpoint: {job.damage}"
@@ -61,17 +62,13 @@ def opened(jobs: list[Job]) -> list[Job]:
 
 def _open(job: Job) -> None:
     """Make the job's run folder; one that it has made before is gone on with."""
-    try:
-        if job.result is None:
-            ranking.check(job.config)
-        if job.run.config.exists():
-            with reading(job.run.config, RunError):
-                run_dir.check_same(job.run, job.config)
-        else:
-            run_dir.create(job.config)
-    except LoraLabError as error:
-        job.error = error
-        console.say("failed", f"{job.title}: {error}")
+    if job.result is None:
+        ranking.check(job.config)
+    if os.path.lexists(job.run.config):
+        with reading(job.run.config, RunError):
+            run_dir.check_same(job.run, job.config)
+    else:
+        run_dir.create(job.config)
 
 
 def _leave_failure(job: Job) -> None:

@@ -73,7 +73,7 @@ class Job:
         return self._read_result()[1]
 
     def _read_result(self) -> tuple[dict[str, Any] | None, str]:
-        if not self.run.result.exists():
+        if not os.path.lexists(self.run.result):
             return None, ""
         try:
             found = reading.read_json(self.run.result, RunError)
@@ -98,7 +98,7 @@ class Job:
     def failure(self) -> LoraLabError | None:
         """The error that was left there."""
         file = self.run.path / _FAILED
-        if not file.exists():
+        if not os.path.lexists(file):
             return None
         try:
             left = reading.read_json(file, RunError)

@@ -92,6 +92,7 @@ def test_a_sweep_ranks_the_best_first_and_merges_it(name, tmp_path, reload_here)
         (["sweep.metric=valid_json", "task.generate_rows=2"], "There are: loss, token_accuracy, perplexity, rouge1"),
         (["sweep=halving", "data.eval=null"], "sweep=halving: compares held-out losses. Set data.eval=FILE"),
         (["sweep.metric=perplexity", "data.eval=null"], "sweep.metric=perplexity: is measured on held-out rows. Set"),
+        (["seed=range(4,4)"], "seed=range(4,4): a sweep over no values at all."),
         (["sweep.seeds=2", "data.eval=null"], "sweep.seeds=2: repeats what is best on held-out rows. Set"),
     ],
 )
@@ -309,6 +310,20 @@ def test_a_ranking_is_made_again_and_leads_nowhere_else(folder, finished, tmp_pa
     assert "no run ../evil to merge. Name one of 0, 1, 2" in capsys.readouterr().err
 
 
+def test_a_drawing_that_cannot_be_made_costs_only_itself(folder, monkeypatch, capsys):
+    from lora_lab.report import sweep_report
+
+    def fails(*_):
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr(sweep_report, "_pareto", fails)
+    assert cli.main(["resume", f"sweep={folder}"]) == 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "loss against cost: cannot be drawn of these runs (no such colour)." in page
+    assert "<h2>Losses</h2>" in page
+    assert "no such colour" in capsys.readouterr().out
+
+
 # -- the journal of a search ----------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +423,7 @@ def _failing(monkeypatch, fault: str, name: str) -> None:
 @pytest.fixture
 def eight(base, rows_file, eval_file, tmp_path):
     def make(name: str, execution: str):
-        shared = tiny(base, rows_file, eval_file, "train.max_steps=3", f"sweep.execution={execution}")
+        shared = tiny(base, rows_file, eval_file, "train.max_steps=2", f"sweep.execution={execution}")
         return [
             compose.compose(
                 [*shared, f"adapter.r={2 + place % 3}", f"seed={place}", f"run_dir={tmp_path}/{name}/{place}"]
@@ -449,7 +464,7 @@ def test_one_of_eight_that_does_not_fit_leaves_seven(eight, monkeypatch):
     cohort.train(found)
     assert [job.run.path.name for job in found if job.error is not None] == ["3"]
     assert "does not fit into memory" in str(found[3].error)
-    assert all(job.result["steps"] == 3 for job in found if job.error is None)
+    assert all(job.result["steps"] == 2 for job in found if job.error is None)
 
 
 # -- many runs, and faults at random ----------------------------------------------------------------------------------------------
