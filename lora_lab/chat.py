@@ -46,7 +46,7 @@ def chat(path: str, overrides: list[str]) -> None:
 
 
 def _whole(text: str) -> str:
-    """The text of a terminal or a command line whose encoding could not hold it: bytes that Python kept as lone surrogates."""
+    """The text of a terminal whose encoding could not hold it: bytes that Python kept as lone surrogates."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -120,12 +120,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-sc" in argv or "--shell-completion" in argv:
         return _written(_complete(argv), needed=True)
+    odd = next((text for text in argv if not _is_text(text)), None)
+    if odd is not None:
+        _complain(
+            f"lora-lab: {odd}: not text in the encoding of this terminal ({sys.getfilesystemencoding()}), so no file could hold it. "
+            "Set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or give the file another name."
+        )
+        return 2
     try:
         args = _parse(argv)
     except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
         raise SystemExit(_written(done.code or 0, needed=True)) from None
     signals.install()
     return _written(_run(args), needed=args.verb in _PRINTING)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether no byte of an argument is beyond the encoding that Python read it with; such bytes are lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -221,6 +221,21 @@ def test_chinese_rows_on_a_plain_terminal(encoding, overrides, tmp_path):
     assert "prompt_completion" in found[0]
 
 
+def test_an_argument_that_is_no_text_is_told(capsys):
+    assert cli.main(["data", "data.train=\udce6\udc95\udcb0.jsonl"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        r"lora-lab: data.train=\udce6\udc95\udcb0.jsonl: not text in the encoding of this terminal"
+    )
+
+
+def test_what_is_typed_is_whole(monkeypatch):
+    from lora_lab import chat
+
+    assert chat._whole("你好".encode().decode("ascii", "surrogateescape")) == "你好"
+    assert chat._whole("plain é 😀") == "plain é 😀"
+
+
 # -- a stdout that does not take it ---------------------------------------------------------------------------------------
 
 
@@ -287,7 +302,7 @@ def test_help_of_a_real_process(command, code, told):
 @pytest.mark.faults
 @pytest.mark.parametrize("setting", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}])
 def test_chinese_rows_in_a_real_plain_process(setting, overrides, tmp_path):
-    file = write_jsonl(tmp_path / "数据.jsonl", [{"prompt": "你好 世界", "completion": f"红色 {i}"} for i in range(4)])
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "你好 世界", "completion": f"红色 {i}"} for i in range(4)])
     command = [sys.executable, "-m", "lora_lab", "train", *overrides, f"data.train={file}", "train.max_steps=1"]
     done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **setting})
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
