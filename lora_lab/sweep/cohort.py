@@ -64,6 +64,8 @@ def _open(job: Job) -> None:
     """Make the job's run folder; one that it has made before is gone on with."""
     if job.result is None:
         ranking.check(job.config)
+    if job.from_folder:
+        return
     if os.path.lexists(job.run.config):
         with reading(job.run.config, RunError):
             run_dir.check_same(job.run, job.config)

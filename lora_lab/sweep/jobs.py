@@ -57,6 +57,7 @@ class Job:
     stopped_at: int | None = None  # the step after which it stopped
     stopped_score: float | None = None  # what it was worth there; lower is better
     repeats: str | None = None  # name of the job whose values it has, with another seed
+    from_folder: bool = False  # its configuration is what its own folder says
 
     @property
     def run(self) -> RunDir:
@@ -230,7 +231,7 @@ def in_folder(folder: Path, names: Sequence[str] | None = None) -> tuple[list[Jo
             configs.append(_config_in(path))
         except LoraLabError as error:
             left_out.append((str(path), error))
-    return jobs_of(configs), left_out
+    return [dataclasses.replace(job, from_folder=True) for job in jobs_of(configs)], left_out
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -492,7 +492,7 @@ def test_a_small_soak_loses_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_soak_loses_nothing_and_memory_stays_flat(tmp_path):
     """Many runs of 20 steps on one tiny base; 5 % of them raise, diverge, lose their result, or take the process with them."""
     runs, group = int(os.environ.get("LORA_LAB_SOAK_RUNS", "1000")), 100
