@@ -496,7 +496,7 @@ def test_a_small_soak_loses_nothing(tmp_path, monkeypatch):
 def test_a_soak_loses_nothing_and_memory_stays_flat(tmp_path):
     """Many runs of 20 steps on one tiny base; 5 % of them raise, diverge, lose their result, or take the process with them."""
     runs, group = int(os.environ.get("LORA_LAB_SOAK_RUNS", "1000")), 100
-    command = [sys.executable, "-m", "tests.faults.soak", str(tmp_path), str(runs), str(group), "0"]
+    command = [sys.executable, "-m", "tests.faults.soak", str(tmp_path), str(runs), str(group), "1"]
     before: dict[Path, int] = {}
     for _ in range(soak.KILLS + 4):
         with open(tmp_path / "log", "a", encoding="utf-8") as log:
