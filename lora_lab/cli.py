@@ -8,36 +8,132 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
 from lora_lab import __version__, signals
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
 from lora_lab.verbs import EXAMPLES, TAKES, VERBS
 
+_PRINTING = ("config", "data", "plan", "chat")  # their output is all that they are for
 _COMMON = """
 exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
-non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving."""
+non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving. A reader that closes its pipe (| head) changes nothing;
+where stdout cannot be written (disk full) a run still goes on to its end, and config, data, plan and chat end with 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-sc" in argv or "--shell-completion" in argv:
-        return _complete(argv)
-    args = _parse(argv)
+        return _written(_complete(argv), needed=True)
+    odd = next((text for text in argv if not _is_text(text)), None)
+    if odd is not None:
+        _complain(
+            f"lora-lab: {odd}: not text in the encoding of this terminal ({sys.getfilesystemencoding()}), so no file could hold it. "
+            "Set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or give the file another name."
+        )
+        return 2
+    try:
+        args = _parse(argv)
+    except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
+        raise SystemExit(_written(done.code or 0, needed=True)) from None
     signals.install()
+    return _written(_run(args), needed=args.verb in _PRINTING)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether no byte of an argument is beyond the encoding that Python read it with; such bytes are lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The verb's exit code, after saying what went wrong."""
     try:
         _refuse_several_processes()
         return {"train": _train, "data": _data, "plan": _plan, "config": _config}.get(args.verb, _on_run)(args)
     except LoraLabError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"lora-lab: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(args, str(error), error.exit_code)
     except Interrupted as error:
         what = f"sweep={error.sweep}" if error.sweep else f"run={error.run}"
         hint = f"; what was finished is saved. Go on with: lora-lab resume {what}" if error.sweep or error.run else ""
-        print(f"lora-lab: stopped{hint}", file=sys.stderr)
+        _complain(f"lora-lab: stopped{hint}")
         return error.exit_code
+    except Exception as error:
+        sentence = _of_machine(error)
+        if sentence is not None:
+            return _failed(args, f"{sentence} --debug shows where.", 2)
+        _complain(traceback.format_exc().rstrip())
+        _complain("lora-lab: this is a bug in lora-lab, not a mistake of yours. Please report it with the lines above.")
+        return 1
+
+
+def _failed(args: argparse.Namespace, sentence: str, code: int) -> int:
+    if args.debug:
+        _complain(traceback.format_exc().rstrip())
+    _complain(f"lora-lab: {sentence}")
+    return code
+
+
+def _of_machine(error: Exception) -> str | None:
+    """A sentence for what a file, a disk or too little memory can cause anywhere; None for anything else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{where or 'the system'}: {error.strerror or error}."
+    if isinstance(error, RecursionError):
+        return "a value or a file is nested too deep to be read. Make it flatter."
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return (
+            f"memory ran out ({str(error).partition(chr(10))[0] or 'no room'}). Set a smaller data.max_tokens or "
+            "train.micro_batch_size, or quant=nf4; lora-lab plan shows what needs how much."
+        )
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from lora_lab.train import oom
+
+    return oom.is_out_of_memory(error)
+
+
+def _complain(text: str) -> None:
+    from lora_lab import console
+
+    console.complain(text)
+
+
+def _written(code: int, needed: bool) -> int:
+    """The exit code, now that all output is where it can go.
+
+    Args:
+        needed: whether the output is what the command is for, so that losing it is a failure.
+    """
+    from lora_lab import console
+
+    console.stdout.flush()
+    console.stderr.flush()
+    lost = console.stdout.lost
+    console.stdout.lost = None
+    if lost is None or isinstance(lost, BrokenPipeError):  # whoever read it has read enough
+        return code
+    console.complain(
+        f"lora-lab: stdout: {lost.strerror}, so what was said is lost there; a run's log.txt has all of it."
+    )
+    return code or (2 if needed else 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, which would drop what it cannot write without a word."""
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        from lora_lab import console
+
+        (console.stdout if file is sys.stdout else console.stderr).write(console.shown(message or ""))
 
 
 def _refuse_several_processes() -> None:
@@ -52,7 +148,7 @@ def _refuse_several_processes() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lora-lab",
         formatter_class=text,
         description="Fine-tune a frozen, quantized base model with small adapters, and merge them back with proof.",
@@ -150,10 +246,10 @@ def _multirun(args: argparse.Namespace) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
     _quiet_libraries()
     from lora_lab import hydra_app
-    from lora_lab.sweep import sweep
+    from lora_lab.sweep import ranking, sweep
 
     whole = sweep.Sweep()
-    failures = hydra_app.multirun(args.overrides, args.config_dir, whole.launch)
+    failures = hydra_app.multirun(args.overrides, args.config_dir, ranking.check, whole.launch)
     return whole.end(failures)
 
 

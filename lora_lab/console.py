@@ -1,19 +1,29 @@
-"""What a person sees: tables and a progress bar in a terminal, plain lines when piped."""
+"""What a person sees: tables and a progress bar in a terminal, plain lines when piped.
+
+Text of rows, labels, file names, templates and models may hold anything. All of it passes `shown` here, so that none of it can
+move the cursor, set a clipboard or hide itself; what the terminal's encoding lacks is written in its place; and a full disk or a
+closed pipe behind stdout ends nothing but the output.
+"""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from lora_lab import storage
 from lora_lab.errors import Interrupted, LoraLabError
@@ -21,7 +31,114 @@ from lora_lab.errors import Interrupted, LoraLabError
 _PIPED_WIDTH = 160  # for tables; lines of text keep their length
 _LINE_SECONDS = 10  # between lines of progress where no bar can be drawn
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+# Characters that a terminal obeys instead of showing them (C0 but newline and tab, C1), that reorder or hide their neighbours
+# (bidi marks, embeddings, overrides and isolates, tags), that end a line unseen, and halves of characters, which no file can hold.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_PLAIN = dict(
+    zip("█▏⟦⟧─→⏎…–⚠", ("#", "|", "[", "]", "-", "->", "|", "...", "-", "!"), strict=True)
+)  # our own signs in ASCII
+
+
+def shown(text: object) -> str:
+    """Text that is safe in a terminal, a log and a page: what would act instead of being seen is written out, such as `\\x1b`.
+
+    Newlines and tabs stay.
+    """
+    return _UNSAFE.sub(_escaped, str(text))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """A codec's way with characters that an encoding lacks."""
+    assert isinstance(error, UnicodeEncodeError)
+    found = error.object[error.start : error.end]
+    return "".join(
+        _PLAIN.get(one) or one.encode("ascii", "backslashreplace").decode("ascii") for one in found
+    ), error.end
+
+
+codecs.register_error("lora_lab", _replaced)
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    """The text in what an encoding has."""
+    return text.encode(encoding or "utf-8", "lora_lab").decode(encoding or "utf-8")
+
+
+class Stream:
+    """stdout or stderr as it is at the moment. What cannot be written any more (full disk, closed pipe) is dropped: output is not
+    what a run is for, and `log.txt` has it too."""
+
+    def __init__(self, name: str):
+        self.name = name  # of sys's attribute
+        self.lost: OSError | None = None  # why nothing more was written
+
+    @property
+    def _file(self) -> TextIO | None:
+        file = getattr(sys, self.name)
+        return getattr(file, "rich_proxied_file", file)  # a progress bar puts itself before it
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._file, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._file is not None and self._file.isatty()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, text: str) -> int:
+        if self._file is not None:  # the process was started without it otherwise
+            with self._kept():
+                self._file.write(_encodable(text, self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._file is not None:
+            with self._kept():
+                self._file.flush()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = error
+            self._to_nowhere()
+
+    def _to_nowhere(self) -> None:
+        """Let what is buffered, and what other libraries print, go where it fits; else Python fails once more when it ends."""
+        try:
+            descriptor = self._file.fileno()
+        except (OSError, ValueError):  # not a file of the system
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+class Console(rich.console.Console):
+    """rich's console, through which no text can steer the terminal."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"highlight": False, "soft_wrap": True, "emoji": False, **options})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich's; the last gate for texts that did not pass `shown` before."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else shown(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
+stdout, stderr = Stream("stdout"), Stream("stderr")
+out = Console(file=stdout, width=None if stdout.isatty() else _PIPED_WIDTH)
 _log: list[Console] = []  # the run's log.txt, while a run is open
 
 
@@ -71,36 +188,49 @@ def say(topic: str, text: object) -> None:
 
 
 def _say(console: Console, topic: str, text: object) -> None:
-    console.print(f"[bold cyan]{topic:>9}[/]  ", end="")
-    console.print(str(text), markup=False)
+    console.print(f"{shown(topic):>9}", style="bold cyan", markup=False, end="")
+    console.print(f"  {shown(text)}", markup=False)
+
+
+def complain(text: object) -> None:
+    """A line on stderr: an error, in plain text."""
+    stderr.write(f"{shown(text)}\n")
+    stderr.flush()
+
+
+def stream(text: str, end: str = "") -> None:
+    """A piece of a text that grows, such as a model's answer; not for the log."""
+    stdout.write(shown(text) + end)
+    stdout.flush()
 
 
 def setting(key: str, value: str, note: str) -> None:
     """One `key=value` line, ready to be copied as an override, with a note behind it."""
-    out.print(f"[bold]{key}[/]=", end="")
-    out.print(f"{value:<{max(0, 44 - len(key))}}", markup=False, end="")
-    out.print(f"  # {note}", style="dim", markup=False)
+    out.print(shown(key), style="bold", markup=False, end="")
+    out.print(f"={shown(value):<{max(0, 44 - len(key))}}", markup=False, end="")
+    out.print(f"  # {shown(note)}", style="dim", markup=False)
 
 
 def show_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: slice = slice(1, None)
 ) -> None:
     """Print a table under a line of text; the columns in `numbers` are aligned right."""
-    table = Table()
     right = range(len(header))[numbers]
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
     for console in (out, *_log):
-        console.print(title, style="bold", markup=False)
+        table = Table()  # for each, because widths depend on what its encoding has
+        for index, name in enumerate(header):
+            justify = "right" if index in right else "left"
+            table.add_column(_cell(name, console.encoding), justify=justify, overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(value, console.encoding) for value in row))
+        console.print(shown(title), style="bold", markup=False)
         console.print(table, soft_wrap=False)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, encoding: str) -> Text:
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e-3 and value else f"{value:.4f}"
-    return "" if value is None else str(value).replace("[", r"\[")
+        return Text(f"{value:.4g}" if abs(value) < 1e-3 and value else f"{value:.4f}")
+    return Text("" if value is None else _encodable(shown(value), encoding))
 
 
 class Steps:
@@ -108,13 +238,13 @@ class Steps:
 
     def __init__(self, progress: Progress | None, title: str, total: int, done: int):
         self.progress, self.title, self.total, self.done = progress, title, total, done
-        self.task = progress.add_task(title, total=total, completed=done, values="") if progress else None
+        self.task = progress.add_task(shown(title), total=total, completed=done, values="") if progress else None
         self.last_line = time.monotonic()
 
     def advance(self, count: int = 1, **fields: str) -> None:
         """So many more steps are done."""
         self.done += count
-        text = "  ".join(f"{name} {value}" for name, value in fields.items())
+        text = shown("  ".join(f"{name} {value}" for name, value in fields.items()))
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done, values=text)
         if self.done == self.total or time.monotonic() - self.last_line > _LINE_SECONDS:
@@ -130,8 +260,8 @@ def steps(title: str, total: int, done: int = 0) -> Iterator[Steps]:
         yield Steps(None, title, total, done)
         return
     columns = (
-        TextColumn(f"[bold cyan]{title:>9}[/] "), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:>9} ", style="bold cyan", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=out, transient=False) as progress:
         yield Steps(progress, title, total, done)

@@ -11,7 +11,8 @@
     └── MergeError          4   the merged checkpoint is not the model that was trained
     Interrupted             130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after the state was saved
 
-Anything else is a bug of ours: exit code 1 and a stack trace.
+A disk that is full, a file that may not be read, memory that runs out: where nothing of ours says more, `cli.main` makes a
+sentence of them (2). Anything else is a bug of ours: exit code 1 and a stack trace.
 """
 
 from __future__ import annotations

@@ -34,21 +34,26 @@ _COMPLETING = (
 
 
 def multirun(
-    overrides: Sequence[str], config_dir: str | None, launch: Callable[[list[RunConfig], Nodes | None], list[Outcome]]
+    overrides: Sequence[str],
+    config_dir: str | None,
+    check: Callable[[RunConfig], None],
+    launch: Callable[[list[RunConfig], Nodes | None], list[Outcome]],
 ) -> list[tuple[str, LoraLabError]]:
     """Ordinary Hydra multirun, in `hydra.sweep.dir`: the cohort launcher gives all points that the sweeper asks for to `launch`
     at once, other launchers one after another.
 
     Args:
+        check: refuses a point by what the sweep does with it; asked for the first point before any folder is made.
         launch: trains these runs, here or on nodes; what each was worth.
 
     Returns:
         The folder and error of each point whose configuration cannot be used.
 
     Raises:
-        ConfigError: the sweep's first point cannot be used, or `run_dir` is set (Hydra numbers the folders).
+        ConfigError: the sweep has no points, its first one cannot be used, or `run_dir` is set (Hydra numbers the folders).
     """
-    _, prepared = compose_prepared(overrides, config_dir, multirun=True)
+    first, prepared = compose_prepared(overrides, config_dir, multirun=True)
+    check(first)
     if any(text.startswith("run_dir=") for text in overrides):
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
     points = math.prod(_width(text) for text in prepared)

@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 
-from lora_lab import cli, prepared, run, run_dir
+from lora_lab import cli, compose, prepared, run, run_dir
 from lora_lab.base import load
 from lora_lab.data import store
 from lora_lab.errors import LoraLabError
+from lora_lab.tasks import metrics
 from lora_lab.train import regularize
 from lora_lab.train.cohort import Member
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
@@ -238,6 +239,10 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     before, after = result["base"][metric], result["tuned"][metric]
     assert (after < before) if lower else (after > before), f"{metric}: {before} -> {after}"
     assert all(np.isfinite(list(result["tuned"].values())))
+    config = compose.load(folder / "config.yaml")
+    task = prepared.TASKS[config.task.name]
+    assert set(result["tuned"]) <= set(task.reported(config.task))
+    assert metrics.lower_is_better(metric) is lower
 
     merge = result["merge"]
     assert merge["refused"] == []

@@ -15,6 +15,7 @@ from lora_lab.config import DataConfig
 from lora_lab.data.check import Finding
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.store import label_counts
+from lora_lab.report import pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +135,7 @@ def show(overviews: list[Overview], findings: list[Finding], config: DataConfig,
         for row in data.rows[:rows]:
             _show_row(row)
     for finding in findings:
-        console.out.print(Text(str(finding), style=_STYLES[finding.level]))
+        console.out.print(Text(console.shown(finding), style=_STYLES[finding.level]))
 
 
 def _show_counts(data: Overview) -> None:
@@ -153,9 +154,9 @@ def _show_lengths(data: Overview, limit: int) -> None:
 
 def _show_row(row: Shown) -> None:
     """Trained text stands out: green in a terminal, between ⟦ and ⟧ elsewhere."""
-    text = Text(f"── {row.origin}: {row.tokens} tokens, {row.items} learned ", style="bold cyan")
+    text = Text(f"── {console.shown(row.origin)}: {row.tokens} tokens, {row.items} learned ", style="bold cyan")
     text.append("──\n")
-    for piece, weight in row.pieces:
+    for piece, weight in ((console.shown(piece), weight) for piece, weight in row.pieces):
         mark = "" if weight in (0, 1) else f"(weight {weight:g})"
         if console.out.is_terminal:
             text.append(mark + piece, style="bold green" if weight else "default")
@@ -163,17 +164,12 @@ def _show_row(row: Shown) -> None:
             text.append(f"⟦{mark}{piece}⟧" if weight else piece)
     if row.learned:
         text.append("\n→ ")
-        text.append(row.learned, style="bold green")
+        text.append(console.shown(row.learned), style="bold green")
     console.out.print(text)
 
 
 def write_html(file: Path, overviews: list[Overview], findings: list[Finding], config: DataConfig, name: str) -> None:
     """The same as one page that needs nothing from elsewhere. Every text of the data is escaped."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("lora_lab.report", "templates"), autoescape=True)
-    page = environment.get_template("data.html.jinja").render(
-        name=name, overviews=overviews, findings=findings, config=config
-    )
+    page = pages.render("data.html.jinja", name=name, overviews=overviews, findings=findings, config=config)
     file.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(file, page)

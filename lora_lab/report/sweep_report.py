@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab import storage
+from lora_lab import console, reading, storage
+from lora_lab.errors import RunError
+from lora_lab.report import pages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,22 +33,51 @@ class Curve:
     title: str
     train: list[dict[int, float]]
     held_out: list[dict[int, float]]
+    notes: list[str] = dataclasses.field(default_factory=list)  # what of its files could not be read
 
 
 def read_curve(name: str, title: str, folders: Sequence[Path]) -> Curve:
     """The losses in the metrics of a run and of its repeats."""
-    found = [[json.loads(line) for line in _lines(folder / "metrics.jsonl")] for folder in folders]
+    notes: list[str] = []
+    found = [_lines(folder / "metrics.jsonl", notes) for folder in folders]
     return Curve(
-        name, title, [_by_step(lines, "loss") for lines in found], [_by_step(lines, "eval_loss") for lines in found]
+        name,
+        title,
+        [_by_step(lines, "loss") for lines in found],
+        [_by_step(lines, "eval_loss") for lines in found],
+        notes,
     )
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics; what is not whole is left out, and told in the notes."""
+    if not file.exists():
+        return []
+    try:
+        lines = reading.read_bytes(file, RunError).splitlines()
+    except RunError as error:
+        notes.append(f"{error} The run has no curve.")
+        return []
+    found = [line for line in map(_line, lines) if line is not None]
+    if len(found) < len(lines):
+        notes.append(f"{file}: {len(lines) - len(found)} of {len(lines)} lines are damaged and left out of its curve.")
+    return found
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _by_step(lines: list[dict[str, Any]], key: str) -> dict[int, float]:
-    return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    return {line["step"]: line[key] for line in lines if _is_number(line.get(key))}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
@@ -54,21 +86,25 @@ def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
     Args:
         result: what `ranking.json` says.
     """
-    from jinja2 import Environment, PackageLoader
-
     places = [place for place in result["ranking"] if place["metric"] is not None]
     plots: list[tuple[str, Callable[[], Figure | None]]] = [
-        ("Heat map", lambda: _heat_map(places, result["metric"])),
-        ("Parallel coordinates", lambda: _parallel(places, result["metric"])),
+        ("Heat map", lambda: _heat_map(places, result)),
+        ("Parallel coordinates", lambda: _parallel(places, result)),
         ("Losses", lambda: _curves(curves)),
         (f"{result['metric']} against cost", lambda: _pareto(places, result)),
     ]
-    figures = [(title, figure) for title, draw in plots if (figure := draw()) is not None]
+    notes = [note for curve in curves for note in curve.notes]
+    drawn = []
+    for title, draw in plots:
+        try:
+            figure = draw()
+            drawn += [] if figure is None else [(title, _svg(figure))]
+        except Exception as error:  # values can be anything; the other drawings and the table are worth having
+            notes.append(f"{title}: cannot be drawn of these runs ({error}).")
+    for note in notes:
+        console.say("damaged", note)
     keys = list(dict.fromkeys(key for place in result["ranking"] for key in place["values"]))
-    environment = Environment(loader=PackageLoader("lora_lab.report", "templates"), autoescape=True)
-    page = environment.get_template("sweep.html.jinja").render(
-        result=result, keys=keys, figures=[(title, _svg(figure)) for title, figure in figures]
-    )
+    page = pages.render("sweep.html.jinja", result=result, keys=keys, figures=drawn, notes=notes)
     storage.write_text(file, page)
 
 
@@ -76,8 +112,10 @@ def _figure(width: float, height: float) -> Figure:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the page's reader has fonts of their own
     mpl.rcParams["font.family"] = "sans-serif"
     mpl.rcParams["font.sans-serif"] = _FONT
+    mpl.rcParams["text.parse_math"] = False  # a value with two $ is no formula
     mpl.rcParams["svg.hashsalt"] = "lora_lab"
     mpl.rcParams["svg.fonttype"] = "none"
     return Figure(figsize=(width, height), layout="constrained")
@@ -94,7 +132,13 @@ def _short(key: str) -> str:
 
 
 def _label(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else _shortened(value, 24)
+
+
+def _shortened(value: Any, most: int) -> str:
+    """A text that leaves room for the drawing."""
+    text = console.shown(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _levels(places: Sequence[dict[str, Any]], key: str) -> list[Any]:
@@ -108,7 +152,12 @@ def _varying(places: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if len(_levels(places, key)) > 1]
 
 
-def _heat_map(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
+def _colours(result: dict[str, Any]) -> str:
+    """The colour map in which the best is bright."""
+    return "viridis_r" if result["lower_is_better"] else "viridis"
+
+
+def _heat_map(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure | None:
     """The two first values that vary, rank and learning rate before others; the mean over all others."""
     keys = sorted(_varying(places), key=lambda key: (key != "adapter.r", key != "optim.lr"))
     if len(keys) < 2:
@@ -123,20 +172,27 @@ def _heat_map(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
             cells[row, column] = statistics.fmean(found) if found else np.nan
     figure = _figure(1.8 + 1.1 * len(across), 1.6 + 0.55 * len(down))
     ax = figure.subplots()
-    image = ax.imshow(cells, cmap="viridis_r", aspect="auto")
+    image = ax.imshow(cells, cmap=_colours(result), aspect="auto")
     middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
     for (row, column), value in np.ndenumerate(cells):
         if math.isfinite(value):
-            ax.text(column, row, f"{value:.4f}", ha="center", va="center", color="white" if value > middle else "black")
+            ax.text(
+                column,
+                row,
+                f"{value:.4f}",
+                ha="center",
+                va="center",
+                color="black" if (value <= middle) == result["lower_is_better"] else "white",
+            )
     ax.set_xticks(range(len(across)), [_label(value) for value in across])
     ax.set_yticks(range(len(down)), [_label(value) for value in down])
     ax.set_xlabel(keys[1])
     ax.set_ylabel(keys[0])
-    figure.colorbar(image, label=metric)
+    figure.colorbar(image, label=result["metric"])
     return figure
 
 
-def _parallel(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
+def _parallel(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure | None:
     keys = _varying(places)
     if not keys or len(places) < 2:
         return None
@@ -151,7 +207,12 @@ def _parallel(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
         heights = [_height(levels[key].index(place["values"].get(key)), len(levels[key])) for key in keys]
         heights.append(float(scale(place["metric"])))
         ax.plot(
-            range(len(heights)), heights, "o-", color=mpl.colormaps["viridis_r"](scale(place["metric"])), lw=1.6, ms=4
+            range(len(heights)),
+            heights,
+            "o-",
+            color=mpl.colormaps[_colours(result)](scale(place["metric"])),
+            lw=1.6,
+            ms=4,
         )
     for x, key in enumerate(keys):
         ax.axvline(x, color="#bbbbbb", lw=1, zorder=0)
@@ -160,7 +221,7 @@ def _parallel(places: Sequence[dict[str, Any]], metric: str) -> Figure | None:
     ax.axvline(len(keys), color="#bbbbbb", lw=1, zorder=0)
     for share in (0.0, 1.0):
         ax.text(len(keys) + 0.03, share, f"{scale.inverse(share):.4f}", fontsize=8, va="bottom")
-    ax.set_xticks(range(len(keys) + 1), [*map(_short, keys), metric])
+    ax.set_xticks(range(len(keys) + 1), [*map(_short, keys), result["metric"]])
     ax.set_yticks([])
     ax.set_xlim(-0.1, len(keys) + 0.5)
     for side in ax.spines.values():
@@ -179,8 +240,9 @@ def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
     left, right = figure.subplots(1, 2)
     for number, curve in enumerate(curves[:most]):
         colour = f"C{number}"
-        _draw(left, [_smoothed(one) for one in curve.train], colour, curve.title)
-        _draw(right, curve.held_out, colour, curve.title, marker="o")
+        label = _shortened(curve.title, 60)
+        _draw(left, [_smoothed(one) for one in curve.train], colour, label)
+        _draw(right, curve.held_out, colour, label, marker="o")
     more = f" (the {most} best of {len(curves)})" if len(curves) > most else ""
     for ax, title in ((left, f"training loss, smoothed{more}"), (right, f"held-out loss{more}")):
         ax.set_title(title, fontsize=10)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +15,12 @@ from lora_lab.adapters.attach import check_targets
 from lora_lab.base import load
 from lora_lab.config import SweepConfig
 from lora_lab.data.dataset import first_examples
-from lora_lab.errors import ConfigError, LoraLabError, nearest
+from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.fast.roster import Roster
 from lora_lab.prepared import Prepared, load_adapted, prepare
+from lora_lab.reading import reading
 from lora_lab.run import finish, measure_base
-from lora_lab.sweep import halving
+from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.sweep.jobs import Job, groups, why_apart
 from lora_lab.tasks.base import Measured
@@ -38,14 +41,18 @@ def train(jobs: list[Job]) -> None:
             console.say("group", f"{len(part)} runs of their own: other {why_apart(parts[0][0], part[0])}")
         _train_group(part, budget)
         for job in part:
-            job.write_failure()
+            _leave_failure(job)
         gc.collect()  # the group's base makes room
 
 
 def opened(jobs: list[Job]) -> list[Job]:
     """Make the jobs' folders; those that are neither finished nor refused."""
     for job in jobs:
-        _open(job)
+        _those([job], _open)
+        if job.damage:
+            console.say(
+                "damaged", f"{job.title} is not finished after all, and goes on from its checkpoint: {job.damage}"
+            )
     waiting = [job for job in jobs if job.error is None and job.result is None]
     finished = sum(job.result is not None for job in jobs)
     if finished:
@@ -55,17 +62,28 @@ def opened(jobs: list[Job]) -> list[Job]:
 
 def _open(job: Job) -> None:
     """Make the job's run folder; one that it has made before is gone on with."""
-    try:
-        if job.run.config.exists():
+    if job.result is None:
+        ranking.check(job.config)
+    if job.from_folder:
+        return
+    if os.path.lexists(job.run.config):
+        with reading(job.run.config, RunError):
             run_dir.check_same(job.run, job.config)
-        else:
-            run_dir.create(job.config)
-    except LoraLabError as error:
-        job.error = error
+    else:
+        run_dir.create(job.config)
+
+
+def _leave_failure(job: Job) -> None:
+    """Its error in its folder; where that cannot be written, the other runs still go on."""
+    try:
+        job.write_failure()
+    except (LoraLabError, OSError) as error:
+        console.say("failed", f"{job.title}: its error cannot be kept: {error}")
 
 
 def _train_group(jobs: list[Job], budget: Budget) -> None:
     """Train jobs that share a base. What goes wrong with what they share is the error of each."""
+    _allow_files(len(jobs))
     with contextlib.ExitStack() as stack:
         jobs = _those(jobs, lambda job: stack.enter_context(job.run.locked()))
         try:
@@ -74,6 +92,15 @@ def _train_group(jobs: list[Job], budget: Budget) -> None:
         except Exception as error:
             for job in jobs:
                 job.error = job.error or (None if job.result else error)
+
+
+def _allow_files(members: int) -> None:
+    """Let the process have as many files open as the members need (a lock and a log each), as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 4 * members + 256
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _train_together(jobs: list[Job], budget: Budget) -> None:
@@ -107,8 +134,7 @@ def _name(place: int) -> str:
 
 
 def _check_metric(sweep: SweepConfig, before: Measured) -> None:
-    if sweep.strategy == "halving" and not before.metrics:
-        raise ConfigError("sweep=halving: compares held-out losses. Set data.eval=FILE or data.eval_ratio=0.1.")
+    """What depends on the rows themselves, such as whether tags are entities; `ranking.check` has said the rest before."""
     if before.metrics and sweep.metric not in before.metrics:
         raise ConfigError(
             f"sweep.metric={sweep.metric}: not measured here.{nearest(sweep.metric, before.metrics)} There are: "

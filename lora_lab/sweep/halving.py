@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lora_lab import console
 from lora_lab.config import SweepConfig
-from lora_lab.sweep.jobs import LOWER_IS_BETTER
+from lora_lab.sweep.jobs import finite_number
+from lora_lab.tasks.metrics import as_cost
 
 if TYPE_CHECKING:
     from lora_lab.train.cohort import Member
@@ -61,8 +62,8 @@ def score_at(member: Member, step: int) -> float:
     generated answers), else the loss."""
     metric = member.config.sweep.metric
     for line in member.log.read():
-        if line["step"] == step and "eval_loss" in line:
+        if isinstance(line, dict) and line.get("step") == step and "eval_loss" in line:
             name = metric if f"eval_{metric}" in line else "loss"
-            value = line[f"eval_{name}"]
-            return math.inf if value is None else value if name in LOWER_IS_BETTER else -value
+            value = finite_number(line[f"eval_{name}"])
+            return math.inf if value is None else as_cost(name, value)
     return math.inf

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import os
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lab import compose, console, storage
+from lora_lab import compose, console, reading, storage
 from lora_lab.compose import leaves
 from lora_lab.config import RunConfig
 from lora_lab.errors import LoraLabError, RunError
@@ -21,9 +24,26 @@ _SHARED = ("model", "quant", "data", "task", "hardware", "speed", "tracker", "sw
 _TRACKERS_OF_MANY = ("auto", "none", "tensorboard")  # others follow one run of a process
 _FAILED = "failed.json"
 _SHARED_OF_TRAIN = ("packing", "gradient_checkpointing", "recompute_every", "offload_activations")
+_SEED = re.compile(r"_seed\d+")  # ends the names of folders that `repeats` makes
 
 
-LOWER_IS_BETTER = ("loss", "perplexity", "pseudo_perplexity", "mse", "mae", "rmse")  # of the metrics
+def finite_number(value: Any) -> float | None:
+    """A finite number of a file; None for anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if plain and math.isfinite(value) else None
+
+
+def _metrics(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(one is None or finite_number(one) is not None for one in value.values())
+    )
+
+
+_RESULT: dict[str, Callable[[Any], bool]] = {  # what `result.json` must say to be one
+    "steps": lambda value: isinstance(value, int),
+    "tuned": _metrics,
+    "coverage": lambda value: isinstance(value, dict),
+}
 
 
 @dataclasses.dataclass
@@ -37,6 +57,7 @@ class Job:
     stopped_at: int | None = None  # the step after which it stopped
     stopped_score: float | None = None  # what it was worth there; lower is better
     repeats: str | None = None  # name of the job whose values it has, with another seed
+    from_folder: bool = False  # its configuration is what its own folder says
 
     @property
     def run(self) -> RunDir:
@@ -44,8 +65,23 @@ class Job:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What its `result.json` says, once it is finished."""
-        return json.loads(self.run.result.read_text(encoding="utf-8")) if self.run.result.exists() else None
+        """What its `result.json` says, once it is finished. With a file that says nothing of use, the run is not finished."""
+        return self._read_result()[0]
+
+    @property
+    def damage(self) -> str:
+        """Why its `result.json` is of no use; empty if it is whole, or not there yet."""
+        return self._read_result()[1]
+
+    def _read_result(self) -> tuple[dict[str, Any] | None, str]:
+        if not os.path.lexists(self.run.result):
+            return None, ""
+        try:
+            found = reading.read_json(self.run.result, RunError)
+        except RunError as error:
+            return None, str(error)
+        odd = next((key for key, fits in _RESULT.items() if not fits(found.get(key))), None)
+        return (found, "") if odd is None else (None, f"{self.run.result}: {odd} is missing or not what a run writes.")
 
     def write_failure(self) -> None:
         """Leave the error in the run's folder, for whoever asked for the run from elsewhere; none is left if there is none."""
@@ -63,11 +99,14 @@ class Job:
     def failure(self) -> LoraLabError | None:
         """The error that was left there."""
         file = self.run.path / _FAILED
-        if not file.exists():
+        if not os.path.lexists(file):
             return None
-        left = json.loads(file.read_text(encoding="utf-8"))
-        error = LoraLabError(left["error"])
-        error.exit_code = left["exit_code"]
+        try:
+            left = reading.read_json(file, RunError)
+        except RunError as error:
+            return error
+        error, code = LoraLabError(str(left.get("error"))), left.get("exit_code")
+        error.exit_code = code if isinstance(code, int) and 0 < code < 256 else 1
         return error
 
     @property
@@ -168,8 +207,8 @@ def why_apart(one: Job, other: Job) -> str:
     return ", ".join(key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key))
 
 
-def in_folder(folder: Path, names: Sequence[str] | None = None) -> list[Job]:
-    """The jobs of a sweep folder, as they were when it began.
+def in_folder(folder: Path, names: Sequence[str] | None = None) -> tuple[list[Job], list[tuple[str, LoraLabError]]]:
+    """The jobs of a sweep folder, as they were when it began; folder and error of each run that cannot be used.
 
     Args:
         names: of their run folders; None: all but those that only repeat others with another seed.
@@ -177,13 +216,53 @@ def in_folder(folder: Path, names: Sequence[str] | None = None) -> list[Job]:
     Raises:
         RunError: there is no sweep in it, or no such run.
     """
-    runs = [file for file in folder.glob("*/config.yaml") if names is not None or "_seed" not in file.parent.name]
-    if names is not None:
-        runs = [folder / name / "config.yaml" for name in names]
-    missing = [file.parent for file in runs if not file.is_file()]
-    if missing or not runs:
+    there = run_folders(folder)
+    chosen = (
+        [path for path in there if not _SEED.search(path.name)] if names is None else [folder / name for name in names]
+    )
+    missing = [path for path in chosen if path not in there]
+    if missing or not chosen:
         raise RunError(
             f"sweep={folder}: no {missing[0].name if missing else 'sweep'} there. Name a folder that lora-lab train -m made."
         )
-    runs.sort(key=lambda file: (len(file.parent.name), file.parent.name))
-    return jobs_of([dataclasses.replace(compose.load(file), run_dir=str(file.parent)) for file in runs])
+    configs, left_out = [], []
+    for path in chosen:
+        try:
+            configs.append(_config_in(path))
+        except LoraLabError as error:
+            left_out.append((str(path), error))
+    return [dataclasses.replace(job, from_folder=True) for job in jobs_of(configs)], left_out
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """What lies in a sweep's folder where its runs do: folders with a `config.yaml`, and whatever is named as Hydra names runs.
+    Hidden names are not runs.
+
+    Raises:
+        RunError: there is no such folder.
+    """
+    try:
+        found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise RunError(
+            f"sweep={folder}: cannot be read ({error.strerror}). Name a folder that lora-lab train -m made."
+        ) from error
+    runs = [path for path in found if path.name.isdecimal() or os.path.lexists(path / "config.yaml")]
+    return sorted(runs, key=lambda path: (len(path.name), path.name))
+
+
+def _config_in(path: Path) -> RunConfig:
+    """The configuration of a run in a sweep's folder.
+
+    Raises:
+        LoraLabError: it is none that can be gone on with.
+    """
+    file = path / "config.yaml"
+    if path.is_symlink() or file.is_symlink():
+        raise RunError("a link, and a sweep's runs are in its own folder. Left out; put a copy there instead.")
+    if not path.is_dir():
+        raise RunError("a file where a run's folder should be. Left out; remove it.")
+    if not file.exists():
+        raise RunError("no config.yaml, so the run never began. Left out; the sweep's first command makes it again.")
+    with reading.reading(file, RunError, "The run is left out."):
+        return dataclasses.replace(compose.load(file), run_dir=str(path))

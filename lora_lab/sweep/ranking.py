@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,10 +13,13 @@ from typing import Any
 
 from scipy import stats
 
-from lora_lab import console, storage
-from lora_lab.errors import RunError
+from lora_lab import console, reading, storage
+from lora_lab.config import RunConfig, TaskConfig
+from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.report import sweep_report
-from lora_lab.sweep.jobs import LOWER_IS_BETTER, Job, Outcome
+from lora_lab.sweep.jobs import Job, Outcome, finite_number
+from lora_lab.tasks import TASKS
+from lora_lab.tasks.metrics import as_cost, lower_is_better
 
 _CONFIDENCE = 0.95
 
@@ -41,17 +43,53 @@ class Place:
         return statistics.fmean(self.metrics) if self.metrics else math.inf
 
 
+def check(config: RunConfig) -> None:
+    """Refuse what a sweep could not rank its runs by; needs no model.
+
+    Raises:
+        ConfigError: the task does not report `sweep.metric`, or runs are to be compared without held-out rows.
+    """
+    sweep = config.sweep
+    _check_reported(config)
+    if config.data.eval is not None or config.data.eval_ratio:
+        return
+    needs = {
+        "sweep=halving: compares held-out losses": sweep.strategy == "halving",
+        f"sweep.metric={sweep.metric}: is measured on held-out rows": sweep.metric != "loss",
+        f"sweep.seeds={sweep.seeds}: repeats what is best on held-out rows": sweep.seeds > 0,
+    }
+    problems = [f"{what}. Set data.eval=FILE or data.eval_ratio=0.1." for what, holds in needs.items() if holds]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_reported(config: RunConfig) -> None:
+    sweep, known = config.sweep, TASKS[config.task.name].reported(config.task)
+    if sweep.metric not in known:
+        raise ConfigError(
+            f"sweep.metric={sweep.metric}: task={config.task.name} does not report it."
+            f"{_option_for(sweep.metric, config.task) or nearest(sweep.metric, known)} There are: {', '.join(known)}."
+        )
+
+
+def _option_for(name: str, task: TaskConfig) -> str:
+    """The way to a metric that the task reports with another option."""
+    for option in ("generate_rows", "pseudo_perplexity_rows"):
+        if name in TASKS[task.name].reported(dataclasses.replace(task, **{option: 1})):
+            return f" Set task.{option}=100."
+    return ""
+
+
 def metric(job: Job) -> float | None:
     """The held-out metric of a finished run; None if it has none or it is not finite."""
     tuned = (job.result or {}).get("tuned") or {}
-    value = tuned.get(job.config.sweep.metric)
-    return value if value is not None and math.isfinite(value) else None
+    return finite_number(tuned.get(job.config.sweep.metric))
 
 
 def score(job: Job) -> float | None:
     """The metric such that lower is better."""
     value = metric(job)
-    return value if value is None or job.config.sweep.metric in LOWER_IS_BETTER else -value
+    return None if value is None else as_cost(job.config.sweep.metric, value)
 
 
 def outcome(job: Job) -> Outcome:
@@ -67,11 +105,19 @@ def best(jobs: Sequence[Job]) -> list[Job]:
     return sorted(scored, key=score)[: jobs[0].config.sweep.top]
 
 
-def rank(folder: Path, jobs: Sequence[Job], again: Sequence[Job]) -> dict[str, Any]:
-    """Rank, say in words what is known, and write `ranking.json`, `ranking.csv` and `report.html`."""
+def rank(
+    folder: Path, jobs: Sequence[Job], again: Sequence[Job], left_out: Sequence[tuple[str, LoraLabError]] = ()
+) -> dict[str, Any]:
+    """Rank, say in words what is known, and write `ranking.json`, `ranking.csv` and `report.html`.
+
+    Args:
+        left_out: folder and error of runs that could not be used at all; they have the last places.
+    """
+    _check_reported(jobs[0].config)
     sweep = jobs[0].config.sweep
-    sign = 1 if sweep.metric in LOWER_IS_BETTER else -1
+    sign = 1 if lower_is_better(sweep.metric) else -1
     places = sorted((_place(job, again) for job in jobs), key=lambda place: (place.metric is None, sign * place.mean))
+    places += [_no_place(Path(path).name, f"failed: {error}") for path, error in left_out]
     words, take = judge(places, sweep.metric, sign)
     result = {
         "folder": str(folder),
@@ -83,14 +129,18 @@ def rank(folder: Path, jobs: Sequence[Job], again: Sequence[Job]) -> dict[str, A
     }
     storage.write_text(folder / "ranking.json", storage.dump_json(result))
     storage.write_text(folder / "ranking.csv", _csv(places, sweep.metric))
+    _show(places, sweep.metric)
+    console.say("ranking", words)
     folders = {
         job.run.path.name: [job.run.path, *(o.run.path for o in again if o.repeats == job.run.path.name)]
         for job in jobs
     }
-    curves = [sweep_report.read_curve(place.name, _title(place), folders[place.name]) for place in places]
+    curves = [
+        sweep_report.read_curve(place.name, _title(place), folders[place.name])
+        for place in places
+        if place.name in folders
+    ]
     sweep_report.write(folder / "report.html", result, curves)
-    _show(places, sweep.metric)
-    console.say("ranking", words)
     console.say("report", folder / "report.html")
     return result
 
@@ -99,18 +149,26 @@ def _place(job: Job, again: Sequence[Job]) -> Place:
     result = job.result or {}
     own = metric(job)
     others = [metric(other) for other in again if other.repeats == job.run.path.name]
-    note = f"failed: {job.error}" if job.error is not None else job.stopped
+    note = (
+        f"failed: {job.error}"
+        if job.error is not None
+        else job.stopped or (job.damage and f"not finished: {job.damage}")
+    )
     return Place(
         job.run.path.name,
         job.values,
         own,
         [value for value in (own, *others) if value is not None],
-        result.get("coverage", {}).get("trainable_parameters"),
-        result.get("own_memory_mib"),
-        result.get("train_seconds"),
-        result.get("steps"),
+        finite_number(result.get("coverage", {}).get("trainable_parameters")),
+        finite_number(result.get("own_memory_mib")),
+        finite_number(result.get("train_seconds")),
+        finite_number(result.get("steps")),
         note,
     )
+
+
+def _no_place(name: str, note: str) -> Place:
+    return Place(name, {}, None, [], None, None, None, None, note)
 
 
 def judge(places: Sequence[Place], name: str, sign: int) -> tuple[str, str | None]:
@@ -205,24 +263,40 @@ def _csv(places: Sequence[Place], name: str) -> str:
     table.writerow(
         ["rank", "run", *keys, name, "mean", "seeds", "parameters", "own_memory_mib", "train_seconds", "steps", "note"]
     )
-    for number, place in enumerate(places, 1):
+    for rank, place in enumerate(places, 1):
         mean = place.mean if place.metrics else None
-        table.writerow(
-            [number, place.name, *(place.values.get(key) for key in keys), place.metric, mean, len(place.metrics), place.parameters,
-             place.memory, place.seconds, place.steps, place.note]
-        )  # fmt: skip
+        row = [
+            rank, place.name, *(place.values.get(key) for key in keys), place.metric, mean, len(place.metrics), place.parameters,
+            place.memory, place.seconds, place.steps, place.note,
+        ]  # fmt: skip
+        table.writerow([_cell(value) for value in row])
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value as a spreadsheet shows it: a text that it would take for a formula is marked as text."""
+    if not isinstance(value, str):
+        return value
+    safe = console.shown(value)
+    return f"'{safe}" if safe.startswith(("=", "+", "-", "@", "\t")) else safe
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The ranking that was written into a sweep's folder.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or it is damaged.
     """
     file = folder / "ranking.json"
+    again = f"Make it again: lora-lab resume sweep={folder}"
     if not file.is_file():
         raise RunError(
             f"sweep={folder}: no ranking.json there. Name a sweep's folder, or finish it: lora-lab resume sweep={folder}"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = reading.read_json(file, RunError)
+    except RunError as error:
+        raise RunError(f"{error} {again}") from error
+    if "take" not in found or not isinstance(found["take"], str | None):
+        raise RunError(f"{file}: take is missing or no name of a run. {again}")
+    return found

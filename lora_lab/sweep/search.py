@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import console
-from lora_lab.errors import ConfigError
+from lora_lab import console, reading, storage
+from lora_lab.errors import ConfigError, RunError
 from lora_lab.sweep.jobs import Outcome
 
 if TYPE_CHECKING:
     import optuna
+
+
+_ANEW = "Move the journal away to begin the search anew; finished runs with the same values stay as they are."
 
 
 class Search:
@@ -24,6 +30,7 @@ class Search:
 
         Raises:
             ConfigError: Optuna is not installed, nothing is to be searched, or there is no such sampler.
+            RunError: the journal is damaged before its last line.
         """
         try:
             import optuna
@@ -43,10 +50,14 @@ class Search:
             raise ConfigError(
                 "hydra/sweeper=optuna_cohort: nothing to search. Write such as optim.lr='tag(log,interval(1e-5,1e-3))'."
             )
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        self.study = optuna.create_study(
-            storage=storage, study_name="sweep", sampler=samplers[sampler](), load_if_exists=True
-        )
+        _mend(journal)
+        with reading.reading(journal, RunError, _ANEW):
+            self.study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(journal))),
+                study_name="sweep",
+                sampler=samplers[sampler](),
+                load_if_exists=True,
+            )
         self._left = self.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
         if self._left:
             console.say("search", f"{len(self._left)} trials were interrupted and go on")
@@ -101,6 +112,39 @@ class Search:
         else:
             trial.report(outcome.score, outcome.stopped_at)
             self.study.tell(trial, state=TrialState.PRUNED)
+
+
+def _mend(journal: Path) -> None:
+    """Move the torn end of a journal, as a kill or a full disk leaves it, into a file beside it; Optuna would fail on it.
+
+    Raises:
+        RunError: a line before the last one is damaged, so what was torn cannot be told.
+    """
+    if not os.path.lexists(journal):
+        return
+    if journal.is_symlink():
+        raise RunError(f"{journal}: a link, which may lead anywhere. {_ANEW}")
+    content = reading.read_bytes(journal, RunError, 2**30)
+    lines = content.splitlines(keepends=True)
+    bad = next((place for place, line in enumerate(lines) if not _is_entry(line)), None)
+    if bad is None:
+        return
+    if bad < len(lines) - 1:
+        raise RunError(f"{journal}: line {bad + 1} of {len(lines)} is damaged, and not only the last one. {_ANEW}")
+    torn = next(
+        path for n in itertools.count(1) if not os.path.lexists(path := journal.with_name(f"{journal.name}.torn{n}"))
+    )
+    storage.write_text(torn, lines[bad].decode("utf-8", "backslashreplace"))
+    storage.write_text(journal, b"".join(lines[:bad]).decode("utf-8"))
+    console.say("search", f"{journal}: its last line is torn; it was moved to {torn.name}, and the search goes on")
+
+
+def _is_entry(line: bytes) -> bool:
+    """Whether a line of the journal is whole."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _distribution(key: str, values: dict[str, Any]) -> optuna.distributions.BaseDistribution:

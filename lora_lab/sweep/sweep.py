@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lora_lab import console, run
 from lora_lab.config import RunConfig
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
 from lora_lab.sweep import cohort, nodes, ranking
-from lora_lab.sweep.jobs import Job, Nodes, Outcome, in_folder, jobs_of, repeats
+from lora_lab.sweep.jobs import Job, Nodes, Outcome, in_folder, jobs_of, repeats, run_folders
 
 
 class Sweep:
@@ -46,11 +45,11 @@ class Sweep:
             if again:
                 console.say("seeds", f"{len(again)} runs more, to tell the best from chance")
                 _train(again, self.nodes)
-            ranking.rank(self.folder, self.jobs, again)
+            ranking.rank(self.folder, self.jobs, again, refused)
         failed = [(job.run.path, job.error) for job in self.jobs if job.error is not None] + refused
         for error in dict.fromkeys(str(error) for _, error in failed):
             folders = ", ".join(str(folder) for folder, other in failed if str(other) == error)
-            print(f"lora-lab: {folders}: {error}", file=sys.stderr)
+            console.complain(f"lora-lab: {folders}: {error}")
         console.say("sweep", f"{len(failed)} of its runs failed" if failed else "all runs finished")
         return max((error.exit_code if isinstance(error, LoraLabError) else 1 for _, error in failed), default=0)
 
@@ -71,9 +70,12 @@ def resume(folder: str, overrides: list[str]) -> int:
     other = [text for text in overrides if not text.startswith("members=")]
     if other:
         raise ConfigError(f"{other[0]}: resume takes no overrides, because it would not be the same sweep any more.")
-    whole.jobs = in_folder(Path(folder).expanduser(), named[-1] if named else None)
-    _train(whole.jobs)
-    return whole.end([], ranked=not named)
+    whole.jobs, left_out = in_folder(Path(folder).expanduser(), named[-1] if named else None)
+    for path, error in left_out:
+        console.say("left out", f"{path}: {error}")
+    if whole.jobs:
+        _train(whole.jobs)
+    return whole.end(left_out, ranked=not named)
 
 
 def merge(folder: str, overrides: list[str]) -> dict[str, Any]:
@@ -81,8 +83,10 @@ def merge(folder: str, overrides: list[str]) -> dict[str, Any]:
     path = Path(folder).expanduser()
     named = [text.partition("=")[2] for text in overrides if text.startswith("member=")]
     chosen = named[-1] if named else ranking.read(path)["take"]
-    if chosen is None or not (path / str(chosen) / "config.yaml").is_file():
-        there = ", ".join(sorted(one.parent.name for one in path.glob("*/config.yaml")))
-        raise RunError(f"sweep={folder}: no run {chosen} to merge. Name one of {there or 'none'}: member=NAME")
+    there = [one.name for one in run_folders(path)]
+    if chosen not in there:
+        raise RunError(
+            f"sweep={folder}: no run {chosen} to merge. Name one of {', '.join(there) or 'none'}: member=NAME"
+        )
     console.say("merge", path / chosen)
     return run.merge(str(path / chosen), [text for text in overrides if not text.startswith("member=")])

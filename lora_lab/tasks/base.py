@@ -12,10 +12,11 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lora_lab.base.load import ModelKind
-from lora_lab.config import RunConfig
+from lora_lab.config import RunConfig, TaskConfig
 from lora_lab.data.collate import Batch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
+from lora_lab.tasks.metrics import reported
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -127,6 +128,11 @@ class Task:
         return {}
 
     @classmethod
+    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+        """Names of the metrics that held-out rows may be given, as far as the options say; no model is needed."""
+        return reported(cls.metrics)
+
+    @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
         """Refuse a base that the task cannot train.
 
@@ -219,7 +225,7 @@ class Task:
         return Observed(examples, kept, predicted.numpy(), batch.targets.cpu().numpy())
 
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
-        """Metrics by the names the field uses; `loss` among them."""
+        """Metrics by the names the field uses; `loss` among them. An own one declares them with `metrics.reports`."""
         raise NotImplementedError
 
     def examine(self, model: PeftModel, data: Dataset, title: str) -> Measured:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.config import RunConfig
+from lora_lab.config import RunConfig, TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.dataset import Dataset, first_examples
@@ -18,6 +18,7 @@ from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
 from lora_lab.tasks.generation import generate_all
+from lora_lab.tasks.metrics import reports
 from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class DecoderTask(Task):
         predicted = (logits[:, 0] if self.chunked_loss else logits.argmax(-1)).cpu()
         return Observed(examples, predicted[:, None].float(), predicted.numpy(), batch.targets.cpu().numpy())
 
+    @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
         tokens = sum(len(one.targets) for one in seen)
@@ -124,6 +126,11 @@ class CausalLM(DecoderTask):
 
     encoder_class = ChatEncoder
     encoder: ChatEncoder
+
+    @classmethod
+    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+        scored = _json_scores if config.answer_format == "json" else metrics.overlap
+        return super().reported(config) + (metrics.reported(scored) if config.generate_rows else ())
 
     def examine(
         self, model: PeftModel, data: Dataset, title: str, shots: list[dict[str, Any]] | None = None
@@ -170,11 +177,16 @@ class CausalLM(DecoderTask):
             return {}
         if self.config.answer_format == "text":
             return metrics.overlap([a.text for a in answers], [a.reference for a in answers], self.config.language)
-        parsed = [(_parse(answer.text), _parse(answer.reference)) for answer in answers]
-        return {
-            "exact_match": _share(text is not None and text == reference for text, reference in parsed),
-            "valid_json": _share(text is not None for text, _ in parsed),
-        }
+        return _json_scores(answers)
+
+
+@reports(higher=("exact_match", "valid_json"))
+def _json_scores(answers: list[Answer]) -> dict[str, float]:
+    parsed = [(_parse(answer.text), _parse(answer.reference)) for answer in answers]
+    return {
+        "exact_match": _share(text is not None and text == reference for text, reference in parsed),
+        "valid_json": _share(text is not None for text, _ in parsed),
+    }
 
 
 def _question(row: Example) -> list[dict[str, Any]]:

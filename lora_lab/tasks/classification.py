@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.config import RunConfig
+from lora_lab.config import RunConfig, TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example
@@ -15,6 +15,7 @@ from lora_lab.data.formats import Record, RowError, class_name
 from lora_lab.errors import ConfigError, DataError, nearest
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -104,6 +105,11 @@ class Classification(ClassTask):
     peft_task_type = "SEQ_CLS"
 
     @classmethod
+    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+        scored = metrics.multi_label if config.multi_label else metrics.classification
+        return super().reported(config) + metrics.reported(scored)
+
+    @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
         kind = "multi_label" if config.task.multi_label else "single_label"
         return {**super().settings(config, tokenizer, learned), "problem_type": f"{kind}_classification"}
@@ -134,6 +140,7 @@ class Classification(ClassTask):
         logits = super().logits(model, batch)
         return one_by_one(logits) if self.config.multi_label else logits
 
+    @reports(lower=("loss",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         targets = np.concatenate([one.targets for one in seen])
         predicted = np.concatenate([one.predicted for one in seen])

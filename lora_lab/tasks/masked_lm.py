@@ -17,6 +17,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, head_only_at
+from lora_lab.tasks.metrics import reported, reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,6 +70,10 @@ class MaskedLM(PaddedTask):
     peft_task_type = None
     head = "missing"
 
+    @classmethod
+    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+        return super().reported(config) + (reported(cls.examine) if config.pseudo_perplexity_rows else ())
+
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         chosen, rows = [], []
         for example in examples:  # all draws of one example before the next, so that batches can be split anywhere
@@ -109,10 +114,12 @@ class MaskedLM(PaddedTask):
         with head_only_at(model, batch.places):
             return model(**batch.inputs).logits.float()
 
+    @reports(lower=("loss",), higher=("masked_accuracy",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
         return Measured({"loss": loss, "masked_accuracy": correct / sum(len(one.targets) for one in seen)})
 
+    @reports(lower=("pseudo_perplexity",))
     @torch.no_grad()
     def examine(self, model: PeftModel, data: Dataset, title: str) -> Measured:
         """Pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659): exp of the mean loss of each token masked alone."""

@@ -3,6 +3,9 @@
 Shares lie in 0..1; BLEU and chrF in 0..100, as sacrebleu prints them. What a library leaves undefined (the precision
 of a class that was never predicted, the correlation of a constant) is 0.0, so no result is ever NaN. Results are plain
 Python numbers, lists and dicts, ready for JSON. Libraries are imported where they are used; none downloads anything.
+
+Which way a metric is better is declared at the function that computes it (`reports`), and everything that compares runs asks
+`lower_is_better`.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import re
 import string
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -28,8 +31,47 @@ _TO_FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form (Unico
 _FULL_WIDTH_PUNCTUATION = frozenset(chr(ord(mark) + _TO_FULL_WIDTH) for mark in string.punctuation)
 _FULL_WIDTH_LETTERS = {ord(letter): ord(letter) + _TO_FULL_WIDTH for letter in string.ascii_letters}
 _TAG = re.compile("O|[BIMES](-.+)?")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_LOWER: dict[str, bool] = {}  # of every metric: whether lower is better
 
 
+def reports(
+    *others: Callable[..., Any], lower: Sequence[str] = (), higher: Sequence[str] = ()
+) -> Callable[[_Function], _Function]:
+    """Declare, at the function that computes them, which metrics it reports and which way each of them is better.
+
+    Args:
+        others: declared functions whose metrics it reports as well.
+    """
+
+    def declare(function: _Function) -> _Function:
+        own = {**dict.fromkeys(lower, True), **dict.fromkeys(higher, False)}
+        for name, is_lower in own.items():
+            known = _LOWER.setdefault(name, is_lower)
+            assert known == is_lower, f"{name}: {function.__qualname__} declares it the other way than before"
+        function.reported = tuple(dict.fromkeys([*own, *(name for other in others for name in reported(other))]))
+        return function
+
+    return declare
+
+
+def reported(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the metrics that a function declares; none for one that declares nothing."""
+    return getattr(function, "reported", ())
+
+
+def lower_is_better(name: str) -> bool:
+    """Which way a metric is better. (One that no function declares is a mistake of ours, not of the user.)"""
+    assert name in _LOWER, f"{name}: no function declares which way it is better; see tasks.metrics.reports"
+    return _LOWER[name]
+
+
+def as_cost(name: str, value: float) -> float:
+    """The value such that lower is better."""
+    return value if lower_is_better(name) else -value
+
+
+@reports(higher=("accuracy", "precision", "recall", "f1", "f1_micro", "f1_weighted"))
 def classification(
     targets: Sequence[int], predicted: Sequence[int], names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -79,6 +121,7 @@ def classification(
     return metrics, details
 
 
+@reports(higher=("accuracy", "precision", "recall", "f1", "f1_micro"), lower=("hamming_loss",))
 def multi_label(
     targets: np.ndarray, predicted: np.ndarray, names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -123,6 +166,7 @@ def multi_label(
     return metrics, {"per_class": {name: _scores(*each[i], rows[i]) for i, name in enumerate(names)}}
 
 
+@reports(lower=("mse", "mae"), higher=("pearson", "spearman"))
 def regression(targets: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
     """A number per row: errors by scikit-learn, correlations by scipy.
 
@@ -155,6 +199,7 @@ def regression(targets: Sequence[float], predicted: Sequence[float]) -> dict[str
     return metrics
 
 
+@reports(higher=("precision", "recall", "f1", "f1_macro", "accuracy"))
 def entities(targets: list[list[str]], predicted: list[list[str]]) -> tuple[dict[str, float], dict[str, Any]]:
     """Named entities from the tags of tokens, by seqeval in its default mode, which follows conlleval.
 
@@ -209,6 +254,7 @@ def entities(targets: list[list[str]], predicted: list[list[str]]) -> tuple[dict
     return metrics, {"per_type": per_type}
 
 
+@reports(higher=("exact_match", "f1"))
 def squad(predictions: list[str], answers: list[list[str]], language: Language) -> dict[str, float]:
     """Short answers against every answer that is right, by torchmetrics' form of the SQuAD script.
 
@@ -242,6 +288,7 @@ def squad(predictions: list[str], answers: list[list[str]], language: Language) 
     return {name: scores[name].item() / 100 for name in ("exact_match", "f1")}
 
 
+@reports(higher=("rouge1", "rouge2", "rougeL", "bleu", "chrf", "exact_match"))
 def overlap(predictions: list[str], references: list[str], language: Language) -> dict[str, float]:
     """Free text against one reference per row, by rouge_score and sacrebleu.
 
@@ -278,6 +325,7 @@ def overlap(predictions: list[str], references: list[str], language: Language) -
     }
 
 
+@reports(lower=("perplexity",))
 def perplexity(loss: float) -> float:
     """e to the power of `loss`, a mean cross-entropy in nats per token; a loss above 700 counts as 700, to stay finite.
 

@@ -20,6 +20,7 @@ from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import preference_losses as losses
 from lora_lab.tasks.base import LossSum, Measured, Observed, Pass
 from lora_lab.tasks.causal_lm import DecoderTask
+from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -173,6 +174,7 @@ class Preference(DecoderTask):
         targets = np.ones(len(rewards)) if batch.good is None else batch.good.cpu().numpy()
         return Observed(examples, rewards, rewards[:, 0].numpy(), targets)
 
+    @reports(lower=("loss", "reward_rejected"), higher=("reward_accuracy", "reward_margin", "reward_chosen"))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         """Rewards are implicit: how much likelier the answer is than for the reference. Ties count half."""
         rewards = np.concatenate([one.logits.numpy() for one in seen])

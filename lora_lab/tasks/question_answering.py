@@ -12,6 +12,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
+from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,6 +108,7 @@ class QuestionAnswering(PaddedTask):
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Observed:
         return Observed(examples, logits.cpu(), logits.argmax(-1).cpu().numpy(), batch.targets.cpu().numpy())
 
+    @reports(metrics.squad, lower=("loss",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         best: dict[str, tuple[float, str]] = {}
         rows: dict[str, dict[str, Any]] = {}

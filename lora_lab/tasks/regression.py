@@ -15,6 +15,7 @@ from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
 from lora_lab.tasks.classification import LabelEncoder
+from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,7 @@ class Regression(PaddedTask):
         numbers = logits.float().cpu()
         return Observed(examples, numbers, numbers[:, 0].numpy(), batch.targets.cpu().numpy())
 
+    @reports(metrics.regression, lower=("loss",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         targets = np.concatenate([one.targets for one in seen])
         predicted = np.concatenate([one.predicted for one in seen])

@@ -13,6 +13,7 @@ from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Message, Record, RowError
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, Pass
+from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference import PreferenceEncoder
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Reward(PaddedTask):
         better, worse = model(**batch.inputs).logits[:, 0].float().chunk(2)
         return _compared(better, worse)
 
+    @reports(lower=("loss",), higher=("accuracy", "reward_margin"))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         gaps = torch.cat([one.logits[:, 1] for one in seen])
         return Measured(

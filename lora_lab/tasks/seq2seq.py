@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_lab.config import TaskConfig
 from lora_lab.data.collate import PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
@@ -14,6 +15,7 @@ from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask, head_only_at
 from lora_lab.tasks.generation import generate_all
+from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,6 +68,10 @@ class Seq2Seq(PaddedTask):
     auto_class = "AutoModelForSeq2SeqLM"
     peft_task_type = "SEQ_2_SEQ_LM"
 
+    @classmethod
+    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+        return super().reported(config) + (metrics.reported(metrics.overlap) if config.generate_rows else ())
+
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         targets = [e.second_ids for e in examples]
         # what the decoder has seen before it says a token: its start mark, then the target so far
@@ -87,6 +93,7 @@ class Seq2Seq(PaddedTask):
         with head_only_at(model, batch.places):
             return model(**batch.inputs).logits.float()
 
+    @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
         tokens = sum(len(one.targets) for one in seen)

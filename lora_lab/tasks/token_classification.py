@@ -17,6 +17,7 @@ from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed
 from lora_lab.tasks.classification import ClassTask
+from lora_lab.tasks.metrics import reports
 
 _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
 
@@ -94,6 +95,7 @@ class TokenClassification(ClassTask):
             origins=[e.origin for e in examples],
         )
 
+    @reports(metrics.entities, metrics.classification, lower=("loss",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         """By seqeval's definition of entities; without entities (parts of speech) by word."""
         targets, predicted = [], []
