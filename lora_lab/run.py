@@ -56,9 +56,13 @@ def resume(path: str, overrides: list[str]) -> RunDir:
     """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run."""
     run, config = open_trained(path, "resume", overrides)
     with _stoppable(run), run.locked():
-        if run.result.exists():
+        result, damage = run_dir.read_result(run)
+        if result is not None:
             console.say("run", f"{run.path} is finished; nothing to do. See {run.result.name}.")
             return run
+        if damage:
+            console.say("result", f"{damage} It is made again.")
+        run_dir.refuse_derived(run)
         tell_uploads(run, config)
         prepared = prepare(config)
         run_dir.check_manifest(run, prepared.base, prepared.data_hashes())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,16 +195,55 @@ def check_same(run: RunDir, config: RunConfig) -> None:
         )
 
 
-def write_manifest(run: RunDir, config: RunConfig, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
+def finite_number(value: Any) -> float | None:
+    """A finite number of a file; None for anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if plain and math.isfinite(value) else None
+
+
+def _are_metrics(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(one is None or finite_number(one) is not None for one in value.values())
+    )
+
+
+_RESULT: dict[str, Callable[[Any], bool]] = {  # what `result.json` must say to be one
+    "steps": lambda value: isinstance(value, int),
+    "tuned": _are_metrics,
+    "coverage": lambda value: isinstance(value, dict),
+}
+
+
+def read_result(run: RunDir) -> tuple[dict[str, Any] | None, str]:
+    """What `result.json` says, once the run is finished, and why it is of no use if it is not whole: the run is not finished then."""
+    if not os.path.lexists(run.result):
+        return None, ""
+    try:
+        found = read_json(run.result, RunError)
+    except RunError as error:
+        return None, str(error)
+    if isinstance(found.get("made_of"), dict):  # it was not trained
+        return found, ""
+    odd = next((key for key, fits in _RESULT.items() if not fits(found.get(key))), None)
+    return (found, "") if odd is None else (None, f"{run.result}: {odd} is missing or not what a run writes.")
+
+
+def write_manifest(
+    run: RunDir, config: RunConfig, base: BaseFiles, data: dict[str, dict[str, str]], made_of: Any = None
+) -> None:
     """Record what the run is made of: its configuration, versions, the base and what goes with it, the data's hashes, the code's
-    commit."""
+    commit.
+
+    Args:
+        made_of: of which runs' adapters it is made, where it is not trained.
+    """
     manifest = {
         "config": dataclasses.asdict(config),
         "base": {**base.recorded(), "folder": str(base.folder)},
         "data": data,
         "versions": versions(),
         "git_commit": _git_commit(),
-    }
+    } | ({} if made_of is None else {"made_of": made_of})
     storage.write_text(run.manifest, storage.dump_json(manifest))
 
 
@@ -224,6 +265,19 @@ def read_manifest(run: RunDir) -> dict[str, Any] | None:
     if wrong or not all(isinstance(files, dict) for files in saved["data"].values()):
         raise RunError(f"{run.manifest}: '{(wrong or ['data'])[0]}' is not what lora-lab wrote. Restore the file.")
     return saved
+
+
+def refuse_derived(run: RunDir) -> None:
+    """Refuse to train a run that was to be made of others.
+
+    Raises:
+        RunError: naming the way out.
+    """
+    if (read_manifest(run) or {}).get("made_of") is not None:
+        raise RunError(
+            f"{run.path}: was to be made of other runs' adapters, and was stopped before it was. Remove the folder and give the "
+            "same lora-lab merge or lora-lab shrink again."
+        )
 
 
 def check_config(run: RunDir, config: RunConfig) -> None:
@@ -277,6 +331,7 @@ def tell_versions(saved: dict[str, Any]) -> None:
         console.say("versions", f"{'; '.join(other)}: the same bytes cannot be promised")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of lora_lab, Python and the libraries that decide results."""
     return {

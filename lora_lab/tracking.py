@@ -102,16 +102,16 @@ class MetricsLog:
 
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Every whole line of a `metrics.jsonl`, and the numbers (from 1) of those that are damaged. A last line without an end is what a
-    killed process leaves, and is neither. There is none where there is no file.
+    """Every whole line of a `metrics.jsonl`, and the numbers (from 1) of those that are damaged, such as a last line without an end,
+    which a killed process leaves. There is none where there is no file.
 
     Raises:
         RunError: the file is no regular file, too large, or cannot be read.
     """
     if not file.exists():
         return [], []
-    *rows, _ = reading.read_bytes(file, RunError, _MAX_BYTES).split(b"\n")
-    found = [_parsed(row) for row in rows]
+    *rows, torn = reading.read_bytes(file, RunError, _MAX_BYTES).split(b"\n")
+    found = [_parsed(row) for row in rows] + ([None] if torn else [])
     return [line for line in found if line], [number for number, line in enumerate(found, 1) if line is None]
 
 

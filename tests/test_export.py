@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_lab import cli, compose, run
-from lora_lab.errors import ConfigError, ExportError
+from lora_lab.errors import AdapterError, ConfigError, ExportError
 from lora_lab.export import card, gguf, ollama, targets
 from lora_lab.export.job import Job
 from lora_lab.prepared import prepare
@@ -151,7 +151,7 @@ def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path,
         (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 400}))
     (done.path / "adapter").rename(tmp_path / "kept")
     (tmp_path / "changed").rename(done.path / "adapter")
-    with pytest.raises(ExportError, match="peft says something else"):
+    with pytest.raises(AdapterError, match="lora_alpha=400, and the run says"):
         run.export(str(done.path), ["export.targets=[adapter]"])
 
 

@@ -263,3 +263,44 @@ def test_several_processes_are_refused(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main([verb, "recipe=demo"]) == 2
     assert "WORLD_SIZE=2: lora-lab works in one process" in capsys.readouterr().err
+
+
+# -- runs that are not whole ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"steps": "three"}'])
+def test_a_damaged_result_is_made_again(copied, content, capsys):
+    before = json.loads(copied.result.read_text())
+    copied.result.write_text(content)
+    assert cli.main(["resume", f"run={copied.path}"]) == 0
+    assert "result.json" in capsys.readouterr().out
+    again = json.loads(copied.result.read_text())
+    assert again["tuned"] == before["tuned"]
+    assert again["steps"] == before["steps"]
+
+
+def test_a_run_that_was_to_be_made_of_others_is_not_trained(copied, capsys):
+    manifest = json.loads(copied.manifest.read_text())
+    copied.manifest.write_text(json.dumps({**manifest, "made_of": {"method": "cat", "adapters": []}}))
+    copied.result.unlink()
+    assert cli.main(["resume", f"run={copied.path}"]) == 2
+    assert "was to be made of other runs' adapters" in capsys.readouterr().err
+
+
+def test_an_edited_member_of_a_sweep_is_left_out(overrides, eval_file, tmp_path, capsys):
+    told = [text for text in overrides if not text.startswith("run_dir=")]
+    folder = tmp_path / "sweep"
+    command = [
+        "train",
+        "-m",
+        *told,
+        f"data.eval={eval_file}",
+        "train.max_steps=1",
+        "seed=1,2",
+        f"hydra.sweep.dir={folder}",
+    ]
+    assert cli.main(command) == 0
+    file = folder / "1" / "config.yaml"
+    file.write_text(file.read_text().replace("seed: 2", "seed: 3"))
+    assert cli.main(["resume", f"sweep={folder}"]) == 2
+    assert "seed is 3 and was 2" in capsys.readouterr().err

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_lab import __version__
+from lora_lab import __version__, run_dir
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config import RunConfig
@@ -26,8 +25,7 @@ def card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]
     Args:
         report: what was proved of the published files, each figure by its name.
     """
-    result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() else {}
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.exists() else {}
+    result, manifest = run_dir.read_result(run)[0] or {}, run_dir.read_manifest(run) or {}
     front: dict[str, Any] = {"tags": ["lora_lab", config.task.name]}
     if is_hub_id(base.name):
         front["base_model"] = base.name

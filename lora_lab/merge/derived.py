@@ -44,7 +44,7 @@ def make(
     """
     config = dataclasses.replace(config, merge=_without_adapters(config.merge))
     with run_dir.created(config) as run:
-        run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
+        run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes(), made_of)
         peft_config = config.adapter.peft_config(prepared.kind.peft_task_type)
         peft_config.modules_to_save = list(prepared.kind.new_modules) or None
         with storage.new_folder(run.adapter) as temporary:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab import console, reading, storage
+from lora_lab import console, storage, tracking
 from lora_lab.errors import RunError
 from lora_lab.report import pages
 
@@ -51,25 +51,16 @@ def read_curve(name: str, title: str, folders: Sequence[Path]) -> Curve:
 
 def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics; what is not whole is left out, and told in the notes."""
-    if not file.exists():
-        return []
     try:
-        lines = reading.read_bytes(file, RunError).splitlines()
+        found, damaged = tracking.read_lines(file)
     except RunError as error:
         notes.append(f"{error} The run has no curve.")
         return []
-    found = [line for line in map(_line, lines) if line is not None]
-    if len(found) < len(lines):
-        notes.append(f"{file}: {len(lines) - len(found)} of {len(lines)} lines are damaged and left out of its curve.")
+    if damaged:
+        notes.append(
+            f"{file}: {len(damaged)} of {len(found) + len(damaged)} lines are damaged and left out of its curve."
+        )
     return found
-
-
-def _line(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _by_step(lines: list[dict[str, Any]], key: str) -> dict[int, float]:

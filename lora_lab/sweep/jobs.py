@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lab import compose, console, reading, storage
+from lora_lab import console, reading, run_dir, storage
 from lora_lab.compose import leaves
 from lora_lab.config import RunConfig
 from lora_lab.errors import LoraLabError, RunError
 from lora_lab.run_dir import RunDir
+from lora_lab.trained import read, without_uploads
 
 # what decides the base, the rows and the passes over them; everything else is a member's own
 _SHARED = ("model", "quant", "data", "task", "hardware", "speed", "tracker", "sweep")
@@ -25,25 +25,6 @@ _TRACKERS_OF_MANY = ("auto", "none", "tensorboard")  # others follow one run of 
 _FAILED = "failed.json"
 _SHARED_OF_TRAIN = ("packing", "gradient_checkpointing", "recompute_every", "offload_activations")
 _SEED = re.compile(r"_seed\d+")  # ends the names of folders that `repeats` makes
-
-
-def finite_number(value: Any) -> float | None:
-    """A finite number of a file; None for anything else."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if plain and math.isfinite(value) else None
-
-
-def _metrics(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(one is None or finite_number(one) is not None for one in value.values())
-    )
-
-
-_RESULT: dict[str, Callable[[Any], bool]] = {  # what `result.json` must say to be one
-    "steps": lambda value: isinstance(value, int),
-    "tuned": _metrics,
-    "coverage": lambda value: isinstance(value, dict),
-}
 
 
 @dataclasses.dataclass
@@ -66,22 +47,12 @@ class Job:
     @property
     def result(self) -> dict[str, Any] | None:
         """What its `result.json` says, once it is finished. With a file that says nothing of use, the run is not finished."""
-        return self._read_result()[0]
+        return run_dir.read_result(self.run)[0]
 
     @property
     def damage(self) -> str:
         """Why its `result.json` is of no use; empty if it is whole, or not there yet."""
-        return self._read_result()[1]
-
-    def _read_result(self) -> tuple[dict[str, Any] | None, str]:
-        if not os.path.lexists(self.run.result):
-            return None, ""
-        try:
-            found = reading.read_json(self.run.result, RunError)
-        except RunError as error:
-            return None, str(error)
-        odd = next((key for key, fits in _RESULT.items() if not fits(found.get(key))), None)
-        return (found, "") if odd is None else (None, f"{self.run.result}: {odd} is missing or not what a run writes.")
+        return run_dir.read_result(self.run)[1]
 
     def write_failure(self) -> None:
         """Leave the error in the run's folder, for whoever asked for the run from elsewhere; none is left if there is none."""
@@ -265,4 +236,4 @@ def _config_in(path: Path) -> RunConfig:
     if not file.exists():
         raise RunError("no config.yaml, so the run never began. Left out; the sweep's first command makes it again.")
     with reading.reading(file, RunError, "The run is left out."):
-        return dataclasses.replace(compose.load(file), run_dir=str(path))
+        return dataclasses.replace(without_uploads(read(RunDir(path))), run_dir=str(path))

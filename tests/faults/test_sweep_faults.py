@@ -92,7 +92,7 @@ def test_a_sweep_ranks_the_best_first_and_merges_it(name, tmp_path, reload_here)
         (["sweep.metric=valid_json", "task.generate_rows=2"], "There are: loss, token_accuracy, perplexity, rouge1"),
         (["sweep=halving", "data.eval=null"], "sweep=halving: compares held-out losses. Set data.eval=FILE"),
         (["sweep.metric=perplexity", "data.eval=null"], "sweep.metric=perplexity: is measured on held-out rows. Set"),
-        (["seed=range(4,4)"], "seed=range(4,4): a sweep over no values at all."),
+        (["seed=range(4,4)"], "seed=range(4,4): a sweep without values."),
         (["sweep.seeds=2", "data.eval=null"], "sweep.seeds=2: repeats what is best on held-out rows. Set"),
     ],
 )
