@@ -366,7 +366,7 @@ def test_bytes_of_files_of_rows(kind, times, tokenizer, tmp_path_factory, monkey
         "txt": "\n\n".join(r["prompt"] for r in rows).encode(),
         "conll": "\n\n".join("\n".join(f"{word} O" for word in r["prompt"].split()) for r in rows).encode(),
         "parquet": (place / "whole.parquet").read_bytes(),
-        "jsonl.gz": gzip.compress(lines),
+        "jsonl.gz": gzip.compress(lines, mtime=0),
     }[kind]
     task = {"txt": "completion", "conll": "token_classification"}.get(kind, "causal_lm")
     tokenizer.chat_template = CHATML

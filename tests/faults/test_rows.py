@@ -234,9 +234,9 @@ def test_a_history_that_is_no_list_of_pairs(history, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("rows.json.gz", gzip.compress(b"[{}]")[:-12]),
+        ("rows.json.gz", gzip.compress(b"[{}]", mtime=0)[:-12]),
         ("rows.json.gz", b"\x1f\x8b\x08" + bytes(30)),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 99)[:60]),
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 99, mtime=0)[:60]),
         ("rows.csv.gz", b"not gzip"),
         ("rows.parquet", b"PAR1" + bytes(200) + b"PAR1"),
         ("rows.json", b"[" * 100_000),
