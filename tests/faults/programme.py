@@ -168,8 +168,8 @@ class Zygote:
             return done, [tuple(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        with self.process:  # closes its pipes, and waits
+            self.process.stdin.close()
 
 
 # -- runs to harm -----------------------------------------------------------------------------------------------------
