@@ -73,11 +73,11 @@ def _real_write(file: str, text: str) -> None:
 
 # -- events -----------------------------------------------------------------------------------------------------------
 
-_real: dict[str, Callable] = {
-    f"os.{name}": getattr(os, name)
-    for name in ("replace", "rename", "fsync", "fdatasync", "unlink", "remove", "rmdir", "mkdir", "open", "write")
-    + ("link", "symlink", "truncate", "ftruncate")
-}
+_REAL_NAMES = (
+    "replace", "rename", "fsync", "fdatasync", "unlink", "remove", "rmdir", "mkdir", "open", "write", "link", "symlink",
+    "truncate", "ftruncate",
+)  # fmt: skip
+_real: dict[str, Callable] = {f"os.{name}": getattr(os, name) for name in _REAL_NAMES}
 _real["open"] = builtins.open
 
 
@@ -303,7 +303,7 @@ def _inside_backward() -> None:
 class _ForkedReload(subprocess.Popen):
     """A process of its own that reloads a checkpoint, forked from this one instead of started anew: seconds saved."""
 
-    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *more: Any) -> None:  # noqa: ANN401
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *more: Any) -> None:
         script = [str(word) for word in args] if isinstance(args, (list, tuple)) else []
         place = next((i for i, word in enumerate(script) if word.endswith("/merge/reload.py")), None)
         if place is None:

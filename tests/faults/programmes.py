@@ -25,7 +25,6 @@ TESTS = {
         "tests/test_resume.py::test_resume_falls_back_to_the_newest_valid_checkpoint",
         "tests/test_resume.py::test_resume_of_a_finished_run_does_nothing",
         "tests/test_resume.py::test_resume_without_checkpoint_starts_over",
-        "tests/faults/test_programme_resume.py",
     ),
     "R2": (
         "tests/faults/test_programme_kills.py",
@@ -67,6 +66,11 @@ TESTS = {
     ),
     "R11": ("tests/faults/test_items.py",),
     "R12": ("tests/faults/test_sweep_faults.py",),
+}
+# Tests that try more than once, and how often.
+TRIES = {
+    "tests/test_resume.py::test_resume_is_exact_after_interruptions": 5,
+    "tests/test_resume.py::test_resume_is_exact_after_every_interruption": 24,
 }
 _ELSE = "R11"  # other tests of tests/faults are of the list of faults
 

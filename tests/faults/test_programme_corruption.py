@@ -105,16 +105,35 @@ def _half_swept(world: World) -> None:
         shutil.rmtree(world.root / f"sweep/{name}/checkpoints/step-8")
 
 
-_SEARCH = ["hydra/sweeper=optuna_cohort", "hydra.sweeper.trials=4", "hydra.sweeper.batch=2", "hydra.sweeper.sampler=random"]
+_SEARCH = [
+    "hydra/sweeper=optuna_cohort",
+    "hydra.sweeper.trials=4",
+    "hydra.sweeper.batch=2",
+    "hydra.sweeper.sampler=random",
+]
 
 
 def _search(root: str) -> tuple[str, ...]:
     """A search; `{root}` as in `Kind.argv`."""
-    world = ["model=hub", f"model.path={root}/base", f"data.train={root}/rows.jsonl", f"data.eval={root}/held_out.jsonl"]
+    world = [
+        "model=hub",
+        f"model.path={root}/base",
+        f"data.train={root}/rows.jsonl",
+        f"data.eval={root}/held_out.jsonl",
+    ]
     from tests.faults.programme import SETTINGS
 
     space = ["optim.lr=tag(log,interval(1e-4,1e-2))", "adapter.r=2,4"]
-    return ("train", "-m", *world, *SETTINGS, "sweep.execution=turns", *_SEARCH, *space, f"hydra.sweep.dir={root}/sweep")
+    return (
+        "train",
+        "-m",
+        *world,
+        *SETTINGS,
+        "sweep.execution=turns",
+        *_SEARCH,
+        *space,
+        f"hydra.sweep.dir={root}/sweep",
+    )
 
 
 def _searched(world: World) -> None:

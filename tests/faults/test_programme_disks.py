@@ -46,7 +46,10 @@ def file_system(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
     """A file system of its own at `folder`; yields a function that changes its size."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         pytest.skip(f"mounting a small file system is not permitted here ({done.stderr.strip()})")
@@ -76,7 +79,9 @@ def told(tally: Tally, done: Done, what: str) -> bool:
     return True
 
 
-def judge(tally: Tally, done: Done, found: dict[str, str], expected: dict[str, str], places: Sequence[Path], what: str) -> None:
+def judge(
+    tally: Tally, done: Done, found: dict[str, str], expected: dict[str, str], places: Sequence[Path], what: str
+) -> None:
     """Count a try by how it went on after room was made."""
     left = [name for place in places for name in litter(place)]
     if done.trace or done.hang:
@@ -182,7 +187,14 @@ def test_full_at_every_file_of_what_is_made_of_a_run(verb, first, then, made, wa
 def test_a_sweep_on_file_systems_of_every_size(world, tally):
     counted, mount = tally("R3"), world.root / "mount"
     folder = mount / "sweep"
-    argv = ["train", "-m", *world.settings("x")[:-1], "adapter.r=2,4", "sweep.execution=turns", f"hydra.sweep.dir={folder}"]
+    argv = [
+        "train",
+        "-m",
+        *world.settings("x")[:-1],
+        "adapter.r=2,4",
+        "sweep.execution=turns",
+        f"hydra.sweep.dir={folder}",
+    ]
 
     def found() -> dict[str, str]:
         runs = sorted(one.parent for one in folder.glob("*/config.yaml"))
@@ -209,4 +221,3 @@ def test_a_full_disk_is_really_full(tmp_path):
         with pytest.raises(OSError, match="No space left"):
             (tmp_path / "small/a").write_bytes(bytes(8192))
         assert os.statvfs(tmp_path / "small").f_bfree == 0
-

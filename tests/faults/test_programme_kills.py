@@ -180,9 +180,7 @@ def test_what_replaces_a_folder_is_killed(verb, part, world, tally):
     assert not counted.problems, "\n".join(counted.problems)
 
 
-def _judge_folder(
-    tally: Tally, world: World, argv: list[str], folder: Any, made: tuple[dict, dict], what: str
-) -> None:
+def _judge_folder(tally: Tally, world: World, argv: list[str], folder: Any, made: tuple[dict, dict], what: str) -> None:
     from lora_lab import storage
     from lora_lab.errors import LoraLabError
 
