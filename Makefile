@@ -16,7 +16,7 @@ test-long: install  ## the long tier too: every step of a run interrupted, hundr
 	$(BIN)/python -m pytest -n 2 -m "long or not long"
 
 test-faults: install  ## the fault programme: kills, full disks, damage, signals, attacks; at most 40 minutes, ends with a table
-	$(BIN)/python -m pytest -n 2 -p tests.faults.table -m "faults or not faults" -r fE --fault-report runs/faults.json tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "faults or not faults" -r fE --fault-report runs/faults.json tests
 
 bench: install  ## speed and memory beside other tools; these are installed apart, nothing else depends on them
 	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \

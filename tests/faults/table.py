@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults import machine
 from tests.faults.items import ITEMS
 from tests.faults.programmes import PROGRAMMES, TRIES, programme_of
 
@@ -27,7 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Table(config.getoption("--fault-report")), "fault-table")
+        workers = config.getoption("numprocesses", None) or 1
+        config.pluginmanager.register(Table(config.getoption("--fault-report"), workers), "fault-table")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,8 +52,8 @@ def _items_of(node: str) -> list[int]:
 class Table:
     """Collects what tests report, from all workers."""
 
-    def __init__(self, report: str | None):
-        self.report, self.began = report, time.monotonic()
+    def __init__(self, report: str | None, workers: int):
+        self.report, self.workers, self.began = report, workers, time.monotonic()
         self.lines = {name: dict.fromkeys(COLUMNS, 0) for name in PROGRAMMES}
         self.items: dict[int, bool] = {}
         self.problems: list[str] = []
@@ -96,6 +98,8 @@ class Table:
         }
         return {
             "programmes": self.lines | {"R11": items},
+            "machine": machine(),
+            "workers": self.workers,
             "minutes": round((time.monotonic() - self.began) / 60, 1),
             "problems": self.problems,
             "notes": self.notes,
