@@ -90,6 +90,9 @@ class Tally:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
+_ERROR = re.compile(r"[A-Za-z_.]+(Error|Exception)\b")
+
+
 @dataclass(frozen=True)
 class Done:
     """How a forked command line ended (see `tests.faults.zygote`)."""
@@ -112,8 +115,10 @@ class Done:
 
     @property
     def last_line(self) -> str:
+        """What it ended with: the error of a stack trace, or the last line."""
         lines = [line for line in self.err.splitlines() if line.strip()]
-        return lines[-1][:300] if lines else f"(silent, exit {self.rc})"
+        errors = [line for line in lines if _ERROR.match(line)]
+        return (errors or lines or [f"(silent, exit {self.rc})"])[-1][:300]
 
 
 class Zygote:
