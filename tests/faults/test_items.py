@@ -284,6 +284,23 @@ def test_edited_settings_are_named_and_refused(stopped, capsys):
     assert "optim.lr" in message or "config.yaml" in message
 
 
+@pytest.mark.faults
+def test_processes_that_hash_otherwise_end_with_the_same_bytes(small, tmp_path):
+    """Python orders sets of texts otherwise in each process; no file may show it."""
+    found = []
+    for seed in "12":
+        settings = [*small, f"run_dir={tmp_path}/{seed}"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(
+            [sys.executable, "-m", "lora_lab", "train", *settings],
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        found.append(folder_digests(tmp_path / seed / "adapter"))
+    assert found[0] == found[1]
+
+
 # -- sweeps -------------------------------------------------------------------------------------------------------------
 
 
