@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long bench lint install clean
+.PHONY: demo test test-long test-faults bench lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, prove
 	$(BIN)/lora-lab train recipe=demo
@@ -14,6 +14,9 @@ test: install  ## the default tests: CPU, offline, under 5 minutes
 
 test-long: install  ## the long tier too: every step of a run interrupted, hundreds of kills
 	$(BIN)/python -m pytest -n 2 -m "long or not long"
+
+test-faults: install  ## the fault programme: kills, full disks, damage, signals, attacks; at most 40 minutes, ends with a table
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "faults or not faults" -r fE --fault-report runs/faults.json tests
 
 bench: install  ## speed and memory beside other tools; these are installed apart, nothing else depends on them
 	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \
