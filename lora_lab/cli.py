@@ -249,7 +249,7 @@ def _multirun(args: argparse.Namespace) -> int:
     from lora_lab.sweep import ranking, sweep
 
     whole = sweep.Sweep()
-    failures = hydra_app.multirun(args.overrides, args.config_dir, ranking.check, whole.launch)
+    failures = hydra_app.multirun(args.overrides, args.config_dir, whole.launch, ranking.check)
     return whole.end(failures)
 
 

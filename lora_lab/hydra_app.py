@@ -36,8 +36,8 @@ _COMPLETING = (
 def multirun(
     overrides: Sequence[str],
     config_dir: str | None,
-    check: Callable[[RunConfig], None],
     launch: Callable[[list[RunConfig], Nodes | None], list[Outcome]],
+    check: Callable[[RunConfig], None] = lambda config: None,
 ) -> list[tuple[str, LoraLabError]]:
     """Ordinary Hydra multirun, in `hydra.sweep.dir`: the cohort launcher gives all points that the sweeper asks for to `launch`
     at once, other launchers one after another.

@@ -293,7 +293,12 @@ def check_config(run: RunDir, config: RunConfig) -> None:
     if not isinstance(recorded, dict):  # made by an earlier version
         return
     then, now = dict(compose.leaves(recorded)), dict(compose.leaves(dataclasses.asdict(config)))
-    edited = [f"{key} is {now[key]} and was {then[key]}" for key in now if key in then and now[key] != then[key]]
+    moved = ("name", "run_dir")  # a run may be
+    edited = [
+        f"{key} is {now[key]} and was {then[key]}"
+        for key in now
+        if key in then and now[key] != then[key] and key not in moved
+    ]
     if edited:
         raise RunError(f"{run.config}: edited since the run began: {'; '.join(edited)}. Restore it, or start anew.")
 

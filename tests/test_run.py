@@ -167,7 +167,8 @@ def test_embedded_base_end_to_end(tmp_path, cache, capsys):
     assert cli.main(["train", *arguments, "task.max_new_tokens=4", f"run_dir={tmp_path}/run", "hardware=cpu"]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["coverage"] == {
-        "matched": 210, "linear_layers": 211, "trainable_parameters": 4_884_480, "base_parameters": 134_515_008
+        "matched": 210, "linear_layers": 211, "trainable_parameters": 4_884_480, "base_parameters": 134_515_008,
+        "matched_experts": 0, "experts": 0,
     }  # fmt: skip
     assert result["merge"]["refused"] == []
     assert result["merge"]["merged_vs_base_and_adapter"]["top1_agreement"] >= 0.97

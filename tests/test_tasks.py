@@ -261,6 +261,9 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     saved = yaml.safe_load((again / "config.yaml").read_text())
     saved |= {"run_dir": str(again), "export": {**saved["export"], "targets": []}}
     (again / "config.yaml").write_text(yaml.safe_dump(saved))
+    manifest = json.loads((again / "manifest.json").read_text())
+    manifest["config"]["export"]["targets"] = []  # as if it had been begun without
+    (again / "manifest.json").write_text(json.dumps(manifest))
     run.resume(str(again), [])
     weights = [path / "adapter/adapter_model.safetensors" for path in (folder, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()

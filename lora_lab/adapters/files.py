@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def write_tensors(
     peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
     peft_config.inference_mode = True
     peft_config.save_pretrained(folder)
+    _sort_sets(folder / CONFIG, peft_config)
     peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
     content = {
         "lora_lab": __version__,
@@ -70,6 +72,15 @@ def write_tensors(
         **provenance,
     }
     (folder / PROVENANCE).write_text(storage.dump_json(content), encoding="utf-8")
+
+
+def _sort_sets(file: Path, config: PeftConfig) -> None:
+    """Write names in order: peft writes sets as they come, which is otherwise in each process."""
+    tree = read_json(file, AdapterError)
+    for name, value in tree.items():
+        if isinstance(value, list) and isinstance(getattr(config, name), set):
+            tree[name] = sorted(value)
+    file.write_text(json.dumps(tree, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def learned(folder: Path) -> dict[str, Any]:
@@ -125,6 +136,7 @@ def settings(folder: Path) -> PeftConfig:
     file = folder / CONFIG
     tree = read_json(file, AdapterError)
     method, mapping = tree.pop("peft_type", None), tree.pop("auto_mapping", None)
+    tree.pop("base_model_name_or_path", None)  # which base it is, its fingerprint says
     if method != "LORA":
         raise AdapterError(f"{file}: peft_type={method}; only LORA has updates that can be read.")
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}

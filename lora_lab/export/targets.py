@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_lab import console, storage
-from lora_lab.errors import ConfigError, MergeError
+from lora_lab.errors import ConfigError, ExportError, MergeError
 from lora_lab.export import adapter, card, gguf, hub, quantized
 from lora_lab.export.job import Job
+from lora_lab.reading import read_json
 
 POSITIONS = 256  # that llama.cpp is asked about, one by one
 
@@ -91,7 +91,12 @@ def make(job: Job, merged: bool = True) -> dict[str, dict[str, Any]]:
 
 def _write(file: Path, report: dict[str, dict[str, Any]]) -> None:
     """Add to what was said of other targets before."""
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    before: dict[str, Any] = {}
+    if file.exists():
+        try:
+            before = read_json(file, ExportError)
+        except ExportError as error:
+            console.say("report", f"{error} It is begun anew.")
     storage.write_text(file, storage.dump_json(before | report))
 
 

@@ -58,7 +58,11 @@ class Search:
                 sampler=samplers[sampler](),
                 load_if_exists=True,
             )
-        self._left = self.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+        begun = self.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+        self._left = [trial for trial in begun if trial.params.keys() == self.space.keys()]
+        for trial in begun:
+            if trial not in self._left:  # killed between the lines that say what is to be tried
+                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if self._left:
             console.say("search", f"{len(self._left)} trials were interrupted and go on")
 
