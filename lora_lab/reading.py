@@ -39,7 +39,7 @@ def read_bytes(file: Path, error: type[LoraLabError], max_bytes: int = MAX_BYTES
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise error(f"{file}: not a regular file. Replace it by one.")
-        content = stream.read(max_bytes + 1)
+        content = stream.read(min(found.st_size, max_bytes) + 1)  # a buffer of the limit would be 64 MiB
     if len(content) > max_bytes:
         raise error(f"{file}: larger than {_size(max_bytes)}, so it is not what its name says.")
     return content

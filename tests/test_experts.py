@@ -41,7 +41,15 @@ def make_mixture(folder, name: str):
 
 
 @pytest.mark.usefixtures("reload_here")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Mixtral",
+        "GraniteMoe",
+        "Llama4Text",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("Qwen3Moe", "Olmoe", "Qwen2Moe")),
+    ],
+)
 def test_a_mixture_trains_resumes_and_merges(name, config_of, tmp_path, eval_file, monkeypatch, capsys):
     reaches, count, _ = FAMILIES[name]
     base = make_mixture(tmp_path / "base", name)

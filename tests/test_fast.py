@@ -374,7 +374,13 @@ _ODD = {  # norms with a gate, layers that return two things, projections that a
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _ODD)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("Qwen3_5TextConfig", "GptOssConfig") else pytest.param(name, marks=pytest.mark.long)
+        for name in _ODD
+    ],
+)
 def test_an_acceleration_never_stops_a_run(name, config_of, tmp_path, capsys):
     """What it cannot express is left out, and what is left computes what the plain modules compute."""
     import transformers

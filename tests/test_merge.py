@@ -318,8 +318,22 @@ def test_what_was_there_is_kept(trained, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("reload_here")
-@pytest.mark.parametrize("policy", ["dequantized", "corrected", "auto"])
-@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [
+        ("nf4", "dequantized"),
+        *(
+            pytest.param(method, policy, marks=pytest.mark.long)
+            for method, policy in [
+                ("nf4", "corrected"),
+                ("nf4", "auto"),
+                ("int8", "dequantized"),
+                ("int8", "corrected"),
+                ("int8", "auto"),
+            ]
+        ),
+    ],
+)
 def test_layers_that_quantizing_turned_are_turned_back(trained, tmp_path, policy, method):
     """GPT-2 keeps its weights the other way round, and bitsandbytes' layers do not."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -340,7 +354,9 @@ def test_layers_that_quantizing_turned_are_turned_back(trained, tmp_path, policy
 
 
 @pytest.mark.usefixtures("reload_here")
-@pytest.mark.parametrize("kind", ["XLMRoberta", "Camembert", "Roberta"])
+@pytest.mark.parametrize(
+    "kind", ["XLMRoberta", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("Camembert", "Roberta"))]
+)
 def test_a_tied_output_matrix_is_no_new_part(config_of, tmp_path, kind, capsys):
     """Masked-language heads whose decoder is the input embedding: trained through the adapter alone, and merged as one matrix."""
     import transformers

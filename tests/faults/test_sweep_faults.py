@@ -470,6 +470,7 @@ def test_one_of_eight_that_does_not_fit_leaves_seven(eight, monkeypatch):
 # -- many runs, and faults at random ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_a_small_soak_loses_nothing(tmp_path, monkeypatch):
     """24 runs in this process: one raises, one diverges, one result is cut, one SIGTERM."""
     runs, group = 24, 12
