@@ -12,13 +12,15 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__, children, compose, console, storage
-from lora_lab.base.load import BaseFiles
 from lora_lab.config import RunConfig
 from lora_lab.errors import RunError
 from lora_lab.reading import read_json
+
+if TYPE_CHECKING:
+    from lora_lab.base.load import BaseFiles
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "safetensors")
 

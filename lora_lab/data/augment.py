@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from lora_lab.base.resolve import local_path
-from lora_lab.data import translate
 from lora_lab.data.clean import Language
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.schema import section
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from lora_lab.data import translate
 
 Method = Literal["delete", "swap", "synonyms", "back_translation"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -227,6 +228,8 @@ class Augmenter:
 
     @functools.cached_property
     def _translators(self) -> list[translate.Translator]:
+        from lora_lab.data import translate  # a configuration is read without what loads models
+
         prefixes = self.config.prefixes or ["", ""]
         return [
             translate.Translator(_model_key(index, name), folder, prefix)
@@ -237,6 +240,8 @@ class Augmenter:
 
     @functools.cached_property
     def _folders(self) -> list[Path]:
+        from lora_lab.data import translate
+
         return [
             translate.find(_model_key(index, name), name) for index, name in enumerate(self.config.back_translation)
         ]
@@ -250,15 +255,17 @@ class Augmenter:
         Raises:
             BaseModelError: a translation model cannot be found or trusted.
         """
-        libraries, folders = ["numpy"], []
+        libraries, models = ["numpy"], []
         if self.config.language == "zh":
             libraries.append("rjieba")
         if "back_translation" in self.config.methods:
+            from lora_lab.data import translate
+
             libraries += ["torch", "transformers", "tokenizers"]
-            folders = self._folders
+            models = [translate.digest(folder) for folder in self._folders]
         parts = {
             "synonyms": self._synonyms_sha256,
-            "models": [translate.digest(folder) for folder in folders],
+            "models": models,
             "libraries": [f"{name} {importlib.metadata.version(name)}" for name in libraries],
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
