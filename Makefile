@@ -9,11 +9,11 @@ export HF_HUB_OFFLINE ?= 1
 demo: install  ## the main job on the embedded default: train, compare, merge, prove
 	$(BIN)/lora-lab train recipe=demo
 
-test: install  ## the default tests: CPU, offline, under 5 minutes
+test: install  ## the default tests: CPU, offline, under 8 minutes
 	$(BIN)/python -m pytest -n 2
 
-test-long: install  ## the long tier too: every step of a run interrupted, hundreds of kills
-	$(BIN)/python -m pytest -n 2 -m "long or not long"
+test-long: install  ## the long tier too: every step of a run interrupted, more families and policies
+	$(BIN)/python -m pytest -n 2 -m "not faults"
 
 test-faults: install  ## the fault programme: kills, full disks, damage, signals, attacks; at most 40 minutes, ends with a table
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "faults or not faults" -r fE --fault-report runs/faults.json tests

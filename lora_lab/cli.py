@@ -17,7 +17,8 @@ from lora_lab.verbs import EXAMPLES, TAKES, VERBS
 _PRINTING = ("config", "data", "plan", "chat")  # their output is all that they are for
 _COMMON = """
 exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
-non-finite update; 4 a merge or an export refused; 130 Ctrl-C and 143 SIGTERM, after saving. A reader that closes its pipe (| head) changes nothing;
+non-finite update; 4 a merge or an export refused; 130 Ctrl-C, 143 SIGTERM
+and 129 a closed terminal, after saving. A reader that closes its pipe (| head) changes nothing;
 where stdout cannot be written (disk full) a run still goes on to its end, and config, data, plan and chat end with 2."""
 
 

@@ -34,7 +34,7 @@ from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder
-from lora_lab.errors import ConfigError, DataError, TrainingError
+from lora_lab.errors import BaseModelError, ConfigError, DataError, TrainingError
 from lora_lab.fast import apply
 from lora_lab.fast.roster import Roster
 from lora_lab.run_dir import RunDir
@@ -274,6 +274,7 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
 def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
     """Refuse an adapter that was trained on another base, or has other settings than its run; tell other versions."""
     files.check_base(run.adapter, found.base)
+    files.check_quant(run.adapter, config.quant)
     files.check_settings(run.adapter, fresh_settings(found.model, config.adapter, found.kind))
     saved = run_dir.read_manifest(run)
     if saved is not None:
@@ -333,6 +334,8 @@ def decide_packing(prepared: Prepared) -> None:
         with prepared.accelerator.autocast():
             packing.check_isolation(prepared.model.eval(), first_examples(data, 2))
         return
+    except BaseModelError:
+        raise
     except Exception as error:  # whatever a model of another make raises here is about packing alone
         if oom.is_out_of_memory(error):
             raise

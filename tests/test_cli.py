@@ -184,6 +184,20 @@ def test_damaged_base_is_refused(overrides, base, tmp_path, capsys):
     assert "no config.json" in fails(["train", *overrides, f"model.path={tmp_path}"], capsys)
 
 
+def test_a_base_with_numbers_that_are_none_is_refused_before_training(overrides, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    weights = make_base(tmp_path / "broken") / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    capsys.readouterr()
+    message = fails(["train", *overrides, f"model.path={tmp_path}/broken"], capsys)
+    assert "The model's outputs are not finite" in message
+    assert "Copy the base again" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_adapter_on_another_base_is_refused(overrides, tmp_path, capsys, eval_file):
     assert cli.main(["train", *overrides, "train.max_steps=1"]) == 0
     other = make_base(tmp_path / "other", seed=5)

@@ -142,6 +142,13 @@ def test_an_edited_adapter_is_refused_even_with_new_checksums(copied, capsys):
         assert "lora_alpha=1, and the run says 32" in capsys.readouterr().err
 
 
+def test_an_adapter_of_another_quantization_is_refused(copied, capsys):
+    reseal(copied.adapter, "lora_lab.json", lambda tree: tree["base"].update(method="nf4"))
+    for verb in ("evaluate", "merge", "chat"):
+        assert cli.main([verb, f"run={copied.path}"]) == 2
+        assert "trained with quant.method=nf4, and the run says none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

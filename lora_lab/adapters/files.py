@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lab import __version__, storage
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
-from lora_lab.config import RunConfig
+from lora_lab.config import QuantConfig, RunConfig
 from lora_lab.errors import AdapterError, CheckpointError
 from lora_lab.reading import read_json, reading
 
@@ -123,6 +123,20 @@ def check_base(folder: Path, base: BaseFiles) -> None:
             f"{folder}: trained on {trained_on.get('name')}, and the {' and the '.join(changed)} in {base.folder} changed since: "
             "the model would be asked otherwise than it was trained. Restore the files."
         )
+
+
+def check_quant(folder: Path, quant: QuantConfig) -> None:
+    """Check that the adapter in `folder` was trained on a base that was stored as its run says.
+
+    Raises:
+        AdapterError: naming the key with both values.
+    """
+    recorded, told = _provenance(folder)["base"], dataclasses.asdict(quant)
+    for name in ("method", "double_quant", "skip_modules"):
+        if name in recorded and recorded[name] != told[name]:
+            raise AdapterError(
+                f"{folder}: trained with quant.{name}={recorded[name]}, and the run says {told[name]}. Restore the one that was changed."
+            )
 
 
 def settings(folder: Path) -> PeftConfig:

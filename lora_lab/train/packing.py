@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Example
-from lora_lab.errors import TrainingError
+from lora_lab.errors import BaseModelError, TrainingError
 from lora_lab.fast import attention, prefix, rows
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
     Some architectures mix tokens outside attention (state-space layers, convolutions), or ignore positions.
 
     Raises:
-        TrainingError: packed logits differ from those of each example alone by more than rounding, or the model's are not finite.
+        TrainingError: packed logits differ from those of each example alone by more than rounding.
+        BaseModelError: the model's logits are not finite, packed or not.
     """
     # The first may end on a supervised token that the second must not see; both are cut short to be quick.
     pair = [tail(example) for example in examples[:2]]
@@ -138,10 +139,9 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
         packed = logits(model, pack(pair, device)).float()
         alone = torch.cat([logits(model, pack([example], device)).float() for example in pair])
     if not alone.isfinite().all():
-        raise TrainingError(
-            f"The model's outputs are not finite (NaN or infinite) before any training: its weights hold such numbers, or "
-            f"{str(model.get_base_model().dtype).removeprefix('torch.')} is too narrow for them. Copy the base again, or try "
-            "model.dtype=float32."
+        wider = "" if model.get_base_model().dtype == torch.float32 else ", or try model.dtype=float32"
+        raise BaseModelError(
+            f"The model's outputs are not finite (NaN or infinite) before any training. Copy the base again{wider}."
         )
     gap = ((packed - alone).norm() / alone.norm()).item()
     limit = _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
