@@ -212,6 +212,13 @@ class DataConfig:
     label_names: Annotated[
         list[str] | None, Field(min_length=2, description="names of the classes 0, 1, ... of a label column")
     ] = None
+    field: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="where the list of rows lies in .json files that are one object, such as data or a.b",
+        ),
+    ] = None
     sample_by: Annotated[
         Literal["line", "paragraph", "document"], Field(description="what a row of a text file is")
     ] = "line"

@@ -105,8 +105,8 @@ _PLACE = (  # found to be the same base, wherever it lies and however it is comp
     "speed.block_attention", "speed.chunked_loss", "speed.last_layer_rows", "speed.dequantize",
 )  # fmt: skip
 _ROWS = (  # to measure on
-    "data.eval", "data.format", "data.columns", "data.label_names", "data.sample_by", "data.max_tokens", "data.too_long", "data.unusable",
-    "data.duplicates", "data.check", "data.max_eval_rows",
+    "data.eval", "data.format", "data.columns", "data.label_names", "data.field", "data.sample_by", "data.max_tokens", "data.too_long",
+    "data.unusable", "data.duplicates", "data.check", "data.max_eval_rows",
 )  # fmt: skip
 _GENERATION = ("task.max_new_tokens", "task.num_beams")
 _ANSWERS = (*_GENERATION, "task.generate_rows", "task.answer_format", "task.language", "task.pseudo_perplexity_rows",

@@ -63,9 +63,14 @@ def test_classification_equals_the_report():
         assert list(details["per_class"][name].values()) == pytest.approx(list(report[name].values()))
 
 
-def test_classes_that_no_row_has_count_in_the_means():
+def test_classes_that_no_row_has_do_not_count_in_the_means():
     measured, details = classification([0, 0], [0, 0], ["a", "b"])
-    assert (measured["accuracy"], measured["f1"], measured["f1_weighted"]) == (1.0, 0.5, 1.0)
+    assert (measured["accuracy"], measured["f1"], measured["f1_weighted"]) == (1.0, 1.0, 1.0)
+    measured, _ = classification(
+        [0, 0], [0, 1], ["a", "b", "c"]
+    )  # b is no row's, but one is put into it: it counts, as 0
+    assert measured["f1"] == pytest.approx(f1_score([0, 0], [0, 1], average="macro"))
+    assert measured["recall"] == 0.25
     assert details["confusion_matrix"]["rows"] == [[2, 0], [0, 0]]
 
 

@@ -41,7 +41,7 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     if config.eval is not None:
         held_out = _read("data.eval", config.eval, config.max_eval_rows, encoder.for_held_out(), refuse)
     if config.streaming and need_train:
-        files = sources.find("data.train", config.train, config.sample_by)
+        files = sources.find("data.train", config.train, config.sample_by, config.field)
         train = Stream("data.train", files, encoder, _weights(config.train))
     elif need_train or config.eval_ratio is not None:
         train = _read("data.train", config.train, config.max_train_rows, encoder, refuse)
@@ -81,6 +81,8 @@ def _refuse_without_effect(config: DataConfig, parts: list[Dataset | Stream]) ->
     suffixes = {Path(name).name.removesuffix(".gz").rpartition(".")[2] for part in parts for name in part.files}
     if config.sample_by != "line" and "txt" not in suffixes:
         raise ConfigError(f"data.sample_by={config.sample_by}: no effect, because no file is a .txt file. Drop it.")
+    if config.field is not None and "json" not in suffixes:
+        raise ConfigError(f"data.field={config.field}: no effect, because no file is a .json file. Drop it.")
 
 
 def refuse_empty(data: Dataset) -> None:
@@ -108,7 +110,7 @@ def _read(key: str, names: Any, limit: int | None, encoder: Encoder, refuse: boo
     """All rows of one key, encoded."""
     config = encoder.config
     entries, origins, files, rows, left = [], [], {}, [], limit
-    for file in sources.find(key, names, config.sample_by):
+    for file in sources.find(key, names, config.sample_by, config.field):
         if left is not None and left <= 0:
             break
         entry = store.open_entry(file, encoder, left, refuse)

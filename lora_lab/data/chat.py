@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_lab.config import DataConfig, TaskConfig
 from lora_lab.data.clean import clean
+from lora_lab.data.conversations import refuse_lost_reasoning
 from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Message, Record, RowError, class_name
 from lora_lab.data.template import ChatTemplate, Rendered
@@ -74,6 +75,7 @@ class ChatEncoder(Encoder):
             if not text.strip():
                 raise RowError("empty", "nothing is left of the text after cleaning.")
             return [Rendered(text, [(0, len(text), 1.0)], end_missing=True, plain=True)]
+        refuse_lost_reasoning(record.messages, self.tokenizer.chat_template)
         messages = cleaned(record.messages, self.config)
         return self.template.examples(dataclasses.replace(record, messages=messages), self.supervise)
 

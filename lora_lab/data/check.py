@@ -9,9 +9,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from lora_lab.config import DataConfig
+from lora_lab.data import hints
 from lora_lab.data.build import Data
+from lora_lab.data.chunks import Report
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Encoder
+from lora_lab.data.formats import FORMATS
+from lora_lab.data.formats import counts as is_count
 from lora_lab.data.store import is_error, label_counts
 
 _LOOK = 64  # examples whose prompts are rendered and tokenized once more
@@ -59,6 +63,8 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
             named = first + (f" Also {more}" + (" ..." if count > _NAMED else ".") if more else "")
             level = "error" if is_error(config, kind) else "note"
             found.append(Finding(level, data.key, f"{count} of {report.rows} rows of {report.name}: {kind}. {named}"))
+        found += _unread(report, data.key, config)
+        found += [Finding("note", data.key, f"{n} rows of {report.name}: {note}.") for note, n in report.notes.items()]
     found += [Finding("note", data.key, f"{count} rows dropped: {why}.") for why, count in data.dropped.items()]
     for attribute, meaning in {
         "truncated": "prompts cut to data.max_tokens (data.too_long=truncate_prompt)",
@@ -70,6 +76,22 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
         if count:
             found.append(Finding("note", data.key, f"{count} {meaning}."))
     return found
+
+
+def _unread(report: Report, key: str, config: DataConfig) -> list[Finding]:
+    """Columns of a file that nothing reads; a warning for one that may be meant as a column of ours."""
+    if not report.unread:
+        return []
+    found = []
+    for column in report.unread:
+        ours = hints.ours_for(column, FORMATS[report.format].optional)
+        if ours is not None:
+            option = hints.option({**(config.columns or {}), ours: column})
+            sentence = f"{report.name}: column '{column}' is not read. If it is our '{ours}', map it: {option}."
+            found.append(Finding("warning", key, sentence))
+    listed = ", ".join(f"{column} ({count} rows)" for column, count in list(report.unread.items())[:20])
+    more = " ..." if len(report.unread) > 20 else ""
+    return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}.")]
 
 
 def _named(data: Dataset, which: np.ndarray) -> str:
@@ -158,20 +180,13 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
     absent = [name for name in names or [] if name not in counts]
     if absent:
         found.append(Finding("warning", data.key, f"no row has the label {', '.join(absent)} of data.label_names."))
-    numbers = sorted(int(label) for label in counts if label.isdecimal())
-    gaps = (
-        [n for n in range(numbers[-1] + 1) if n not in numbers]
-        if len(numbers) == len(counts) and numbers[-1] < 1000
-        else []
-    )
+    numbers = sorted(int(label) for label in counts if is_count(label))
+    few = len(numbers) == len(counts) > 0 and numbers[-1] < 1000
+    gaps = [n for n in range(numbers[0], numbers[-1]) if n not in numbers] if few else []
     if gaps and names is None:
-        found.append(
-            Finding(
-                "warning",
-                data.key,
-                f"no row has the label {', '.join(map(str, gaps[:10]))}; labels go to {numbers[-1]}.",
-            )
-        )
+        listed = ", ".join(map(str, gaps[:10]))
+        sentence = f"no row has the label {listed}; labels go from {numbers[0]} to {numbers[-1]}. It will be no class."
+        found.append(Finding("warning", data.key, sentence))
     return found
 
 

@@ -61,10 +61,13 @@ class Report:
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # kind of problem -> rows
     sentences: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # kind -> the first few, with their rows
     labels: dict[str, int] = dataclasses.field(default_factory=dict)  # label -> rows (or words)
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)  # column that is never read -> rows that have it
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)  # how rows were read -> of the used
 
     def add(self, outcome: Outcome) -> None:
         """Count one row."""
         self.rows += 1
+        _count(self.unread, dict.fromkeys(outcome.unread, 1))
         if outcome.problem is not None:
             self.dropped[outcome.problem] = self.dropped.get(outcome.problem, 0) + 1
             kept = self.sentences.setdefault(outcome.problem, [])
@@ -72,6 +75,7 @@ class Report:
                 kept.append(f"{self.name} row {outcome.row}: {outcome.sentence}")
             return
         self.used += 1
+        _count(self.notes, dict.fromkeys(outcome.notes, 1))
         self.truncated += outcome.truncated
         self.copies += sum(example.copy > 0 for example in outcome.examples)
         self.split += sum(example.copy == 0 for example in outcome.examples) > 1
@@ -85,12 +89,21 @@ class Report:
         """Count the rows that another report, of later rows of the file, has counted."""
         for name in ("rows", "used", "truncated", "split", "bordered", "copies"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
+        _count(self.unread, later.unread)
+        _count(self.notes, later.notes)
         for kind, count in later.dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count
             self.sentences[kind] = (self.sentences.get(kind, []) + later.sentences[kind])[:_SENTENCES]
         for label, count in later.labels.items():
             if label in self.labels or len(self.labels) < _LABELS:
                 self.labels[label] = self.labels.get(label, 0) + count
+
+
+def _count(counts: dict[str, int], more: dict[str, int]) -> None:
+    """Add counts, of no more than so many different names."""
+    for name, count in more.items():
+        if name in counts or len(counts) < _LABELS:
+            counts[name] = counts.get(name, 0) + count
 
 
 def encoded(

@@ -93,6 +93,8 @@ class Outcome:
     cut_at_border: bool = False
     label: Any = None
     digest: int = 0  # of the row's content, 64 bits: equal rows have equal digests
+    unread: tuple[str, ...] = ()  # columns that are never read
+    notes: tuple[str, ...] = ()  # how the row was read, where that is worth saying
 
 
 class Encoder:
@@ -155,7 +157,9 @@ class Encoder:
         origins = [f"{name} row {rows[place].number}" for place, _, _ in waiting]
         found = self.examples([record for _, _, record in waiting], origins)
         for (place, digest, record), one in zip(waiting, found, strict=True):
-            outcomes[place] = self._outcome(rows[place].number, record.label, digest, one)
+            outcome = self._outcome(rows[place].number, record.label, digest, one)
+            unread = [name for name in formats.unread(rows[place].values, format_name) if name != self.config.stratify]
+            outcomes[place] = dataclasses.replace(outcome, unread=tuple(unread), notes=record.notes)
         if self.augmenter is not None:
             self._add_copies(outcomes, waiting, origins)
         return outcomes

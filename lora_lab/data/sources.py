@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import re
@@ -18,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lora_lab import storage
+from lora_lab import console, storage
 from lora_lab.base.resolve import local_path
 from lora_lab.config import Source
 from lora_lab.data.limits import MAX_ROW_CHARS, fault_of
-from lora_lab.errors import DataError
+from lora_lab.data.values import loads, twice
+from lora_lab.errors import DataError, nearest
 from lora_lab.reading import reading
 
 HUB = "hub:"
@@ -39,6 +41,16 @@ _MAX_RATIO, _RATIO_FROM_BYTES = (
     200,
     2**22,
 )  # text compresses 3 to 20 times; far above that it is made to fill the machine
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# Files that hold rows in a way that is not read here, and the way out.
+_OTHER_KINDS = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "a spreadsheet. Save its sheet as CSV (UTF-8), and name that file."),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"), "an archive. Unpack it, and name the file or folder inside."),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pdf", ".html", ".md"), "a document. Save its text as .txt (UTF-8), and name that file."),
+    **dict.fromkeys((".arrow", ".feather"), "an Arrow file. Write it as Parquet (pandas: to_parquet), or name the data set as hub:owner/name."),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy", ".npz"), "not a file of texts. Write its rows as JSONL (pandas: to_json(orient='records', lines=True))."),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".sql"), "a database. Export the table as CSV (UTF-8), and name that file."),
+}  # fmt: skip
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _SURROGATE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
@@ -63,6 +75,7 @@ class DataFile:
     sample_by: str = "line"
     number: int = 0  # of the source, when there are several
     name: str = ""  # what messages call it
+    field: str | None = None  # of a .json file: where the list of rows lies
 
     @property
     def zipped(self) -> bool:
@@ -158,11 +171,15 @@ class _Guarded:
         return b"".join(parts)
 
 
-def find(key: str, names: str | list[str | Source], sample_by: str = "line") -> list[DataFile | HubData]:
+def find(
+    key: str, names: str | list[str | Source], sample_by: str = "line", field: str | None = None
+) -> list[DataFile | HubData]:
     """The files that a configuration key names, in order.
 
     Args:
         key: `data.train` or `data.eval`, for messages.
+        sample_by: what a row of a text file is.
+        field: where the list of rows lies in a .json file that is one object: keys with dots between them.
 
     Raises:
         DataError: something is missing, of an unknown kind, or cannot be read.
@@ -175,7 +192,10 @@ def find(key: str, names: str | list[str | Source], sample_by: str = "line") -> 
             continue
         if source.subset is not None:
             raise DataError(f"{key}: subset={source.subset} has no effect on {source.path}, which is not on the hub.")
-        found += [DataFile(key, path, _kind(key, path), source, sample_by, number) for path in _paths(key, source.path)]
+        found += [
+            DataFile(key, path, _kind(key, path, field), source, sample_by, number, field=field)
+            for path in _paths(key, source.path)
+        ]
     return [_named(file, found) for file in found]
 
 
@@ -203,38 +223,73 @@ def _paths(key: str, name: str) -> list[Path]:
         pattern = Path(name).expanduser()
         folder = Path(pattern.anchor) if pattern.is_absolute() else Path()
         paths = sorted(p for p in folder.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
+        paths = _without_hidden(key, name, paths, set(pattern.parts))
         if not paths:
             raise DataError(f"{key}={name}: no file matches (looked from {Path.cwd()}).")
         return paths
     path = local_path(name, key, DataError)
     if not path.is_dir():
         return [path]
-    paths = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in KINDS)
+    every = sorted(p for p in path.rglob("*") if p.is_file())
+    paths = _without_hidden(key, name, [p for p in every if _suffix(p) in KINDS], set(path.parts))
     if not paths:
-        raise DataError(f"{key}={name}: the folder holds no data file. Known are {', '.join(KINDS)} (also .gz).")
+        other = next((f" {p.name} is {_OTHER_KINDS[_suffix(p)]}" for p in every if _suffix(p) in _OTHER_KINDS), "")
+        raise DataError(f"{key}={name}: the folder holds no data file. Known are {', '.join(KINDS)} (also .gz).{other}")
     return paths
+
+
+def _without_hidden(key: str, name: str, paths: list[Path], named: set[str]) -> list[Path]:
+    """The paths without hidden files and folders: what editors, notebooks and other systems leave beside the data.
+
+    Args:
+        named: parts of paths that the user named, hidden or not.
+    """
+    kept, hidden = [], []
+    for path in paths:
+        marks = [part for part in path.parts if part not in named and part.startswith((".", "~$", "__MACOSX"))]
+        (hidden if marks else kept).append(path)
+    if hidden:
+        more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+        console.say("data", f"{key}={name}: hidden files are left out ({hidden[0]}{more})")
+    return kept
 
 
 def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def _kind(key: str, path: Path) -> str:
+def _kind(key: str, path: Path, field: str | None) -> str:
     kind = KINDS.get(_suffix(path))
     if path.suffix.lower() == ".gz" and kind == "parquet":
         kind = None  # compressed inside already
     if kind is None or not path.is_file() or not os.access(path, os.R_OK):
-        raise DataError(f"{key}={path}: not a data file that can be read. Use one of {', '.join(KINDS)} (also .gz).")
+        other = _OTHER_KINDS.get(path.suffix.lower()) or _OTHER_KINDS.get(_suffix(path))
+        what = f" It is {other}" if other else ""
+        raise DataError(
+            f"{key}={path}: not a data file that can be read.{what} Use one of {', '.join(KINDS)} (also .gz)."
+        )
     if not path.stat().st_size:
         raise DataError(f"{key}={path}: the file is empty. Name a file with at least one row.")
-    if kind == "json":
-        with (
-            gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as stream,
-            contextlib.suppress(*_UNREADABLE),
-        ):
-            if stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-                return "jsonl"  # one object a line, whatever the name says
-    return kind
+    return "jsonl" if kind == "json" and field is None and _holds_lines(path) else kind
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether a .json file holds one object a line, whatever its name says."""
+    with (
+        gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as stream,
+        contextlib.suppress(*_UNREADABLE),
+    ):
+        line = b""
+        while not line and (read := stream.readline(MAX_LINE_BYTES)):
+            line = read.removeprefix(b"\xef\xbb\xbf").strip()
+        if not line.startswith(b"{"):
+            return False
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(line)
+            return True
+        # The first line is no whole object. Either it is broken, and others follow, or the object goes on in the next lines.
+        return stream.readline(MAX_LINE_BYTES).lstrip().startswith(b"{")
+    return False
 
 
 # -- readers: stream -> rows --------------------------------------------------------------------------------------------
@@ -269,8 +324,10 @@ def checked(row: Row) -> Row:
 def parse_json_line(text: str) -> tuple[dict[str, Any], str | None]:
     """The object that one line holds, and what is wrong with it."""
     try:
-        values = json.loads(text)
+        values = loads(text)
     except (ValueError, RecursionError) as error:
+        if "is there twice" in str(error):
+            return {}, f"{error}."
         return {}, f"not valid JSON ({error}). Every line must be one JSON object."
     if not isinstance(values, dict):
         return {}, 'not a JSON object. Every line must be one, such as {"prompt": ...}.'
@@ -296,25 +353,84 @@ def _read_json(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
             f"{file.key}={file.path}: unpacks to more than 1 GiB. Write one object a line into a .jsonl file."
         )
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        content = loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file.key}={file.path}: not valid JSON ({error}).") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{file.key}={file.path}: must hold a list of objects, or one object a line.")
-    for number, values in enumerate(rows, start=1):
+        reason = str(error) if "is there twice" in str(error) else f"not valid JSON ({error})"
+        raise DataError(f"{file.key}={file.path}: {reason}.") from error
+    for number, values in enumerate(_list_in(content, file), start=1):
         wrong = None if isinstance(values, dict) else f"not an object but {type(values).__name__}."
         yield Row(number, values if wrong is None else {}, wrong)
+
+
+def _list_in(content: Any, file: DataFile) -> list[Any]:
+    """The list of rows of a .json file: the whole, or what lies at `data.field`.
+
+    Raises:
+        DataError: there is none; lists that could be meant are named.
+    """
+    rows, place = content, f"{file.key}={file.path}"
+    for part in file.field.split(".") if file.field else ():
+        if not isinstance(rows, dict) or part not in rows:
+            there = (
+                f"the keys {', '.join(map(str, list(rows)[:10]))}" if isinstance(rows, dict) else type(rows).__name__
+            )
+            hint = nearest(part, rows) if isinstance(rows, dict) else " Drop data.field." if rows is content else ""
+            raise DataError(f"{place}: data.field={file.field}: no '{part}'. There is {there}.{hint}")
+        rows = rows[part]
+    if not isinstance(rows, list):
+        raise DataError(f"{place}: must hold a list of objects, or one object a line.{_inside(rows, file.field)}")
+    return _questions(rows)
+
+
+def _inside(value: Any, field: str | None) -> str:
+    """What an object holds instead of being a list of rows, and how to name it."""
+    if not isinstance(value, dict):
+        return f" It holds {type(value).__name__}."
+    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    if lists:
+        options = " or ".join(f"data.field={f'{field}.' if field else ''}{key}" for key in lists[:5])
+        return f" It is one object, and its rows may be in {' or '.join(map(repr, lists[:5]))}: {options}."
+    return (
+        f" It is one object with the keys {', '.join(list(value)[:10])}. Write one object for each row "
+        "(pandas: to_json(orient='records', lines=True))."
+    )
+
+
+def lists_in(file: DataFile | HubData, rows: list[Row]) -> str:
+    """For a .json file of one line: where its rows may be, if the line holds lists of objects; else nothing."""
+    if not isinstance(file, DataFile) or _suffix(file.path) != ".json" or len(rows) != 1 or file.field is not None:
+        return ""
+    return _inside(rows[0].values, None) if "data.field=" in _inside(rows[0].values, None) else ""
+
+
+def _questions(rows: list[Any]) -> list[Any]:
+    """The questions of SQuAD's own file, whose rows are articles of paragraphs; other rows as they are."""
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("paragraphs"), list) for row in rows):
+        return rows
+    paragraphs = [part for row in rows for part in row["paragraphs"]]
+    if not all(
+        isinstance(part, dict) and "context" in part and isinstance(part.get("qas"), list) for part in paragraphs
+    ):
+        return rows
+    return [
+        {**asked, "context": part["context"]} if isinstance(asked, dict) else asked
+        for part in paragraphs
+        for asked in part["qas"]
+    ]
 
 
 def _read_csv(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
     """Every value is text, as it stands in the file."""
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = _CsvLines(stream, file)
-    reader = csv.reader(lines, delimiter="\t" if file.kind == "tsv" else ",", strict=True)
+    first = next(iter(lines), "")
+    separator, declared = _separator(first, file.kind)
+    reader = csv.reader(lines if declared else itertools.chain([first], lines), delimiter=separator, strict=True)
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
+        _check_header(header, file)
         for fields in reader:
-            number, lines.taken = reader.line_num, 0
+            number, lines.taken = reader.line_num + declared, 0
             if not fields:
                 continue
             if any(map(_SURROGATE.search, fields)):
@@ -329,6 +445,52 @@ def _read_csv(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
         raise DataError(
             f"{file.key}={file.path}: line {reader.line_num}: {error}. Quote fields as CSV does."
         ) from error
+
+
+def _separator(first: str, kind: str) -> tuple[str, bool]:
+    """What parts the columns of a CSV file, and whether its first line says nothing else (Excel's `sep=;`)."""
+    declared = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)
+    if declared:
+        return declared.group(1), True
+    usual = "\t" if kind == "tsv" else ","
+    counts = {mark: _columns(first, mark) for mark in _SEPARATORS}
+    most = max(counts, key=counts.get)
+    return (most if counts[usual] == 1 < counts[most] else usual), False
+
+
+def _columns(header: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([header], delimiter=separator), []))
+    except csv.Error:
+        return 1
+
+
+def separator_of(file: DataFile | HubData) -> str | None:
+    """What parts the columns of a CSV or TSV file, in words, if it is not what its name says.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    kind = getattr(file, "kind", None)
+    if kind not in ("csv", "tsv"):
+        return None
+    with contextlib.suppress(*_UNREADABLE), gzip.open(file.path) if file.zipped else open(file.path, "rb") as stream:
+        found, _ = _separator(next(iter(_CsvLines(stream, file)), ""), kind)
+        return None if found == ("\t" if kind == "tsv" else ",") else _SEPARATORS.get(found, repr(found))
+    return None  # told when its rows are read
+
+
+def _check_header(header: list[str], file: DataFile) -> None:
+    """Refuse a header that is no text, or names two columns alike: the last would win.
+
+    Raises:
+        DataError: as said.
+    """
+    if any(map(_SURROGATE.search, header)):
+        raise DataError(f"{file.key}={file.path}: line 1: {NOT_UTF8}")
+    named = [name for name in header if name]  # an index without a name may come up more than once
+    if len(set(named)) < len(named):
+        raise DataError(f"{file.key}={file.path}: line 1: {twice(header, 'column')}.")
 
 
 class _CsvLines:
@@ -359,6 +521,9 @@ def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(stream)
+        columns = table.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise DataError(f"{file.key}={file.path}: {twice(columns, 'column')}.")
         for batch in table.iter_batches(batch_size=_parquet_rows(table, file)):
             for values in _of_batch(batch):
                 number += 1

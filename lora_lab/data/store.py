@@ -25,7 +25,7 @@ from filelock import FileLock
 from lora_lab import console, storage
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config import DataConfig
-from lora_lab.data import chunks, formats, sources
+from lora_lab.data import chunks, formats, hints, sources
 from lora_lab.data.chunks import SCHEMA, Report, columns_of
 from lora_lab.data.encode import TOO_LONG, Encoder, Example
 from lora_lab.data.sources import DataFile, HubData
@@ -67,12 +67,7 @@ def format_of(file: DataFile | HubData, encoder: Encoder) -> str:
         raise DataError(f"{file.key}: {file.name} row {first[0].number}: {first[0].problem}")
     mapping = columns_of(file, config)
     columns = list(dict.fromkeys(column for row in readable for column in row.values))
-    for ours, theirs in (mapping or {}).items():
-        if theirs not in columns:
-            raise DataError(
-                f"{file.key}={file.path}: data.columns.{ours}={theirs}: no such column. The file has {', '.join(columns)}."
-                f"{formats.nearest(theirs, columns)}"
-            )
+    _check_mapping(f"{file.key}={file.path}", mapping or {}, columns, config.stratify)
     renamed = [sources.renamed(row, mapping) for row in readable]
     columns = list(dict.fromkeys(column for row in renamed for column in row.values))
     if config.stratify is not None and config.stratify not in columns:
@@ -80,7 +75,38 @@ def format_of(file: DataFile | HubData, encoder: Encoder) -> str:
             f"{file.key}={file.path}: data.stratify={config.stratify}: no such column. The file has {', '.join(columns)}."
             f"{formats.nearest(config.stratify, columns)}"
         )
-    return formats.detect(f"{file.key}={file.path}", columns, file.source.format or config.format, encoder.formats)
+    asked = file.source.format or config.format
+    try:
+        return formats.detect(f"{file.key}={file.path}", columns, asked, encoder.formats, mapping)
+    except DataError as error:
+        raise DataError(f"{error}{sources.lists_in(file, readable)}") from error
+
+
+def _check_mapping(place: str, mapping: dict[str, str], columns: list[str], stratify: str | None) -> None:
+    """Refuse a mapping that names no column of the file, or none of ours.
+
+    Raises:
+        DataError: naming the entry; one that is the wrong way round with the option that works.
+    """
+    known = {*formats.known_columns(), *([stratify] if stratify else ())}
+    for ours, theirs in mapping.items():
+        if theirs not in columns:
+            turned = hints.turned(mapping, columns, known)
+            if turned is not None:
+                raise DataError(
+                    f"{place}: data.columns.{ours}={theirs}: the file has '{ours}', and '{theirs}' is our name: ours comes first. "
+                    f"Write {hints.option(turned)}."
+                )
+            raise DataError(
+                f"{place}: data.columns.{ours}={theirs}: no such column. The file has {', '.join(columns)}."
+                f"{formats.nearest(theirs, columns)}"
+            )
+    for ours in mapping:
+        if ours not in known:
+            raise DataError(
+                f"{place}: data.columns.{ours}: no format reads a column of this name, so it has no effect."
+                f"{formats.nearest(ours, known)}"
+            )
 
 
 def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = None, refuse: bool = True) -> Entry:
@@ -94,6 +120,8 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
         DataError: the file as a whole cannot be used, or with `refuse`, a row.
     """
     format_name = format_of(file, encoder)
+    if separator := sources.separator_of(file):
+        console.say("data", f"{file.name}: its columns are parted by {separator}, and read so")
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
     try:

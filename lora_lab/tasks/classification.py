@@ -11,7 +11,7 @@ from lora_lab.config import RunConfig, TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Record, RowError, class_name
+from lora_lab.data.formats import Record, RowError, class_name, counts
 from lora_lab.errors import ConfigError, DataError, nearest
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
@@ -174,15 +174,14 @@ def class_labels(config: RunConfig, train: Dataset | Stream) -> list[str]:
         raise DataError(
             f"{train.key}: with data.streaming=true the classes must be known beforehand. Name them: data.label_names=[...]"
         )
-    labels = train.labels
-    if labels and all(label.isdecimal() for label in labels):
-        highest = max(map(int, labels))
-        if highest >= _MOST_CLASSES:
-            raise DataError(
-                f"{train.key}: {train.origin_of(str(highest))}: class {highest} is above {_MOST_CLASSES - 1}. Classes count from 0; "
-                "name them with data.label_names, or give the labels as text."
-            )
-        labels = [str(number) for number in range(highest + 1)]
+    labels = train.labels  # a class that no row has is no class
+    if labels and all(counts(label) for label in labels):
+        labels = sorted(labels, key=int)
+    if len(labels) > _MOST_CLASSES:
+        raise DataError(
+            f"{train.key}: {len(labels):,} different labels, above {_MOST_CLASSES:,} (the first: {', '.join(labels[:5])}). Is it the "
+            "right column? Name the classes with data.label_names if it is."
+        )
     if len(labels) < 2:
         raise DataError(
             f"{train.key}: all labels are {labels[0] if labels else 'empty'}: there is nothing to tell apart."

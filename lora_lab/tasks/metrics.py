@@ -80,7 +80,8 @@ def classification(
     Args:
         targets: the true class of each row, a place in `names`.
         predicted: the predicted class of each row, a place in `names`.
-        names: every class, all different. Means over classes are over all of them, seen in the rows or not.
+        names: every class, all different. Means over classes are, as scikit-learn's, over those that some row has or is put
+            into: a class of neither has no precision or recall to take a mean of.
 
     Returns:
         Metrics: accuracy; precision, recall and f1, each the unweighted mean over classes (macro); f1_micro, which with
@@ -98,10 +99,11 @@ def classification(
         if not 0 <= place < len(names):  # scikit-learn would drop the row without a word
             raise ValueError(f"class {place} is outside the {len(names)} names.")
     classes = range(len(names))
-    macro, micro, weighted, each = (
-        precision_recall_fscore_support(targets, predicted, labels=classes, average=average, zero_division=0)
-        for average in ("macro", "micro", "weighted", None)
+    macro, micro, weighted = (
+        precision_recall_fscore_support(targets, predicted, average=average, zero_division=0)
+        for average in ("macro", "micro", "weighted")
     )
+    each = precision_recall_fscore_support(targets, predicted, labels=classes, average=None, zero_division=0)
     metrics = {
         "accuracy": float(accuracy_score(targets, predicted)),
         "precision": float(macro[0]),

@@ -224,10 +224,10 @@ def test_labels_that_no_number_can_hold(label, tokenizer, tmp_path):
         rows_of("regression", tokenizer, tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("history", [[None], [5], ["red", "blue"], [["a"]], "red", {"a": "b"}])
+@pytest.mark.parametrize("history", [[None], [5], ["red", "blue", "cat"], [["a"]], "red", {"a": "b"}])
 def test_a_history_that_is_no_list_of_pairs(history, tokenizer, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "history": history}])
-    with pytest.raises(DataError, match="row 1: 'history' (must be a list of pairs|is neither)"):
+    with pytest.raises(DataError, match="row 1: 'history' (must be a list of pairs|is neither|is a list of 3 texts)"):
         rows_of("causal_lm", tokenizer, tmp_path / "rows.jsonl")
 
 
