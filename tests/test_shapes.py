@@ -449,4 +449,4 @@ def test_a_file_in_the_home_folder(overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red", "completion": "dog"}] * 2)
     assert cli.main(["data", *overrides, "data.train=~/rows.jsonl"]) == 0
-    assert "2 rows" in capsys.readouterr().out
+    assert "rows 2" in capsys.readouterr().out

@@ -53,13 +53,15 @@ def _quoted(name: str) -> str:
 
 
 def mapping_for(formats: Iterable[Sequence[str]], columns: Sequence[str]) -> dict[str, str] | None:
-    """Our columns to the file's, for the format that needs the fewest changes; None if no format can be made of these columns.
+    """Our columns to the file's, for the format that reads most of them, with the fewest changes; None if no format can be made of these columns.
 
     Args:
         formats: the columns of each format, best first.
     """
-    found = [mapping for needed in formats if (mapping := _mapped(needed, columns)) is not None]
-    return min(found, key=len, default=None) or None
+    found = [
+        (-len(needed), len(mapping), mapping) for needed in formats if (mapping := _mapped(needed, columns)) is not None
+    ]
+    return min(found, key=lambda one: one[:2], default=(0, 0, None))[2] or None
 
 
 def _mapped(needed: Sequence[str], columns: Sequence[str]) -> dict[str, str] | None:

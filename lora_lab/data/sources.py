@@ -284,11 +284,14 @@ def _holds_lines(path: Path) -> bool:
             line = read.removeprefix(b"\xef\xbb\xbf").strip()
         if not line.startswith(b"{"):
             return False
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(line)
-            return True
-        # The first line is no whole object. Either it is broken, and others follow, or the object goes on in the next lines.
-        return stream.readline(MAX_LINE_BYTES).lstrip().startswith(b"{")
+        # A first line that is no whole object is broken, and others follow, or the object goes on in the next lines.
+        return _is_object(line) or _is_object(stream.readline(MAX_LINE_BYTES))
+    return False
+
+
+def _is_object(line: bytes) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(line), dict)
     return False
 
 
