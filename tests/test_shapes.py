@@ -106,7 +106,7 @@ def test_literals_are_read_and_nothing_is_run():
 
 
 @pytest.mark.parametrize(("label", "read"), [
-    ("['a', 'b']", ["a", "b"]), ('["a","b"]', ["a", "b"]), ("('a', 'b')", ["a", "b"]), ("(a)", "(a)"), ([" a", "b "], ["a", "b"]), ("[]", []),
+    ("['a', 'b']", ["a", "b"]), ('["a","b"]', ["a", "b"]), ("('a', 'b')", ["a", "b"]), ("(a)", "(a)"), ("[a] b", "[a] b"), ([" a", "b "], ["a", "b"]), ("[]", []),
 ], ids=str)  # fmt: skip
 def test_lists_of_labels_as_text(label, read):
     assert formats.read({"text": "red", "label": label}, "text_label").label == read

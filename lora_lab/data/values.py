@@ -142,9 +142,14 @@ def list_of(value: Any, column: str) -> Any:
         if problem := fault_of(found):
             raise RowError(column, f"the {column} {problem}")
         return found
-    if stripped.startswith("("):
-        return value  # a name in brackets
-    raise RowError(column, f"{column} {shown(value)} looks like a list and cannot be read as one. {_AS_JSON}")
+    meant = (stripped[0] == "[" and stripped[-1] == "]") or stripped.startswith(("['", '["', "array("))
+    if not meant:
+        return value  # a text that begins with something in brackets
+    raise RowError(
+        column,
+        f"{column} {shown(value)} looks like a list and cannot be read as one. {_AS_JSON} If it is the name of a class, name all "
+        "classes with data.label_names.",
+    )
 
 
 def shown(value: Any) -> str:
