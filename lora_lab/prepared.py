@@ -24,6 +24,7 @@ from lora_lab.adapters.attach import (
     expert_weights,
     fresh_settings,
     layer_number,
+    towers,
     without_adapter,
 )
 from lora_lab.base import load, published
@@ -135,6 +136,8 @@ def find_base(config: RunConfig) -> Found:
     _say_too_high_rank(model, targets, config.adapter.r)
     fresh_settings(model, config.adapter, kind)
     _say_experts(model, config, base)
+    if unseen := towers(model):
+        console.say("towers", f"{', '.join(unseen)}: not adapted, because texts never reach them")
     if config.speed.prefix_cache and min(layer_number(name) or 0 for name in targets) == 0:
         raise ConfigError(
             "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "

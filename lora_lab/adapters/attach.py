@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# How transformers names what reads no texts, in configurations and in models, and how deep in a model it stands.
+_OTHER_SENSES = re.compile(r"vision|visual|audio|speech|image|video|multi_?modal|(^|_)mm_|aligner")
+_DEPTH = 3
+_gives_other: dict[type, bool] = {}  # classes of linear layers: whether they give something else than one
+
+
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """Where an adapter sits."""
@@ -57,7 +63,7 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
             `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches no targeted layer; a layer number that does
             not exist; a tied output head.
     """
-    whole = tuple(f"{name}." for name in new_modules)
+    whole = tuple(f"{name}." for name in (*new_modules, *towers(model)))
     layers = [name for name in linear_layers(model) if not f"{name}.".startswith(whole)]
     head = model.get_output_embeddings()
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
@@ -79,6 +85,19 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
         if not targeted:
             raise AdapterError(f"adapter.layers_to_transform={adapter.layers_to_transform}: no layer is left to adapt.")
     return targeted
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Names of the parts of a base that only pictures, sound or video reach: a run on texts never calls them."""
+    config = getattr(model, "config", None)
+    if not any(_OTHER_SENSES.search(name) for name in getattr(config, "sub_configs", ())):
+        return []
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        inside = any(name.startswith(f"{tower}.") for tower in found)
+        if not inside and name.count(".") < _DEPTH and _OTHER_SENSES.search(name.rpartition(".")[2]):
+            found.append(name)
+    return found
 
 
 def layer_number(name: str) -> int | None:
@@ -110,11 +129,29 @@ def _is_router(module: nn.Module) -> bool:
     from torch import nn
 
     own = type(module)
-    return (
-        isinstance(module, nn.Linear)
-        and own.__module__.startswith("transformers.models.")
-        and own.forward is not nn.Linear.forward
-    )
+    if (
+        not isinstance(module, nn.Linear)
+        or own.forward is nn.Linear.forward
+        or not own.__module__.startswith("transformers.models.")
+    ):
+        return False
+    if own not in _gives_other:
+        _gives_other[own] = not _gives_one_tensor(module)
+    return _gives_other[own]
+
+
+def _gives_one_tensor(module: nn.Linear) -> bool:
+    """Whether a class of its own still computes what a linear layer does; tried without content."""
+    import torch
+
+    state = {name: one.detach().to("meta") for name, one in module.named_parameters()}
+    try:
+        found = torch.func.functional_call(
+            module, state, torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+        )
+    except Exception:  # it is called otherwise than a linear layer
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -198,7 +235,7 @@ def fresh_settings(base: PreTrainedModel, adapter: LoraAdapter, kind: ModelKind)
     config = adapter.peft_config(kind.peft_task_type)
     config.modules_to_save = list(kind.new_modules) or None
     routers = any(map(_is_router, base.modules()))
-    if kind.new_modules or adapter.layers_to_transform is not None or routers:  # peft has no rule that says the same
+    if kind.new_modules or adapter.layers_to_transform is not None or routers or towers(base):  # peft has no rule that says the same
         config.target_modules = check_targets(base, adapter, kind.new_modules)
         config.exclude_modules = None
     convert_peft_config_for_transformers(config, base, None)

@@ -208,6 +208,8 @@ class Task:
         groups = [
             [example for i in places for example in data[i]] for places in eval_batches(data.lengths, self.together)
         ]
+        if not self.together:  # a place may hold several short texts
+            groups = [[example] for group in groups for example in group]
         batches = self.batches(groups, np.random.default_rng(0))
         self.begin(model, batches)
         loss, weight, seen = 0.0, 0.0, []
