@@ -48,7 +48,9 @@ transformers does not build tiny from these settings.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="TASK:FAMILY, FAMILY or TASK, separated by commas; these are repeated")
+    parser.add_argument(
+        "--only", default="", help="TASK:FAMILY, FAMILY or TASK, separated by commas; these are repeated"
+    )
     parser.add_argument("--faults", action="store_true", help="repeat what had a fault")
     parser.add_argument("--write", action="store_true", help="only write the page from the results that there are")
     told = parser.parse_args()
@@ -111,7 +113,12 @@ def page(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
     ]  # fmt: skip
     for task in TASKS:
         own = [one for one in trained if one["task"] == task]
-        lines += [f"## task={task}", "", "| family | adapted | rows | accelerations | merge | loss |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"## task={task}",
+            "",
+            "| family | adapted | rows | accelerations | merge | loss |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [
             f"| {one['family']} | {one['adapted']} | {one['rows']} | {_cell(one['speed'])} | {one['merged_gap']:.1e} | {one['own_gap']:.1e} |"
             for one in own

@@ -19,6 +19,7 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import (
     attach,
     attach_trained,
+    bypassed,
     check_targets,
     coverage,
     expert_weights,
@@ -136,6 +137,10 @@ def find_base(config: RunConfig) -> Found:
     _say_too_high_rank(model, targets, config.adapter.r)
     fresh_settings(model, config.adapter, kind)
     _say_experts(model, config, base)
+    if unread := set(bypassed(model)) - set(targets):
+        console.say(
+            "layers", f"{len(unread)} x out_proj: not adapted, because Mamba's kernels read its weight past the module"
+        )
     if unseen := towers(model):
         console.say("towers", f"{', '.join(unseen)}: not adapted, because texts never reach them")
     if config.speed.prefix_cache and min(layer_number(name) or 0 for name in targets) == 0:

@@ -111,7 +111,17 @@ _OWN: dict[str, dict[str, Any]] = {  # by model type; what a family needs beside
     "funnel": {"block_sizes": [1, 1], "d_head": 16, "d_inner": 128}, "big_bird": {"attention_type": "original_full"}, "bigbird_pegasus": {"attention_type": "original_full"},
     "xlstm": {"num_blocks": 2, "chunk_size": 16, "embedding_dim": 64}, "blt": {}, "canine": {},
 }  # fmt: skip
-_DECODERS = ("bert", "roberta", "electra", "camembert", "big_bird", "xlm-roberta", "bert-generation", "megatron-bert", "ernie")
+_DECODERS = (
+    "bert",
+    "roberta",
+    "electra",
+    "camembert",
+    "big_bird",
+    "xlm-roberta",
+    "bert-generation",
+    "megatron-bert",
+    "ernie",
+)
 
 
 @dataclasses.dataclass
@@ -156,7 +166,9 @@ def make(task: str, family: str, folder: Path) -> str:
     bidirectional = task == "masked_lm" or (task == "classification" and not _writes(family))
     tokenizer = _encoder_tokenizer(folder) if bidirectional or task == "seq2seq" else make_tokenizer(folder, None)
     ids = (2, 3, 0) if bidirectional or task == "seq2seq" else (1, 2, 0)
-    marks = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True)) | {"decoder_start_token_id": ids[2]}
+    marks = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True)) | {
+        "decoder_start_token_id": ids[2]
+    }
     more = {"is_decoder": True} if task == "completion" and family in _DECODERS else {}
     if task == "classification":
         more = {"num_labels": len(_LABELS)}
@@ -208,7 +220,9 @@ def _quick() -> Iterator[None]:
 def _configured(kind: type, family: str, sizes: dict[str, Any]) -> Any:
     """A configuration with small values for whatever it knows."""
     default = kind()
-    own = {name: sizes["vocab_size"] if value == "vocab_size" else value for name, value in _OWN.get(family, {}).items()}
+    own = {
+        name: sizes["vocab_size"] if value == "vocab_size" else value for name, value in _OWN.get(family, {}).items()
+    }
     known = {name: value for name, value in sizes.items() if _knows(default, name)} | own
     if "qk_rope_head_dim" in known and "head_dim" not in own:  # the part that turns is what such families call head_dim
         known.pop("head_dim", None)
@@ -217,7 +231,15 @@ def _configured(kind: type, family: str, sizes: dict[str, Any]) -> Any:
             part = type(getattr(default, name, None))
         if not hasattr(part, "model_type"):
             continue
-        text = name in ("text_config", "decoder", "encoder", "decoder_config", "encoder_config", "text", "thinker_config")
+        text = name in (
+            "text_config",
+            "decoder",
+            "encoder",
+            "decoder_config",
+            "encoder_config",
+            "text",
+            "thinker_config",
+        )
         chosen = sizes if text else sizes | _TOWER
         known[name] = _configured(part, part.model_type, {key: one for key, one in chosen.items() if one is not None})
     config = kind(**known)
@@ -289,7 +311,10 @@ def attempt(task: str, family: str, folder: Path) -> Outcome:
     except Exception as error:
         found.not_built = _short(error)
         return found
-    rows = write_jsonl(folder / "train.jsonl", _rows(task, 12, 0)), write_jsonl(folder / "eval.jsonl", _rows(task, 4, 1))
+    rows = (
+        write_jsonl(folder / "train.jsonl", _rows(task, 12, 0)),
+        write_jsonl(folder / "eval.jsonl", _rows(task, 4, 1)),
+    )
     told = [
         "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu", f"task={task}",
         f"data.train={rows[0]}", f"data.eval={rows[1]}", "data.max_tokens=64", "data.check=warn", "optim.lr=0.01", "adapter.r=4",

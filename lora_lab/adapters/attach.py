@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # How transformers names what reads no texts, in configurations and in models, and how deep in a model it stands.
 _OTHER_SENSES = re.compile(r"vision|visual|audio|speech|image|video|multi_?modal|(^|_)mm_|aligner")
 _DEPTH = 3
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # peft refuses `out_proj` there
 _gives_other: dict[type, bool] = {}  # classes of linear layers: whether they give something else than one
 
 
@@ -61,16 +62,18 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
     Raises:
         AdapterError: a name in `target_modules` that matches no layer (even if others match); a name in
             `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches no targeted layer; a layer number that does
-            not exist; a tied output head.
+            not exist; a tied output head, a layer that is read past its module.
     """
     whole = tuple(f"{name}." for name in (*new_modules, *towers(model)))
     layers = [name for name in linear_layers(model) if not f"{name}.".startswith(whole)]
     head = model.get_output_embeddings()
+    unread = bypassed(model)
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
-        targeted = [name for name in layers if model.get_submodule(name) is not head]
+        targeted = [name for name in layers if model.get_submodule(name) is not head and name not in unread]
     else:
         targeted = _matching("adapter.target_modules", adapter.target_modules, layers)
         _refuse_tied_head(model, targeted)
+        _refuse_bypassed(model, [name for name in targeted if name in unread])
     excluded = _matching("adapter.exclude_modules", adapter.exclude_modules or [], targeted)
     targeted = [name for name in targeted if name not in excluded]
     for key in ("rank_pattern", "alpha_pattern"):
@@ -98,6 +101,24 @@ def towers(model: nn.Module) -> list[str]:
         if not inside and name.count(".") < _DEPTH and _OTHER_SENSES.search(name.rpartition(".")[2]):
             found.append(name)
     return found
+
+
+def bypassed(model: PreTrainedModel) -> list[str]:
+    """Layers whose weights fast kernels read past the module, and so past an adapter on it: the last of Mamba's mixers, in the
+    families for which peft says so."""
+    if getattr(model.config, "model_type", None) not in _MAMBA:
+        return []
+    return [
+        name for name in linear_layers(model) if name.endswith(".mixer.out_proj") or name.endswith(".mamba.out_proj")
+    ]
+
+
+def _refuse_bypassed(model: PreTrainedModel, named: list[str]) -> None:
+    if named:
+        raise AdapterError(
+            f"adapter.target_modules: {named[0]}: the kernels of {model.config.model_type} read its weight past the module, and so past an "
+            "adapter on it. Leave it out, or set adapter.target_modules=all-linear, which does."
+        )
 
 
 def layer_number(name: str) -> int | None:
@@ -235,7 +256,9 @@ def fresh_settings(base: PreTrainedModel, adapter: LoraAdapter, kind: ModelKind)
     config = adapter.peft_config(kind.peft_task_type)
     config.modules_to_save = list(kind.new_modules) or None
     routers = any(map(_is_router, base.modules()))
-    if kind.new_modules or adapter.layers_to_transform is not None or routers or towers(base):  # peft has no rule that says the same
+    if (
+        kind.new_modules or adapter.layers_to_transform is not None or routers or towers(base) or bypassed(base)
+    ):  # peft has no rule that says the same
         config.target_modules = check_targets(base, adapter, kind.new_modules)
         config.exclude_modules = None
     convert_peft_config_for_transformers(config, base, None)

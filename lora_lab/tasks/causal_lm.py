@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-_ROUNDING = {torch.float32: 1e-5}  # how much the loss of a token may move where it is computed in chunks; elsewhere 1e-3
+_ROUNDING = {
+    torch.float32: 1e-5
+}  # how much the loss of a token may move where it is computed in chunks; elsewhere 1e-3
 
 
 class DecoderTask(Task):
