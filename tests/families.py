@@ -105,7 +105,7 @@ _OWN: dict[str, dict[str, Any]] = {  # by model type; what a family needs beside
     "minimax": _HYBRID, "kimi_linear": {}, "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32], "attention_head_size": 16, "feed_forward_size": 128,
-        "is_decoder": True, "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "num_buckets": 2,
+        "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "num_buckets": 2,
     },
     "mobilebert": {"true_hidden_size": 64, "intra_bottleneck_size": 64, "embedding_size": 32}, "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "funnel": {"block_sizes": [1, 1], "d_head": 16, "d_inner": 128}, "big_bird": {"attention_type": "original_full"}, "bigbird_pegasus": {"attention_type": "original_full"},
@@ -121,6 +121,7 @@ _DECODERS = (
     "bert-generation",
     "megatron-bert",
     "ernie",
+    "reformer",
 )
 
 
@@ -241,6 +242,8 @@ def _configured(kind: type, family: str, sizes: dict[str, Any]) -> Any:
             "thinker_config",
         )
         chosen = sizes if text else sizes | _TOWER
+        if family == "encoder-decoder" and name == "decoder":
+            chosen = chosen | {"is_decoder": True, "add_cross_attention": True}
         known[name] = _configured(part, part.model_type, {key: one for key, one in chosen.items() if one is not None})
     config = kind(**known)
     for key in list(vars(config)):
@@ -276,7 +279,7 @@ def _encoder_tokenizer(folder: Path) -> Any:
     from tests.test_tasks import make_encoder_tokenizer
 
     tokenizer = make_encoder_tokenizer(folder)
-    tokenizer.eos_token = "[SEP]"
+    tokenizer.eos_token = tokenizer.sep_token
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -353,10 +356,8 @@ def _read(found: Outcome, path: Path) -> None:
     found.speed, found.adapted = lines.get("speed", ""), adapted[1] if adapted else ""
     found.rows = "one by one" if "packing" in lines else "packed" if found.task == "completion" else "padded"
     found.merged_gap = merge["merged_vs_model_as_trained"]["max_logit_diff"]
-    if found.task == "masked_lm":
-        ours = math.log(result["tuned"]["pseudo_perplexity"])
-    else:
-        ours = result["tuned"]["loss"]
+    tuned = result["tuned"]
+    ours = math.log(tuned["pseudo_perplexity"]) if found.task == "masked_lm" else tuned["loss"]
     plain = plain_loss(found.task, path / "merged", path.parent / "eval.jsonl")
     found.own_gap = abs(ours - plain) / abs(plain)
     if not found.own_gap <= 1e-5:

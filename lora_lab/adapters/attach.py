@@ -108,9 +108,7 @@ def bypassed(model: PreTrainedModel) -> list[str]:
     families for which peft says so."""
     if getattr(model.config, "model_type", None) not in _MAMBA:
         return []
-    return [
-        name for name in linear_layers(model) if name.endswith(".mixer.out_proj") or name.endswith(".mamba.out_proj")
-    ]
+    return [name for name in linear_layers(model) if name.endswith((".mixer.out_proj", ".mamba.out_proj"))]
 
 
 def _refuse_bypassed(model: PreTrainedModel, named: list[str]) -> None:
