@@ -25,6 +25,7 @@ from lora_lab.adapters.attach import (
     expert_weights,
     fresh_settings,
     layer_number,
+    tied,
     towers,
     without_adapter,
 )
@@ -140,6 +141,11 @@ def find_base(config: RunConfig) -> Found:
     if unread := set(bypassed(model)) - set(targets):
         console.say(
             "layers", f"{len(unread)} x out_proj: not adapted, because Mamba's kernels read its weight past the module"
+        )
+    if shared := set(tied(model)) - set(targets):
+        console.say(
+            "layers",
+            f"{', '.join(sorted(shared)[:3])}: not adapted, because their weights are shared ({len(shared)} layers)",
         )
     if unseen := towers(model):
         console.say("towers", f"{', '.join(unseen)}: not adapted, because texts never reach them")

@@ -109,6 +109,7 @@ _OWN: dict[str, dict[str, Any]] = {  # by model type; what a family needs beside
     },
     "mobilebert": {"true_hidden_size": 64, "intra_bottleneck_size": 64, "embedding_size": 32}, "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "funnel": {"block_sizes": [1, 1], "d_head": 16, "d_inner": 128}, "big_bird": {"attention_type": "original_full"}, "bigbird_pegasus": {"attention_type": "original_full"},
+    "fsmt": {"decoder_start_token_id": 3},
     "xlstm": {"num_blocks": 2, "chunk_size": 16, "embedding_dim": 64}, "blt": {}, "canine": {},
 }  # fmt: skip
 _DECODERS = (

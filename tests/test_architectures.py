@@ -67,6 +67,20 @@ def test_what_kernels_read_past_the_module_is_not_adapted(overrides, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+def test_shared_weights_get_no_adapter(overrides, tmp_path, capsys):
+    """Else a merge would change both layers by what one of them learned."""
+    base = tmp_path / "base"
+    base.mkdir()
+    families.make("masked_lm", "neomme", base)
+    model = load.skeleton(base, load.ModelKind("AutoModelForMaskedLM", None, "missing"))
+    targeted = check_targets(model, LoraAdapter(target_modules="all-linear"))
+    assert "unembedding_projection" not in targeted
+    assert "model.layers.0.self_attn.q_proj" in targeted
+    told = [f"model.path={base}", "task=masked_lm", "adapter.target_modules=[unembedding_projection]"]
+    assert cli.main(["train", *overrides, *told]) == 2
+    assert "shares its weights with another module" in capsys.readouterr().err
+
+
 def test_short_texts_in_one_item_train_one_by_one(config_of, tmp_path):
     """With rows alone the loss is what it is packed."""
     rows = families.write_jsonl(tmp_path / "rows.jsonl", [{"text": f"cat dog red {i} bird"} for i in range(12)])

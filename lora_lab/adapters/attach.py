@@ -67,12 +67,13 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
     whole = tuple(f"{name}." for name in (*new_modules, *towers(model)))
     layers = [name for name in linear_layers(model) if not f"{name}.".startswith(whole)]
     head = model.get_output_embeddings()
-    unread = bypassed(model)
+    unread, shared = bypassed(model), tied(model)
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
-        targeted = [name for name in layers if model.get_submodule(name) is not head and name not in unread]
+        targeted = [name for name in layers if model.get_submodule(name) is not head and name not in {*unread, *shared}]
     else:
         targeted = _matching("adapter.target_modules", adapter.target_modules, layers)
         _refuse_tied_head(model, targeted)
+        _refuse_tied([name for name in targeted if name in shared])
         _refuse_bypassed(model, [name for name in targeted if name in unread])
     excluded = _matching("adapter.exclude_modules", adapter.exclude_modules or [], targeted)
     targeted = [name for name in targeted if name not in excluded]
@@ -109,6 +110,23 @@ def bypassed(model: PreTrainedModel) -> list[str]:
     if getattr(model.config, "model_type", None) not in _MAMBA:
         return []
     return [name for name in linear_layers(model) if name.endswith((".mixer.out_proj", ".mamba.out_proj"))]
+
+
+def tied(model: PreTrainedModel) -> list[str]:
+    """Linear layers, but for the output head, that share their weight with another module: what is added to one in training would be
+    added to both in a merge."""
+    pairs = model.all_tied_weights_keys
+    names = {name.removesuffix(".weight") for pair in pairs.items() for name in pair}
+    head = model.get_output_embeddings()
+    return [name for name in linear_layers(model) if name in names and model.get_submodule(name) is not head]
+
+
+def _refuse_tied(named: list[str]) -> None:
+    if named:
+        raise AdapterError(
+            f"adapter.target_modules: '{named[0]}' shares its weights with another module, so merging would change both. Leave it out, or "
+            "set adapter.target_modules=all-linear, which does."
+        )
 
 
 def _refuse_bypassed(model: PreTrainedModel, named: list[str]) -> None:
@@ -255,7 +273,12 @@ def fresh_settings(base: PreTrainedModel, adapter: LoraAdapter, kind: ModelKind)
     config.modules_to_save = list(kind.new_modules) or None
     routers = any(map(_is_router, base.modules()))
     if (
-        kind.new_modules or adapter.layers_to_transform is not None or routers or towers(base) or bypassed(base)
+        kind.new_modules
+        or adapter.layers_to_transform is not None
+        or routers
+        or towers(base)
+        or bypassed(base)
+        or tied(base)
     ):  # peft has no rule that says the same
         config.target_modules = check_targets(base, adapter, kind.new_modules)
         config.exclude_modules = None
