@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults bench lint install clean
+.PHONY: demo test test-long test-faults bench architectures lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, prove
 	$(BIN)/lora-lab train recipe=demo
@@ -22,6 +22,9 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \
 	  litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 torchmetrics==1.9.0 jsonargparse==4.53.0
 	PYTHONPATH=.bench $(BIN)/python -m benchmarks.speed
+
+architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; half an hour
+	$(BIN)/python -m benchmarks.architectures
 
 lint: install  ## style
 	$(BIN)/ruff check .

@@ -19,14 +19,17 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import (
     attach,
     attach_trained,
+    bypassed,
     check_targets,
     coverage,
     expert_weights,
     fresh_settings,
     layer_number,
+    tied,
+    towers,
     without_adapter,
 )
-from lora_lab.base import load
+from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
@@ -124,6 +127,7 @@ class Found:
 def find_base(config: RunConfig) -> Found:
     """Find the base, check its files and the adapter's target names, and load its tokenizer."""
     base = load.find(config.model)
+    published.check(config, base.published, base.name)
     task = TASKS[config.task.name]
     task.check_base(load.model_config(base.folder, load.ModelKind()))
     tokenizer = load_tokenizer(base.folder, chat=task.encoder_class.chat)
@@ -133,7 +137,18 @@ def find_base(config: RunConfig) -> Found:
     targets = check_targets(model, config.adapter, kind.new_modules)
     _say_too_high_rank(model, targets, config.adapter.r)
     fresh_settings(model, config.adapter, kind)
-    _say_experts(model, config)
+    _say_experts(model, config, base)
+    if unread := set(bypassed(model)) - set(targets):
+        console.say(
+            "layers", f"{len(unread)} x out_proj: not adapted, because Mamba's kernels read its weight past the module"
+        )
+    if shared := set(tied(model)) - set(targets):
+        console.say(
+            "layers",
+            f"{', '.join(sorted(shared)[:3])}: not adapted, because their weights are shared ({len(shared)} layers)",
+        )
+    if unseen := towers(model):
+        console.say("towers", f"{', '.join(unseen)}: not adapted, because texts never reach them")
     if config.speed.prefix_cache and min(layer_number(name) or 0 for name in targets) == 0:
         raise ConfigError(
             "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
@@ -170,10 +185,10 @@ def _say_too_high_rank(model: PreTrainedModel, targets: list[str], r: int) -> No
         )
 
 
-def _say_experts(model: PreTrainedModel, config: RunConfig) -> None:
+def _say_experts(model: PreTrainedModel, config: RunConfig, base: BaseFiles) -> None:
     """bitsandbytes quantizes linear layers, and a mixture's experts are none: most of the base stays as it is."""
     experts = {name: one for name, one in expert_weights(model).items() if one.dim() == 3}
-    if not experts or config.quant.method == "none":
+    if not experts or base.stored(config.quant).method == "none":
         return
     count = sum(one.numel() for one in experts.values())
     share = count / sum(one.numel() for one in model.parameters())
@@ -263,7 +278,7 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
         found = find_base(config)
     if trained is not None:
         _check_trained(trained, config, found)
-    console.say("base", f"{found.base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
+    say_base(config, found.base, device)
     if found.encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
         console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
     with stages("data"):
@@ -271,10 +286,16 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
     return assemble(config, found, data, task, device, stages)
 
 
+def say_base(config: RunConfig, base: BaseFiles, device: torch.device) -> None:
+    """Which base it is, and how its weights are stored."""
+    how = base.stored(config.quant).method + (" as published" if base.published else "")
+    console.say("base", f"{base.name}, {config.model.dtype}, quant {how}, on {device}")
+
+
 def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
     """Refuse an adapter that was trained on another base, or has other settings than its run; tell other versions."""
     files.check_base(run.adapter, found.base)
-    files.check_quant(run.adapter, config.quant)
+    files.check_quant(run.adapter, found.base.stored(config.quant))
     files.check_settings(run.adapter, fresh_settings(found.model, config.adapter, found.kind))
     saved = run_dir.read_manifest(run)
     if saved is not None:

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# How transformers names what reads no texts, in configurations and in models, and how deep in a model it stands.
+_OTHER_SENSES = re.compile(r"vision|visual|audio|speech|image|video|multi_?modal|(^|_)mm_|aligner")
+_DEPTH = 3
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # peft refuses `out_proj` there
+_gives_other: dict[type, bool] = {}  # classes of linear layers: whether they give something else than one
+
+
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """Where an adapter sits."""
@@ -55,16 +62,19 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
     Raises:
         AdapterError: a name in `target_modules` that matches no layer (even if others match); a name in
             `exclude_modules`, `rank_pattern` or `alpha_pattern` that matches no targeted layer; a layer number that does
-            not exist; a tied output head.
+            not exist; a tied output head, a layer that is read past its module.
     """
-    whole = tuple(f"{name}." for name in new_modules)
+    whole = tuple(f"{name}." for name in (*new_modules, *towers(model)))
     layers = [name for name in linear_layers(model) if not f"{name}.".startswith(whole)]
     head = model.get_output_embeddings()
+    unread, shared = bypassed(model), tied(model)
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
-        targeted = [name for name in layers if model.get_submodule(name) is not head]
+        targeted = [name for name in layers if model.get_submodule(name) is not head and name not in {*unread, *shared}]
     else:
         targeted = _matching("adapter.target_modules", adapter.target_modules, layers)
         _refuse_tied_head(model, targeted)
+        _refuse_tied([name for name in targeted if name in shared])
+        _refuse_bypassed(model, [name for name in targeted if name in unread])
     excluded = _matching("adapter.exclude_modules", adapter.exclude_modules or [], targeted)
     targeted = [name for name in targeted if name not in excluded]
     for key in ("rank_pattern", "alpha_pattern"):
@@ -79,6 +89,52 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
         if not targeted:
             raise AdapterError(f"adapter.layers_to_transform={adapter.layers_to_transform}: no layer is left to adapt.")
     return targeted
+
+
+def towers(model: nn.Module) -> list[str]:
+    """Names of the parts of a base that only pictures, sound or video reach: a run on texts never calls them."""
+    config = getattr(model, "config", None)
+    if not any(_OTHER_SENSES.search(name) for name in getattr(config, "sub_configs", ())):
+        return []
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        inside = any(name.startswith(f"{tower}.") for tower in found)
+        if not inside and name.count(".") < _DEPTH and _OTHER_SENSES.search(name.rpartition(".")[2]):
+            found.append(name)
+    return found
+
+
+def bypassed(model: PreTrainedModel) -> list[str]:
+    """Layers whose weights fast kernels read past the module, and so past an adapter on it: the last of Mamba's mixers, in the
+    families for which peft says so."""
+    if getattr(model.config, "model_type", None) not in _MAMBA:
+        return []
+    return [name for name in linear_layers(model) if name.endswith((".mixer.out_proj", ".mamba.out_proj"))]
+
+
+def tied(model: PreTrainedModel) -> list[str]:
+    """Linear layers, but for the output head, that share their weight with another module: what is added to one in training would be
+    added to both in a merge."""
+    pairs = model.all_tied_weights_keys
+    names = {name.removesuffix(".weight") for pair in pairs.items() for name in pair}
+    head = model.get_output_embeddings()
+    return [name for name in linear_layers(model) if name in names and model.get_submodule(name) is not head]
+
+
+def _refuse_tied(named: list[str]) -> None:
+    if named:
+        raise AdapterError(
+            f"adapter.target_modules: '{named[0]}' shares its weights with another module, so merging would change both. Leave it out, or "
+            "set adapter.target_modules=all-linear, which does."
+        )
+
+
+def _refuse_bypassed(model: PreTrainedModel, named: list[str]) -> None:
+    if named:
+        raise AdapterError(
+            f"adapter.target_modules: {named[0]}: the kernels of {model.config.model_type} read its weight past the module, and so past an "
+            "adapter on it. Leave it out, or set adapter.target_modules=all-linear, which does."
+        )
 
 
 def layer_number(name: str) -> int | None:
@@ -110,11 +166,29 @@ def _is_router(module: nn.Module) -> bool:
     from torch import nn
 
     own = type(module)
-    return (
-        isinstance(module, nn.Linear)
-        and own.__module__.startswith("transformers.models.")
-        and own.forward is not nn.Linear.forward
-    )
+    if (
+        not isinstance(module, nn.Linear)
+        or own.forward is nn.Linear.forward
+        or not own.__module__.startswith("transformers.models.")
+    ):
+        return False
+    if own not in _gives_other:
+        _gives_other[own] = not _gives_one_tensor(module)
+    return _gives_other[own]
+
+
+def _gives_one_tensor(module: nn.Linear) -> bool:
+    """Whether a class of its own still computes what a linear layer does; tried without content."""
+    import torch
+
+    state = {name: one.detach().to("meta") for name, one in module.named_parameters()}
+    try:
+        found = torch.func.functional_call(
+            module, state, torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+        )
+    except Exception:  # it is called otherwise than a linear layer
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -198,7 +272,14 @@ def fresh_settings(base: PreTrainedModel, adapter: LoraAdapter, kind: ModelKind)
     config = adapter.peft_config(kind.peft_task_type)
     config.modules_to_save = list(kind.new_modules) or None
     routers = any(map(_is_router, base.modules()))
-    if kind.new_modules or adapter.layers_to_transform is not None or routers:  # peft has no rule that says the same
+    if (
+        kind.new_modules
+        or adapter.layers_to_transform is not None
+        or routers
+        or towers(base)
+        or bypassed(base)
+        or tied(base)
+    ):  # peft has no rule that says the same
         config.target_modules = check_targets(base, adapter, kind.new_modules)
         config.exclude_modules = None
     convert_peft_config_for_transformers(config, base, None)

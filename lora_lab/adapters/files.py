@@ -67,7 +67,7 @@ def write_tensors(
     peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
     content = {
         "lora_lab": __version__,
-        "base": {**base.recorded(), **dataclasses.asdict(config.quant)},
+        "base": {**base.recorded(), **dataclasses.asdict(base.stored(config.quant))},
         "task": {"name": config.task.name, **learned},
         **provenance,
     }

@@ -30,7 +30,7 @@ _SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "spe
 _SCALES = (".SCB", ".absmax")  # bitsandbytes' names for what belongs to a quantized weight
 _BOUNDED = (".jinja", ".model", ".spm")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", _INDEX)
-_MAX_CONFIG_BYTES = 16 * 2**20  # the names of 100,000 classes, twice
+MAX_CONFIG_BYTES = 16 * 2**20  # the names of 100,000 classes, twice
 # Sizes by the names that configurations give them. What is above is no model that exists; building its skeleton alone takes hours.
 _LIMITS = (
     (re.compile(r"num_labels"), 100_000),
@@ -98,7 +98,7 @@ def check_files(folder: Path) -> None:
             )
     for name in _SMALL:
         if (folder / name).exists():
-            tree = read_json(folder / name, BaseModelError, max_bytes=_MAX_CONFIG_BYTES)
+            tree = read_json(folder / name, BaseModelError, max_bytes=MAX_CONFIG_BYTES)
             _refuse_code(folder / name, tree)
             if name == "config.json":
                 check_config(folder / name, tree)
@@ -231,7 +231,7 @@ def _check_quantized(folder: Path, files: list[Path]) -> None:
     """Refuse weights that are plain where the configuration says that bitsandbytes quantized them: layers would be made for
     scales that are nowhere."""
     file = folder / "config.json"
-    how = read_json(file, BaseModelError, max_bytes=_MAX_CONFIG_BYTES).get("quantization_config") or {}
+    how = read_json(file, BaseModelError, max_bytes=MAX_CONFIG_BYTES).get("quantization_config") or {}
     if not isinstance(how, dict):
         raise BaseModelError(f"{file}: quantization_config must be an object, not {type(how).__name__}.")
     if how.get("quant_method") != "bitsandbytes":

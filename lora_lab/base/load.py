@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_lab import console
-from lora_lab.base import cache, gguf, inspect, quantized
+from lora_lab.base import cache, gguf, inspect, published, quantized
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import download, is_hub_id, local_path
 from lora_lab.config import HardwareConfig, ModelConfig, QuantConfig
@@ -41,10 +41,16 @@ class BaseFiles:
     folder: Path
     fingerprint: str  # see `fingerprint.py`
     companions: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of its tokenizer and so on, by name
+    published: QuantConfig | None = None  # how its weights were quantized by whoever published them
 
     def recorded(self) -> dict[str, Any]:
         """What runs and adapters remember of it."""
-        return {"name": self.name, "fingerprint": self.fingerprint, "companions": self.companions}
+        found = {"name": self.name, "fingerprint": self.fingerprint, "companions": self.companions}
+        return found if self.published is None else {**found, "published_in": self.published.method}
+
+    def stored(self, quant: QuantConfig) -> QuantConfig:
+        """How its weights are stored in a run that says `quant`: as they were published, where they were quantized then."""
+        return self.published or quant
 
     def changed(self, recorded: dict[str, Any]) -> list[str]:
         """What of it differs from what was recorded; earlier versions of lora_lab recorded the weights alone."""
@@ -59,7 +65,7 @@ def find(model: ModelConfig) -> BaseFiles:
     """Find the base model, downloading or converting it when needed, and check its files.
 
     Raises:
-        BaseModelError: not found, not reachable, damaged, or asking for code to be run.
+        BaseModelError: not found, not reachable, damaged, asking for code to be run, or quantized in a way that nobody trains on.
     """
     if is_hub_id(model.path):
         folder = download(f"model.path={model.path}", model.path, model.revision)
@@ -71,7 +77,9 @@ def find(model: ModelConfig) -> BaseFiles:
                 f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
             )
         folder = gguf.to_safetensors(folder)
-    return BaseFiles(model.path, folder, fingerprint(folder, inspect.weight_files(folder)))
+    weights = inspect.weight_files(folder)
+    as_published = published.read(folder)
+    return BaseFiles(model.path, folder, fingerprint(folder, weights), published=as_published)
 
 
 def torch_device(hardware: HardwareConfig) -> torch.device:
@@ -231,6 +239,7 @@ def load_model(
 
     Args:
         dtype: torch type of everything that is not quantized; also the type that quantized layers compute in.
+        quant: without effect on a base that was published quantized.
         seed: of the weights of new modules.
     """
     import torch
@@ -242,7 +251,13 @@ def load_model(
     torch.manual_seed(seed)
     kept = quantized.folder_of(files, kind, dtype, quant, device.type)
     again = kept is not None and cache.usable(kept)
-    how = {"config": model_config(files.folder, kind), "quantization_config": bitsandbytes_config(quant, dtype, kind)}
+    how: dict[str, Any] = {"config": model_config(files.folder, kind)}
+    quant = files.stored(quant)
+    quantization = bitsandbytes_config(quant, dtype, kind)
+    if files.published is not None:
+        _describe_published(how["config"], quantization)
+    else:
+        how["quantization_config"] = quantization
     try:
         model, report = getattr(transformers, kind.auto_class).from_pretrained(
             kept if again else files.folder,
@@ -277,6 +292,14 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False).eval()
+
+
+def _describe_published(config: PretrainedConfig, quantization: BitsAndBytesConfig) -> None:
+    """Let transformers read weights that were published quantized: computed in our type, and without what is trained whole."""
+    own = dict(config.quantization_config)
+    for name in ("bnb_4bit_compute_dtype", "llm_int8_skip_modules"):
+        own[name] = quantization.to_dict()[name]
+    config.quantization_config = own
 
 
 def _is_new(name: str, kind: ModelKind, model: PreTrainedModel) -> bool:

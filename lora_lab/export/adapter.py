@@ -69,7 +69,14 @@ def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
 def _proved(job: Job, folder: Path) -> dict[str, Any]:
     """Compare the folder, loaded by plain peft, with the adapter as lora_lab puts it on the unquantized base."""
     dtype = job.config.export.dtype
-    model = adapted("full_precision", job.run, job.config, job.base, job.kind, job.device)
+    model = adapted(
+        "full_precision" if job.base.published is None else "dequantized",
+        job.run,
+        job.config,
+        job.base,
+        job.kind,
+        job.device,
+    )
     reference = logits(model, job.rows)
     del model
     found = reloaded_logits(job.base.folder, job.kind.auto_class, job.rows, job.device, dtype, folder)

@@ -38,7 +38,7 @@ def card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]
         "## Base", "",
         f"- {base.name if is_hub_id(base.name) else Path(base.name).name}, weights {base.fingerprint[:16]}",
         f"- licence: {licence or 'the folder names none; look it up before you publish'}",
-        f"- trained on: {config.model.dtype}, quant {config.quant.method}", "",
+        f"- trained on: {config.model.dtype}, quant {base.stored(config.quant).method}", "",
         "## Data", "",
         *_data(manifest), "",
         "## Training", "",

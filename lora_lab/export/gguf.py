@@ -55,6 +55,12 @@ def check(job: Job, target: str) -> Iterator[str]:
     if target == "gguf_lora" and job.config.adapter.use_dora:
         yield "export.targets: gguf_lora: llama.cpp has no DoRA. Export gguf (merged), or train with adapter=lora."
         return
+    if target == "gguf_lora" and job.base.published is not None:
+        yield (
+            f"export.targets: gguf_lora: the base was published in {job.base.published.method}, which llama.cpp's conversion cannot read to "
+            "prove the adapter over it. Export gguf (merged)."
+        )
+        return
     if target == "gguf_lora" and job.experts:
         yield "export.targets: gguf_lora: the adapter reaches into experts. Export gguf (merged), or name other adapter.target_modules."
         return

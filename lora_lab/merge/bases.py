@@ -18,12 +18,16 @@ from lora_lab.base.load import BaseFiles, ModelKind, load_model
 from lora_lab.base.load import skeleton as load_skeleton
 from lora_lab.config import QuantConfig, RunConfig
 
+_READING = "transformers.integrations.bitsandbytes"  # where the conversions of its published weights are defined
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def policies(config: RunConfig) -> tuple[str, ...]:
+def policies(config: RunConfig, base: BaseFiles) -> tuple[str, ...]:
     """The bases to be measured."""
+    if base.published is not None:  # nothing else is there
+        return ("dequantized",)
     if config.quant.method == "none":
         return ("full_precision",)
     return ("dequantized", "full_precision") if config.merge.base == "auto" else (config.merge.base,)
@@ -37,6 +41,7 @@ def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, devic
     anew = dataclasses.replace(config.quant, cache=False)  # what is kept in 4 bits could not be saved in others
     quantized = load_model(base, kind, config.model.dtype, anew, device, config.seed)
     as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
+    _forget_reading(as_trained)
     _turn_back(as_trained, load_skeleton(base.folder, kind))
     if policy == "dequantized":
         return as_trained
@@ -46,6 +51,17 @@ def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, devic
         if isinstance(module, (nn.Linear, Conv1D)):
             _correct(module.weight, as_trained.get_submodule(name).weight, config.merge.correction_rank)
     return model
+
+
+def _forget_reading(model: PreTrainedModel) -> None:
+    """Keep transformers, when it saves a dequantized model, from undoing how it read weights that were published in few bits: it has
+    no way back, and none is needed."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        one
+        for one in conversions
+        if not any(type(step).__module__ == _READING for step in getattr(one, "operations", ()))
+    ] or None
 
 
 def _turn_back(model: PreTrainedModel, published: PreTrainedModel) -> None:

@@ -52,7 +52,7 @@ def merge(
     Raises:
         MergeError: the merged checkpoint differs by more than the `merge` section allows; nothing is published.
     """
-    names, measured = bases.policies(config), {}
+    names, measured = bases.policies(config, base), {}
     for name in names:
         model = None
         clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
@@ -72,7 +72,7 @@ def merge(
             shutil.copy(base.folder / _SENTENCEPIECE, temporary)
         del model
         clear_device_cache(garbage_collection=True)
-        report = _verify(temporary, config, kind, rows, reference, trained_logits, device)
+        report = _verify(temporary, config, base, kind, rows, reference, trained_logits, device)
         report |= {
             "base": chosen,
             "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()},
@@ -168,6 +168,7 @@ def _carry_along(merged: torch.nn.Module, encoder: Encoder) -> None:
 def _verify(
     folder: Path,
     config: RunConfig,
+    base: BaseFiles,
     kind: ModelKind,
     rows: parity.Probe,
     reference: list[torch.Tensor],
@@ -178,7 +179,7 @@ def _verify(
     arithmetic, as_trained = parity.compare(reference, reloaded, rows), parity.compare(trained, reloaded, rows)
     return {
         "dtype": config.export.dtype,
-        "trained_on": config.quant.method,
+        "trained_on": base.stored(config.quant).method,
         "rows": len(rows.examples),
         "positions": rows.num_items,
         "merged_vs_base_and_adapter": dataclasses.asdict(arithmetic),

@@ -141,8 +141,8 @@ def estimate(
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
     libraries = _LIBRARIES if on_cpu else 0
     kept_before = quantized.folder_of(base, kind, config.model.dtype, config.quant, device_type)
-    quantizes = kept_before is None or not kept_before.exists()
-    left = _LEFT_BY_QUANTIZING[config.quant.method] if on_cpu and quantizes else 0
+    quantizes = base.published is None and (kept_before is None or not kept_before.exists())
+    left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if on_cpu and quantizes else 0
     holes = left + round(_HOLES * step.heap_peak) if on_cpu else 0
     batches = config.train
     several = not task.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
@@ -176,7 +176,7 @@ def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[Peft
     """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantization = bitsandbytes_config(config.quant, config.model.dtype, kind)
+    quantization = bitsandbytes_config(base.stored(config.quant), config.model.dtype, kind)
     dtype = getattr(torch, config.model.dtype)
     model = skeleton(base.folder, kind, config.model.dtype)
     with torch.device("meta"):

@@ -80,7 +80,9 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     """Find everything out and show it; with `probe`, load the model and time some steps."""
     run_dir.check_free(config)
     device = load.torch_device(config.hardware)
-    data, found, task = prepared.build_data(config, prepared.find_base(config))
+    found = prepared.find_base(config)
+    prepared.say_base(config, found.base, device)
+    data, found, task = prepared.build_data(config, found)
     targets.check(Job(run_dir.RunDir(Path(config.run_dir)), config, found.base, found.kind, found.encoder, device))
     work = foresee(config, task, data.train, data.held_out)
     estimated, on_cuda = _memory(config, found, task, work, device.type)

@@ -208,6 +208,8 @@ class Task:
         groups = [
             [example for i in places for example in data[i]] for places in eval_batches(data.lengths, self.together)
         ]
+        if not self.together:  # a place may hold several short texts
+            groups = [[example] for group in groups for example in group]
         batches = self.batches(groups, np.random.default_rng(0))
         self.begin(model, batches)
         loss, weight, seen = 0.0, 0.0, []
@@ -253,6 +255,16 @@ class Task:
         return logits if logits.dim() == 2 else logits[None]
 
 
+def logits_at(
+    model: PeftModel, inputs: dict[str, torch.Tensor], places: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """A language model's logits [S, V] float32 at `places` (see `head_only_at`); some models use their output layer's weight without
+    calling it, and give [B, T, V]."""
+    with head_only_at(model, places):
+        logits = model(**inputs).logits
+    return (logits if logits.dim() == 2 else logits[places]).float()
+
+
 @contextlib.contextmanager
 def head_only_at(model: PeftModel, places: tuple[torch.Tensor, torch.Tensor]) -> Iterator[None]:
     """Inside the block a language model's output layer reads the hidden states at `places` only, [S, D] of [B, T, D], so its
@@ -262,6 +274,9 @@ def head_only_at(model: PeftModel, places: tuple[torch.Tensor, torch.Tensor]) ->
         places: row and token of each, [S] int64.
     """
     head = model.get_base_model().get_output_embeddings()
+    if head is None or isinstance(head, torch.nn.Embedding):  # it is called on tokens
+        yield
+        return
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][places], *inputs[1:]))
     try:
         yield

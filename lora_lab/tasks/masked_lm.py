@@ -16,7 +16,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
-from lora_lab.tasks.base import Measured, Observed, PaddedTask, head_only_at
+from lora_lab.tasks.base import Measured, Observed, PaddedTask, logits_at
 from lora_lab.tasks.metrics import reported, reports
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ class MaskedLM(PaddedTask):
         return changed
 
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
-        with head_only_at(model, batch.places):
-            return model(**batch.inputs).logits.float()
+        return logits_at(model, batch.inputs, batch.places)
 
     @reports(lower=("loss",), higher=("masked_accuracy",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
@@ -142,6 +141,5 @@ class MaskedLM(PaddedTask):
         rows = np.arange(len(places))
         copies[rows, places] = self.tokenizer.mask_token_id
         inputs = {name: tensor.to(model.device) for name, tensor in self.inputs(list(copies)).items()}
-        with head_only_at(model, (torch.from_numpy(rows), torch.from_numpy(places))):
-            logits = model(**inputs).logits.float()
+        logits = logits_at(model, inputs, (torch.from_numpy(rows), torch.from_numpy(places)))
         return cross_entropy(logits, torch.from_numpy(ids[places]).to(logits.device), reduction="sum").item()

@@ -12,13 +12,15 @@ from lora_lab.data.collate import PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
+from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask, head_only_at
+from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask, logits_at
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PretrainedConfig
 
 
 class SourceEncoder(Encoder):
@@ -69,6 +71,14 @@ class Seq2Seq(PaddedTask):
     peft_task_type = "SEQ_2_SEQ_LM"
 
     @classmethod
+    def check_base(cls, config: PretrainedConfig) -> None:
+        if not config.is_encoder_decoder:
+            raise BaseModelError(
+                f"model.path: {config.model_type} has no encoder for texts, so task=seq2seq cannot train it. Use task=causal_lm, or an "
+                "encoder-decoder such as T5."
+            )
+
+    @classmethod
     def reported(cls, config: TaskConfig) -> tuple[str, ...]:
         return super().reported(config) + (metrics.reported(metrics.overlap) if config.generate_rows else ())
 
@@ -90,8 +100,7 @@ class Seq2Seq(PaddedTask):
         )
 
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
-        with head_only_at(model, batch.places):
-            return model(**batch.inputs).logits.float()
+        return logits_at(model, batch.inputs, batch.places)
 
     @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
