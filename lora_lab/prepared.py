@@ -29,7 +29,8 @@ from lora_lab.adapters.attach import (
 from lora_lab.base import load
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.load import BaseFiles, ModelKind
-from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
+from lora_lab.base.positions import usable_positions
+from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer, pad_within
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
@@ -125,8 +126,10 @@ def find_base(config: RunConfig) -> Found:
     """Find the base, check its files and the adapter's target names, and load its tokenizer."""
     base = load.find(config.model)
     task = TASKS[config.task.name]
-    task.check_base(load.model_config(base.folder, load.ModelKind()))
+    own = load.model_config(base.folder, load.ModelKind())
+    task.check_base(own)
     tokenizer = load_tokenizer(base.folder, chat=task.encoder_class.chat)
+    pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
@@ -141,6 +144,7 @@ def find_base(config: RunConfig) -> Found:
         )
     _check_dropout(model, config)
     vocab_size = model.get_input_embeddings().weight.shape[0]
+    pad_within(tokenizer, vocab_size, base.folder)
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
     if encoder.chat:
         encoder.template.check_variables()
@@ -238,7 +242,7 @@ def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
 
 
 def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(model)
     longest = data.longest if isinstance(data, Dataset) else data.encoder.config.max_tokens
     if positions is not None and longest > positions:
         raise DataError(
@@ -264,11 +268,27 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
     if trained is not None:
         _check_trained(trained, config, found)
     console.say("base", f"{found.base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
-    if found.encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
-        console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
+    if found.encoder.chat:
+        _say_template(found.encoder)
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
     return assemble(config, found, data, task, device, stages)
+
+
+def _say_template(encoder: Encoder) -> None:
+    """Tell of a template that is not the base's own, or not as it was."""
+    put = encoder.template.put_before
+    if (encoder.tokenizer.chat_template or "").endswith(PLAIN_TEMPLATE):
+        after = f" after {put!r}, as the tokenizer begins every text" if put else ""
+        console.say(
+            "template", f"the tokenizer has no chat template; using '### role:' headings{after}, saved with the merge"
+        )
+    elif put:
+        console.say(
+            "template",
+            f"the chat template does not begin with {put!r} (BOS), and the tokenizer begins every text so: it is put there, "
+            "and saved with the merge",
+        )
 
 
 def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
