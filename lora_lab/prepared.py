@@ -268,16 +268,18 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
     if trained is not None:
         _check_trained(trained, config, found)
     console.say("base", f"{found.base.name}, {config.model.dtype}, quant {config.quant.method}, on {device}")
-    if found.encoder.chat:
-        _say_template(found.encoder)
+    say_template(found.encoder)
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
     return assemble(config, found, data, task, device, stages)
 
 
-def _say_template(encoder: Encoder) -> None:
+def say_template(encoder: Encoder) -> None:
     """Tell of a template that is not the base's own, or not as it was."""
-    put = encoder.template.put_before
+    rendering = encoder if encoder.chat else getattr(encoder, "rendering", None)
+    if rendering is None:
+        return
+    put = rendering.template.put_before
     if (encoder.tokenizer.chat_template or "").endswith(PLAIN_TEMPLATE):
         after = f" after {put!r}, as the tokenizer begins every text" if put else ""
         console.say(
