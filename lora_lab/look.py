@@ -8,7 +8,7 @@ from lora_lab import console
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Stream
-from lora_lab.prepared import find_base
+from lora_lab.prepared import find_base, say_template
 from lora_lab.report import data_report
 
 _HTML_ROWS = 50
@@ -17,6 +17,7 @@ _HTML_ROWS = 50
 def data(config: RunConfig, rows: int, html: str | None) -> bool:
     """Show `rows` rows of each data set in the terminal and more in a page; True if no check found an error."""
     found = find_base(config)
+    say_template(found.encoder)
     built = build.build(config.data, found.encoder, refuse=False)
     if isinstance(built.train, Stream):
         console.say("train", built.train)

@@ -32,7 +32,8 @@ from lora_lab.adapters.attach import (
 from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.load import BaseFiles, ModelKind
-from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
+from lora_lab.base.positions import usable_positions
+from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer, pad_within
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
@@ -129,8 +130,10 @@ def find_base(config: RunConfig) -> Found:
     base = load.find(config.model)
     published.check(config, base.published, base.name)
     task = TASKS[config.task.name]
-    task.check_base(load.model_config(base.folder, load.ModelKind()))
+    own = load.model_config(base.folder, load.ModelKind())
+    task.check_base(own)
     tokenizer = load_tokenizer(base.folder, chat=task.encoder_class.chat)
+    pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
@@ -156,6 +159,7 @@ def find_base(config: RunConfig) -> Found:
         )
     _check_dropout(model, config)
     vocab_size = model.get_input_embeddings().weight.shape[0]
+    pad_within(tokenizer, vocab_size, base.folder)
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
     if encoder.chat:
         encoder.template.check_variables()
@@ -253,7 +257,7 @@ def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
 
 
 def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = usable_positions(model)
     longest = data.longest if isinstance(data, Dataset) else data.encoder.config.max_tokens
     if positions is not None and longest > positions:
         raise DataError(
@@ -279,8 +283,7 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
     if trained is not None:
         _check_trained(trained, config, found)
     say_base(config, found.base, device)
-    if found.encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
-        console.say("template", "the tokenizer has no chat template; using '### role:' headings, saved with the merge")
+    say_template(found.encoder)
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
     return assemble(config, found, data, task, device, stages)
@@ -290,6 +293,25 @@ def say_base(config: RunConfig, base: BaseFiles, device: torch.device) -> None:
     """Which base it is, and how its weights are stored."""
     how = base.stored(config.quant).method + (" as published" if base.published else "")
     console.say("base", f"{base.name}, {config.model.dtype}, quant {how}, on {device}")
+
+
+def say_template(encoder: Encoder) -> None:
+    """Tell of a template that is not the base's own, or not as it was."""
+    rendering = encoder if encoder.chat else getattr(encoder, "rendering", None)
+    if rendering is None:
+        return
+    put = rendering.template.put_before
+    if (encoder.tokenizer.chat_template or "").endswith(PLAIN_TEMPLATE):
+        after = f" after {put!r}, as the tokenizer begins every text" if put else ""
+        console.say(
+            "template", f"the tokenizer has no chat template; using '### role:' headings{after}, saved with the merge"
+        )
+    elif put:
+        console.say(
+            "template",
+            f"the chat template does not begin with {put!r} (BOS), and the tokenizer begins every text so: it is put there, "
+            "and saved with the merge",
+        )
 
 
 def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:

@@ -95,6 +95,63 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
     assert report["kl"] > 1e-5
 
 
+ASK = """
+import json, sys, xllamacpp
+file, asked = sys.argv[1], json.loads(sys.argv[2])
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.warmup, params.verbosity = file, 256, False, -1
+params.hostnames, params.port, params.use_jinja = ["127.0.0.1"], 0, True
+server = xllamacpp.Server(params)
+found = [
+    server.handle_completions({"prompt": asked["text"], "max_tokens": 1}),
+    server.handle_chat_completions({"messages": asked["messages"], "max_tokens": 1}),
+]
+print("FOUND", json.dumps([one["usage"]["prompt_tokens"] for one in found]))
+"""
+
+
+def letters_with_a_beginning(folder: Path):
+    """Llama 2's kind of tokenizer, of letters and bytes alone: it begins every text, and has no chat template."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["▁", *map(chr, range(33, 127)), "\n"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.long
+def test_llama_cpp_begins_texts_and_conversations_as_training_does(trained, tmp_path, capsys):
+    """A tokenizer that begins texts by itself, and no template: one beginning everywhere."""
+    from transformers import AutoTokenizer
+
+    base = make_base(tmp_path / "base", vocab_size=355)
+    letters_with_a_beginning(base)
+    done = trained(f"model.path={base}", "export=gguf", "export.dtype=float32", "data.check=warn", *LOOSE)
+    assert json.loads((done.path / "export_report.json").read_text())["gguf"]["adds_bos"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "put '<s>' before every text, and drops the one that the chat template writes" in told
+    merged = AutoTokenizer.from_pretrained(done.path / "merged")
+    messages = [{"role": "user", "content": "red cat"}]
+    chat = merged.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert chat.count(1) == 1
+    [file] = (done.path / "export/gguf").glob("*.gguf")
+    asked = json.dumps({"text": "red cat", "messages": messages})
+    told = subprocess.run([sys.executable, "-c", ASK, file, asked], capture_output=True, text=True, check=True).stdout
+    assert json.loads(told.partition("FOUND")[2]) == [len(merged("red cat")["input_ids"]), len(chat)]
+
+
 def test_compare_is_the_divergence_over_the_known_tokens():
     torch.manual_seed(0)
     reference, other = torch.randn(5, 40), torch.randn(5, 40)

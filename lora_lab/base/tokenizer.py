@@ -50,6 +50,34 @@ def load_tokenizer(folder: Path, chat: bool = True) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def pad_within(tokenizer: PreTrainedTokenizerBase, size: int | None, folder: Path) -> None:
+    """Choose another padding token where the model has no embedding for the tokenizer's own: some tokenizers got one afterwards.
+
+    What is padded is masked, so the choice changes nothing that is learned.
+
+    Args:
+        size: rows of the model's embedding; None: not known yet.
+
+    Raises:
+        BaseModelError: no other token can be used for it.
+    """
+    own, number = tokenizer.pad_token, tokenizer.pad_token_id
+    if size is None or number is None or number < size:
+        return
+    for other in (tokenizer.eos_token, tokenizer.unk_token):
+        if other is not None and tokenizer.convert_tokens_to_ids(other) < size:
+            tokenizer.pad_token = other
+            console.say(
+                "padding",
+                f"{other!r} pads, because {own!r} has id {number} and the model's embedding has {size} rows; what is padded is masked",
+            )
+            return
+    raise BaseModelError(
+        f"{folder}: its padding token {own!r} has id {number}, and the model's embedding has {size} rows; so do its "
+        "end-of-sequence and unknown tokens. The tokenizer does not belong to this model: take the model's own, or resize the model."
+    )
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder as it is.
 

@@ -35,6 +35,7 @@ class ChatEncoder(Encoder):
         super().__init__(config, task, tokenizer, vocab_size)
         self.supervise = config.supervise
         self.template = ChatTemplate(tokenizer, config.chat_template_kwargs)
+        self.template.begin_with(self.marks)
         self._alone = functools.lru_cache(maxsize=4096)(self._ids_alone)
         self._special_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
@@ -71,7 +72,7 @@ class ChatEncoder(Encoder):
         if isinstance(record.label, int) and record.label < 0:
             class_name(record.label)  # hidden labels are often written as -1
         if record.messages is None:
-            text = clean(record.text, self.config.clean, self.config.clean_language)
+            text = clean(self.unmarked(record.text), self.config.clean, self.config.clean_language)
             if not text.strip():
                 raise RowError("empty", "nothing is left of the text after cleaning.")
             return [Rendered(text, [(0, len(text), 1.0)], end_missing=True, plain=True)]
@@ -111,6 +112,7 @@ class ChatEncoder(Encoder):
             weights[:] = 1.0
         if rendered.end_missing and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids, weights = [*ids, self.tokenizer.eos_token_id], np.append(weights, rendered.spans[-1][2])
+        weights[np.isin(ids, self.marks.unlearned)] = 0  # a text's beginning, wherever a row puts it, is nothing to say
         weights[:1] = 0  # nothing predicts the first token
         return _Tokens(rendered, np.asarray(ids, dtype=np.int64), weights.astype(np.float32), apart)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from lora_lab.config import DataConfig
-from lora_lab.data import hints
+from lora_lab.data import hints, readable
 from lora_lab.data.build import Data
 from lora_lab.data.chunks import Report
 from lora_lab.data.dataset import Dataset
@@ -20,6 +20,15 @@ from lora_lab.data.store import is_error, label_counts
 
 _LOOK = 64  # examples whose prompts are rendered and tokenized once more
 _NAMED = 3  # rows named for each finding
+_LOST_ERROR, _LOST_WARNING = 0.2, 0.05  # shares of the characters that the tokenizer loses
+_SPELLED_WARNING = 0.3  # share of the characters that are spelled in bytes
+# Bases that this project has recipes for, by what they read.
+_READERS = {
+    ("Chinese", True): "model=bert_tiny_zh reads it",
+    ("Chinese", False): "model=gemma3_270m reads it",
+    ("Latin", True): "model=minilm reads English",
+    ("Latin", False): "model=smollm2_135m reads English, model=gemma3_270m other languages too",
+}
 _OF_CLASSES = ("text_label", "pair_label", "token_labels")
 
 
@@ -46,6 +55,9 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             else:
                 for one in (_repeated, _labels, *((_ends, _prompts, _special_texts, _tools) if encoder.chat else ())):
                     findings += one(part, encoder)
+    for part, names in ((data.train, config.train), (data.held_out, config.eval)):
+        if part is not None and names is not None:
+            findings += _readable(part.key, names, encoder)
     if isinstance(data.train, Dataset) and data.held_out is not None:
         findings += _shared(data.train, data.held_out)
     if encoder.chat:
@@ -92,6 +104,37 @@ def _unread(report: Report, key: str, config: DataConfig) -> list[Finding]:
     listed = ", ".join(f"{column} ({count} rows)" for column, count in list(report.unread.items())[:20])
     more = " ..." if len(report.unread) > 20 else ""
     return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}.")]
+
+
+def _readable(key: str, names: object, encoder: Encoder) -> list[Finding]:
+    """Whether the base's tokenizer knows what the rows are written with."""
+    tokenizer = encoder.tokenizer
+    found = readable.measure(readable.sample(key, names, encoder), tokenizer)
+    lost, spelled = found.share(found.lost), found.share(found.spelled)
+    which = f"{found.script} characters" if found.script else "characters"
+    if lost >= _LOST_WARNING:
+        unknown = found.unknown / max(1, found.tokens)
+        sentence = (
+            f"this base cannot read {lost:.0%} of the characters (mostly {which}): its tokenizer loses them, and {unknown:.0%} of the "
+            f"tokens are {tokenizer.unk_token or 'unknown'}. {_reader(found.script, encoder)}"
+        )
+        return [Finding("error" if lost >= _LOST_ERROR else "warning", key, sentence)]
+    if spelled >= _SPELLED_WARNING:
+        sentence = (
+            f"this base spells {spelled:.0%} of the characters (mostly {which}) in bytes, several tokens each "
+            f"({found.tokens / max(1, found.characters):.1f} tokens for a character): it can read them, but knows little of them, and "
+            f"rows become long. {_reader(found.script, encoder)}"
+        )
+        return [Finding("warning", key, sentence)]
+    return []
+
+
+def _reader(script: str, encoder: Encoder) -> str:
+    """A base that knows the script."""
+    other = f"a base for {script} from the hub (model=hub model.path=OWNER/NAME)" if script else "another base"
+    masked = encoder.tokenizer.mask_token is not None and not encoder.chat
+    known = None if encoder.task.name == "seq2seq" else _READERS.get((script, masked))
+    return f"{known}; or take {other}." if known else f"Take {other}."
 
 
 def _named(data: Dataset, which: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from lora_lab.data import formats
 from lora_lab.data.augment import AugmentConfig, Augmenter
 from lora_lab.data.clean import clean
 from lora_lab.data.formats import Message, Record, RowError
+from lora_lab.data.marks import marks_of
 from lora_lab.data.sources import Row
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Encoder:
         """`vocab_size`: rows of the model's embedding, which no token id may reach."""
         self.config, self.task, self.tokenizer, self.vocab_size = config, task, tokenizer, vocab_size
         self.augmenter = Augmenter(config.augment) if config.augment.methods else None
+        self.marks = marks_of(tokenizer)
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         """What each record is to the model, or why it cannot be used."""
@@ -203,17 +205,29 @@ class Encoder:
             )
 
     def cleaned(self, text: str) -> str:
-        """A text after `data.clean`.
+        """A text after `data.clean`, without marks that the tokenizer puts around it anyway.
 
         Raises:
             RowError: nothing is left.
         """
+        text = self.unmarked(text)
         if not self.config.clean:
             return text
         text = clean(text, self.config.clean, self.config.clean_language)
         if not text.strip():
             raise RowError("empty", "nothing is left of the text after cleaning.")
         return text
+
+    def unmarked(self, text: str) -> str:
+        """A text without the marks that it brings itself and that the tokenizer puts around every text: each stands there once.
+
+        Raises:
+            RowError: nothing is left.
+        """
+        bare = self.marks.without(text)
+        if bare != text and not bare.strip():
+            raise RowError("empty", "the text is nothing but the tokenizer's own marks. Remove the row.")
+        return bare
 
     def too_long(self, count: int, way_out: str) -> RowError:
         """Why a row of `count` tokens cannot be used."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.data.formats import Message, Record, RowError, weight_of
 from lora_lab.data.limits import MAX_ROW_CHARS, Bounds
+from lora_lab.data.marks import Marks
 from lora_lab.errors import ConfigError, DataError, LoraLabError, nearest
 
 if TYPE_CHECKING:
@@ -69,6 +70,33 @@ class ChatTemplate:
         self.special_tokens = sorted((special | {tokenizer.eos_token}) - {""}, key=len, reverse=True)
         self._native_tools: bool | None = None
         self._bounds: Bounds | None = None  # of the row that is being rendered
+        self.put_before = ""  # what the template lacked at its beginning, see `begin_with`
+
+    def begin_with(self, marks: Marks) -> None:
+        """Let conversations begin as the tokenizer begins every text, where the template does not see to it.
+
+        The tokenizer's own template is changed, so that whoever renders with the saved tokenizer sees the same text.
+
+        Raises:
+            DataError: as `text`.
+        """
+        bos = self.tokenizer.bos_token_id
+        if not marks.opening or bos not in marks.before or not self.tokenizer.chat_template:
+            return
+        if any(text.startswith(marks.opening) for text in self._probed()):
+            return
+        written = "bos_token" if marks.before == (bos,) else json.dumps(marks.opening, ensure_ascii=False)
+        self.tokenizer.chat_template = f"{{{{ {written} }}}}{self.tokenizer.chat_template}"
+        self.put_before = marks.opening
+
+    def _probed(self) -> list[str]:
+        """The beginnings of conversations, as far as the template can render them."""
+        user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+        found = []
+        for messages in ([user], [system, user]):
+            with contextlib.suppress(RowError), self._row():
+                found.append(self._rendered(messages, None, False))
+        return found
 
     def text(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False

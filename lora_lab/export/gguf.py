@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
-from lora_lab import children, storage
+from lora_lab import children, console, storage
 from lora_lab.adapters import updates
 from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama
@@ -100,7 +100,31 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     if with_modelfile:
         (folder / "Modelfile").write_text(ollama.modelfile(file.name, job.encoder), encoding="utf-8")
     reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device, job.exact)
-    return {"type": kind, **_proved(job, file, reference, exact=kind in ("f32", "f16", "bf16"))}
+    proved = _proved(job, file, reference, exact=kind in ("f32", "f16", "bf16"))
+    return {"type": kind, **_beginning(job, file), **proved}
+
+
+def _beginning(job: Job, file: Path) -> dict[str, bool]:
+    """What llama.cpp will put before a text by itself, as the file says: it must be what the tokenizer puts there.
+
+    Raises:
+        ExportError: it is something else, so prompts would begin otherwise than in training.
+    """
+    import gguf
+
+    field = gguf.GGUFReader(file).get_field(gguf.Keys.Tokenizer.ADD_BOS)
+    if field is None:
+        return {}
+    tokenizer, adds = job.encoder.tokenizer, bool(field.contents())
+    if adds != (tokenizer.bos_token_id in job.encoder.marks.before):
+        raise ExportError(
+            f"{file.name}: llama.cpp would {'put' if adds else 'not put'} {tokenizer.bos_token!r} before every text, and the tokenizer "
+            f"does{' not' if adds else ''}. Nothing is kept. Set add_bos_token in the base's tokenizer_config.json to what is right."
+        )
+    if adds:
+        again = ", and drops the one that the chat template writes" if job.encoder.chat else ""
+        console.say("export", f"{file.name}: llama.cpp and Ollama put {tokenizer.bos_token!r} before every text{again}")
+    return {"adds_bos": adds}
 
 
 def make_lora(job: Job, folder: Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _common_ending(*texts: str) -> int:
 def _without_first_token(text: str, encoder: ChatEncoder) -> str:
     """llama.cpp puts the first token there by itself, where the tokenizer does."""
     tokenizer = encoder.tokenizer
-    adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    adds = tokenizer.bos_token_id in encoder.marks.before
     return text.removeprefix(tokenizer.bos_token) if adds else text
 
 

@@ -14,6 +14,7 @@ from lora_lab import console, storage
 from lora_lab.config import DataConfig
 from lora_lab.data.check import Finding
 from lora_lab.data.dataset import Dataset
+from lora_lab.data.readable import unknown_token_id
 from lora_lab.data.store import label_counts
 from lora_lab.report import pages
 
@@ -65,6 +66,7 @@ class Overview:
     bins: list[Bin]
     labels: dict[str, int]
     rows: list[Shown]
+    unknown: str  # the token of what the base cannot read; empty where there is none
 
 
 def overview(data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> Overview:
@@ -88,6 +90,7 @@ def overview(data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> Ov
         bins=_bins(lengths) if count else [],
         labels=dict(list(label_counts(data.reports).items())[:_LABELS]),
         rows=[_shown(data, place, tokenizer) for place in places[:rows]],
+        unknown=(tokenizer.unk_token or "") if unknown_token_id(tokenizer) is not None else "",
     )
 
 
@@ -133,7 +136,7 @@ def show(overviews: list[Overview], findings: list[Finding], config: DataConfig,
             table = [[label, count, f"{100 * count / total:.1f} %"] for label, count in data.labels.items()]
             console.show_table(f"{data.key}: labels", ["label", "rows", "share"], table)
         for row in data.rows[:rows]:
-            _show_row(row)
+            _show_row(row, data.unknown)
     for finding in findings:
         console.out.print(Text(console.shown(finding), style=_STYLES[finding.level]))
 
@@ -152,8 +155,8 @@ def _show_lengths(data: Overview, limit: int) -> None:
         console.say("trained", f"{100 * data.supervised_share:.1f} % of {data.tokens:,} tokens are trained on")
 
 
-def _show_row(row: Shown) -> None:
-    """Trained text stands out: green in a terminal, between ⟦ and ⟧ elsewhere."""
+def _show_row(row: Shown, unknown: str) -> None:
+    """Trained text stands out: green in a terminal, between ⟦ and ⟧ elsewhere. What the base cannot read is red."""
     text = Text(f"── {console.shown(row.origin)}: {row.tokens} tokens, {row.items} learned ", style="bold cyan")
     text.append("──\n")
     for piece, weight in ((console.shown(piece), weight) for piece, weight in row.pieces):
@@ -165,6 +168,8 @@ def _show_row(row: Shown) -> None:
     if row.learned:
         text.append("\n→ ")
         text.append(console.shown(row.learned), style="bold green")
+    if unknown:
+        text.highlight_words([console.shown(unknown)], style="bold red")
     console.out.print(text)
 
 

@@ -23,17 +23,18 @@ class DocumentEncoder(Encoder):
         ids = self.tokenizer(self.cleaned(record.text), verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         ids = np.asarray(ids if end is None or ids[-1:] == [end] else [*ids, end], dtype=np.int64)
-        if len(ids) < 2:
+        if len(ids) < 2 or not self._all_but_first(ids).any():
             raise RowError("masked", "a single token, so there is nothing to predict. Remove the row.")
         step = self.config.max_tokens - 1
         pieces = [ids[start : start + step + 1] for start in range(0, len(ids) - 1, step)]
-        return Encoded([Example(piece, _all_but_first(len(piece)), origin) for piece in pieces])
+        examples = [Example(piece, self._all_but_first(piece), origin) for piece in pieces]
+        return Encoded([example for example in examples if example.weights.any()])
 
-
-def _all_but_first(length: int) -> np.ndarray:
-    weights = np.ones(length, dtype=np.float32)
-    weights[0] = 0
-    return weights
+    def _all_but_first(self, ids: np.ndarray) -> np.ndarray:
+        """Weights of a piece's tokens: the beginning of a text, wherever a row puts it, is nothing to say either."""
+        weights = 1 - np.isin(ids, self.marks.unlearned).astype(np.float32)
+        weights[0] = 0
+        return weights
 
 
 class Completion(DecoderTask):

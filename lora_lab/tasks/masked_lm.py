@@ -41,6 +41,11 @@ class MaskedEncoder(Encoder):
             raise BaseModelError(
                 "model.path: its tokenizer has no mask token, so task=masked_lm cannot mask. Use another base."
             )
+        if vocab_size is not None and tokenizer.mask_token_id >= vocab_size:
+            raise BaseModelError(
+                f"model.path: its mask token {tokenizer.mask_token!r} has id {tokenizer.mask_token_id}, and the embedding has "
+                f"{vocab_size} rows: the tokenizer does not belong to this model. Use another base."
+            )
 
     def example(self, record: Record, origin: str) -> Encoded:
         found = self.tokenizer(
@@ -53,6 +58,7 @@ class MaskedEncoder(Encoder):
         examples = []
         for piece, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"], strict=True)):
             weights = 1 - np.asarray(special, dtype=np.float32)
+            weights[np.isin(ids, self.marks.unlearned)] = 0
             words = [-1 if word is None else word for word in found.word_ids(piece)]
             content = to_json({"words": words}) if self.task.whole_words else ""
             if weights.any():
@@ -91,6 +97,11 @@ class MaskedLM(PaddedTask):
             origins=[example.origin for example in examples],
         )
 
+    @property
+    def _known(self) -> int:
+        """Tokens of the tokenizer that the model has an embedding for."""
+        return min(len(self.tokenizer), self.encoder.vocab_size or len(self.tokenizer))
+
     def _choose(self, example: Example, rng: np.random.Generator) -> np.ndarray:
         """Places of the tokens to be guessed: each token, or word, with `mask_probability`; at least one.
 
@@ -107,7 +118,7 @@ class MaskedLM(PaddedTask):
         changed, draws = ids.copy(), rng.random(len(places))
         changed[places[draws < _MASKED]] = self.tokenizer.mask_token_id
         replaced = places[(draws >= _MASKED) & (draws < _MASKED + _RANDOM)]
-        changed[replaced] = rng.integers(len(self.tokenizer), size=len(replaced))
+        changed[replaced] = rng.integers(self._known, size=len(replaced))
         return changed
 
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:

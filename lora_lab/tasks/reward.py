@@ -65,7 +65,7 @@ class RewardEncoder(Encoder):
     def _pair(self, messages: list[Message]) -> tuple[list[int], int]:
         """Token ids, and where the answer begins."""
         prompt = self.cleaned("\n\n".join(message["content"] for message in messages[:-1]))
-        found = self.tokenizer(prompt, messages[-1]["content"], verbose=False)
+        found = self.tokenizer(prompt, self.unmarked(messages[-1]["content"]), verbose=False)
         return found["input_ids"], found.sequence_ids().index(1)
 
 

@@ -35,7 +35,7 @@ class SourceEncoder(Encoder):
             raise RowError("not text", "source and target must be one text each, without earlier turns.")
         source = self.cleaned(record.text)
         ids = self.source_ids(source)
-        target = self.tokenizer(text_target=record.target, verbose=False)["input_ids"]
+        target = self.tokenizer(text_target=self.unmarked(record.target), verbose=False)["input_ids"]
         limit = self.config.max_tokens
         if len(target) > limit:
             raise self.too_long(len(target), "They are the target's, which is never cut. Raise data.max_tokens.")
