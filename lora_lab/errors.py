@@ -84,7 +84,7 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
-def nearest(word: object, choices: Iterable[str], cutoff: float = 0.5) -> str:
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """' Did you mean X?' for the most similar choice, or '' when nothing is similar."""
     match = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=cutoff)
     return f" Did you mean '{match[0]}'?" if match else ""
