@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,15 +245,29 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, multirun: b
 
 
 def compose_prepared(
-    overrides: Sequence[str], config_dir: str | None, multirun: bool = False
+    overrides: Sequence[str], config_dir: str | None, multirun: bool = False, tell: bool = True
 ) -> tuple[RunConfig, list[str]]:
-    """The checked configuration, and the prepared overrides; every problem of either kind is in one error."""
+    """The checked configuration, and the prepared overrides; every problem of either kind is in one error.
+
+    What an override leaves without effect of the recipe's settings goes with it: its default is among the prepared overrides.
+
+    Args:
+        tell: say what goes.
+    """
     prepared, problems = prepare(overrides, config_dir, multirun)
     config = None
     try:
         single = [_first_point(text) for text in prepared] if multirun else prepared
         with composed(single) as tree:
-            config = to_run_config(tree)
+            values = _without_missing(check(tree))
+        gone = _void(values, prepared)
+        if gone:
+            prepared, single = [*prepared, *gone.values()], [*single, *gone.values()]
+            with composed(single) as tree:
+                values = _without_missing(check(tree))
+        config = parse(values)
+        if tell and gone and not problems:
+            _tell(gone)
         for other in _other_choices(prepared) if multirun else ():
             with composed([*single, other]) as tree:
                 check(tree)
@@ -263,6 +277,28 @@ def compose_prepared(
     if problems or config is None:
         raise ConfigError(*map(environment.without_secrets, problems))
     return config, prepared
+
+
+def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
+    """What the overrides leave without effect: key -> the override that gives it its default."""
+    overrides = [parse_override(text) for text in prepared]
+    told = [one.key_or_group for one in overrides if not one.is_sweep_override() and one.key_or_group != "recipe"]
+    try:
+        config = parse(values, told)
+    except ConfigError:  # told when the whole is read
+        return {}
+    now, before = dict(leaves(dataclasses.asdict(config))), dict(leaves(values))
+    return {
+        key: f"++{key}={quoting.written(info.get_default(call_default_factory=True))}"
+        for key, info in all_keys().items()
+        if key in before and not info.is_required() and now.get(key, before[key]) != before[key]
+    }
+
+
+def _tell(gone: Iterable[str]) -> None:
+    from lora_lab import console
+
+    console.say("dropped", f"{', '.join(gone)}: without effect beside what was told")
 
 
 def _other_choices(prepared: Sequence[str]) -> Iterator[str]:
@@ -468,4 +504,4 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
             problems.append(f"{text}: not a value override ({_first_line(error)}).")
     if problems:
         raise ConfigError(*problems)
-    return to_run_config(node)
+    return parse(_without_missing(check(node)), [parse_override(text).key_or_group for text in overrides])

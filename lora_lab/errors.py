@@ -78,6 +78,7 @@ class Interrupted(BaseException):
 
     run: object = None  # folder of the run that was stopped, once there is one
     sweep: object = None  # or of the sweep
+    steps: tuple[int, int] | None = None  # how many were done, and of how many, while training
 
     def __init__(self, signum: int):
         super().__init__(f"by signal {signum}")

@@ -22,7 +22,7 @@ from lora_lab.schema import rule
 
 def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
     """The composed configuration, and for each key the file or override that set its value (or 'default')."""
-    config, prepared = compose_prepared(overrides, config_dir)
+    config, prepared = compose_prepared(overrides, config_dir, tell=False)
     with started():
         loader = GlobalHydra.instance().config_loader()
         chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
@@ -40,6 +40,11 @@ def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[Ru
             origins.update(
                 {key: f"override {text}" for key, _ in _under(override.key_or_group, plain_keys(override.value()))}
             )
+    told = {parse_override(text).key_or_group for text in overrides}
+    for text in prepared:
+        key = text.lstrip("+").partition("=")[0]
+        if key in all_keys() and key not in told:
+            origins[key] = "default, because an override leaves it without effect"
     values = dict(leaves(dataclasses.asdict(config)))
     return config, {key: origins.get(key, "default") for key in values}
 
