@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from lora_lab import __version__, forms, signals
-from lora_lab.errors import ConfigError, Interrupted, LoraLabError
+from lora_lab.errors import ConfigError, DataError, Interrupted, LoraLabError
 from lora_lab.verbs import EXAMPLES, TAKES, VERBS
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _tell_repeated(overrides: Sequence[str]) -> None:
 def _failed(args: argparse.Namespace, sentence: str, code: int) -> int:
     if args.debug:
         _complain(traceback.format_exc().rstrip())
-    _complain(f"lora-lab: {sentence}")
+    _complain(f"lora-lab: {sentence}{forms.full_width_hint(args.overrides, sentence)}")
     return code
 
 
@@ -293,7 +293,10 @@ def _multirun(args: argparse.Namespace) -> int:
         check.check(configs)
         made.append(sweep.Sweep())
 
-    failures = hydra_app.multirun(args.overrides, args.config_dir, launch, check)
+    try:
+        failures = hydra_app.multirun(args.overrides, args.config_dir, launch, check)
+    except (ConfigError, DataError) as error:
+        raise LoraLabError(f"{error}{forms.commas(args.overrides, str(error))}") from error
     return made[0].end(failures)
 
 

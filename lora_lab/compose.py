@@ -20,7 +20,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -167,13 +167,13 @@ def _is_there(path: str) -> bool:
 def _several(text: str, override: Override) -> str:
     """A sentence if an override has several values, which a single run cannot have."""
     is_group, key = override.key_or_group in GROUPS, override.key_or_group
-    if not override.is_sweep_override() or (is_group and not override.is_choice_sweep()):
+    if not override.is_sweep_override() or (is_group and not isinstance(override.value(), ChoiceSweep)):
         return ""
     value = text.partition("=")[2]
     ways = [f"a run for each: lora-lab train -m {_short(text)}"]
     if re.fullmatch(r"[+-]?\d+,\d+", value):
         ways.insert(0, f"a number with a decimal point: {key}={value.replace(',', '.')}")
-    elif not is_group and override.is_choice_sweep():
+    elif not is_group and isinstance(override.value(), ChoiceSweep):
         kinds = str(all_keys()[key].annotation) if key in all_keys() else ""
         ways += [f"one list: '{key}=[{_short(value)}]'"] if "list" in kinds else []
         ways += [f'one text: "{key}={_short(quoting.one_text(value))}"'] if "str" in kinds else []

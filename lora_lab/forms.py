@@ -81,6 +81,28 @@ def words(argv: Sequence[str], verb: str) -> str:
     return ""
 
 
+def commas(overrides: Sequence[str], told: str) -> str:
+    """What else a comma can have meant, for each override of a sweep that an error names; '' if nothing."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if "," not in value or not any(f"{key}={part.strip()}" in told for part in value.split(",")):
+            continue
+        if re.fullmatch(r"[+-]?\d+,\d+", value):
+            return f" The comma separates two values here; a decimal point is meant? {key}={value.replace(',', '.')}"
+        if key in ("data.train", "data.eval", "model.path") and value[0] not in "[{'\"":
+            return f" The comma separates two runs here; a name that has one stands in quotes: \"{key}='{value}'\""
+    return ""
+
+
+def full_width_hint(overrides: Sequence[str], told: str) -> str:
+    """The line with plain signs, for an override with full-width ones outside quotes that an error names; '' if there is none."""
+    for text in overrides:
+        key, plain = text.partition("=")[0], full_width(text)
+        if plain != text and plain not in told and key.lstrip("+") in told:
+            return f" It has full-width signs; with plain ones: {plain}"
+    return ""
+
+
 def _is_key(word: str) -> bool:
     return bool(_KEY.fullmatch(word))
 

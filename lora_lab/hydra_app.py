@@ -26,7 +26,7 @@ from lora_lab.errors import ConfigError, LoraLabError, RunError
 from lora_lab.groups import GROUPS
 from lora_lab.sweep.jobs import Nodes, Outcome
 
-_MAX_POINTS = 10_000
+_MAX_POINTS, _MAX_TOLD = 10_000, 20
 _COMPLETING = (
     "-sc",
     "--shell-completion",
@@ -55,7 +55,13 @@ def multirun(
     Raises:
         ConfigError: the sweep has no points, one of them cannot be used, or `run_dir` is set (Hydra numbers the folders).
     """
-    _, prepared = compose_prepared(overrides, config_dir, multirun=True)
+    first, prepared = compose_prepared(overrides, config_dir, multirun=True)
+    overriding = [parse_override(text) for text in prepared]
+    search = any(one.key_or_group == "hydra/sweeper" for one in overriding)
+    if not (search or first.sweep.seeds or any(one.is_sweep_override() for one in overriding)):
+        raise ConfigError(
+            "-m: no key has several values, so this is one run. Give some, such as adapter.r=4,8, or drop -m."
+        )
     if any(text.startswith("run_dir=") for text in overrides):
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
     points = math.prod(_width(text) for text in prepared)

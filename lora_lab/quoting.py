@@ -53,7 +53,8 @@ def one_text(value: str) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as the grammar reads it back."""
+    """A value as the grammar reads it back; a text that Hydra keeps with its quotes is that text."""
+    value = getattr(value, "text", value)
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):

@@ -63,7 +63,7 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
         targeted = [name for name in layers if model.get_submodule(name) is not head]
     else:
-        targeted = _matching("adapter.target_modules", adapter.target_modules, layers)
+        targeted = _matching("adapter.target_modules", adapter.targets, layers)
         _refuse_tied_head(model, targeted)
     excluded = _matching("adapter.exclude_modules", adapter.exclude_modules or [], targeted)
     targeted = [name for name in targeted if name not in excluded]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lora_lab.adapters.attach import check_targets
 from lora_lab.base import load
-from lora_lab.base.resolve import PACKAGE, local_path
+from lora_lab.base.resolve import PACKAGE
 from lora_lab.config import RunConfig
-from lora_lab.errors import AdapterError, BaseModelError, ConfigError, LoraLabError
+from lora_lab.errors import AdapterError, ConfigError, LoraLabError
 from lora_lab.sweep import ranking
 from lora_lab.tasks import TASKS
 
@@ -48,10 +48,10 @@ def _of_targets(config: RunConfig) -> list[str]:
     named = config.adapter.target_modules != "all-linear" or config.adapter.rank_pattern or config.adapter.alpha_pattern
     named = named or config.adapter.exclude_modules or config.adapter.layers_to_transform
     place = config.model.path
-    if not named or not (place.startswith(PACKAGE) or Path(place).expanduser().is_dir()):
+    if not named or not (place.startswith(PACKAGE) or Path(place).expanduser().exists()):
         return []
     try:
-        folder, task = local_path(place, "model.path", BaseModelError), TASKS[config.task.name]
+        folder, task = load.find(config.model).folder, TASKS[config.task.name]
         model = load.skeleton(folder, load.ModelKind(auto_class=task.auto_class))
         whole = load.new_modules(model, folder, task.head)
     except LoraLabError:  # told by the runs themselves, with all that they know
