@@ -8,11 +8,15 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from lora_lab import __version__, signals
-from lora_lab.errors import ConfigError, Interrupted, LoraLabError
+from lora_lab import __version__, forms, signals
+from lora_lab.errors import ConfigError, DataError, Interrupted, LoraLabError
 from lora_lab.verbs import EXAMPLES, TAKES, VERBS
+
+if TYPE_CHECKING:
+    from lora_lab.config import RunConfig
+    from lora_lab.sweep.jobs import Nodes, Outcome
 
 _PRINTING = ("config", "data", "plan", "chat")  # their output is all that they are for
 _COMMON = """
@@ -33,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"lora-lab: {odd}: not text in the encoding of this terminal ({sys.getfilesystemencoding()}), so no file could hold it. "
             "Set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or give the file another name."
         )
+        return 2
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    problem = forms.verb(argv)
+    if problem:
+        _complain(f"lora-lab: {problem}")
         return 2
     try:
         args = _parse(argv)
@@ -55,13 +65,18 @@ def _run(args: argparse.Namespace) -> int:
     """The verb's exit code, after saying what went wrong."""
     try:
         _refuse_several_processes()
+        problem = forms.words(args.overrides, args.verb)
+        if problem:
+            raise ConfigError(problem)
+        _tell_repeated(args.overrides)
         return {"train": _train, "data": _data, "plan": _plan, "config": _config}.get(args.verb, _on_run)(args)
     except LoraLabError as error:
         return _failed(args, str(error), error.exit_code)
     except Interrupted as error:
         what = f"sweep={error.sweep}" if error.sweep else f"run={error.run}"
         hint = f"; what was finished is saved. Go on with: lora-lab resume {what}" if error.sweep or error.run else ""
-        _complain(f"lora-lab: stopped{hint}")
+        place = " at step {} of {}".format(*error.steps) if error.steps else ""
+        _complain(f"lora-lab: stopped{place}{hint}")
         return error.exit_code
     except Exception as error:
         sentence = _of_machine(error)
@@ -72,10 +87,21 @@ def _run(args: argparse.Namespace) -> int:
         return 1
 
 
+def _tell_repeated(overrides: Sequence[str]) -> None:
+    """Say which of two values of one key holds: the last one."""
+    last = {text.partition("=")[0].lstrip("+"): text for text in overrides}
+    for text in overrides:
+        holds = last[text.partition("=")[0].lstrip("+")]
+        if holds != text:
+            from lora_lab import console
+
+            console.say("twice", f"{text} has no effect, because {holds} comes after it")
+
+
 def _failed(args: argparse.Namespace, sentence: str, code: int) -> int:
     if args.debug:
         _complain(traceback.format_exc().rstrip())
-    _complain(f"lora-lab: {sentence}")
+    _complain(f"lora-lab: {sentence}{forms.full_width_hint(args.overrides, sentence)}")
     return code
 
 
@@ -183,10 +209,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Options may stand anywhere among the overrides."""
+    if len(argv) == 2 and argv[1] == "help":
+        argv = [argv[0], "--help"]
     args, rest = _parser().parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
-        _parser().error(f"unknown option {unknown[0]}; see lora-lab {args.verb} --help")
+        _parser().error(forms.option(unknown[0], argv, args.verb))
     args.overrides += rest
     return args
 
@@ -194,12 +222,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 # -- verbs ------------------------------------------------------------------------------------------------------------
 
 
+_OF_SWEEPS = ("sweep=", "sweep.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
+
+
 def _train(args: argparse.Namespace) -> int:
     from lora_lab import compose
 
     if args.multirun:
         return _multirun(args)
-    alone = [text for text in args.overrides if text.startswith(("sweep=", "sweep."))]
+    alone = [text for text in args.overrides if text.lstrip("+").startswith(_OF_SWEEPS)]
     if alone:
         raise ConfigError(f"{alone[0]}: no effect on a single run. Add -m and several values, such as adapter.r=4,8.")
     config = compose.compose(args.overrides, args.config_dir)
@@ -245,13 +276,28 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _multirun(args: argparse.Namespace) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
-    _quiet_libraries()
     from lora_lab import hydra_app
-    from lora_lab.sweep import ranking, sweep
 
-    whole = sweep.Sweep()
-    failures = hydra_app.multirun(args.overrides, args.config_dir, whole.launch, ranking.check)
-    return whole.end(failures)
+    _quiet_libraries()
+    made = []
+
+    def launch(configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
+        return made[0].launch(configs, nodes)
+
+    def check(configs: list[RunConfig]) -> None:
+        from lora_lab.data import sources
+
+        sources.check_there(configs)
+        from lora_lab.sweep import check, sweep  # with torch
+
+        check.check(configs)
+        made.append(sweep.Sweep())
+
+    try:
+        failures = hydra_app.multirun(args.overrides, args.config_dir, launch, check)
+    except (ConfigError, DataError) as error:
+        raise LoraLabError(f"{error}{forms.commas(args.overrides, str(error))}") from error
+    return made[0].end(failures)
 
 
 def _on_run(args: argparse.Namespace) -> int:
@@ -291,9 +337,24 @@ def _combine(args: argparse.Namespace) -> int:
     """`merge merge.adapters=[A,B]`."""
     from lora_lab.compose import parse_override
 
-    named = parse_override([text for text in args.overrides if text.startswith("merge.adapters=")][-1]).value()
-    if not isinstance(named, list) or len(named) < 2:
-        raise ConfigError(f"merge.adapters={named}: name two or more run folders: merge.adapters=[runs/a,runs/b]")
+    text = [text for text in args.overrides if text.startswith("merge.adapters=")][-1]
+    named = parse_override(text).value()
+    if not isinstance(named, list):
+        folders = text.partition("=")[2].strip("[] ").split(",")
+        if len(folders) > 1:  # a path holds a bracket, a quote or the like
+            line = ",".join(f'"{folder.strip()}"' for folder in folders)
+            raise ConfigError(
+                f"{text}: not a list that can be read. Put each path in quotes, and the whole: 'merge.adapters=[{line}]'"
+            )
+        raise ConfigError(f"{text}: name two or more run folders in a list: 'merge.adapters=[runs/a,runs/b]'")
+    if len(named) < 2:
+        raise ConfigError(f"{text}: one run folder. Name two or more: 'merge.adapters=[runs/a,runs/b]'")
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{text}: {twice} is named twice. Name different run folders.")
+    missing = [name for name in named if not os.path.isdir(os.path.expanduser(str(name)))]
+    if missing:
+        raise ConfigError(f"{text}: {missing[0]}: no such folder (looked from {os.getcwd()}). Name run folders.")
     given = [text for text in args.overrides if text.startswith("run=")]
     if given:
         raise ConfigError(

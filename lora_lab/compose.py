@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +20,58 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab import allowed, environment, interpolation
-from lora_lab.config import SCHEMA_VERSION, RunConfig, parse
+from lora_lab import allowed, environment, interpolation, quoting, synonyms
+from lora_lab.config import SCHEMA_VERSION, RunConfig, all_keys, parse
 from lora_lab.errors import ConfigError, LoraLabError, nearest
+from lora_lab.groups import GROUPS, choices, conf_dir
 from lora_lab.reading import read_yaml
 from lora_lab.schema import MISSING
 
-GROUPS = (
-    "model quant adapter task data optim train hardware speed tracker export sweep recipe".split()
-)  # folders of conf/, in the order of a run
 _MAX_OVERRIDE, _MAX_KEY = 100_000, 200  # characters
-
-
-def conf_dir() -> Path:
-    """The folder of the shipped groups and recipes: inside an installed wheel, or beside the package in a checkout."""
-    installed = Path(__file__).parent / "conf"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "conf"
-
-
-def choices(group: str, config_dir: str | None = None) -> list[str]:
-    """Names that `group=NAME` accepts, the user's own folder included."""
-    folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
-    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
 
 
 @functools.lru_cache(maxsize=1024)
 def parse_override(text: str) -> Override:
     """Parse `key=value` by Hydra's grammar.
 
-    That grammar knows only ASCII letters and a few signs outside quotes, and paths hold more than that (`数据.jsonl`):
-    a value that it cannot read is taken as the text that it is.
+    That grammar knows only ASCII letters and a few signs outside quotes, and names hold more than that (`数据.jsonl`): they get
+    their quotes here, in lists, mappings and sweeps too. A value that is none of these is taken as the text that it is.
 
     Raises:
-        ConfigError: there is no `=` or no key.
+        ConfigError: there is no `=` or no key, or a full-width sign stands where a plain one is meant.
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{_short(text)}: not an override. Write key=value, such as adapter.r=8.")
+        raise ConfigError(f"{_short(text)}: not an override. Write key=value, such as {_plain_form(text)}.")
     if len(key) > _MAX_KEY:
         raise ConfigError(f"{_short(key)}: no key has more than {_MAX_KEY} characters.")
     if len(text) > _MAX_OVERRIDE:
         raise ConfigError(f"{_short(text)}: longer than {_MAX_OVERRIDE:,} characters. Write it in a recipe.")
-    parser = _parser()
-    try:
-        return parser.parse_override(text)
-    except _UNREADABLE:
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    try:
-        return parser.parse_override(f"{key}='{quoted}'")
-    except _UNREADABLE as error:
-        raise ConfigError(
-            f"{_short(text)}: not an override ({_short(_first_line(error))}). Write key=value, such as adapter.r=8."
-        ) from error
+    problem: Exception | None = None
+    for form in (lambda: value, lambda: quoting.quoted(value), lambda: quoting.one_text(value)):
+        try:
+            return _parser().parse_override(f"{key}={form()}")
+        except quoting.FullWidth as sign:
+            raise ConfigError(
+                f"{_short(text)}: {sign} is a full-width sign, which separates and quotes nothing here. Write "
+                f"{_short(quoting.full_width(text))}, or put a name that has it in quotes: '{sign}'."
+            ) from None
+        except (*_UNREADABLE, quoting.NotReadable) as error:
+            problem = error
+    raise ConfigError(
+        f"{_short(text)}: not an override ({_short(_first_line(problem))}). Write key=value, such as adapter.r=8."
+    ) from problem
+
+
+def _plain_form(text: str) -> str:
+    """The line that was meant: with plain signs, or an example."""
+    plain = quoting.full_width(text)
+    return _short(plain) if "=" in plain.strip("=") else "adapter.r=8"
 
 
 _UNREADABLE = (
@@ -95,19 +91,25 @@ def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[list[str], list[str]]:
+def prepare(
+    overrides: Sequence[str], config_dir: str | None = None, multirun: bool = False
+) -> tuple[list[str], list[str]]:
     """Overrides in the form that Hydra is given, and a sentence for each that it cannot be given.
 
     A value override becomes `++key=value`, so that an unknown key reaches the schema, which names all of them at once,
     instead of stopping Hydra at the first. Group choices are checked here, because Hydra's own message is a page long.
+
+    Args:
+        multirun: an override may have several values.
     """
     prepared, problems = [], environment.leaking((text.partition("=")[0], text) for text in overrides)
     if problems:
         return prepared, problems
-    for text in overrides:
+    for text in map(one_file, overrides):
         try:
             override = parse_override(text)
             refused = allowed.check_override(_short(text), override.key_or_group, override.package, override.value())
+            refused = refused or ("" if multirun else _several(text, override))
             unknown = [refused] if refused else _unknown_choices(override, config_dir)
         except ConfigError as error:
             problems += error.problems
@@ -117,10 +119,12 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
             continue
         if override.key_or_group in GROUPS:
             prepared += [] if unknown else [override.input_line]
-        elif "/" in override.key_or_group or override.type is not OverrideType.CHANGE:
+        elif "/" in override.key_or_group:
             prepared.append(override.input_line)
+        elif override.is_delete():
+            problems.append(f"{_short(text)}: a key is set, not deleted. Write {override.key_or_group}=VALUE.")
         else:
-            prepared.append(f"++{override.input_line}")
+            prepared.append(f"++{_one_by_one(override)}")
     if config_dir is not None and not os.path.isdir(config_dir):
         problems.append(f"--config-dir {config_dir}: no such folder.")
     elif config_dir is not None:
@@ -129,13 +133,60 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> tuple[li
     return prepared, problems
 
 
+def _one_by_one(override: Override) -> str:
+    """The override as Hydra is given it: of a function that chooses, the values themselves, because Hydra loses their quotes."""
+    line = (override.input_line or "").lstrip("+")
+    if not override.is_choice_sweep() or line.isascii():
+        return line
+    try:
+        values = list(override.sweep_iterator())
+    except _UNREADABLE:  # told later, with all other values that cannot be read
+        return line
+    return f"{line.partition('=')[0]}={','.join(map(quoting.written, values))}" if values else line
+
+
+_FILES = ("data.train", "data.eval", "model.path")
+
+
+def one_file(text: str) -> str:
+    """The override with its value in quotes if it names a file that is there, such as `a,b.jsonl`, of which no part is."""
+    key, _, value = text.partition("=")
+    if key not in _FILES or "," not in value or value[0] in "[{'\"":
+        return text
+    parts = any(map(_is_there, value.split(",")))
+    return f"{key}={quoting.one_text(value)}" if _is_there(value) and not parts else text
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return os.path.exists(os.path.expanduser(path.strip()))
+    except (ValueError, OSError):  # a NUL, or half a character
+        return False
+
+
+def _several(text: str, override: Override) -> str:
+    """A sentence if an override has several values, which a single run cannot have."""
+    is_group, key = override.key_or_group in GROUPS, override.key_or_group
+    if not override.is_sweep_override() or (is_group and not isinstance(override.value(), ChoiceSweep)):
+        return ""
+    value = text.partition("=")[2]
+    ways = [f"a run for each: lora-lab train -m {_short(text)}"]
+    if re.fullmatch(r"[+-]?\d+,\d+", value):
+        ways.insert(0, f"a number with a decimal point: {key}={value.replace(',', '.')}")
+    elif not is_group and isinstance(override.value(), ChoiceSweep):
+        kinds = str(all_keys()[key].annotation) if key in all_keys() else ""
+        ways += [f"one list: '{key}=[{_short(value)}]'"] if "list" in kinds else []
+        ways += [f'one text: "{key}={_short(quoting.one_text(value))}"'] if "str" in kinds else []
+    return f"{_short(text)}: several values, and this is one run. Write {'; or '.join(ways)}"
+
+
 def _unknown_choices(override: Override, config_dir: str | None) -> list[str]:
     group = override.key_or_group
     if group not in GROUPS or override.is_delete():
         return []
     known = choices(group, config_dir)
     unknown = [
-        f"{group}={value}: no such {group}.{nearest(value, known)} There are: {', '.join(known) or 'none'}."
+        f"{group}={value}: no such {group}.{_choice_meant(group, value, known)} There are: {', '.join(known) or 'none'}."
         for value in _values(override)
         if value not in known and value is not None
     ]
@@ -144,6 +195,22 @@ def _unknown_choices(override: Override, config_dir: str | None) -> list[str]:
         for value in _values(override)
         if config_dir and value in known and _is_in(config_dir, group, value) and value in choices(group)
     ]
+
+
+_OPENING = {
+    "model": "model=hub model.path={}",
+    "data": "data.train={}",
+    "recipe": "--config-dir DIR recipe=NAME (DIR/recipe/NAME.yaml)",
+}
+
+
+def _choice_meant(group: str, value: Any, known: Sequence[str]) -> str:
+    """' Did you mean ...?' for a choice that there is not."""
+    found = synonyms.of_choice(group, value)
+    is_place = isinstance(value, str) and ("/" in value or "." in value or _is_there(value))
+    if not found and is_place and group in _OPENING:
+        found = f" A name or a file of yours is given so: {_OPENING[group].format(value)}."
+    return found or nearest(value, known)
 
 
 def _values(override: Override) -> list[Any]:
@@ -178,15 +245,29 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, multirun: b
 
 
 def compose_prepared(
-    overrides: Sequence[str], config_dir: str | None, multirun: bool = False
+    overrides: Sequence[str], config_dir: str | None, multirun: bool = False, tell: bool = True
 ) -> tuple[RunConfig, list[str]]:
-    """The checked configuration, and the prepared overrides; every problem of either kind is in one error."""
-    prepared, problems = prepare(overrides, config_dir)
+    """The checked configuration, and the prepared overrides; every problem of either kind is in one error.
+
+    What an override leaves without effect of the recipe's settings goes with it: its default is among the prepared overrides.
+
+    Args:
+        tell: say what goes.
+    """
+    prepared, problems = prepare(overrides, config_dir, multirun)
     config = None
     try:
         single = [_first_point(text) for text in prepared] if multirun else prepared
         with composed(single) as tree:
-            config = to_run_config(tree)
+            values = _without_missing(check(tree))
+        gone = _void(values, prepared)
+        if gone:
+            prepared, single = [*prepared, *gone.values()], [*single, *gone.values()]
+            with composed(single) as tree:
+                values = _without_missing(check(tree))
+        config = parse(values)
+        if tell and gone and not problems:
+            _tell(gone)
         for other in _other_choices(prepared) if multirun else ():
             with composed([*single, other]) as tree:
                 check(tree)
@@ -196,6 +277,28 @@ def compose_prepared(
     if problems or config is None:
         raise ConfigError(*map(environment.without_secrets, problems))
     return config, prepared
+
+
+def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
+    """What the overrides leave without effect: key -> the override that gives it its default."""
+    overrides = [parse_override(text) for text in prepared]
+    told = [one.key_or_group for one in overrides if not one.is_sweep_override() and one.key_or_group != "recipe"]
+    try:
+        config = parse(values, told)
+    except ConfigError:  # told when the whole is read
+        return {}
+    now, before = dict(leaves(dataclasses.asdict(config))), dict(leaves(values))
+    return {
+        key: f"++{key}={quoting.written(info.get_default(call_default_factory=True))}"
+        for key, info in all_keys().items()
+        if key in before and not info.is_required() and now.get(key, before[key]) != before[key]
+    }
+
+
+def _tell(gone: Iterable[str]) -> None:
+    from lora_lab import console
+
+    console.say("dropped", f"{', '.join(gone)}: without effect beside what was told")
 
 
 def _other_choices(prepared: Sequence[str]) -> Iterator[str]:
@@ -266,14 +369,14 @@ def check(tree: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: naming the key.
     """
-    raw = OmegaConf.to_container(tree, resolve=False)
+    raw = quoting.plain_keys(OmegaConf.to_container(tree, resolve=False))
     composed = raw.get("hydra") if _is_composed(raw.get("hydra")) else None
     ours = {key: value for key, value in raw.items() if composed is None or key != "hydra"}
     used = {} if composed is None else {part: composed.get(part) for part in _USED}
     _refuse_code(ours)
     interpolation.check({**ours, "hydra": used} if used else ours)
     with _resolving():
-        values = {key: _plain(tree, key) for key in ours}
+        values = {key: quoting.plain_keys(_plain(tree, key)) for key in ours}
         acting = {part: _plain(tree.hydra, part) for part in used}
     if composed is not None:
         allowed.check_composed({**composed, **acting})
@@ -337,9 +440,15 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("."), node
 
 
+_ADVICE = re.compile(
+    r"\s*(See https?://\S+ for details|To (sweep|append|override)\b[^.]*|Set the environment variable[^.]*)\.?"
+)
+
+
 def _explain(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = " ".join(line for line in lines if not line.startswith(("object_type=", "reference_type=", "full_key:")))
+    told = _ADVICE.sub("", told).replace("LexerNoViableAltException: ", "").strip()
     return f"{told.rstrip('.') if len(told) <= 600 else told[:600] + '…'}."
 
 
@@ -379,10 +488,13 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{file}: schema_version={version}, and this lora_lab reads {SCHEMA_VERSION}. Install the lora_lab that wrote it."
         )
     node, problems = OmegaConf.create(tree), []
-    for text in overrides:
+    for text in map(one_file, overrides):
         try:
             override = parse_override(text)
-            if override.key_or_group in GROUPS:
+            several = _several(text, override)
+            if several:
+                problems.append(several)
+            elif override.key_or_group in GROUPS:
                 OmegaConf.update(node, override.key_or_group, chosen(override), merge=True, force_add=True)
             else:
                 OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
@@ -392,4 +504,4 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
             problems.append(f"{text}: not a value override ({_first_line(error)}).")
     if problems:
         raise ConfigError(*problems)
-    return to_run_config(node)
+    return parse(_without_missing(check(node)), [parse_override(text).key_or_group for text in overrides])

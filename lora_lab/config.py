@@ -5,6 +5,8 @@ Hydra composes (see `compose.py`), these dataclasses decide. Nothing here import
 
 import dataclasses
 import functools
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -545,8 +547,11 @@ def all_keys() -> dict[str, FieldInfo]:
     return keys(RunConfig)
 
 
-def parse(tree: dict[str, Any]) -> RunConfig:
+def parse(tree: dict[str, Any], told: Iterable[str] = ()) -> RunConfig:
     """Turn a composed tree of plain values into a `RunConfig`.
+
+    Args:
+        told: keys and groups that were told beside the tree's own; what they leave without effect has its default.
 
     Raises:
         ConfigError: every unknown key, wrong type, out-of-range and contradictory value, all in one message.
@@ -556,6 +561,8 @@ def parse(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(*problems)
     config, errors = validate(_ADAPTER, tree)
     # Past the bad values, the good ones must still not contradict each other: name those problems as well.
+    if config is not None and told:
+        config = with_defaults(config, void(config, told))
     readable = config or validate(_ADAPTER, repaired(tree, errors, all_keys()))[0]
     problems = describe(errors, all_keys()) + (contradictions(readable) if readable else [])
     if problems:
@@ -620,6 +627,53 @@ def contradictions(config: RunConfig) -> list[str]:
             if value is not None
         ]
     return found
+
+
+_VOID = ("no effect", "names held-out rows already", "needs held-out rows", "are padded")
+
+
+def void(config: RunConfig, told: Iterable[str]) -> dict[str, str]:
+    """Settings that were not told but that something told leaves without effect, such as a recipe's `data.eval_ratio` beside
+    `data.eval=FILE`: key -> the sentence that would refuse it.
+
+    Args:
+        told: keys and groups that the command line sets.
+    """
+    told = set(told)
+    found: dict[str, str] = {}
+    while True:
+        more = _next_void(config, told | found.keys())
+        if not more:
+            return found
+        found.update(more)
+        config = with_defaults(config, more)
+
+
+def _next_void(config: RunConfig, told: set[str]) -> dict[str, str]:
+    found = {}
+    for sentence in contradictions(config):
+        key, why = re.match(r"([\w.]+)(?:=.*?)?: (.*)", sentence, re.DOTALL).groups()
+        if key == "data.eval_ratio" and key in told and "data.eval" not in told and "already" in why:
+            return {"data.eval": f"data.eval: data.eval_ratio={config.data.eval_ratio:g} holds rows out."}
+        own = key in told or key not in all_keys() or all_keys()[key].is_required()
+        by = any(re.search(rf"(?<![\w.]){re.escape(one)}(?![\w-])", why) for one in told)
+        if not own and by and any(words in why for words in _VOID):
+            found[key] = sentence
+    return found
+
+
+def with_defaults(config: RunConfig, names: Iterable[str]) -> RunConfig:
+    """The configuration with the defaults of these keys."""
+    for key in names:
+        *parents, last = key.split(".")
+        config = _replaced(config, parents, last, all_keys()[key].get_default(call_default_factory=True))
+    return config
+
+
+def _replaced(node: Any, parents: list[str], last: str, value: Any) -> Any:
+    if not parents:
+        return dataclasses.replace(node, **{last: value})
+    return dataclasses.replace(node, **{parents[0]: _replaced(getattr(node, parents[0]), parents[1:], last, value)})
 
 
 def _merge_contradictions(merge: MergeConfig) -> list[str]:

@@ -78,13 +78,14 @@ class Interrupted(BaseException):
 
     run: object = None  # folder of the run that was stopped, once there is one
     sweep: object = None  # or of the sweep
+    steps: tuple[int, int] | None = None  # how many were done, and of how many, while training
 
     def __init__(self, signum: int):
         super().__init__(f"by signal {signum}")
         self.exit_code = 128 + signum
 
 
-def nearest(word: object, choices: Iterable[str], cutoff: float = 0.5) -> str:
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """' Did you mean X?' for the most similar choice, or '' when nothing is similar."""
     match = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=cutoff)
     return f" Did you mean '{match[0]}'?" if match else ""

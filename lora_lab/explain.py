@@ -12,16 +12,17 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from lora_lab.compose import GROUPS, compose_prepared, conf_dir, leaves, parse_override, started
+from lora_lab.compose import GROUPS, compose_prepared, conf_dir, leaves, one_file, parse_override, started
 from lora_lab.config import RunConfig, all_keys
 from lora_lab.errors import ConfigError
+from lora_lab.quoting import plain_keys
 from lora_lab.reading import read_yaml
 from lora_lab.schema import rule
 
 
 def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
     """The composed configuration, and for each key the file or override that set its value (or 'default')."""
-    config, prepared = compose_prepared(overrides, config_dir)
+    config, prepared = compose_prepared(overrides, config_dir, tell=False)
     with started():
         loader = GlobalHydra.instance().config_loader()
         chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
@@ -34,9 +35,16 @@ def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[Ru
         if file is not None:
             origins.update(_origins_in(file, default.package))
     for text in overrides:
-        override = parse_override(text)
+        override = parse_override(one_file(text))
         if override.key_or_group not in GROUPS:
-            origins.update({key: f"override {text}" for key, _ in _under(override.key_or_group, override.value())})
+            origins.update(
+                {key: f"override {text}" for key, _ in _under(override.key_or_group, plain_keys(override.value()))}
+            )
+    told = {parse_override(text).key_or_group for text in overrides}
+    for text in prepared:
+        key = text.lstrip("+").partition("=")[0]
+        if key in all_keys() and key not in told:
+            origins[key] = "default, because an override leaves it without effect"
     values = dict(leaves(dataclasses.asdict(config)))
     return config, {key: origins.get(key, "default") for key in values}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import os
 import sys
@@ -18,12 +20,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.compose import compose_prepared, conf_dir, parse_override, to_run_config
+from lora_lab.compose import compose_prepared, composed, conf_dir, parse_override, to_run_config
 from lora_lab.config import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError, RunError
+from lora_lab.groups import GROUPS
 from lora_lab.sweep.jobs import Nodes, Outcome
 
-_MAX_POINTS = 10_000
+_MAX_POINTS, _MAX_TOLD = 10_000, 20
 _COMPLETING = (
     "-sc",
     "--shell-completion",
@@ -37,28 +40,34 @@ def multirun(
     overrides: Sequence[str],
     config_dir: str | None,
     launch: Callable[[list[RunConfig], Nodes | None], list[Outcome]],
-    check: Callable[[RunConfig], None] = lambda config: None,
+    check: Callable[[list[RunConfig]], None] = lambda configs: None,
 ) -> list[tuple[str, LoraLabError]]:
     """Ordinary Hydra multirun, in `hydra.sweep.dir`: the cohort launcher gives all points that the sweeper asks for to `launch`
     at once, other launchers one after another.
 
     Args:
-        check: refuses a point by what the sweep does with it; asked for the first point before any folder is made.
+        check: refuses points by what the sweep does with them; asked before any folder is made.
         launch: trains these runs, here or on nodes; what each was worth.
 
     Returns:
         The folder and error of each point whose configuration cannot be used.
 
     Raises:
-        ConfigError: the sweep has no points, its first one cannot be used, or `run_dir` is set (Hydra numbers the folders).
+        ConfigError: the sweep has no points, one of them cannot be used, or `run_dir` is set (Hydra numbers the folders).
     """
     first, prepared = compose_prepared(overrides, config_dir, multirun=True)
-    check(first)
+    overriding = [parse_override(text) for text in prepared]
+    search = any(one.key_or_group == "hydra/sweeper" for one in overriding)
+    if not (search or first.sweep.seeds or any(one.is_sweep_override() for one in overriding)):
+        raise ConfigError(
+            "-m: no key has several values, so this is one run. Give some, such as adapter.r=4,8, or drop -m."
+        )
     if any(text.startswith("run_dir=") for text in overrides):
         raise ConfigError("run_dir: each run of a sweep has its own folder. Set hydra.sweep.dir=DIR instead.")
     points = math.prod(_width(text) for text in prepared)
     if points > _MAX_POINTS:
         raise ConfigError(f"The sweep has {points:,} points, and at most {_MAX_POINTS:,} are made. Give fewer values.")
+    check(_every_point(prepared))
     failures: list[tuple[str, LoraLabError]] = []
     taken: set[Path] = set()  # the folders of runs that were launched
 
@@ -92,6 +101,68 @@ def multirun(
             f"{error.filename}: the sweep's folder cannot be made ({error.strerror}). Set hydra.sweep.dir."
         ) from error
     return failures
+
+
+def _every_point(prepared: Sequence[str]) -> list[RunConfig]:
+    """The configuration of each point of a grid; of a search, which chooses its points later, those with each value alone.
+
+    Raises:
+        ConfigError: everything that is wrong with any of them.
+    """
+    values = [_values(text) for text in prepared]
+    if any(parse_override(text).key_or_group == "hydra/sweeper" for text in prepared):
+        firsts = [found[0] for found in values]
+        points = [
+            (*firsts[:n], value, *firsts[n + 1 :]) for n, found in enumerate(values) for value in found[:_MAX_POINTS]
+        ]
+        points = list(dict.fromkeys(points))
+    else:
+        points = list(itertools.product(*values))
+    points.sort(key=lambda point: [text for text in point if not _is_light(text)])  # those of one composition together
+    configs, wrong = [], collections.Counter()
+    for heavy, group in itertools.groupby(points, lambda point: [text for text in point if not _is_light(text)]):
+        with composed(heavy) as tree:
+            OmegaConf.set_struct(tree, False)
+            for point in group:
+                try:
+                    for text in filter(_is_light, point):
+                        override = parse_override(text)
+                        OmegaConf.update(tree, override.key_or_group, override.value(), merge=False, force_add=True)
+                    configs.append(to_run_config(tree))
+                except ConfigError as error:
+                    wrong.update(error.problems)
+                except OmegaConfBaseException as error:
+                    wrong[f"The configuration cannot be composed: {error}"] += 1
+    if wrong:
+        raise ConfigError(
+            *(
+                text if n == len(points) else f"{text} ({n} of {len(points)} runs; none was begun)"
+                for text, n in wrong.items()
+            )
+        )
+    return configs
+
+
+def _values(text: str) -> list[str]:
+    """An override with each of its values; of an interval its ends."""
+    override, key = parse_override(text), text.partition("=")[0]
+    if not override.is_sweep_override():
+        return [text]
+    if override.is_interval_sweep():
+        return [f"{key}={end}" for end in (override.value().start, override.value().end)]
+    try:
+        return [f"{key}={value}" for value in override.sweep_string_iterator()] or [text]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{text}: {error}. Name the values.") from error
+
+
+def _is_light(text: str) -> bool:
+    """Whether an override only sets a value, so that it can be set in a tree that is composed already."""
+    override = parse_override(text)
+    key = override.key_or_group
+    return (
+        key not in GROUPS and "/" not in key and not key.startswith("hydra") and not isinstance(override.value(), dict)
+    )
 
 
 def _width(text: str) -> int:

@@ -23,7 +23,9 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from lora_lab import synonyms
 from lora_lab.errors import nearest
+from lora_lab.groups import GROUPS
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 _PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
@@ -172,6 +174,9 @@ def _sections(kind: Any) -> list[type]:
     return found + [section for part in typing.get_args(kind) for section in _sections(part)]
 
 
+_KINDS = {"list_type": "a list, such as [a,b]", "dict_type": "a mapping, such as {a: b}", "string_type": "text"}
+
+
 def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo]) -> str:
     inside = _inside(key, errors, known)
     if inside is not None:
@@ -181,7 +186,7 @@ def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo])
     if first["type"] == "unexpected_keyword_argument":
         if key.rpartition(".")[2] == "_target_":
             return f"{name}={value}: a configuration never names code to run. Remove the key."
-        return f"{name}={value}: unknown key.{_meant(key[:100], known)}"
+        return f"{name}={value}: unknown key.{synonyms.of_key(key[:100], value) or _meant(key[:100], known, first['input'])}"
     if first["type"] in ("missing", "missing_argument") or first["input"] == MISSING:
         return f"{key}: must be set. It is: {known[key].description if key in known else 'a section'}."
     rules = "; or ".join(
@@ -194,24 +199,37 @@ def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo])
         rules = f"be {rule(known[key])}"
     if first["type"] == "finite_number":
         rules = rules.replace("a number", "a finite number")
+    if first["type"] in _KINDS:
+        rules = f"be {_KINDS[first['type']]}"
     if first["type"] == "dataclass_type":
         rules = "be a section: keys and values"
-    return f"{name}={value}: must {rules}.{nearest(first['input'], choices) if choices else ''}"
+    known_as = synonyms.of_choice(key, first["input"])
+    return f"{name}={value}: must {rules}.{known_as or (nearest(first['input'], choices) if choices else '')}"
 
 
-def _meant(key: str, known: dict[str, FieldInfo]) -> str:
-    """' Did you mean ...?' for a key that there is not, the last part of which may belong to another section.
+def _meant(key: str, known: dict[str, FieldInfo], value: Any) -> str:
+    """' Did you mean ...?' for a key that there is not: one of the same section first, then a group, then the same name in
+    another section. What is only a little like it is no help.
 
     A section may be called by what it holds as well: `lora.r` is `adapter.r`, because `adapter.method` can be lora.
     """
     first, _, last = key.rpartition(".")
-    namesakes = [other for other in known if other.rpartition(".")[2] == last]
-    near = nearest(key, namesakes) if namesakes else ""
-    if near:
-        return near
-    section = _section_called(first.partition(".")[0], known)
+    section = _section_called(first.partition(".")[0], known) if first else ""
     inside = [other for other in known if section and other.startswith(f"{section}.")]
-    return nearest(f"{section}.{last}", inside) or nearest(key, known) or nearest(key, namesakes or known, cutoff=0.4)
+    found = _like(last, inside, 0.6) if section else _like(last, [*GROUPS, *(k for k in known if "." not in k)], 0.7)
+    found = found or synonyms.near(last, known, 0.75) or _like(last, list(known), 0.75)
+    if found in GROUPS and isinstance(value, str):
+        found = f"{found}={value}"
+    return f" Did you mean '{found}'?" if found else ""
+
+
+def _like(last: str, keys: list[str], cutoff: float) -> str:
+    """The key the last part of which is most like this word, or which other tools call nearly so."""
+    parts: dict[str, str] = {}
+    for key in keys:
+        parts.setdefault(key.rpartition(".")[2], key)
+    match = difflib.get_close_matches(last, parts, n=1, cutoff=cutoff)
+    return parts[match[0]] if match else synonyms.near(last, keys, max(cutoff, 0.75))
 
 
 def _section_called(word: str, known: dict[str, FieldInfo]) -> str:

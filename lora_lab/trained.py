@@ -30,11 +30,9 @@ def open_trained(path: str, verb: str, overrides: Sequence[str]) -> tuple[RunDir
     run, takes = run_dir.open_existing(path), TAKES[verb]
     _refuse([text for text in overrides if _is_key(text) and not _covers(takes, _key(text))], verb, path)
     own = read(run)
-    rows = any(_key(text) == "data.eval" for text in overrides)
-    drop = ["data.eval_ratio=null", "data.stratify=null"] if rows and own.data.eval_ratio is not None else []
     groups = [text for text in overrides if _key(text) in compose.GROUPS]
     _refuse([text for text in groups if not _only_changes(text, takes, own)], verb, path)
-    config = compose.load(run.config, [*drop, *overrides])
+    config = compose.load(run.config, overrides)
     return run, without_uploads(config, [_key(text) for text in overrides])
 
 

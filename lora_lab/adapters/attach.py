@@ -71,7 +71,7 @@ def check_targets(model: PreTrainedModel, adapter: LoraAdapter, new_modules: Seq
     if adapter.target_modules == "all-linear":  # peft leaves out the output head
         targeted = [name for name in layers if model.get_submodule(name) is not head and name not in {*unread, *shared}]
     else:
-        targeted = _matching("adapter.target_modules", adapter.target_modules, layers)
+        targeted = _matching("adapter.target_modules", adapter.targets, layers)
         _refuse_tied_head(model, targeted)
         _refuse_tied([name for name in targeted if name in shared])
         _refuse_bypassed(model, [name for name in targeted if name in unread])

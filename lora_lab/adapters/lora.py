@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -35,6 +36,12 @@ class LoraAdapter:
         bool | Literal["gaussian"], Field(description="true or gaussian: the fresh adapter changes nothing")
     ] = True
 
+    @property
+    def targets(self) -> str | list[str]:
+        """`target_modules` as peft means it: one plain word is a name ending, as in a list, not a regular expression."""
+        names = self.target_modules
+        return [names] if isinstance(names, str) and re.fullmatch(r"\w+", names) else names
+
     def peft_config(self, task_type: str | None) -> peft.LoraConfig:
         """The peft configuration of this adapter; `task_type` is peft's `TaskType` name, or None."""
         import peft
@@ -44,6 +51,7 @@ class LoraAdapter:
             "layers_to_transform",
         )  # the latter is resolved to names: peft refuses it beside 'all-linear'
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in not_pefts}
+        fields["target_modules"] = self.targets
         fields["rank_pattern"] = fields["rank_pattern"] or {}
         fields["alpha_pattern"] = fields["alpha_pattern"] or {}
         return peft.LoraConfig(task_type=task_type, **fields)

@@ -131,7 +131,7 @@ def _building(folder: Path, kind: ModelKind) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
         raise BaseModelError(
-            f"{folder}/config.json: transformers {__version__} cannot build {_AS[kind.auto_class]} from it ({reason}). Choose "
+            f"{folder}/config.json: transformers {__version__} cannot build {AS[kind.auto_class]} from it ({reason}). Choose "
             "another base or task."
         ) from error
 
@@ -139,7 +139,7 @@ def _building(folder: Path, kind: ModelKind) -> Iterator[None]:
 _MOST_PER_BYTE, _SMALL_MODEL = 8, 2**28  # parameters: of one bit each, and a head that is new
 _said: set[tuple[str, str]] = set()  # configurations are read several times, and told of once
 
-_AS = {
+AS = {
     "AutoModelForCausalLM": "a causal language model",
     "AutoModelForMaskedLM": "a masked language model",
     "AutoModelForSequenceClassification": "a classifier of texts",

@@ -15,13 +15,13 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from lora_lab import console, storage
 from lora_lab.base.resolve import local_path
-from lora_lab.config import Source
+from lora_lab.config import RunConfig, Source
 from lora_lab.data.limits import MAX_ROW_CHARS, fault_of
 from lora_lab.data.values import loads, twice
 from lora_lab.errors import DataError, nearest
@@ -197,6 +197,20 @@ def find(
             for path in _paths(key, source.path)
         ]
     return [_named(file, found) for file in found]
+
+
+def check_there(configs: Iterable[RunConfig]) -> None:
+    """Refuse runs whose data files are missing or of an unknown kind; nothing is read, and the hub is not asked.
+
+    Raises:
+        DataError: see `find`.
+    """
+    asked = []
+    for config in configs:
+        for key, names in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            if names is not None and (key, names) not in asked:
+                asked.append((key, names))
+                find(key, names, config.data.sample_by)
 
 
 def _named(file: DataFile | HubData, others: list[DataFile | HubData]) -> DataFile | HubData:

@@ -11,17 +11,30 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lora_lab.base.load import ModelKind
+from lora_lab.base.load import AS, ModelKind
 from lora_lab.config import RunConfig, TaskConfig
 from lora_lab.data.collate import Batch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
+from lora_lab.errors import BaseModelError
 from lora_lab.tasks.metrics import reported
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_TASKS_OF = {
+    "AutoModelForCausalLM": "causal_lm, completion, preference",
+    "AutoModelForSeq2SeqLM": "seq2seq",
+    "AutoModelForMaskedLM": "masked_lm",
+    "AutoModelForSequenceClassification": "classification, regression, reward",
+    "AutoModelForTokenClassification": "token_classification",
+    "AutoModelForQuestionAnswering": "question_answering",
+}
+_WHY = {
+    "AutoModelForMaskedLM": ": a decoder reads from left to right and cannot be trained by masking",
+    "AutoModelForSeq2SeqLM": ": it has no encoder and decoder",
+}
 _EVAL_TOKENS = 2048  # tokens of one forward pass in evaluation
 
 
@@ -134,11 +147,23 @@ class Task:
 
     @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
-        """Refuse a base that the task cannot train.
+        """Refuse a base that the task cannot train: transformers knows its architecture, but not as such a model.
 
         Raises:
-            BaseModelError: saying why.
+            BaseModelError: saying why, and which tasks there are for it.
         """
+        import transformers
+
+        if type(config) in getattr(transformers, cls.auto_class)._model_mapping:
+            return
+        fitting = [
+            tasks for name, tasks in _TASKS_OF.items() if type(config) in getattr(transformers, name)._model_mapping
+        ]
+        if fitting:  # else transformers says what it is
+            raise BaseModelError(
+                f"model.path: transformers cannot build {AS[cls.auto_class]} from {config.model_type}"
+                f"{_WHY.get(cls.auto_class, '')}. Use task={', '.join(fitting)}, or another base."
+            )
 
     def check(self, data: Dataset) -> None:
         """Refuse held-out rows that training cannot have prepared for.

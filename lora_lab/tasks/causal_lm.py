@@ -55,6 +55,7 @@ class DecoderTask(Task):
                 f"model.path: {config.model_type} sees the tokens that it would have to predict. Use a decoder, or "
                 "task=masked_lm."
             )
+        super().check_base(config)
 
     @torch.no_grad()
     def accelerate(self, model: PeftModel, batch: PackedBatch, prove: bool = True) -> str:

@@ -121,7 +121,7 @@ def fit(
                 _step_and_save(running[start : start + width], loop, alone=len(members) == 1)
                 if arrived:
                     _save_all(members)
-                    raise Interrupted(arrived[0])
+                    raise _interruption(arrived[0], members)
             if used_up():
                 _save_all(running)
                 break
@@ -130,6 +130,13 @@ def fit(
             _load_best(member)
             member.log.close()
     return loop.clock
+
+
+def _interruption(signum: int, members: list[Member]) -> Interrupted:
+    """The interruption, with how far the members came."""
+    interrupted = Interrupted(signum)
+    interrupted.steps = sum(one.state.step for one in members), sum(one.stop_at for one in members)
+    return interrupted
 
 
 def _prepare(members: list[Member], loop: Loop) -> None:
