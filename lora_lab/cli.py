@@ -348,13 +348,13 @@ def _combine(args: argparse.Namespace) -> int:
             )
         raise ConfigError(f"{text}: name two or more run folders in a list: 'merge.adapters=[runs/a,runs/b]'")
     if len(named) < 2:
-        raise ConfigError(f"{text}: one run folder. Name two or more: 'merge.adapters=[runs/a,runs/b]'")
+        raise ConfigError(f"{text}: this is one; name two or more run folders: 'merge.adapters=[runs/a,runs/b]'")
     twice = next((name for name in named if named.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{text}: {twice} is named twice. Name different run folders.")
+        raise ConfigError(f"{text}: {twice} is named twice. Name two or more different run folders.")
     missing = [name for name in named if not os.path.isdir(os.path.expanduser(str(name)))]
     if missing:
-        raise ConfigError(f"{text}: {missing[0]}: no such folder (looked from {os.getcwd()}). Name run folders.")
+        raise ConfigError(f"{text}: {missing[0]}: no run there (looked from {os.getcwd()}). Name run folders.")
     given = [text for text in args.overrides if text.startswith("run=")]
     if given:
         raise ConfigError(
