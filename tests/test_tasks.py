@@ -702,7 +702,7 @@ REFUSED = {
     "shots": (["task.few_shot=2"], "llama", "generated answers are compared, so set task.generate_rows"),
     "encoder": ([], "bert", "sees the tokens that it would have to predict. Use a decoder, or task=masked_lm"),
     "no mask": (["task=masked_lm"], "llama", "cannot build a masked language model"),
-    "no decoder": (["task=seq2seq"], "llama", "cannot build an encoder-decoder"),
+    "no decoder": (["task=seq2seq"], "llama", "llama has no encoder for texts, so task=seq2seq cannot train it"),
     "no dropout": (["train.rdrop_alpha=1"], "llama", "train.rdrop_alpha=1: nothing is dropped"),
     "format": (["task=classification", "data.format=messages"], "bert", "data.format=messages is not for this task"),
 }  # fmt: skip

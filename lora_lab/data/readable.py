@@ -81,7 +81,7 @@ def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def sample(key: str, names: object, encoder: Encoder) -> Iterator[str]:
     """Texts of some rows, spread over the files of a key."""
-    files = sources.find(key, names, encoder.config.sample_by)
+    files = sources.find(key, names, encoder.config.sample_by, encoder.config.field)
     for file in files:
         for record in _records(file, encoder, max(1, _ROWS // len(files))):
             yield from texts_of(record)

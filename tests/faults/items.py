@@ -154,7 +154,7 @@ ITEMS = {
     68: Item(
         "a member of a sweep that fails",
         ("tests/test_sweep.py::test_a_member_that_fails_leaves_the_others_alone",
-         "tests/test_sweep.py::test_points_that_cannot_be_used_do_not_stop_the_others"),
+         "tests/test_sweep.py::test_a_sweep_with_points_that_cannot_be_used_begins_none"),
     ),
     69: Item("a sweep that is killed", ("tests/test_sweep.py::test_a_killed_sweep_goes_on_where_it_stopped",)),
     70: Item("a metric that is not finite", (f"{_OWN}test_what_is_not_finite_never_wins",)),

@@ -189,7 +189,7 @@ CONFIGS = {
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
         "says that bitsandbytes quantized these weights, and they are plain numbers",
     ),
-    "quantized by another": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded"),
+    "quantized by another": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "these weights were published"),
     "quantized, a list": ({"quantization_config": [1]}, "quantization_config must be an object, not list"),
     "wrong shape": ({"intermediate_size": 96}, "cannot be loaded"),
     "deep": (json.loads('{"a":' * 150 + "1" + "}" * 150), "nested deeper than 100"),

@@ -78,7 +78,7 @@ def judge(tally: Tally, world: World, name: str, done: Done, newest: int, expect
         return tally.add("traces", f"{what}: {done.last_line}")
     if done.rc != 0:
         return tally.add("lost", f"{what}: the next start ends with {done.rc}: {done.last_line}")
-    if newest > used(done):
+    if newest > used(done) and "is finished; nothing to do" not in done.said:
         return tally.add("lost", f"{what}: step-{newest} was valid, and it went on from step {used(done)}")
     if other := differences(run_digests(run), expected):
         return tally.add("silent", f"{what}: other bytes in {other}")

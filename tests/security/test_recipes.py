@@ -271,16 +271,21 @@ def test_no_verb_shows_or_saves_one(command, overrides, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_member_of_a_sweep_is_refused_alone(tmp_path, monkeypatch):
+def test_a_member_of_a_sweep_that_holds_a_secret_begins_none(tmp_path, monkeypatch):
     monkeypatch.setenv("SITE_PAT", _CONTENT)
     monkeypatch.chdir(tmp_path)
-    failures = hydra_app.multirun(
-        ["data.train=a", "tracker.project=SITE_PAT", "name=fine,'${oc.env:${tracker.project}}'", "hydra.sweep.dir=out"],
-        None,
-        lambda configs, nodes: [Outcome(1.0) for _ in configs],
-    )
-    assert [Path(folder).name for folder, _ in failures] == ["1"]
-    assert "SITE_PAT" in str(failures[0][1])
+    with pytest.raises(ConfigError, match="SITE_PAT.*1 of 2 runs; none was begun") as refused:
+        hydra_app.multirun(
+            [
+                "data.train=a",
+                "tracker.project=SITE_PAT",
+                "name=fine,'${oc.env:${tracker.project}}'",
+                "hydra.sweep.dir=out",
+            ],
+            None,
+            lambda configs, nodes: [Outcome(1.0) for _ in configs],
+        )
+    assert _CONTENT not in str(refused.value)
     assert all(_CONTENT not in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
     assert all(_CONTENT not in str(file) for file in tmp_path.rglob("*"))
 
