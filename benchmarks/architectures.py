@@ -88,6 +88,7 @@ def _attempted(task: str, family: str) -> dict[str, Any]:
             found = Outcome(task, family, fault=f"{type(error).__name__}: {error}")
         finally:
             signal.alarm(0)
+    found.fault = found.fault and found.fault.partition("\n")[0]  # the rest names paths of this machine
     return {name: value for name, value in dataclasses.asdict(found).items() if name != "said"}
 
 
