@@ -82,7 +82,7 @@ _OWN: dict[str, dict[str, Any]] = {  # by model type; what a family needs beside
     "bamba": {"attn_layer_indices": [1], "attn_rotary_emb": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 0},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16, "adapter_rank": 8},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "attention_head_dim": 32, "n_mamba_heads": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "qwen3_5": _HYBRID, "qwen3_5_text": _HYBRID, "qwen3_5_moe": _HYBRID, "qwen3_5_moe_text": _HYBRID, "qwen3_next": _HYBRID,
@@ -226,6 +226,8 @@ def _configured(kind: type, family: str, sizes: dict[str, Any]) -> Any:
         name: sizes["vocab_size"] if value == "vocab_size" else value for name, value in _OWN.get(family, {}).items()
     }
     known = {name: value for name, value in sizes.items() if _knows(default, name)} | own
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:  # keys are made anew for each head
+        known["num_key_value_heads"] = known.get("num_attention_heads", 4)
     if "qk_rope_head_dim" in known and "head_dim" not in own:  # the part that turns is what such families call head_dim
         known.pop("head_dim", None)
     for name, part in getattr(kind, "sub_configs", {}).items():

@@ -81,6 +81,7 @@ class Reward(PaddedTask):
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     head = "always"
+    compares_rows = True
 
     @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
