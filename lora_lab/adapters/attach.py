@@ -186,7 +186,13 @@ def _gives_one_tensor(module: nn.Linear) -> bool:
         found = torch.func.functional_call(
             module, state, torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
         )
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # it is called otherwise than a linear layer
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+        AttributeError,
+    ):  # it is called otherwise than a linear layer
         return False
     return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 

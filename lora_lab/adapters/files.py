@@ -33,7 +33,6 @@ def write(
     Args:
         learned: what the task took from the training rows, such as the names of its classes.
     """
-    from peft import get_peft_model_state_dict
 
     state = _tensors(model, name)
     write_tensors(folder, state, model.peft_config[name], config, base, learned)

@@ -51,7 +51,7 @@ def usable_positions(model: PreTrainedModel) -> int | None:
         model: its content does not matter, so it may be on the meta device.
     """
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(stated, int):
+    if not isinstance(stated, int) or stated < 1:  # XLNet says -1
         return None
     return min([stated, *(room for table in _tables(model, stated) if (room := _room(table)) > 0)])
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.updates import Updates

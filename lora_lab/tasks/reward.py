@@ -103,6 +103,10 @@ class Reward(PaddedTask):
         better, worse = model(**batch.inputs).logits[:, 0].float().chunk(2)
         return _compared(better, worse)
 
+    def row_outputs(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        scores = model(**batch.inputs).logits[:, 0].float()  # their difference may be no more than rounding
+        return torch.stack(scores.chunk(2), 1).flatten()
+
     @reports(lower=("loss",), higher=("accuracy", "reward_margin"))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         gaps = torch.cat([one.logits[:, 1] for one in seen])
