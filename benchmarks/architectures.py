@@ -47,14 +47,14 @@ _HEAD = """# Architectures
 Every family that transformers {transformers} lists for four tasks, built tiny with random weights, trained three steps in float32 with
 the default adapter and accelerations, merged, and reloaded by plain transformers. `make architectures` makes this page anew.
 
-- **rows**: *packed*: several rows lie end to end in one forward pass, which was proved to change nothing; *one by one*: this model lets
-  packed rows see each other, so each has a pass of its own; *padded*: the task fills rows up.
+- **rows**: *packed*: several rows lie end to end in one forward pass, which was proved to change nothing; *padded*: the task fills rows up;
+  *one by one*: this model lets packed rows see each other, or says something else of a padded row, so each has a pass of its own.
 - **accelerations**: what was used of docs/speed.md, and what was left out and why; each was tried on the model before training.
 - **merge**: the largest difference of a logit between the model as trained and the merged checkpoint in plain transformers.
 - **loss**: the relative difference between the held-out loss that lora_lab reports and the one that plain transformers compute of the
   merged checkpoint, one text at a time.
 
-Made with {versions}: {count} families trained, merged and compared, {refused} refused before training with a sentence, {not_built} that
+Made with {versions}, by sources with the digest {sources}: {count} families trained, merged and compared, {refused} refused before training with a sentence, {not_built} that
 transformers does not build tiny from these settings.
 """
 
@@ -78,8 +78,6 @@ def main() -> None:
         print(f"{_RESULTS.name} is of other sources or versions: {'it is left as it is' if only else 'it begins anew'}")
     results: dict[str, dict[str, Any]] = {} if other else known.get("families", {})
     preload()
-    torch.set_num_threads(1)
-    gc.freeze()  # what is imported is nothing that a family's process must look through
     for task, family in families():
         key, begun = f"{task}:{family}", time.perf_counter()
         if only and not only & {key, family, task}:
@@ -105,7 +103,7 @@ def sources() -> str:
 
 def _written(known: dict[str, Any]) -> str:
     """Write the page; a sentence on its faults."""
-    _DOCUMENT.write_text(page(known["families"], known["versions"]), encoding="utf-8")
+    _DOCUMENT.write_text(page(known["families"], known["versions"], known["sources"]), encoding="utf-8")
     faults = [key for key, one in known["families"].items() if one["fault"]]
     return f"faults: {', '.join(faults)}" if faults else ""
 
@@ -128,6 +126,8 @@ def _attempted(task: str, family: str) -> dict[str, Any]:
 
 
 def _work(task: str, family: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # what is imported is nothing to look through for garbage
     os.environ["LORA_LAB_CACHE"] = f"{folder}/cache"
     try:
         found = attempt(task, family, folder / "family")
@@ -144,7 +144,7 @@ def _summary(one: dict[str, Any]) -> str:
     return f"trained, {one['rows']}, merge {one['merged_gap']:.1e}, loss {one['own_gap']:.1e}"
 
 
-def page(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
+def page(results: dict[str, dict[str, Any]], versions: dict[str, str], sources: str) -> str:
     """The document."""
     trained = [one for one in results.values() if one["trained"] and not one["fault"]]
     refused = [one for one in results.values() if one["refused"]]
@@ -153,7 +153,7 @@ def page(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
         _HEAD.format(
             transformers=versions["transformers"],
             versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-            count=len(trained), refused=len(refused), not_built=len(not_built),
+            sources=sources, count=len(trained), refused=len(refused), not_built=len(not_built),
         )
     ]  # fmt: skip
     for task in TASKS:
