@@ -2,46 +2,59 @@
 
 Each family is built tiny with random weights (tests/families.py), trained three steps in float32, merged, and its loss compared with
 what plain transformers compute of the merged checkpoint. Results are kept in benchmarks/results/architectures.json as they come, and
-docs/architectures.md is written from them; families that the file already holds, of the same versions, are not repeated.
+docs/architectures.md is written from them; families that the file already holds are not repeated. The file is of one state of the
+sources and of one set of versions: it begins anew where they are others.
+
+Everything is imported once, and each family has a forked process of its own, which ends with its memory and its time limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
+import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
-import signal
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # threads do not survive a fork
+
+import torch
 
 from lora_lab import storage
-from tests.families import TASKS, Outcome, attempt, families
+from tests.families import TASKS, Outcome, attempt, families, preload
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results" / "architectures.json"
 _DOCUMENT = _ROOT / "docs" / "architectures.md"
 _PACKAGES = ("torch", "transformers", "peft")
+_SOURCES = ("lora_lab/**/*.py", "conf/**/*.yaml", "tests/families.py")  # what decides a result
 _SECONDS = 180  # for one family
 _HEAD = """# Architectures
 
 Every family that transformers {transformers} lists for four tasks, built tiny with random weights, trained three steps in float32 with
 the default adapter and accelerations, merged, and reloaded by plain transformers. `make architectures` makes this page anew.
 
-- **rows**: *packed*: several rows lie end to end in one forward pass, which was proved to change nothing; *one by one*: this model lets
-  packed rows see each other, so each has a pass of its own; *padded*: the task fills rows up.
+- **rows**: *packed*: several rows lie end to end in one forward pass, which was proved to change nothing; *padded*: the task fills rows up;
+  *one by one*: this model lets packed rows see each other, or says something else of a padded row, so each has a pass of its own.
 - **accelerations**: what was used of docs/speed.md, and what was left out and why; each was tried on the model before training.
 - **merge**: the largest difference of a logit between the model as trained and the merged checkpoint in plain transformers.
 - **loss**: the relative difference between the held-out loss that lora_lab reports and the one that plain transformers compute of the
   merged checkpoint, one text at a time.
 
-Made with {versions}: {count} families trained, merged and compared, {refused} refused before training with a sentence, {not_built} that
+Made with {versions}, by sources with the digest {sources}: {count} families trained, merged and compared, {refused} refused before training with a sentence, {not_built} that
 transformers does not build tiny from these settings.
 """
 
@@ -55,41 +68,72 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="only write the page from the results that there are")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     known = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
-    results: dict[str, dict[str, Any]] = known.get("families", {}) if known.get("versions") == versions else {}
+    if told.write:
+        sys.exit(_written(known) or None)
+    state = {"versions": {name: importlib.metadata.version(name) for name in _PACKAGES}, "sources": sources()}
     only = set(filter(None, told.only.split(",")))
-    for task, family in families() if not told.write else ():
-        key = f"{task}:{family}"
+    other = bool(known) and {name: known.get(name) for name in state} != state
+    if other:
+        print(f"{_RESULTS.name} is of other sources or versions: {'it is left as it is' if only else 'it begins anew'}")
+    results: dict[str, dict[str, Any]] = {} if other else known.get("families", {})
+    preload()
+    for task, family in families():
+        key, begun = f"{task}:{family}", time.perf_counter()
         if only and not only & {key, family, task}:
             continue
         if not only and key in results and not (told.faults and results[key]["fault"]):
             continue
         results[key] = _attempted(task, family)
-        storage.write_text(_RESULTS, storage.dump_json({"versions": versions, "families": results}))
-        print(key, _summary(results[key]), flush=True)
-    _DOCUMENT.write_text(page(results, versions), encoding="utf-8")
-    faults = [key for key, one in results.items() if one["fault"]]
-    if faults:
-        sys.exit(f"faults: {', '.join(faults)}")
+        print(f"{key} {_summary(results[key])} ({time.perf_counter() - begun:.1f} s)", flush=True)
+        if sources() != state["sources"]:
+            sys.exit("the sources were changed in the meantime: what is kept is of those before. Begin again.")
+        if not (only and other):
+            storage.write_text(_RESULTS, storage.dump_json({**state, "families": results}))
+    sys.exit(None if only and other else _written({**state, "families": results}) or None)
+
+
+def sources() -> str:
+    """A digest of everything of ours that decides a result."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _SOURCES for file in _ROOT.glob(pattern)}):
+        digest.update(f"{file.relative_to(_ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _written(known: dict[str, Any]) -> str:
+    """Write the page; a sentence on its faults."""
+    _DOCUMENT.write_text(page(known["families"], known["versions"], known["sources"]), encoding="utf-8")
+    faults = [key for key, one in known["families"].items() if one["fault"]]
+    return f"faults: {', '.join(faults)}" if faults else ""
 
 
 def _attempted(task: str, family: str) -> dict[str, Any]:
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"more than {_SECONDS} seconds")
-
-    signal.signal(signal.SIGALRM, late)
+    """What came of one family, in a process of its own that has everything imported."""
+    found = Outcome(task, family, fault="its process ended without a word")
     with tempfile.TemporaryDirectory(prefix="families_") as folder:
-        os.environ["LORA_LAB_CACHE"] = f"{folder}/cache"
-        signal.alarm(_SECONDS)
-        try:
-            found = attempt(task, family, Path(folder) / "family")
-        except Exception as error:
-            found = Outcome(task, family, fault=f"{type(error).__name__}: {error}")
-        finally:
-            signal.alarm(0)
+        worker = multiprocessing.get_context("fork").Process(target=_work, args=(task, family, Path(folder)))
+        worker.start()
+        worker.join(_SECONDS)
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+            found.fault = f"more than {_SECONDS} seconds"
+        elif (Path(folder) / "outcome.json").exists():
+            found = Outcome(**json.loads((Path(folder) / "outcome.json").read_text()))
     found.fault = found.fault and found.fault.partition("\n")[0]  # the rest names paths of this machine
     return {name: value for name, value in dataclasses.asdict(found).items() if name != "said"}
+
+
+def _work(task: str, family: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # what is imported is nothing to look through for garbage
+    os.environ["LORA_LAB_CACHE"] = f"{folder}/cache"
+    try:
+        found = attempt(task, family, folder / "family")
+    except Exception as error:
+        found = Outcome(task, family, fault=f"{type(error).__name__}: {error}")
+    (folder / "outcome.json").write_text(json.dumps(dataclasses.asdict(found)))
 
 
 def _summary(one: dict[str, Any]) -> str:
@@ -100,7 +144,7 @@ def _summary(one: dict[str, Any]) -> str:
     return f"trained, {one['rows']}, merge {one['merged_gap']:.1e}, loss {one['own_gap']:.1e}"
 
 
-def page(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
+def page(results: dict[str, dict[str, Any]], versions: dict[str, str], sources: str) -> str:
     """The document."""
     trained = [one for one in results.values() if one["trained"] and not one["fault"]]
     refused = [one for one in results.values() if one["refused"]]
@@ -109,7 +153,7 @@ def page(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
         _HEAD.format(
             transformers=versions["transformers"],
             versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-            count=len(trained), refused=len(refused), not_built=len(not_built),
+            sources=sources, count=len(trained), refused=len(refused), not_built=len(not_built),
         )
     ]  # fmt: skip
     for task in TASKS:

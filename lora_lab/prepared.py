@@ -32,7 +32,7 @@ from lora_lab.adapters.attach import (
 from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.load import BaseFiles, ModelKind
-from lora_lab.base.positions import usable_positions
+from lora_lab.base.positions import check_lengths, embedded, usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer, pad_within
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+_PADDED_ROWS = 32  # of which the shortest and the longest are padded to see what it changes
 ADAPTER = "default"  # peft's name for the adapter of a single run
 
 
@@ -132,6 +133,7 @@ def find_base(config: RunConfig) -> Found:
     task = TASKS[config.task.name]
     own = load.model_config(base.folder, load.ModelKind())
     task.check_base(own)
+    check_lengths(own)
     tokenizer = load_tokenizer(base.folder, chat=task.encoder_class.chat)
     pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
@@ -158,7 +160,7 @@ def find_base(config: RunConfig) -> Found:
             "only (adapter.layers_to_transform), or drop it."
         )
     _check_dropout(model, config)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = embedded(model)
     pad_within(tokenizer, vocab_size, base.folder)
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
     if encoder.chat:
@@ -365,17 +367,21 @@ def load_adapted(prepared: Prepared, members: dict[str, RunConfig | Path] | None
 
 
 def decide_packing(prepared: Prepared) -> None:
-    """Let rows lie end to end only where two of them prove that it changes nothing for this model; decided before anything is measured.
+    """Let rows share a pass, end to end or padded, only where two of them prove that it changes nothing for this model; decided before
+    anything is measured.
 
     Raises:
         ConfigError: it does, and the rows must lie so (`train.packing=true`, or a task that compares the rows of one pass).
     """
     task, data = prepared.task, prepared.held_out or prepared.train
-    if data is None or not (task.packed and task.together):
+    if data is None or not task.together:
         return
     try:
         with prepared.accelerator.autocast():
-            packing.check_isolation(prepared.model.eval(), first_examples(data, 2))
+            if task.packed:
+                packing.check_isolation(prepared.model.eval(), first_examples(data, 2))
+            else:
+                packing.check_padding(task, prepared.model.eval(), first_examples(data, _PADDED_ROWS))
         return
     except BaseModelError:
         raise

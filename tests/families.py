@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import math
@@ -82,7 +83,7 @@ _OWN: dict[str, dict[str, Any]] = {  # by model type; what a family needs beside
     "bamba": {"attn_layer_indices": [1], "attn_rotary_emb": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 0},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16, "adapter_rank": 8},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "attention_head_dim": 32, "n_mamba_heads": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "qwen3_5": _HYBRID, "qwen3_5_text": _HYBRID, "qwen3_5_moe": _HYBRID, "qwen3_5_moe_text": _HYBRID, "qwen3_next": _HYBRID,
@@ -102,15 +103,25 @@ _OWN: dict[str, dict[str, Any]] = {  # by model type; what a family needs beside
     "xlnet": {"d_head": 16}, "longformer": {"attention_window": [16, 16]}, "led": {"attention_window": [16, 16], "max_decoder_position_embeddings": 128},
     "deberta": {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 64, "attention_window_size": 16},
-    "minimax": _HYBRID, "kimi_linear": {}, "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
+    "minimax": _HYBRID, "qwen4_exp_text": {**_HYBRID, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "kimi_linear": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"], "linear_head_dim": 16, "linear_num_heads": 4},
+    "bailing_hybrid": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"]}, "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32], "attention_head_size": 16, "feed_forward_size": 128,
         "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "num_buckets": 2,
     },
     "mobilebert": {"true_hidden_size": 64, "intra_bottleneck_size": 64, "embedding_size": 32}, "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "funnel": {"block_sizes": [1, 1], "d_head": 16, "d_inner": 128}, "big_bird": {"attention_type": "original_full"}, "bigbird_pegasus": {"attention_type": "original_full"},
+    "esmc": {"num_key_value_heads": 4}, "dots3_note_text": {"num_key_value_heads": 4}, "zaya": {"num_experts_per_tok": 1},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": 16}, "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2}, "roc_bert": {"pronunciation_vocab_size": 16, "shape_vocab_size": 16, "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "longcat_flash": {"head_dim": 8}, "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}},
     "fsmt": {"decoder_start_token_id": 3},
     "xlstm": {"num_blocks": 2, "chunk_size": 16, "embedding_dim": 64}, "blt": {}, "canine": {},
+}  # fmt: skip
+_NOT_SET = {  # what follows from other settings
+    "funnel": "num_hidden_layers", "prophetnet": "num_hidden_layers", "xlnet": "max_position_embeddings",
 }  # fmt: skip
 _DECODERS = (
     "bert",
@@ -153,6 +164,20 @@ def families() -> Iterator[tuple[str, str]]:
         yield from ((task, name) for name in getattr(modeling_auto, table))
 
 
+def preload() -> None:
+    """Import what an attempt will need, so that processes forked from this one have it."""
+    import transformers
+    import transformers.models.auto.modeling_auto
+    from torch.utils import _pytree  # noqa: F401
+
+    from tests import test_tasks  # noqa: F401
+
+    for name in ("antlr4", "hydra", "pandas", "transformers.trainer_utils"):
+        importlib.import_module(name)
+    for name in ("PreTrainedModel", "AutoTokenizer", *(auto for _, auto, _ in TASKS.values())):
+        getattr(transformers, name)
+
+
 # -- tiny models ----------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +190,8 @@ def make(task: str, family: str, folder: Path) -> str:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    bidirectional = task == "masked_lm" or (task == "classification" and not _writes(family))
+    both = getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)
+    bidirectional = task == "masked_lm" or (task == "classification" and (both or not _writes(family)))
     tokenizer = _encoder_tokenizer(folder) if bidirectional or task == "seq2seq" else make_tokenizer(folder, None)
     ids = (2, 3, 0) if bidirectional or task == "seq2seq" else (1, 2, 0)
     marks = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True)) | {
@@ -194,7 +220,8 @@ def make(task: str, family: str, folder: Path) -> str:
 @torch.no_grad()
 def _call(model: Any, task: str) -> None:
     """Some settings make a model that cannot be called."""
-    ids = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, 12]])
+    end = getattr(model.config, "eos_token_id", None)
+    ids = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11, end if isinstance(end, int) else 12]])
     model(input_ids=ids, **({"decoder_input_ids": ids} if task == "seq2seq" else {}))
 
 
@@ -226,6 +253,9 @@ def _configured(kind: type, family: str, sizes: dict[str, Any]) -> Any:
         name: sizes["vocab_size"] if value == "vocab_size" else value for name, value in _OWN.get(family, {}).items()
     }
     known = {name: value for name, value in sizes.items() if _knows(default, name)} | own
+    known.pop(_NOT_SET.get(family), None)
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:  # keys are made anew for each head
+        known["num_key_value_heads"] = known.get("num_attention_heads", 4)
     if "qk_rope_head_dim" in known and "head_dim" not in own:  # the part that turns is what such families call head_dim
         known.pop("head_dim", None)
     for name, part in getattr(kind, "sub_configs", {}).items():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
 from lora_lab import cli, run
-from lora_lab.adapters.attach import check_targets, linear_layers, towers
+from lora_lab.adapters import files
+from lora_lab.adapters.attach import attach, check_targets, coverage, linear_layers, towers
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base import load
+from lora_lab.errors import BaseModelError, ConfigError
 from tests import families
 
 _QUICK = {  # a dozen, each of another make; the others take minutes
@@ -117,3 +122,110 @@ def test_every_zero_weight_of_a_tiny_model_is_drawn(tmp_path):
     families.make("completion", "qwen2", tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert all(one.any() for one in model.parameters() if one.dim() > 1)
+
+
+def test_rows_that_padding_changes_get_a_pass_each(tmp_path):
+    """ConvBERT's convolutions see what is beside a row: its loss is that of each row alone."""
+    found = families.attempt("classification", "convbert", tmp_path / "family")
+    assert not found.fault, found.fault
+    assert found.rows == "one by one"
+    assert "padding changes this model's outputs" in found.said
+
+
+def test_an_answer_that_padding_changes_cannot_be_compared(tmp_path, config_of):
+    """A reward needs two answers in one pass."""
+    base = tmp_path / "base"
+    base.mkdir()
+    families.make("classification", "convbert", base)
+    judged = [{"prompt": "cat", "chosen": "dog " * (i + 4), "rejected": "bird"} for i in range(8)]
+    rows = families.write_jsonl(tmp_path / "rows.jsonl", judged)
+    told = [f"model.path={base}", "task=reward", f"data.train={rows}", f"data.eval={rows}", "data.check=warn"]
+    with pytest.raises(ConfigError, match="padding changes this model's outputs.*Choose another base"):
+        run.train(config_of(*told))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_tensor_of_an_adapter_is_read_back(tmp_path):
+    """Laguna's names of today are also what transformers' renaming for checkpoints of old makes of them, once more."""
+    base = tmp_path / "base"
+    base.mkdir()
+    families.make("completion", "laguna", base)
+    config = LoraAdapter(r=2)
+    model, other = (attach(load_plain(base), config, "default", load.ModelKind(), seed) for seed in (0, 1))
+    written = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    assert any("shared_experts" in name for name in written)
+    files.put(other, "default", written)
+    assert all(torch.equal(written[name], tensor) for name, tensor in get_peft_model_state_dict(other).items())
+
+
+def test_logits_of_all_positions_are_cut_to_the_wanted_ones(tmp_path):
+    """Some decoders do not know `logits_to_keep`."""
+    found = families.attempt("completion", "trocr", tmp_path / "family")
+    assert found.trained
+    assert not found.fault, found.fault
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "sentence"),
+    [
+        ("completion", "reformer", "exactly 128 tokens alone (axial_pos_shape [8, 16]"),
+        ("classification", "canine", "canine has no table of embeddings"),
+    ],
+)
+def test_what_a_family_lacks_is_said_before_training(task, family, sentence, tmp_path):
+    assert sentence in families.attempt(task, family, tmp_path / "family").refused
+
+
+def test_a_router_that_is_a_linear_layer_counts_once(tmp_path):
+    families.make("completion", "afmoe", tmp_path)
+    found = coverage(attach(load_plain(tmp_path), LoraAdapter(r=2), "default", load.ModelKind(), 0), "default")
+    assert found.matched_experts == found.experts == 2
+    assert found.matched <= found.linear_layers
+
+
+def test_rows_that_the_base_cannot_be_run_on_are_refused_before_training(tmp_path, config_of):
+    """BART's classifier reads the last end mark of a text, and here the tokenizer writes another one."""
+    base = tmp_path / "base"
+    base.mkdir()
+    families.make("classification", "bart", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 70}))
+    labelled = [{"text": f"cat dog {i}", "label": "ab"[i % 2]} for i in range(8)]
+    rows = families.write_jsonl(tmp_path / "rows.jsonl", labelled)
+    told = [f"model.path={base}", "task=classification", f"data.train={rows}", f"data.eval={rows}", "data.check=warn"]
+    with pytest.raises(BaseModelError, match="bart cannot be run on these rows .*<eos> token"):
+        run.train(config_of(*told))
+    assert not (tmp_path / "run").exists()
+
+
+def load_plain(folder):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_results_of_other_sources_are_not_mixed_with_new_ones(tmp_path, monkeypatch, capsys):
+    from benchmarks import architectures
+
+    kept, page = tmp_path / "kept.json", tmp_path / "page.md"
+    monkeypatch.setattr(architectures, "_RESULTS", kept)
+    monkeypatch.setattr(architectures, "_DOCUMENT", page)
+    old = {"completion:gone": dataclasses.asdict(families.Outcome("completion", "gone", refused="a sentence"))}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    kept.write_text(json.dumps({"versions": versions, "sources": "another", "families": old}))
+    before = kept.read_text()
+    monkeypatch.setattr("sys.argv", ["architectures", "--only", "emu3"])  # refused, so nothing is trained
+    with pytest.raises(SystemExit) as ended:
+        architectures.main()
+    assert not ended.value.code
+    assert "completion:emu3 refused" in capsys.readouterr().out
+    assert kept.read_text() == before
+    assert not page.exists()
+    monkeypatch.setattr("sys.argv", ["architectures"])
+    monkeypatch.setattr(architectures, "families", lambda: [("completion", "emu3")])
+    with pytest.raises(SystemExit):
+        architectures.main()
+    found = json.loads(kept.read_text())
+    assert set(found["families"]) == {"completion:emu3"}
+    assert found["sources"] == architectures.sources()
+    assert found["sources"] in page.read_text()

@@ -186,7 +186,13 @@ def _gives_one_tensor(module: nn.Linear) -> bool:
         found = torch.func.functional_call(
             module, state, torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
         )
-    except Exception:  # it is called otherwise than a linear layer
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+        AttributeError,
+    ):  # it is called otherwise than a linear layer
         return False
     return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 
@@ -321,7 +327,7 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
                 model.add_adapter(name, config)
             else:
                 model = get_peft_model(model, config, adapter_name=name)
-    except (ValueError, NotImplementedError, TypeError) as error:
+    except (ValueError, NotImplementedError) as error:
         raise AdapterError(f"adapter: peft refuses it on this base ({error}).") from error
     model.set_adapter(name)
     for parameter in trainable(model).values():
@@ -350,11 +356,12 @@ def coverage(model: PeftModel, name: str) -> Coverage:
     """Where the adapter `name` sits. Quantized weights count as the parameters that they stand for."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters]
-    experts = [m for m in adapted if hasattr(m, "parameter_name")]  # peft's wrapper of a weight
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters}
     own = sum(parameter.numel() for parameter in trainable(model).values())
     _, total = model.get_nb_trainable_parameters()  # counts two weights in each byte of 4-bit storage
     layers = [layer for layer in linear_layers(model) if ".modules_to_save." not in layer]
+    # peft's wrapper of a weight; some families' routers are linear layers all the same
+    experts = [n for n, m in adapted.items() if hasattr(m, "parameter_name") and n not in layers]
     return Coverage(
         len(adapted) - len(experts), len(layers), own, total - own, len(experts), len(expert_weights(model))
     )

@@ -33,9 +33,8 @@ def write(
     Args:
         learned: what the task took from the training rows, such as the names of its classes.
     """
-    from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = _tensors(model, name)
     write_tensors(folder, state, model.peft_config[name], config, base, learned)
 
 
@@ -189,7 +188,6 @@ def read_into(folder: Path, model: PeftModel, name: str) -> None:
     Raises:
         AdapterError: missing, unexpected, misshapen or non-finite tensors.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -197,7 +195,7 @@ def read_into(folder: Path, model: PeftModel, name: str) -> None:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}).") from error
-    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected = _tensors(model, name)
     wrong = sorted(set(state) ^ set(expected)) or [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         raise AdapterError(
@@ -206,4 +204,28 @@ def read_into(folder: Path, model: PeftModel, name: str) -> None:
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise AdapterError(f"{folder / WEIGHTS}: NaN or infinity in {broken[0]} ({len(broken)} tensors).")
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    put(model, name, state)
+
+
+def put(model: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Give the attached adapter `name` these tensors, by the names that peft writes them under.
+
+    peft's own way (`set_peft_model_state_dict`) passes the names through transformers' renamings for checkpoints of old, which fit the
+    names of today as well in some families (Laguna's `shared_expert`), and drops what has no place then without a word.
+
+    Raises:
+        KeyError: a name that the adapter does not have.
+    """
+    import torch
+
+    own = _tensors(model, name)
+    with torch.no_grad():
+        for key, value in state.items():
+            own[key].copy_(value)
+
+
+def _tensors(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors, by the names that peft writes them under."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

@@ -1,12 +1,44 @@
-"""How many tokens a model has positions for."""
+"""Which tokens a model can read: how many it has positions for, and how many it has embeddings of."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from lora_lab.errors import BaseModelError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def check_lengths(config: PretrainedConfig) -> None:
+    """Refuse a base that can be trained on rows of one length alone.
+
+    Raises:
+        BaseModelError: its positions are the sum of two tables' (Reformer), which training reads whole.
+    """
+    shape = getattr(config, "axial_pos_shape", None)
+    if shape and getattr(config, "axial_pos_embds", False):
+        raise BaseModelError(
+            f"model.path: {config.model_type} can be trained on rows of exactly {math.prod(shape)} tokens alone (axial_pos_shape "
+            f"{list(shape)} in config.json), and rows have the lengths that their texts have. Use another base."
+        )
+
+
+def embedded(model: PreTrainedModel) -> int:
+    """Tokens that a model has an embedding of.
+
+    Raises:
+        BaseModelError: it has no table of them (CANINE hashes characters), so that nothing says which ids it reads.
+    """
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError as error:
+        raise BaseModelError(
+            f"model.path: {model.config.model_type} has no table of embeddings, so nothing says which tokens it can read. Use "
+            "another base."
+        ) from error
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:
@@ -19,7 +51,7 @@ def usable_positions(model: PreTrainedModel) -> int | None:
         model: its content does not matter, so it may be on the meta device.
     """
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(stated, int):
+    if not isinstance(stated, int) or stated < 1:  # XLNet says -1
         return None
     return min([stated, *(room for table in _tables(model, stated) if (room := _room(table)) > 0)])
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_lab.adapters.attach import trainable
 from lora_lab.config import SpeedConfig
+from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.fast import mlp, norm, prefix, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -87,7 +88,7 @@ def accelerate(
     """
     wanted = [name for name in _STEPS if getattr(speed, name)]
     with torch.enable_grad():
-        plain = _outcome(model, run) if prove else None
+        plain = _unchanged(model, run) if prove else None
         calls = _watched(model, run)
         applied, reason = _tried(model, speed, wanted, calls, free, plain, run)
         if not reason:
@@ -101,6 +102,25 @@ def accelerate(
         applied, reason = _tried(model, speed, kept, calls, free, plain, run)
     applied.lines = ([f"none: {reason}"] if reason else applied.lines) + refused
     return applied
+
+
+def _unchanged(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
+    """What the model gives as it is.
+
+    Raises:
+        BaseModelError: it cannot be run on these rows at all.
+    """
+    try:
+        return _outcome(model, run)
+    except LoraLabError:
+        raise
+    except Exception as error:  # whatever a model of another make raises of what it is given
+        if oom.is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise BaseModelError(
+            f"model.path: {model.get_base_model().config.model_type} cannot be run on these rows ({reason}). Use another base or task."
+        ) from error
 
 
 def _tried(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
 from peft.utils import merge_utils
 
 from lora_lab import console, run_dir, storage
@@ -195,8 +194,7 @@ def load_all(sources: list[Source], config: RunConfig) -> None:
 
 def put(sources: list[Source], found: Updates, rank: int) -> None:
     """Give the combined adapter its weights."""
-    model = sources[0].prepared.model
-    set_peft_model_state_dict(model, found.tensors(rank), adapter_name=COMBINED)
+    files.put(sources[0].prepared.model, COMBINED, found.tensors(rank))
 
 
 def measure(source: Source, name: str) -> Measured:

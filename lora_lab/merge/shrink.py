@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import set_peft_model_state_dict
-
 from lora_lab import console, run_dir, storage
-from lora_lab.adapters import updates
+from lora_lab.adapters import files, updates
 from lora_lab.adapters.updates import Updates
 from lora_lab.config import RunConfig
 from lora_lab.errors import ConfigError
@@ -67,7 +65,7 @@ def _figures(config: RunConfig, adapter: Updates, ranks: Sequence[int], prepared
     model, figures = load_adapted(prepared, {_SHRUNK: widest}).eval(), []
     for rank in ranks:
         cut, kept = _cut(adapter, rank)
-        set_peft_model_state_dict(model, cut.tensors(adapter.rank), adapter_name=_SHRUNK)
+        files.put(model, _SHRUNK, cut.tensors(adapter.rank))
         size = sum(tensor.numel() for tensor in cut.tensors(rank).values())
         figures.append({"rank": rank, "kept": kept, "parameters": size, **prepared.measure(f"rank {rank}").metrics})
     return figures

@@ -302,7 +302,15 @@ def head_only_at(model: PeftModel, places: tuple[torch.Tensor, torch.Tensor]) ->
     if head is None or isinstance(head, torch.nn.Embedding):  # it is called on tokens
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][places], *inputs[1:]))
+
+    def wanted(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *others = inputs
+        return (
+            hidden if hidden.dim() != 3 else hidden[places],
+            *others,
+        )  # ProphetNet's has several predictions of each token
+
+    handle = head.register_forward_pre_hook(wanted)
     try:
         yield
     finally:
@@ -333,6 +341,10 @@ def eval_batches(lengths: np.ndarray, together: bool) -> list[list[int]]:
 
 class PaddedTask(Task):
     """A task whose rows are padded to the longest of their batch."""
+
+    def row_outputs(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        """All that the model says of a batch, flat, float32: row after row, and nothing of the padding."""
+        return self.logits(model, batch).flatten()
 
     def inputs(self, rows: list[np.ndarray], pair_starts: list[int] | None = None) -> dict[str, torch.Tensor]:
         """What a model is called with, of rows of token ids; token types where the tokenizer knows them."""

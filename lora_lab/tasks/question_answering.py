@@ -105,6 +105,10 @@ class QuestionAnswering(PaddedTask):
             padding, -1e4
         )  # an answer is never in the padding, so that its length counts for nothing
 
+    def row_outputs(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        both = torch.stack(self.logits(model, batch).chunk(2), 1)  # [B, 2, T]
+        return both[batch.inputs["attention_mask"][:, None].expand_as(both) == 1]
+
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Observed:
         return Observed(examples, logits.cpu(), logits.argmax(-1).cpu().numpy(), batch.targets.cpu().numpy())
 

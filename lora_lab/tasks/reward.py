@@ -81,6 +81,7 @@ class Reward(PaddedTask):
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     head = "always"
+    compares_rows = True
 
     @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +102,10 @@ class Reward(PaddedTask):
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
         better, worse = model(**batch.inputs).logits[:, 0].float().chunk(2)
         return _compared(better, worse)
+
+    def row_outputs(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        scores = model(**batch.inputs).logits[:, 0].float()  # their difference may be no more than rounding
+        return torch.stack(scores.chunk(2), 1).flatten()
 
     @reports(lower=("loss",), higher=("accuracy", "reward_margin"))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -21,6 +22,8 @@ from lora_lab.fast import attention, prefix, rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from lora_lab.tasks.base import PaddedTask
 
 # How much logits may move, as a share of their norm, for another reason than rows seeing each other. Measured on
 # SmolLM2-135M: 0.0 in bfloat16 and NF4, 0.06 in int8 (LLM.int8() chooses its outlier columns per batch); a real leak
@@ -120,7 +123,9 @@ def logits(model: PeftModel, batch: PackedBatch, block_attention: bool = False) 
         if packed and "unexpected keyword argument" in str(error):  # a forward that passes nothing on to its attention
             raise _unpackable(str(error)) from error
         raise
-    return outputs.logits[0]
+    found = outputs.logits[0]
+    # A first token is never predicted, so that there are fewer wanted positions than tokens: some models give all of them.
+    return found[batch.logit_positions] if len(found) == batch.num_tokens else found
 
 
 def _unpackable(why: str) -> TrainingError:
@@ -150,11 +155,45 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
             f"The model's outputs are not finite (NaN or infinite) before any training. Copy the base again{wider}."
         )
     gap = ((packed - alone).norm() / alone.norm()).item()
-    limit = _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
-    if not gap <= limit:
+    if not gap <= _limit(model):
         raise TrainingError(
-            f"packed rows change this model's logits by {gap:.1e} of their norm (allowed: {limit:.0e}), so rows would see each other."
+            f"packed rows change this model's logits by {gap:.1e} of their norm (allowed: {_limit(model):.0e}), so rows would see each other."
         )
+
+
+def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -> None:
+    """Prove on the shortest and the longest of some real examples that padding changes nothing for this model, or refuse it.
+
+    Some architectures look at what is beside a token whatever the attention mask says (convolutions), or count positions from the
+    padding.
+
+    Raises:
+        TrainingError: the outputs for padded rows differ from those for each row alone by more than rounding.
+    """
+    pair = sorted(examples, key=lambda example: example.num_tokens)
+    pair = [pair[0], pair[-1]]
+    if pair[0].num_tokens == pair[1].num_tokens:
+        return
+    together, alone = (_outputs(task, model, parts) for parts in ([pair], [[example] for example in pair]))
+    apart, norm = (together - alone).norm().item(), alone.norm().item()
+    if not apart <= _limit(model) * norm:
+        raise TrainingError(
+            f"padding changes this model's outputs by {apart:.1e}, their norm being {norm:.1e} (allowed: {_limit(model):.0e} of it), so "
+            "rows would be read otherwise than alone."
+        )
+
+
+@torch.no_grad()
+def _outputs(task: PaddedTask, model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
+    """What the model says of all rows, flat."""
+    rng = np.random.default_rng(0)
+    batches = [task.collate(examples, rng).to(model.device) for examples in parts]
+    return torch.cat([task.row_outputs(model, batch) for batch in batches])
+
+
+def _limit(model: PeftModel) -> float:
+    """How much outputs may move by rounding alone, as a share of their norm."""
+    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
 
 
 def tail(example: Example, tokens: int = 48) -> Example:
