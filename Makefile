@@ -23,7 +23,7 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 	  litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 torchmetrics==1.9.0 jsonargparse==4.53.0
 	PYTHONPATH=.bench $(BIN)/python -m benchmarks.speed
 
-architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; half an hour
+architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; a quarter of an hour
 	$(BIN)/python -m benchmarks.architectures
 
 lint: install  ## style

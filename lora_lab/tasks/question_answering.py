@@ -16,6 +16,9 @@ from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_lab.config import RunConfig
 
 _CANDIDATES = 20  # best starts, and best ends, that are paired
 _SHOWN = 32  # answers that are kept to be looked at
@@ -86,6 +89,11 @@ class QuestionAnswering(PaddedTask):
     auto_class = "AutoModelForQuestionAnswering"
     peft_task_type = None  # peft 0.21's class for QUESTION_ANS drops token_type_ids on the way to the model
     head = "always"
+
+    @classmethod
+    def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
+        """The head has two outputs for each token, the start's and the end's, however many classes the base was published for."""
+        return {"num_labels": 2}
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         return PaddedBatch(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # moves them by 0.13 or more.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, "int8": 0.1}
 
+_SPREAD = 4  # rows of different lengths that are padded to see what that changes
+
 IMPLEMENTATION = "lora_lab_segments"  # the name under which transformers finds `_segment_attention`
 
 
@@ -162,19 +164,19 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
 
 
 def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -> None:
-    """Prove on the shortest and the longest of some real examples that padding changes nothing for this model, or refuse it.
+    """Prove on real examples, from the shortest to the longest, that padding changes nothing for this model, or refuse it.
 
-    Some architectures look at what is beside a token whatever the attention mask says (convolutions), or count positions from the
-    padding.
+    Some architectures look at what is beside a token whatever the attention mask says (convolutions), count positions from the
+    padding, or choose the tokens to attend to before they mask.
 
     Raises:
         TrainingError: the outputs for padded rows differ from those for each row alone by more than rounding.
     """
-    pair = sorted(examples, key=lambda example: example.num_tokens)
-    pair = [pair[0], pair[-1]]
-    if pair[0].num_tokens == pair[1].num_tokens:
+    ordered = sorted(examples, key=lambda example: example.num_tokens)
+    if ordered[0].num_tokens == ordered[-1].num_tokens:
         return
-    together, alone = (_outputs(task, model, parts) for parts in ([pair], [[example] for example in pair]))
+    spread = [ordered[place] for place in np.unique(np.linspace(0, len(ordered) - 1, _SPREAD).astype(int))]
+    together, alone = (_outputs(task, model, parts) for parts in ([spread], [[example] for example in spread]))
     apart, norm = (together - alone).norm().item(), alone.norm().item()
     if not apart <= _limit(model) * norm:
         raise TrainingError(
