@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from lora_lab import cli
+from lora_lab.adapters.attach import check_targets
+from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.base import load
+from lora_lab.errors import AdapterError
 from tests.conftest import make_base, make_rows, write_jsonl
 
 
@@ -104,6 +108,25 @@ def test_missing_files_suggest_what_is_there(overrides, rows_file, capsys):
 def test_named_format_with_missing_column(overrides, capsys):
     message = fails(["train", *overrides, "data.format=alpaca"], capsys)
     assert "needs column 'instruction', and the file has prompt, completion" in message
+
+
+def test_target_modules_as_one_text(base):
+    """A plain name is a name ending, as in a list; anything else is a regular expression for whole names, as in peft."""
+    model = load.skeleton(base, load.ModelKind())
+
+    def found(names):
+        return check_targets(model, LoraAdapter(target_modules=names))
+
+    ending = [f"model.layers.{number}.self_attn.q_proj" for number in range(4)]
+    for names in ("q_proj", "self_attn.q_proj", ["self_attn.q_proj"], r".*\.q_proj", "model.layers...self_attn.q_proj"):
+        assert found(names) == ending
+    assert found(ending[1]) == found("1.self_attn.q_proj") == [ending[1]]
+    with pytest.raises(AdapterError, match=r"self_attn.qproj matches no linear layer\."):
+        found("self_attn.qproj")
+    with pytest.raises(
+        AdapterError, match=r"regular expression for whole names, such as 'model.layers.0.*a list, such as"
+    ):
+        found("q_proj|v_proj")
 
 
 def test_target_modules_that_match_nothing(overrides, capsys):

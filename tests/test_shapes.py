@@ -241,6 +241,23 @@ def test_columns_that_are_not_read_are_said_once(tokenizer, tmp_path):
     assert not any("not read" in line for line in said)
 
 
+def test_columns_that_streamed_rows_never_read_are_said(tokenizer, tmp_path):
+    rows = [{"prompt": "red", "completion": "dog", "id": 3, "system_prompt": "be kind"}] * 100
+    other = {"messages": [{"role": "human", "content": "red"}, {"role": "gpt", "content": "dog"}], "model": "x"}
+    for name, given in (("a.jsonl", rows), ("b.jsonl", [other] * 3)):
+        write_jsonl(tmp_path / name, given)
+    _, said = load("causal_lm", tokenizer, tmp_path, streaming=True)
+    assert (
+        "note: data.train: a.jsonl: columns that are not read: id (64 rows), system_prompt (64 rows) (of the first 64 rows, which "
+        "were looked at)." in said
+    )
+    assert any("data.columns={system: system_prompt}" in line for line in said)
+    assert any("b.jsonl: columns that are not read: model (3 rows) (of the first 3 rows" in line for line in said)
+    assert any(
+        "3 rows of b.jsonl: roles human, gpt read as user, assistant or tool (of the first 3" in line for line in said
+    )
+
+
 @pytest.mark.parametrize("name", ["image", "images", "audio", "videos"])
 def test_what_a_model_of_texts_cannot_see_is_refused(name):
     for row in ({"messages": [USER, GOOD], name: ["a.png"]}, {"messages": [{**USER, name: ["a.png"]}, GOOD]}):

@@ -12,7 +12,7 @@ from lora_lab.config import DataConfig
 from lora_lab.data import hints, readable
 from lora_lab.data.build import Data
 from lora_lab.data.chunks import Report
-from lora_lab.data.dataset import Dataset
+from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
 from lora_lab.data.formats import FORMATS
 from lora_lab.data.formats import counts as is_count
@@ -55,6 +55,10 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             else:
                 for one in (_repeated, _labels, *((_ends, _prompts, _special_texts, _tools) if encoder.chat else ())):
                     findings += one(part, encoder)
+        elif isinstance(part, Stream):
+            for report in part.first_reports():
+                seen = f" (of the first {report.rows} rows, which were looked at)"
+                findings += _how_read(report, part.key, config, seen)
     for part, names in ((data.train, config.train), (data.held_out, config.eval)):
         if part is not None and names is not None:
             findings += _readable(part.key, names, encoder)
@@ -75,8 +79,7 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
             named = first + (f" Also {more}" + (" ..." if count > _NAMED else ".") if more else "")
             level = "error" if is_error(config, kind) else "note"
             found.append(Finding(level, data.key, f"{count} of {report.rows} rows of {report.name}: {kind}. {named}"))
-        found += _unread(report, data.key, config)
-        found += [Finding("note", data.key, f"{n} rows of {report.name}: {note}.") for note, n in report.notes.items()]
+        found += _how_read(report, data.key, config)
     found += [Finding("note", data.key, f"{count} rows dropped: {why}.") for why, count in data.dropped.items()]
     for attribute, meaning in {
         "truncated": "prompts cut to data.max_tokens (data.too_long=truncate_prompt)",
@@ -90,7 +93,15 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
     return found
 
 
-def _unread(report: Report, key: str, config: DataConfig) -> list[Finding]:
+def _how_read(report: Report, key: str, config: DataConfig, seen: str = "") -> list[Finding]:
+    """What is worth saying of how a file's rows are read; `seen`: of which rows that is known."""
+    notes = [
+        Finding("note", key, f"{count} rows of {report.name}: {note}{seen}.") for note, count in report.notes.items()
+    ]
+    return _unread(report, key, config, seen) + notes
+
+
+def _unread(report: Report, key: str, config: DataConfig, seen: str) -> list[Finding]:
     """Columns of a file that nothing reads; a warning for one that may be meant as a column of ours."""
     if not report.unread:
         return []
@@ -103,7 +114,7 @@ def _unread(report: Report, key: str, config: DataConfig) -> list[Finding]:
             found.append(Finding("warning", key, sentence))
     listed = ", ".join(f"{column} ({count} rows)" for column, count in list(report.unread.items())[:20])
     more = " ..." if len(report.unread) > 20 else ""
-    return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}.")]
+    return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}{seen}.")]
 
 
 def _readable(key: str, names: object, encoder: Encoder) -> list[Finding]:
