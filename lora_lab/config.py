@@ -483,7 +483,11 @@ class ShrinkConfig:
     ] = None
     tolerance: Annotated[
         float,
-        Field(ge=0, description="how much the held-out loss may rise, in its own unit; the lowest such rank is saved"),
+        Field(
+            ge=0,
+            description="how much the held-out loss may rise, in its own unit and as sure as the rows allow; the lowest such rank "
+            "is saved",
+        ),
     ] = 0.01
 
 
