@@ -163,6 +163,11 @@ def test_existing_run_folder_is_untouched(overrides, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/precious.txt").write_text("mine")
     assert "exists and is not empty" in fails(["train", *overrides], capsys)
+    for step in (9, 10):
+        (tmp_path / f"run/checkpoints/step-{step}").mkdir(parents=True)
+    assert f"go on with it (step 10 is saved): lora-lab resume run={tmp_path}/run" in fails(
+        ["train", *overrides], capsys
+    )
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
 
 

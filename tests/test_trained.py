@@ -16,7 +16,7 @@ from lora_lab.explain import as_override
 from lora_lab.prepared import prepare
 from lora_lab.run_dir import RunDir
 from lora_lab.verbs import TAKES
-from tests.conftest import make_base
+from tests.conftest import make_base, make_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +118,15 @@ def test_an_unknown_key_is_told_with_the_nearest_one(done):
         trained.open_trained(str(done.path), "evaluate", ["data.evl=x"])
 
 
-def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, rows_file, eval_file):
-    done = run.train(config_of("data.eval_ratio=0.2", "train.max_steps=1"))
-    _, config = trained.open_trained(str(done.path), "evaluate", [f"data.eval={eval_file}"])
-    assert (config.data.eval, config.data.eval_ratio) == (str(eval_file), None)
+def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, eval_file, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{**row, "kind": "ab"[n % 2]} for n, row in enumerate(make_rows(20))])
+    done = run.train(config_of(f"data.train={rows}", "data.eval_ratio=0.2", "data.stratify=kind", "train.max_steps=1"))
+    for more in ([], ["data.eval_ratio=null"], ["data.eval_ratio=null", "data.stratify=null"]):
+        _, config = trained.open_trained(str(done.path), "evaluate", [f"data.eval={eval_file}", *more])
+        assert (config.data.eval, config.data.eval_ratio, config.data.stratify) == (str(eval_file), None, None)
+    for more in ([f"data.eval={eval_file}", "data.eval_ratio=0.5"], ["data.eval_ratio=null"]):
+        with pytest.raises(ConfigError, match=r"data.eval_ratio=.*no effect on a trained run"):
+            trained.open_trained(str(done.path), "evaluate", more)
 
 
 # -- what was recorded --------------------------------------------------------------------------------------------------
