@@ -163,12 +163,16 @@ def test_existing_run_folder_is_untouched(overrides, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/precious.txt").write_text("mine")
     assert "exists and is not empty" in fails(["train", *overrides], capsys)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_a_run_that_is_there_says_how_far_it_is(overrides, tmp_path, capsys):
     for step in (9, 10):
         (tmp_path / f"run/checkpoints/step-{step}").mkdir(parents=True)
-    assert f"go on with it (step 10 is saved): lora-lab resume run={tmp_path}/run" in fails(
-        ["train", *overrides], capsys
-    )
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
+    message = fails(["train", *overrides], capsys)
+    assert f"go on with it (step 10 is saved): lora-lab resume run={tmp_path}/run" in message
+    (tmp_path / "run/result.json").touch()
+    assert "go on with it (it is finished)" in fails(["train", *overrides], capsys)
 
 
 def test_folders_that_cannot_be_written(overrides, tmp_path, capsys):

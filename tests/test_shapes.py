@@ -81,6 +81,7 @@ def test_no_earlier_turns(history):
 @pytest.mark.parametrize("history", [
     ["one"], ["one", "two", "three"], [["one", "two", "three"]], [["one", 2]], [{"one": "two"}], "one", 5, {"one": "two"},
     [{"question": "one", "prompt": "uno", "answer": "two"}], "[['one' 'two']]", [["one", None]],
+    [["user", "one"], ["assistant", "two"]], [["Human", "one"], ["gpt", "two"]], "[('user', 'one')]",
 ], ids=str)  # fmt: skip
 def test_earlier_turns_that_could_mean_two_things(history):
     with pytest.raises(RowError, match="'history'"):
@@ -118,6 +119,28 @@ def test_lists_of_labels_as_text(label, read):
 def test_lists_of_labels_that_cannot_be_read(label):
     with pytest.raises(RowError, match="label"):
         formats.read({"text": "red", "label": label}, "text_label")
+
+
+@pytest.mark.parametrize("text", ["a,b", "a;b", "a|b", "甲，乙", "甲、乙"])
+def test_several_classes_in_one_text_are_no_class(text, tokenizer):
+    def outcome(multi_label: bool, names: list[str] | None = None):
+        task = TaskConfig(name="classification", multi_label=multi_label)
+        encoder = TASKS[task.name].encoder_class(DataConfig(train="-", label_names=names), task, tokenizer)
+        [found] = encoder.encode([sources.Row(1, {"text": "red", "label": text})], "rows", "text_label")
+        return found
+
+    assert "with task.multi_label=true it may mean several classes. Write a list" in outcome(True).sentence
+    for found in (outcome(False), outcome(True, ["a", text])):
+        assert [example.labels for example in found.examples] == [(text,)]
+
+
+@pytest.mark.parametrize("tag", [-100, "-100"])
+@pytest.mark.parametrize("names", [None, ["O", "B-X"]])
+def test_tags_that_do_not_count_are_no_tag(tag, names):
+    row = {"tokens": ["[CLS]", "cat"], "tags": [tag, "O"]}
+    with pytest.raises(RowError, match="tag -100 stands for words that do not count"):
+        formats.read(row, "token_labels", names)
+    assert formats.read({**row, "tags": ["-100", "O"]}, "token_labels", ["O", "-100"]).label == ["-100", "O"]
 
 
 def test_words_and_tags_as_text(tmp_path):
@@ -188,6 +211,9 @@ PAIRS = {
     "JSON text": {"prompt": "red", "chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
     "Python text": {"chosen": str([USER, GOOD]), "rejected": str([USER, BAD])},
     "ShareGPT": {"conversations": [{"from": "human", "value": "red"}], "chosen": {"from": "gpt", "value": "dog"}, "rejected": {"from": "gpt", "value": "cat"}},
+    "spoken prompt": {"prompt": "\n\nHuman: red\n\nAssistant:", "chosen": " dog", "rejected": " cat"},
+    "spoken, with its prompt": {"prompt": "red", "chosen": "\n\nHuman: red\n\nAssistant: dog", "rejected": "\n\nHuman: red\n\nAssistant: cat"},
+    "spoken on both sides": {"prompt": "\n\nHuman: red\n\nAssistant:", "chosen": "\n\nHuman: red\n\nAssistant: dog", "rejected": "\n\nHuman: red\n\nAssistant: cat"},
     "spoken": {"chosen": "\n\nHuman: red\n\nAssistant: dog", "rejected": "\n\nHuman: red\n\nAssistant: cat"},
 }  # fmt: skip
 

@@ -112,7 +112,9 @@ def _unread(report: Report, key: str, config: DataConfig, seen: str) -> list[Fin
             option = hints.option({**(config.columns or {}), ours: column})
             sentence = f"{report.name}: column '{column}' is not read. If it is our '{ours}', map it: {option}."
             found.append(Finding("warning", key, sentence))
-    listed = ", ".join(f"{column} ({count} rows)" for column, count in list(report.unread.items())[:20])
+    listed = ", ".join(
+        f"{column or '(without a name)'} ({count} rows)" for column, count in list(report.unread.items())[:20]
+    )
     more = " ..." if len(report.unread) > 20 else ""
     return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}{seen}.")]
 
