@@ -14,7 +14,7 @@ from lora_lab.adapters.attach import check_targets
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.errors import AdapterError
-from tests.conftest import make_base, make_rows, write_jsonl
+from tests.conftest import fails, make_base, make_rows, write_jsonl
 
 
 def run_python(code: str) -> str:
@@ -69,15 +69,6 @@ def test_config_shows_values_and_origins(capsys):
     assert "# override adapter.r=4" in text
     assert cli.main(["config", "--keys"]) == 0
     assert "train.batch_size=8" in capsys.readouterr().out
-
-
-def fails(arguments: list[str], capsys, code: int = 2) -> str:
-    """The message of a command that must fail as a user mistake: one paragraph, no stack trace."""
-    assert cli.main(arguments) == code
-    message = capsys.readouterr().err
-    assert message.startswith("lora-lab: ")
-    assert "Traceback" not in message
-    return message
 
 
 def test_debug_shows_the_stack_trace(capsys):
