@@ -121,6 +121,23 @@ def test_lists_of_labels_that_cannot_be_read(label):
         formats.read({"text": "red", "label": label}, "text_label")
 
 
+@pytest.mark.parametrize(("labels", "level", "says"), [
+    (["a", "a\u200b"], "error", r"labels 'a' and 'a\u200b' look the same"),
+    (["caf\u00e9", "cafe\u0301"], "error", r"labels 'caf\xe9' and 'cafe\u0301' look the same"),
+    (["pos", "Pos"], "warning", "labels 'pos' and 'Pos' differ in capitals, width or blanks only"),
+    (["1", "１"], "warning", "labels '1' and '１' differ in capitals"),
+    (["very good", "very  good"], "warning", "differ in capitals, width or blanks only"),
+    (["a", "NaN"], "warning", "label 'NaN' is a class like any other"),
+], ids=str)  # fmt: skip
+def test_labels_that_look_alike_are_told(labels, level, says, tokenizer, tmp_path):
+    rows = [{"text": f"red {number}", "label": label} for number, label in enumerate(labels + ["other"])]
+    _, said = load("classification", tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [line for line in said if line.startswith(f"{level}: data.train: label") and says in line]
+    plain = [{**row, "label": "ab"[number % 2]} for number, row in enumerate(rows)]
+    _, said = load("classification", tokenizer, write_jsonl(tmp_path / "plain.jsonl", plain))
+    assert not any("data.train: label" in line for line in said)
+
+
 @pytest.mark.parametrize("text", ["a,b", "a;b", "a|b", "甲，乙", "甲、乙"])
 def test_several_classes_in_one_text_are_no_class(text, tokenizer):
     def outcome(multi_label: bool, names: list[str] | None = None):
@@ -403,6 +420,9 @@ def test_rows_inside_an_object(tokenizer, tmp_path):
         rows_in(tmp_path / "a.json", field="a.row")
     with pytest.raises(DataError, match=r"data\.field=a\.rows"):
         rows_in(tmp_path / "a.json", field="a")
+    with pytest.raises(DataError, match=r"columns version, a fit no format.*may be in 'a.rows': data\.field=a\.rows"):
+        (tmp_path / "c.json").write_text(json.dumps({"version": 1, "a": {"rows": rows}}))
+        load("classification", tokenizer, tmp_path / "c.json")
     with pytest.raises(ConfigError, match="data.field=a: no effect, because no file is a .json file"):
         load("classification", tokenizer, write_jsonl(tmp_path / "b.jsonl", rows), field="a")
 

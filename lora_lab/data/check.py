@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,17 @@ _READERS = {
     ("Latin", True): "model=minilm reads English",
     ("Latin", False): "model=smollm2_135m reads English, model=gemma3_270m other languages too",
 }
+_NO_LABELS = (
+    "nan",
+    "null",
+    "none",
+    "n/a",
+    "na",
+    "#n/a",
+    "<na>",
+    "undefined",
+    "",
+)  # what tables write where there is no value
 _OF_CLASSES = ("text_label", "pair_label", "token_labels")
 
 
@@ -232,6 +244,7 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
         found.append(
             Finding("error", data.key, f"all labels are {next(iter(counts))}: there is nothing to tell apart.")
         )
+    found += _alike(data.key, list(counts))
     names = encoder.config.label_names
     absent = [name for name in names or [] if name not in counts]
     if absent:
@@ -244,6 +257,38 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
         sentence = f"no row has the label {listed}; labels go from {numbers[0]} to {numbers[-1]}. It will be no class."
         found.append(Finding("warning", data.key, sentence))
     return found
+
+
+def _alike(key: str, labels: list[str]) -> list[Finding]:
+    """Labels that look alike, of which each is a class of its own, and labels that stand for none."""
+    found = []
+    for plain, level, how in (
+        (_as_seen, "error", "look the same and differ in invisible signs or in how accents are stored"),
+        (_roughly, "warning", "differ in capitals, width or blanks only"),
+    ):
+        groups: dict[str, list[str]] = {}
+        for label in labels:
+            groups.setdefault(plain(label), []).append(label)
+        for group in groups.values():
+            if len({one if plain is _as_seen else _as_seen(one) for one in group}) > 1:
+                listed = " and ".join(map(ascii if plain is _as_seen else repr, group[:_NAMED]))
+                found.append(Finding(level, key, f"labels {listed} {how}; each is a class of its own. Make them one."))
+    for label in labels:
+        if label.lower() in _NO_LABELS:
+            sentence = (
+                f"label {label!r} is a class like any other. If it stands for a row without a label, remove these rows."
+            )
+            found.append(Finding("warning", key, sentence))
+    return found
+
+
+def _as_seen(label: str) -> str:
+    """A label as the eye sees it: accents in one form, without invisible characters."""
+    return "".join(one for one in unicodedata.normalize("NFC", label) if unicodedata.category(one) != "Cf")
+
+
+def _roughly(label: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", _as_seen(label)).casefold().split())
 
 
 def _special_texts(data: Dataset, encoder: Encoder) -> list[Finding]:
