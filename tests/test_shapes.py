@@ -130,7 +130,7 @@ def test_lists_of_labels_that_cannot_be_read(label):
     (["a", "NaN"], "warning", "label 'NaN' is a class like any other"),
 ], ids=str)  # fmt: skip
 def test_labels_that_look_alike_are_told(labels, level, says, tokenizer, tmp_path):
-    rows = [{"text": f"red {number}", "label": label} for number, label in enumerate(labels + ["other"])]
+    rows = [{"text": f"red {number}", "label": label} for number, label in enumerate([*labels, "none"])]
     _, said = load("classification", tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
     assert [line for line in said if line.startswith(f"{level}: data.train: label") and says in line]
     plain = [{**row, "label": "ab"[number % 2]} for number, row in enumerate(rows)]

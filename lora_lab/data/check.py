@@ -32,14 +32,16 @@ _READERS = {
 }
 _NO_LABELS = (
     "nan",
+    "NaN",
     "null",
-    "none",
+    "NULL",
+    "None",
     "n/a",
-    "na",
-    "#n/a",
-    "<na>",
+    "N/A",
+    "NA",
+    "#N/A",
+    "<NA>",
     "undefined",
-    "",
 )  # what tables write where there is no value
 _OF_CLASSES = ("text_label", "pair_label", "token_labels")
 
@@ -274,7 +276,7 @@ def _alike(key: str, labels: list[str]) -> list[Finding]:
                 listed = " and ".join(map(ascii if plain is _as_seen else repr, group[:_NAMED]))
                 found.append(Finding(level, key, f"labels {listed} {how}; each is a class of its own. Make them one."))
     for label in labels:
-        if label.lower() in _NO_LABELS:
+        if label in _NO_LABELS:
             sentence = (
                 f"label {label!r} is a class like any other. If it stands for a row without a label, remove these rows."
             )
