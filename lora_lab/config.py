@@ -483,7 +483,11 @@ class ShrinkConfig:
     ] = None
     tolerance: Annotated[
         float,
-        Field(ge=0, description="how much the held-out loss may rise, in its own unit; the lowest such rank is saved"),
+        Field(
+            ge=0,
+            description="how much the held-out loss may rise, in its own unit and as sure as the rows allow; the lowest such rank "
+            "is saved",
+        ),
     ] = 0.01
 
 
@@ -789,6 +793,17 @@ def _data_contradictions(data: DataConfig) -> list[str]:
         found.append(f"data.stratify={data.stratify}: no effect without data.eval_ratio. Drop it or set the ratio.")
     if data.eval_ratio is not None and data.max_eval_rows is not None:
         found.append("data.max_eval_rows: no effect with data.eval_ratio. Drop it, or lower the ratio.")
+    names = data.label_names or []
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        found.append(
+            f"data.label_names: {twice[0]!r} is there twice, and every class has one number. Drop one of the two."
+        )
+    blanks = [name for name in names if name != name.strip()]
+    if blanks:
+        found.append(
+            f"data.label_names: {blanks[0]!r} has blanks around it, which no label of a row has. Write {blanks[0].strip()!r}."
+        )
     for name in ("train", "eval"):
         sources = getattr(data, name)
         weights = [s.weight for s in sources if isinstance(s, Source)] if isinstance(sources, list) else []

@@ -80,6 +80,14 @@ class RunDir:
         return [self.path, self.checkpoints, self.path / "export"]
 
 
+def _how_far(run: RunDir) -> str:
+    """How much of a run is done, as far as its folder's names say."""
+    if run.result.is_file():
+        return " (it is finished)"
+    steps = [int(name) for folder in run.checkpoints.glob("step-*") if (name := folder.name[5:]).isdecimal()]
+    return f" (step {max(steps)} is saved)" if steps else ""
+
+
 def check_free(config: RunConfig) -> RunDir:
     """The run folder that the configuration names, still to be made; called before any long work.
 
@@ -93,7 +101,7 @@ def check_free(config: RunConfig) -> RunDir:
         if run.path.is_dir() and not _is_free(run.path):
             raise RunError(
                 f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "
-                f"with it: lora-lab resume run={run.path}"
+                f"with it{_how_far(run)}: lora-lab resume run={run.path}"
             )
         if os.path.lexists(run.path) and not run.path.is_dir():
             raise RunError(f"run_dir={run.path}: a file of that name exists. Choose another run_dir.")

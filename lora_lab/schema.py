@@ -201,6 +201,8 @@ def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo])
         rules = rules.replace("a number", "a finite number")
     if first["type"] in _KINDS:
         rules = f"be {_KINDS[first['type']]}"
+    if first["type"] == "string_type" and isinstance(first["input"], (bool, int, float)):
+        rules = f"be text; in quotes it is: '{value}'"
     if first["type"] == "dataclass_type":
         rules = "be a section: keys and values"
     known_as = synonyms.of_choice(key, first["input"])

@@ -28,12 +28,20 @@ def open_trained(path: str, verb: str, overrides: Sequence[str]) -> tuple[RunDir
         ConfigError: an override that has no effect on a trained run.
     """
     run, takes = run_dir.open_existing(path), TAKES[verb]
+    overrides = _without_implied(overrides)
     _refuse([text for text in overrides if _is_key(text) and not _covers(takes, _key(text))], verb, path)
     own = read(run)
     groups = [text for text in overrides if _key(text) in compose.GROUPS]
     _refuse([text for text in groups if not _only_changes(text, takes, own)], verb, path)
     config = compose.load(run.config, overrides)
     return run, without_uploads(config, [_key(text) for text in overrides])
+
+
+def _without_implied(overrides: Sequence[str]) -> list[str]:
+    """The overrides without what `data.eval` says as well: rows of its own are no share of the training rows."""
+    if not any(_key(text) == "data.eval" for text in overrides):
+        return list(overrides)
+    return [text for text in overrides if text not in ("data.eval_ratio=null", "data.stratify=null")]
 
 
 def read(run: RunDir) -> RunConfig:

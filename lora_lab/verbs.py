@@ -63,8 +63,8 @@ base, what to merge into is measured (merge.base).
   lora-lab shrink run=DIR                                  ranks 1, 2, 4, ... below the adapter's, each measured
   lora-lab shrink run=DIR 'shrink.ranks=[8,4]' shrink.tolerance=0.02 run_dir=OUT
 
-The lowest rank whose held-out loss rises by no more than shrink.tolerance is saved as a run folder (DIR/shrunk), which can be
-evaluated, merged and exported like any other.
+The lowest rank whose held-out loss rises by no more than shrink.tolerance, as sure as the rows allow (95 %), is saved as a run
+folder (DIR/shrunk), which can be evaluated, merged and exported like any other.
 """,
     "export": """\
   lora-lab export run=DIR export=gguf                      DIR/export/gguf: for llama.cpp, LM Studio and the like

@@ -144,6 +144,17 @@ def eval_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "eval.jsonl", make_rows(6, seed=1))
 
 
+def fails(arguments: list[str], capsys, code: int = 2) -> str:
+    """The message of a command that must fail as a user mistake: one paragraph, no stack trace."""
+    from lora_lab import cli
+
+    assert cli.main(arguments) == code
+    message = capsys.readouterr().err
+    assert message.startswith("lora-lab: ")
+    assert "Traceback" not in message
+    return message
+
+
 @pytest.fixture
 def overrides(base, rows_file, tmp_path) -> list[str]:
     """A small float32 run on the CPU; later overrides of the same key win."""

@@ -141,8 +141,9 @@ def test_missing_packages(monkeypatch, steps, language, packages):
         assert problem.endswith('not installed. pip install "lora-lab[text]", or leave the step out.')
 
 
-def test_importing_it_is_light():
-    heavy = ["torch", "transformers", "hydra", *LIBRARIES]
-    code = f"import sys, lora_lab.data.clean; print([name for name in {heavy} if name in sys.modules])"
+@pytest.mark.parametrize(("module", "more"), [("clean", LIBRARIES), ("augment", ("rjieba", "numpy"))])
+def test_importing_what_changes_rows_is_light(module, more):
+    heavy = ["torch", "transformers", "hydra", *more]
+    code = f"import sys, lora_lab.data.{module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

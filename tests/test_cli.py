@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from lora_lab import cli
-from tests.conftest import make_base, make_rows, write_jsonl
+from lora_lab.adapters.attach import check_targets
+from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.base import load
+from lora_lab.errors import AdapterError
+from tests.conftest import fails, make_base, make_rows, write_jsonl
 
 
 def run_python(code: str) -> str:
@@ -67,15 +71,6 @@ def test_config_shows_values_and_origins(capsys):
     assert "train.batch_size=8" in capsys.readouterr().out
 
 
-def fails(arguments: list[str], capsys, code: int = 2) -> str:
-    """The message of a command that must fail as a user mistake: one paragraph, no stack trace."""
-    assert cli.main(arguments) == code
-    message = capsys.readouterr().err
-    assert message.startswith("lora-lab: ")
-    assert "Traceback" not in message
-    return message
-
-
 def test_debug_shows_the_stack_trace(capsys):
     assert cli.main(["train", "recipe=nope", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -104,6 +99,25 @@ def test_missing_files_suggest_what_is_there(overrides, rows_file, capsys):
 def test_named_format_with_missing_column(overrides, capsys):
     message = fails(["train", *overrides, "data.format=alpaca"], capsys)
     assert "needs column 'instruction', and the file has prompt, completion" in message
+
+
+def test_target_modules_as_one_text(base):
+    """A plain name is a name ending, as in a list; anything else is a regular expression for whole names, as in peft."""
+    model = load.skeleton(base, load.ModelKind())
+
+    def found(names):
+        return check_targets(model, LoraAdapter(target_modules=names))
+
+    ending = [f"model.layers.{number}.self_attn.q_proj" for number in range(4)]
+    for names in ("q_proj", "self_attn.q_proj", ["self_attn.q_proj"], r".*\.q_proj", "model.layers...self_attn.q_proj"):
+        assert found(names) == ending
+    assert found(ending[1]) == found("1.self_attn.q_proj") == [ending[1]]
+    with pytest.raises(AdapterError, match=r"self_attn.qproj matches no linear layer\."):
+        found("self_attn.qproj")
+    with pytest.raises(
+        AdapterError, match=r"regular expression for whole names, such as 'model.layers.0.*a list, such as"
+    ):
+        found("q_proj|v_proj")
 
 
 def test_target_modules_that_match_nothing(overrides, capsys):
@@ -141,6 +155,15 @@ def test_existing_run_folder_is_untouched(overrides, tmp_path, capsys):
     (tmp_path / "run/precious.txt").write_text("mine")
     assert "exists and is not empty" in fails(["train", *overrides], capsys)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_a_run_that_is_there_says_how_far_it_is(overrides, tmp_path, capsys):
+    for step in (9, 10):
+        (tmp_path / f"run/checkpoints/step-{step}").mkdir(parents=True)
+    message = fails(["train", *overrides], capsys)
+    assert f"go on with it (step 10 is saved): lora-lab resume run={tmp_path}/run" in message
+    (tmp_path / "run/result.json").touch()
+    assert "go on with it (it is finished)" in fails(["train", *overrides], capsys)
 
 
 def test_folders_that_cannot_be_written(overrides, tmp_path, capsys):

@@ -11,6 +11,7 @@ from lora_lab import cli, compose, run, storage
 from lora_lab.adapters import updates
 from lora_lab.adapters.updates import Update, Updates
 from lora_lab.config import MergeConfig
+from lora_lab.data.encode import Example
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import combine, shrink
 from lora_lab.merge.combine import combined
@@ -275,12 +276,44 @@ def test_shrinking_saves_the_lowest_rank_within_tolerance(trained, tmp_path, ada
     assert figures[8]["loss"] == pytest.approx(own, rel=1e-4)  # uncut, by other factors
     assert figures[8]["kept"] == pytest.approx(1.0)
     assert 1 > figures[4]["kept"] > figures[2]["kept"] > figures[1]["kept"] > 0
-    good = [rank for rank in (4, 2, 1) if figures[rank]["loss"] <= figures[8]["loss"] + 2]
+    for row in figures.values():
+        assert row["rise"] == pytest.approx(row["loss"] - figures[8]["loss"], abs=1e-9)
+    good = [rank for rank in (4, 2, 1) if figures[rank]["rise_at_most"] <= 2]
     assert report["chosen"] == min(good)
     assert compose.load(new.config).adapter.r == min(good)
     evaluation = run.evaluate(str(new.path), [])
     assert evaluation["tuned"]["loss"] == pytest.approx(figures[min(good)]["loss"], rel=1e-4)
     assert run.merge(str(new.path), ["export.dtype=float32"])["refused"] == []
+
+
+def test_what_few_rows_cannot_tell_is_no_equal_loss(trained, tmp_path, capsys):
+    folder = trained("run", "adapter.r=4", "train.max_steps=8")
+    assert shrink.shrink(folder, ["shrink.ranks=[1]", "shrink.tolerance=0"]) is None
+    _, row = json.loads((tmp_path / "run/shrink.json").read_text())["ranks"]
+    assert row["rise_at_most"] > max(0, row["rise"])
+    between = (max(0, row["rise"]) + row["rise_at_most"]) / 2  # the measured loss is within it, the true one may not be
+    capsys.readouterr()
+    assert shrink.shrink(folder, ["shrink.ranks=[1]", f"shrink.tolerance={between}"]) is None
+    assert "so few rows allow up to" in " ".join(capsys.readouterr().out.split())
+    assert shrink.shrink(folder, ["shrink.ranks=[1]", f"shrink.tolerance={row['rise_at_most'] * 1.01}"]) is not None
+
+
+def test_the_margin_of_a_loss_is_that_of_paired_rows():
+    import numpy as np
+    from scipy import stats
+
+    draw = np.random.default_rng(0)
+    whole, lower = draw.random((2, 30))
+    examples = [Example(np.zeros(1), np.zeros(1), f"row {number}") for number in range(30)]
+    sums = [np.stack([losses, np.ones(30)], axis=1) for losses in (lower, whole)]
+    interval = stats.ttest_rel(lower, whole).confidence_interval(0.9)  # two-sided
+    expected = interval.high - (lower - whole).mean()
+    assert shrink._margin(*sums, examples) == pytest.approx(expected)
+    # pieces of one row are no rows of their own, and tokens count as they do in the mean
+    halves = [np.repeat(each / 2, 2, axis=0) for each in sums]
+    assert shrink._margin(*halves, [one for one in examples for _ in range(2)]) == pytest.approx(expected)
+    assert shrink._margin(*(each * 7 for each in sums), examples) == pytest.approx(expected)
+    assert shrink._margin(sums[0][:1], sums[1][:1], examples[:1]) == np.inf
 
 
 def test_nothing_is_saved_where_no_rank_is_as_good(trained, tmp_path):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import cli
 from lora_lab.data.sources import MAX_LINE_BYTES
-from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
+from tests.conftest import CHATML, fails, make_rows, make_tokenizer, write_jsonl
 
 GOOD = {"prompt": "red cat", "completion": "blue dog"}
 USER, ANSWER = {"role": "user", "content": "red"}, {"role": "assistant", "content": "dog"}
@@ -23,11 +22,7 @@ def lines(*rows: dict) -> bytes:
 
 
 def refusal(overrides, capsys, *more: str, verb: str = "train") -> str:
-    assert cli.main([verb, *overrides, "data.max_tokens=64", *more]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("lora-lab: ")
-    assert "Traceback" not in message
-    return message
+    return fails([verb, *overrides, "data.max_tokens=64", *more], capsys)
 
 
 @pytest.fixture(autouse=True)

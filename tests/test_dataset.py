@@ -289,6 +289,9 @@ def test_a_split_is_exact_disjoint_stable_and_keeps_equal_rows_together(tmp_path
     assert len(held & sides[1]) >= 19  # one more row moves at most one
     with pytest.raises(DataError, match="Both sides need at least one"):
         load(tokenizer, write_jsonl(tmp_path / "one.jsonl", rows[:1]), eval_ratio=0.5)
+    with pytest.raises(DataError, match=r"or leave out data\.stratify, whose column has 20 different values"):
+        apart = [{**row, "kind": str(number)} for number, row in enumerate(rows[:20])]
+        load(tokenizer, write_jsonl(tmp_path / "apart.jsonl", apart), eval_ratio=0.2, stratify="kind")
 
 
 def test_duplicates_are_counted_or_dropped(tmp_path, tokenizer):

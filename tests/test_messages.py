@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lab import cli, compose
+from lora_lab.errors import ConfigError
 
 _DEMO = ["train", "recipe=demo"]
 # command line -> what is said; each is told before torch is loaded
@@ -107,6 +109,17 @@ def test_lists_mappings_and_sweeps_in_chinese():
     for value in ("甲.jsonl,乙.jsonl", "choice(甲.jsonl,'乙.jsonl')"):
         _, prepared = compose.compose_prepared([f"data.train={value}"], None, multirun=True)
         assert prepared == ["++data.train='甲.jsonl','乙.jsonl'"]
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    ("[好,坏,好]", "data.label_names: '好' is there twice"),
+    ("[好,'坏 ']", "data.label_names: '坏 ' has blanks around it, which no label of a row has. Write '坏'"),
+    ("[1,2]", "data.label_names=1: must be text; in quotes it is: '1'"),
+    ("[true,好]", "data.label_names=true: must be text; in quotes it is: 'true'"),
+])  # fmt: skip
+def test_names_of_classes_that_no_row_could_have(names, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        compose.compose(["data.train=t", f"data.label_names={names}"])
 
 
 def test_a_file_with_a_comma_in_its_name(tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def test_no_earlier_turns(history):
 @pytest.mark.parametrize("history", [
     ["one"], ["one", "two", "three"], [["one", "two", "three"]], [["one", 2]], [{"one": "two"}], "one", 5, {"one": "two"},
     [{"question": "one", "prompt": "uno", "answer": "two"}], "[['one' 'two']]", [["one", None]],
+    [["user", "one"], ["assistant", "two"]], [["Human", "one"], ["gpt", "two"]], "[('user', 'one')]",
 ], ids=str)  # fmt: skip
 def test_earlier_turns_that_could_mean_two_things(history):
     with pytest.raises(RowError, match="'history'"):
@@ -118,6 +119,45 @@ def test_lists_of_labels_as_text(label, read):
 def test_lists_of_labels_that_cannot_be_read(label):
     with pytest.raises(RowError, match="label"):
         formats.read({"text": "red", "label": label}, "text_label")
+
+
+@pytest.mark.parametrize(("labels", "level", "says"), [
+    (["a", "a\u200b"], "error", r"labels 'a' and 'a\u200b' look the same"),
+    (["caf\u00e9", "cafe\u0301"], "error", r"labels 'caf\xe9' and 'cafe\u0301' look the same"),
+    (["pos", "Pos"], "warning", "labels 'pos' and 'Pos' differ in capitals, width or blanks only"),
+    (["1", "１"], "warning", "labels '1' and '１' differ in capitals"),
+    (["very good", "very  good"], "warning", "differ in capitals, width or blanks only"),
+    (["a", "NaN"], "warning", "label 'NaN' is a class like any other"),
+], ids=str)  # fmt: skip
+def test_labels_that_look_alike_are_told(labels, level, says, tokenizer, tmp_path):
+    rows = [{"text": f"red {number}", "label": label} for number, label in enumerate([*labels, "none"])]
+    _, said = load("classification", tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [line for line in said if line.startswith(f"{level}: data.train: label") and says in line]
+    plain = [{**row, "label": "ab"[number % 2]} for number, row in enumerate(rows)]
+    _, said = load("classification", tokenizer, write_jsonl(tmp_path / "plain.jsonl", plain))
+    assert not any("data.train: label" in line for line in said)
+
+
+@pytest.mark.parametrize("text", ["a,b", "a;b", "a|b", "甲，乙", "甲、乙"])
+def test_several_classes_in_one_text_are_no_class(text, tokenizer):
+    def outcome(multi_label: bool, names: list[str] | None = None):
+        task = TaskConfig(name="classification", multi_label=multi_label)
+        encoder = TASKS[task.name].encoder_class(DataConfig(train="-", label_names=names), task, tokenizer)
+        [found] = encoder.encode([sources.Row(1, {"text": "red", "label": text})], "rows", "text_label")
+        return found
+
+    assert "with task.multi_label=true it may mean several classes. Write a list" in outcome(True).sentence
+    for found in (outcome(False), outcome(True, ["a", text])):
+        assert [example.labels for example in found.examples] == [(text,)]
+
+
+@pytest.mark.parametrize("tag", [-100, "-100"])
+@pytest.mark.parametrize("names", [None, ["O", "B-X"]])
+def test_tags_that_do_not_count_are_no_tag(tag, names):
+    row = {"tokens": ["[CLS]", "cat"], "tags": [tag, "O"]}
+    with pytest.raises(RowError, match="tag -100 stands for words that do not count"):
+        formats.read(row, "token_labels", names)
+    assert formats.read({**row, "tags": ["-100", "O"]}, "token_labels", ["O", "-100"]).label == ["-100", "O"]
 
 
 def test_words_and_tags_as_text(tmp_path):
@@ -188,6 +228,9 @@ PAIRS = {
     "JSON text": {"prompt": "red", "chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
     "Python text": {"chosen": str([USER, GOOD]), "rejected": str([USER, BAD])},
     "ShareGPT": {"conversations": [{"from": "human", "value": "red"}], "chosen": {"from": "gpt", "value": "dog"}, "rejected": {"from": "gpt", "value": "cat"}},
+    "spoken prompt": {"prompt": "\n\nHuman: red\n\nAssistant:", "chosen": " dog", "rejected": " cat"},
+    "spoken, with its prompt": {"prompt": "red", "chosen": "\n\nHuman: red\n\nAssistant: dog", "rejected": "\n\nHuman: red\n\nAssistant: cat"},
+    "spoken on both sides": {"prompt": "\n\nHuman: red\n\nAssistant:", "chosen": "\n\nHuman: red\n\nAssistant: dog", "rejected": "\n\nHuman: red\n\nAssistant: cat"},
     "spoken": {"chosen": "\n\nHuman: red\n\nAssistant: dog", "rejected": "\n\nHuman: red\n\nAssistant: cat"},
 }  # fmt: skip
 
@@ -239,6 +282,23 @@ def test_columns_that_are_not_read_are_said_once(tokenizer, tmp_path):
     assert sum("data.columns={system: system_prompt}" in line for line in said) == 1
     _, said = load("causal_lm", tokenizer, file, columns={"system": "system_prompt"}, stratify="id", eval_ratio=0.5)
     assert not any("not read" in line for line in said)
+
+
+def test_columns_that_streamed_rows_never_read_are_said(tokenizer, tmp_path):
+    rows = [{"prompt": "red", "completion": "dog", "id": 3, "system_prompt": "be kind"}] * 100
+    other = {"messages": [{"role": "human", "content": "red"}, {"role": "gpt", "content": "dog"}], "model": "x"}
+    for name, given in (("a.jsonl", rows), ("b.jsonl", [other] * 3)):
+        write_jsonl(tmp_path / name, given)
+    _, said = load("causal_lm", tokenizer, tmp_path, streaming=True)
+    assert (
+        "note: data.train: a.jsonl: columns that are not read: id (64 rows), system_prompt (64 rows) (of the first 64 rows, which "
+        "were looked at)." in said
+    )
+    assert any("data.columns={system: system_prompt}" in line for line in said)
+    assert any("b.jsonl: columns that are not read: model (3 rows) (of the first 3 rows" in line for line in said)
+    assert any(
+        "3 rows of b.jsonl: roles human, gpt read as user, assistant or tool (of the first 3" in line for line in said
+    )
 
 
 @pytest.mark.parametrize("name", ["image", "images", "audio", "videos"])
@@ -360,6 +420,9 @@ def test_rows_inside_an_object(tokenizer, tmp_path):
         rows_in(tmp_path / "a.json", field="a.row")
     with pytest.raises(DataError, match=r"data\.field=a\.rows"):
         rows_in(tmp_path / "a.json", field="a")
+    with pytest.raises(DataError, match=r"columns version, a fit no format.*may be in 'a.rows': data\.field=a\.rows"):
+        (tmp_path / "c.json").write_text(json.dumps({"version": 1, "a": {"rows": rows}}))
+        load("classification", tokenizer, tmp_path / "c.json")
     with pytest.raises(ConfigError, match="data.field=a: no effect, because no file is a .json file"):
         load("classification", tokenizer, write_jsonl(tmp_path / "b.jsonl", rows), field="a")
 

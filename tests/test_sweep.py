@@ -575,15 +575,13 @@ def test_cohorts_train_on_two_workers(overrides, eval_file, tmp_path, capsys, mo
         f"data.eval={eval_file}",
         "train.max_steps=3",
         "adapter.r=2,4",
-        "adapter.target_modules=[q_proj],[nope]",
+        "quant=none,nf4",  # bases that cannot be shared: a cohort for each worker
     ]
     nodes = ["hydra/launcher=cohort_local", "hydra.launcher.workers=2", f"hydra.sweep.dir={tmp_path}/nodes"]
-    assert cli.main([*command, *nodes]) == 2
-    captured = capsys.readouterr()
-    assert captured.out.count("   node  ") == 2
-    assert "nope matches no linear layer" in captured.err
-    assert cli.main([*command, f"hydra.sweep.dir={tmp_path}/here"]) == 2
-    for name in "02":
+    assert cli.main([*command, *nodes]) == 0
+    assert capsys.readouterr().out.count("   node  ") == 2
+    assert cli.main([*command, f"hydra.sweep.dir={tmp_path}/here"]) == 0
+    for name in "0123":
         assert_same_run(tmp_path / "nodes" / name, tmp_path / "here" / name)
     here, there = (json.loads((tmp_path / name / "ranking.json").read_text()) for name in ("here", "nodes"))
     assert [place["name"] for place in here["ranking"]] == [place["name"] for place in there["ranking"]]

@@ -455,6 +455,17 @@ def test_a_long_context_is_read_in_windows(start, tmp_path):
     assert 1 <= sum(window.labels != ("0", "0") for window in windows) < len(windows)
 
 
+def test_a_base_with_three_classes_answers_with_two(start, models, tmp_path):
+    """Published classifiers carry the number of their classes; the head for answers has a start and an end."""
+    base = tmp_path / "base"
+    shutil.copytree(models["bert"], base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
+    (base / "config.json").write_text(json.dumps(config))
+    made = run.train(compose.compose(start("question_answering", f"model.path={base}", "train.max_steps=2")))
+    assert json.loads((made.path / "result.json").read_text())["tuned"]["loss"] > 0
+
+
 def test_the_best_span_of_all_windows_is_the_answer(start, tmp_path):
     from lora_lab import compose
     from lora_lab.tasks.base import Observed

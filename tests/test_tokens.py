@@ -22,7 +22,9 @@ from lora_lab.tasks.classification import ClassEncoder
 from lora_lab.tasks.completion import DocumentEncoder
 from lora_lab.tasks.masked_lm import MaskedEncoder
 from lora_lab.tasks.preference import PreferenceEncoder
+from lora_lab.tasks.question_answering import SpanEncoder
 from lora_lab.tasks.reward import RewardEncoder
+from lora_lab.tasks.token_classification import TagEncoder
 from tests.conftest import CHATML, WORDS, make_base, make_rows, write_jsonl
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
@@ -152,6 +154,56 @@ def test_a_text_of_nothing_but_marks_is_refused(tmp_path):
     encoder, _ = encoder_of(DocumentEncoder, make(tmp_path, "<s> $A </s>"))
     [outcome] = encoder.encode([Row(1, {"text": "<s></s>"})], "row", "text")
     assert outcome.problem == "empty"
+
+
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_words_with_the_tokenizers_marks_have_them_once_and_no_tag_for_them(around, tmp_path):
+    encoder, tokenizer = encoder_of(TagEncoder, make(tmp_path, around), "token_classification")
+    own = marks_of(tokenizer)
+    words, tags = ["red", "cat", "Graz"], ["O", "O", "B-LOC"]
+    bare = {"tokens": words, "tags": tags}
+    before, after = ([mark] if mark else [] for mark in (own.opening, own.closing))
+    apart = {
+        "tokens": [*before, *words, *after],
+        "tags": [*(["X"] * len(before)), *tags, *(["X"] * len(after))],
+    }
+    joined = {"tokens": [f"{own.opening}red", "cat", f"Graz{own.closing}"], "tags": tags}
+    expected, *others = encoder.encode([Row(1, row) for row in (bare, apart, joined)], "row", "token_labels")
+    for found in others:
+        assert found.problem is None
+        assert (found.label, found.digest) == (tags, expected.digest)
+        [example], [same] = found.examples, expected.examples
+        assert example.input_ids.tolist() == same.input_ids.tolist()
+        assert example.weights.tolist() == same.weights.tolist()
+        assert (example.labels, example.content) == (same.labels, same.content)
+    if before or after:
+        nothing = {"tokens": [*before, *after], "tags": ["X"] * len(before + after)}
+        [outcome] = encoder.encode([Row(1, nothing)], "row", "token_labels")
+        assert outcome.problem == "empty"
+
+
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_question_and_its_context_have_the_tokenizers_marks_once(around, starts, tmp_path):
+    encoder, tokenizer = encoder_of(SpanEncoder, make(tmp_path, around), "question_answering", max_tokens=200)
+    own = marks_of(tokenizer)
+    bare, marked = (
+        {
+            "question": f"{before}where{after}",
+            "context": f"{before}red cat of Graz{after}",
+            "answers": {"text": ["Graz"]} | ({"answer_start": [len(before) + 11]} if starts else {}),
+        }
+        for before, after in (("", ""), (own.opening, own.closing))
+    )
+    [expected], [found] = (encode(encoder, row, "question_answering") for row in (bare, marked))
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert (found.labels, found.pair_start, found.content) == (expected.labels, expected.pair_start, expected.content)
+    first, last = map(int, found.labels)
+    assert tokenizer.decode(found.input_ids[first : last + 1]).strip() == "Graz"
+    if own.opening and starts:
+        wrong = {**marked, "answers": {"text": [own.opening], "answer_start": [0]}}
+        [outcome] = encoder.encode([Row(1, wrong)], "row", "question_answering")
+        assert "stands in the tokenizer's own marks" in outcome.sentence
 
 
 def test_judged_answers_begin_as_conversations_do(tmp_path):

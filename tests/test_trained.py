@@ -16,7 +16,7 @@ from lora_lab.explain import as_override
 from lora_lab.prepared import prepare
 from lora_lab.run_dir import RunDir
 from lora_lab.verbs import TAKES
-from tests.conftest import make_base
+from tests.conftest import fails, make_base, make_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +118,15 @@ def test_an_unknown_key_is_told_with_the_nearest_one(done):
         trained.open_trained(str(done.path), "evaluate", ["data.evl=x"])
 
 
-def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, rows_file, eval_file):
-    done = run.train(config_of("data.eval_ratio=0.2", "train.max_steps=1"))
-    _, config = trained.open_trained(str(done.path), "evaluate", [f"data.eval={eval_file}"])
-    assert (config.data.eval, config.data.eval_ratio) == (str(eval_file), None)
+def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, eval_file, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{**row, "kind": "ab"[n % 2]} for n, row in enumerate(make_rows(20))])
+    done = run.train(config_of(f"data.train={rows}", "data.eval_ratio=0.2", "data.stratify=kind", "train.max_steps=1"))
+    for more in ([], ["data.eval_ratio=null"], ["data.eval_ratio=null", "data.stratify=null"]):
+        _, config = trained.open_trained(str(done.path), "evaluate", [f"data.eval={eval_file}", *more])
+        assert (config.data.eval, config.data.eval_ratio, config.data.stratify) == (str(eval_file), None, None)
+    for more in ([f"data.eval={eval_file}", "data.eval_ratio=0.5"], ["data.eval_ratio=null"]):
+        with pytest.raises(ConfigError, match=r"data.eval_ratio=.*no effect on a trained run"):
+            trained.open_trained(str(done.path), "evaluate", more)
 
 
 # -- what was recorded --------------------------------------------------------------------------------------------------
@@ -135,18 +140,22 @@ def test_an_edited_configuration_is_refused_with_both_values(copied):
             trained.open_trained(str(copied.path), verb, [])
 
 
-def test_an_edited_adapter_is_refused_even_with_new_checksums(copied, capsys):
-    reseal(copied.adapter, "adapter_config.json", lambda tree: tree.update(lora_alpha=1))
-    for verb in ("evaluate", "merge", "shrink"):
-        assert cli.main([verb, f"run={copied.path}"]) == 2
-        assert "lora_alpha=1, and the run says 32" in capsys.readouterr().err
-
-
-def test_an_adapter_of_another_quantization_is_refused(copied, capsys):
-    reseal(copied.adapter, "lora_lab.json", lambda tree: tree["base"].update(method="nf4"))
-    for verb in ("evaluate", "merge", "chat"):
-        assert cli.main([verb, f"run={copied.path}"]) == 2
-        assert "trained with quant.method=nf4, and the run says none" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("adapter_config.json", lambda tree: tree.update(lora_alpha=1), "lora_alpha=1, and the run says 32"),
+        (
+            "lora_lab.json",
+            lambda tree: tree["base"].update(method="nf4"),
+            "trained with quant.method=nf4, and the run says none",
+        ),
+    ],
+    ids=["settings", "quantization"],
+)
+def test_an_edited_adapter_is_refused_even_with_new_checksums(name, change, said, copied, capsys):
+    reseal(copied.adapter, name, change)
+    for verb in ("evaluate", "merge", "shrink", "chat"):
+        assert said in fails([verb, f"run={copied.path}"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +202,7 @@ def test_notes_about_copies_do_not_count(own_base, done):
     text = file.read_text()
     file.write_text(text.replace('"5"', '"6"'))
     try:
-        prepare(compose.load(done.config), trained=done)
+        assert prepare(compose.load(done.config), trained=done).base.folder == own_base
     finally:
         file.write_text(text)
 

@@ -235,6 +235,8 @@ def _matching(key: str, names: str | list[str], layers: list[str], shown: str | 
         reason = f"{', '.join(missing)} matches no linear layer" if missing else "the list is empty"
         where = "The model has" if key == "adapter.target_modules" else "Adapted are"
         hint = nearest(missing[0], endings) if missing else ""
+        if isinstance(names, str) and shown is None:
+            hint = f" One text is a regular expression for whole names, such as '{layers[0]}'; endings are a list, such as [q_proj]."
         raise AdapterError(f"{key}: {reason}.{hint} {where}: {', '.join(endings)}.")
     return [layer for layer in layers if any(layer in matched for matched in found.values())]
 

@@ -38,9 +38,10 @@ class LoraAdapter:
 
     @property
     def targets(self) -> str | list[str]:
-        """`target_modules` as peft means it: one plain word is a name ending, as in a list, not a regular expression."""
+        """`target_modules` as peft means it: one plain name (`self_attn.q_proj`) is a name ending, as in a list, not a regular
+        expression."""
         names = self.target_modules
-        return [names] if isinstance(names, str) and re.fullmatch(r"\w+", names) else names
+        return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
 
     def peft_config(self, task_type: str | None) -> peft.LoraConfig:
         """The peft configuration of this adapter; `task_type` is peft's `TaskType` name, or None."""

@@ -159,9 +159,11 @@ def split(data: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
         limit = round(ratio * len(different))
         held |= inside & (draws < different[limit] if limit < len(different) else inside)
     if held.all() or not held.any():
+        parted = len(np.unique(strata))
+        strata_too = f", or leave out data.stratify, whose column has {parted} different values" if parted > 1 else ""
         raise DataError(
             f"data.eval_ratio={ratio:g}: of {data.rows_used} rows, {len(np.unique(data.rows[held]))} would be held out. Both sides "
-            "need at least one: change the ratio or add rows."
+            f"need at least one: change the ratio{strata_too}, or add rows."
         )
     original = data.table.column("copy").to_numpy()[data.chosen] == 0
     sides = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from lora_lab.config import DataConfig
 from lora_lab.data import hints, readable
 from lora_lab.data.build import Data
 from lora_lab.data.chunks import Report
-from lora_lab.data.dataset import Dataset
+from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
 from lora_lab.data.formats import FORMATS
 from lora_lab.data.formats import counts as is_count
@@ -29,6 +30,19 @@ _READERS = {
     ("Latin", True): "model=minilm reads English",
     ("Latin", False): "model=smollm2_135m reads English, model=gemma3_270m other languages too",
 }
+_NO_LABELS = (
+    "nan",
+    "NaN",
+    "null",
+    "NULL",
+    "None",
+    "n/a",
+    "N/A",
+    "NA",
+    "#N/A",
+    "<NA>",
+    "undefined",
+)  # what tables write where there is no value
 _OF_CLASSES = ("text_label", "pair_label", "token_labels")
 
 
@@ -55,6 +69,10 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             else:
                 for one in (_repeated, _labels, *((_ends, _prompts, _special_texts, _tools) if encoder.chat else ())):
                     findings += one(part, encoder)
+        elif isinstance(part, Stream):
+            for report in part.first_reports():
+                seen = f" (of the first {report.rows} rows, which were looked at)"
+                findings += _how_read(report, part.key, config, seen)
     for part, names in ((data.train, config.train), (data.held_out, config.eval)):
         if part is not None and names is not None:
             findings += _readable(part.key, names, encoder)
@@ -75,8 +93,7 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
             named = first + (f" Also {more}" + (" ..." if count > _NAMED else ".") if more else "")
             level = "error" if is_error(config, kind) else "note"
             found.append(Finding(level, data.key, f"{count} of {report.rows} rows of {report.name}: {kind}. {named}"))
-        found += _unread(report, data.key, config)
-        found += [Finding("note", data.key, f"{n} rows of {report.name}: {note}.") for note, n in report.notes.items()]
+        found += _how_read(report, data.key, config)
     found += [Finding("note", data.key, f"{count} rows dropped: {why}.") for why, count in data.dropped.items()]
     for attribute, meaning in {
         "truncated": "prompts cut to data.max_tokens (data.too_long=truncate_prompt)",
@@ -90,7 +107,15 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
     return found
 
 
-def _unread(report: Report, key: str, config: DataConfig) -> list[Finding]:
+def _how_read(report: Report, key: str, config: DataConfig, seen: str = "") -> list[Finding]:
+    """What is worth saying of how a file's rows are read; `seen`: of which rows that is known."""
+    notes = [
+        Finding("note", key, f"{count} rows of {report.name}: {note}{seen}.") for note, count in report.notes.items()
+    ]
+    return _unread(report, key, config, seen) + notes
+
+
+def _unread(report: Report, key: str, config: DataConfig, seen: str) -> list[Finding]:
     """Columns of a file that nothing reads; a warning for one that may be meant as a column of ours."""
     if not report.unread:
         return []
@@ -101,9 +126,11 @@ def _unread(report: Report, key: str, config: DataConfig) -> list[Finding]:
             option = hints.option({**(config.columns or {}), ours: column})
             sentence = f"{report.name}: column '{column}' is not read. If it is our '{ours}', map it: {option}."
             found.append(Finding("warning", key, sentence))
-    listed = ", ".join(f"{column} ({count} rows)" for column, count in list(report.unread.items())[:20])
+    listed = ", ".join(
+        f"{column or '(without a name)'} ({count} rows)" for column, count in list(report.unread.items())[:20]
+    )
     more = " ..." if len(report.unread) > 20 else ""
-    return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}.")]
+    return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}{seen}.")]
 
 
 def _readable(key: str, names: object, encoder: Encoder) -> list[Finding]:
@@ -219,6 +246,7 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
         found.append(
             Finding("error", data.key, f"all labels are {next(iter(counts))}: there is nothing to tell apart.")
         )
+    found += _alike(data.key, list(counts))
     names = encoder.config.label_names
     absent = [name for name in names or [] if name not in counts]
     if absent:
@@ -231,6 +259,38 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
         sentence = f"no row has the label {listed}; labels go from {numbers[0]} to {numbers[-1]}. It will be no class."
         found.append(Finding("warning", data.key, sentence))
     return found
+
+
+def _alike(key: str, labels: list[str]) -> list[Finding]:
+    """Labels that look alike, of which each is a class of its own, and labels that stand for none."""
+    found = []
+    for plain, level, how in (
+        (_as_seen, "error", "look the same and differ in invisible signs or in how accents are stored"),
+        (_roughly, "warning", "differ in capitals, width or blanks only"),
+    ):
+        groups: dict[str, list[str]] = {}
+        for label in labels:
+            groups.setdefault(plain(label), []).append(label)
+        for group in groups.values():
+            if len({one if plain is _as_seen else _as_seen(one) for one in group}) > 1:
+                listed = " and ".join(map(ascii if plain is _as_seen else repr, group[:_NAMED]))
+                found.append(Finding(level, key, f"labels {listed} {how}; each is a class of its own. Make them one."))
+    for label in labels:
+        if label in _NO_LABELS:
+            sentence = (
+                f"label {label!r} is a class like any other. If it stands for a row without a label, remove these rows."
+            )
+            found.append(Finding("warning", key, sentence))
+    return found
+
+
+def _as_seen(label: str) -> str:
+    """A label as the eye sees it: accents in one form, without invisible characters."""
+    return "".join(one for one in unicodedata.normalize("NFC", label) if unicodedata.category(one) != "Cf")
+
+
+def _roughly(label: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", _as_seen(label)).casefold().split())
 
 
 def _special_texts(data: Dataset, encoder: Encoder) -> list[Finding]:

@@ -111,12 +111,20 @@ def history_of(value: Any) -> list[Message]:
             )
         return _alternating(turns)
     if all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
+        _refuse_roles([turn[0] for turn in turns], value)
         return _alternating([text for pair in turns for text in pair])
     if all(isinstance(turn, dict) for turn in turns):
         if all(("role" in turn and "content" in turn) or ("from" in turn and "value" in turn) for turn in turns):
             return turns_of(turns, "history")
         return _alternating([text for turn in turns for text in _exchange(turn)])
     raise _no_history(value)
+
+
+def _refuse_roles(questions: list[Any], value: Any) -> None:
+    """Pairs of a role and a text are no pairs of a question and an answer: the roles would be trained on as questions."""
+    names = {text.strip().lower() for text in questions if isinstance(text, str)}
+    if names and names <= {*_ROLES, *_OTHER_ROLES}:
+        raise _no_history(value)
 
 
 def _alternating(texts: list[Any]) -> list[Message]:
@@ -210,6 +218,14 @@ def spoken(text: Any) -> list[Message] | None:
         {"role": role_of({"Human": "human", "Assistant": "assistant"}[who]), "content": said.strip()}
         for who, said in zip(parts[::2], parts[1::2], strict=True)
     ]
+
+
+def spoken_prompt(text: Any) -> list[Message] | None:
+    """The turns of such a text that ends where the assistant is to answer; None for any other text."""
+    turns = spoken(text)
+    if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
+        return turns[:-1]
+    return turns
 
 
 # -- media and reasoning, which a text model may lose -------------------------------------------------------------------

@@ -271,6 +271,16 @@ class Stream:
             self.key, table, np.arange(len(table)), np.asarray(parts, dtype=np.int64), rows, reports, self.files
         )
 
+    def first_reports(self, count: int = 64) -> list[Report]:
+        """What becomes of the first lines of each file."""
+        reports, first = [], 0
+        for part, last in enumerate(self._ends):
+            rows = [self._row(line)[1] for line in range(first, min(first + count, int(last)))]
+            rows = [row for row in rows if row is not None]
+            reports.append(encode_chunk(self.encoder, rows, self.inputs[part].name, self.formats[part])[1])
+            first = int(last)
+        return reports
+
     @property
     def mixture(self) -> Mixture | None:
         lines = [len(starts) - 1 for starts in self._starts]

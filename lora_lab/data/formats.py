@@ -17,6 +17,7 @@ from lora_lab.data.conversations import (
     refuse_media,
     same_prompt,
     spoken,
+    spoken_prompt,
     tools_of,
     turns_of,
     weight_of,
@@ -27,6 +28,7 @@ from lora_lab.errors import DataError, nearest
 
 __all__ = ["FORMATS", "Format", "Message", "Record", "RowError", "class_name", "detect", "read", "unread", "weight_of"]
 _NOT_NUMBERS = (float("inf"), float("-inf"))
+_UNCOUNTED = "-100"  # transformers' tag of tokens that the loss leaves out
 BLANKS = "labels with blanks around them, which do not count"
 
 
@@ -180,7 +182,10 @@ def _turns_or_text(prompt: Any, answer: Any) -> tuple[Any, Any]:
         prompt = asked
     if answered is not None and (asked is not None or answered_by_python):
         answer = answered
-    return prompt, answer
+    said = spoken_prompt(prompt)
+    if said is not None and isinstance(answer, str):
+        return said, spoken(answer) or answer.strip()
+    return prompt, spoken(answer) or answer
 
 
 def _alpaca(values: dict[str, Any], _: Any = None) -> Record:
@@ -318,6 +323,12 @@ def _token_labels(values: dict[str, Any], names: Sequence[str] | None = None) ->
 
 def _tag(tag: Any, names: Sequence[str] | None) -> str:
     tag = tag.strip() if isinstance(tag, str) else tag
+    if str(tag) == _UNCOUNTED and _UNCOUNTED not in (names or ()):
+        raise RowError(
+            "label",
+            f"tag {tag} stands for words that do not count, such as pieces of words and the tokenizer's marks. Give whole words, "
+            "each with a tag of its own (O where it has none); they are cut into tokens here.",
+        )
     if names is not None and counts(tag) and tag not in names:
         tag = int(tag)
     number = isinstance(tag, int) and not isinstance(tag, bool)

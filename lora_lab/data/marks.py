@@ -6,6 +6,7 @@ The model has seen them around every text, so they stand there once, whether the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,19 @@ class Marks:
     def without(self, text: str) -> str:
         """A text without the marks that it brings itself, and that the tokenizer puts there anyway."""
         return text.removeprefix(self.opening).removesuffix(self.closing)
+
+    def of_words(self, words: Sequence[str]) -> tuple[slice, list[str]]:
+        """Which words of a text are not marks that it brings itself, and these words."""
+        heads = range(1, 1 + len(self.before) if self.opening else 1)
+        tails = range(1, 1 + len(self.after) if self.closing else 1)
+        first = next((n for n in heads if "".join(words[:n]) == self.opening), 0)
+        last = len(words) - next((n for n in tails if "".join(words[first:][-n:]) == self.closing), 0)
+        kept = list(words[first:last])
+        if kept and not first:
+            kept[0] = kept[0].removeprefix(self.opening)
+        if kept and last == len(words):
+            kept[-1] = kept[-1].removesuffix(self.closing)
+        return slice(first, last), kept
 
 
 def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:

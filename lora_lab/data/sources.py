@@ -403,7 +403,7 @@ def _inside(value: Any, field: str | None) -> str:
     """What an object holds instead of being a list of rows, and how to name it."""
     if not isinstance(value, dict):
         return f" It holds {type(value).__name__}."
-    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    lists = list(_lists_of_objects(value))
     if lists:
         options = " or ".join(f"data.field={f'{field}.' if field else ''}{key}" for key in lists[:5])
         return f" It is one object, and its rows may be in {' or '.join(map(repr, lists[:5]))}: {options}."
@@ -411,6 +411,15 @@ def _inside(value: Any, field: str | None) -> str:
         f" It is one object with the keys {', '.join(list(value)[:10])}. Write one object for each row "
         "(pandas: to_json(orient='records', lines=True))."
     )
+
+
+def _lists_of_objects(value: dict[str, Any], depth: int = 3) -> Iterator[str]:
+    """Where lists of objects lie in an object, as `data.field` names them; no deeper than so many objects."""
+    for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            yield str(key)
+        elif isinstance(item, dict) and depth > 1:
+            yield from (f"{key}.{inner}" for inner in _lists_of_objects(item, depth - 1))
 
 
 def lists_in(file: DataFile | HubData, rows: list[Row]) -> str:

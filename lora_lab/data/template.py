@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.data.formats import Message, Record, RowError, weight_of
 from lora_lab.data.limits import MAX_ROW_CHARS, Bounds
 from lora_lab.data.marks import Marks
-from lora_lab.errors import ConfigError, DataError, LoraLabError, nearest
+from lora_lab.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,9 +143,7 @@ class ChatTemplate:
                 text = self.tokenizer.apply_chat_template(
                     plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs
                 )
-        except (LoraLabError, MemoryError):
-            raise
-        except Exception as error:  # of the template itself, of jinja, of Python's compiler
+        except _template_errors() as error:
             raise RowError("template", f"the model's chat template cannot render it ({error}).") from error
         if len(text) > _MAX_TEXT:
             raise DataError(
@@ -169,9 +167,7 @@ class ChatTemplate:
                     re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.tokenizer.chat_template)
                 )
                 known = meta.find_undeclared_variables(parsed)
-        except LoraLabError:
-            raise
-        except Exception:
+        except _template_errors():
             return  # told with the first row
         known |= set(re.findall(r"\bset (\w+)", self.tokenizer.chat_template))
         for name in self.kwargs:
@@ -318,6 +314,17 @@ class _Turns:
         start, end = self.span(turn)
         through = self.through(turn)
         return start < end and through.startswith(self.prompt(turn)) and self.through(cut - 1).startswith(through[:end])
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a template that does not fit, or is broken, raises: jinja's own errors (`raise_exception` among them), what Python's
+    compiler says of its code, and what its expressions raise on the values of a row."""
+    from jinja2 import TemplateError
+
+    return (
+        TemplateError, SyntaxError, AssertionError, NameError,  # of reading and compiling
+        ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,  # of running
+    )  # fmt: skip
 
 
 def _tools_as_text(messages: list[Message], tools: list[dict[str, Any]] | None) -> list[Message]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from scipy import stats
 
 from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.updates import Updates
 from lora_lab.config import RunConfig
+from lora_lab.data.dataset import Dataset
+from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
 from lora_lab.prepared import Prepared, load_adapted, prepare
@@ -17,12 +23,16 @@ from lora_lab.run_dir import RunDir
 from lora_lab.trained import open_trained
 
 _SHRUNK = "shrunk"  # name of the lower adapter in the model
+_LOOK = 512  # examples whose own losses are compared
+_CONFIDENCE = 0.95  # of the most that a rank's loss may have risen
+_OWN = ("rank", "kept", "parameters", "rise", "rise_at_most")  # figures of a rank that are no metrics
 
 
 def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     """`lora-lab shrink`: the new run, in `run_dir` (by default `shrunk/` in the run's folder); None if no rank is as good.
 
-    Each layer's update is cut by its singular values. The figures of all ranks are in `shrink.json`.
+    Each layer's update is cut by its singular values. A rank is as good if its loss, by how much the held-out rows differ in it,
+    has risen by no more than the tolerance. The figures of all ranks are in `shrink.json`.
 
     Raises:
         ConfigError: no held-out rows to measure on, or no lower rank to try.
@@ -43,39 +53,81 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
         [list(row.values()) for row in figures],
         slice(0, None),
     )
-    tolerance, whole = config.shrink.tolerance, figures[0]["loss"]
-    good = [row for row in figures[1:] if row["loss"] <= whole + tolerance]
+    good = [row for row in figures[1:] if row["rise_at_most"] <= config.shrink.tolerance]
     chosen = good[-1] if good else None  # ranks fall
     new = None
     if chosen is None:
-        console.say(
-            "shrink", f"no lower rank stays within shrink.tolerance={tolerance:g} of the loss; nothing is saved"
-        )
+        console.say("shrink", _none_saved(figures, config.shrink.tolerance))
     else:
         new = _save(run, config, adapter, chosen, prepared)
-    report = {"run": str(run.path), "tolerance": tolerance, "chosen": chosen and chosen["rank"], "ranks": figures}
+    report = {
+        "run": str(run.path),
+        "tolerance": config.shrink.tolerance,
+        "chosen": chosen and chosen["rank"],
+        "ranks": figures,
+    }
     storage.write_text(run.path / "shrink.json", storage.dump_json(report))
     return new
 
 
+def _none_saved(figures: list[dict[str, float]], tolerance: float) -> str:
+    """Why no rank is as good: it is worse, or so few rows cannot tell."""
+    unsure = [row for row in figures[1:] if row["rise"] <= tolerance]
+    if not unsure:
+        return f"no lower rank stays within shrink.tolerance={tolerance:g} of the loss; nothing is saved"
+    row = min(unsure, key=lambda one: one["rise_at_most"])
+    return (
+        f"the loss changes by {row['rise']:+.4f} at rank {row['rank']}, but so few rows allow up to {row['rise_at_most']:+.4f} "
+        f"({_CONFIDENCE:.0%} confidence), above shrink.tolerance={tolerance:g}; nothing is saved. Measure on more rows "
+        "(data.eval=FILE), or raise the tolerance"
+    )
+
+
 def _figures(config: RunConfig, adapter: Updates, ranks: Sequence[int], prepared: Prepared) -> list[dict[str, float]]:
-    """For each rank the share of the updates that is kept, the adapter's size, and what is measured."""
+    """For each rank the share of the updates that is kept, the adapter's size, what is measured, and how far the loss is above
+    that of the first rank, as measured and at most."""
     targets = config.adapter.target_modules
     widest = dataclasses.replace(config, adapter=derived.adapter_config(config.adapter, adapter.rank, targets))
-    model, figures = load_adapted(prepared, {_SHRUNK: widest}).eval(), []
+    model, figures, whole = load_adapted(prepared, {_SHRUNK: widest}).eval(), [], None
+    examples = _spread(prepared.held_out, _LOOK)
     for rank in ranks:
         cut, kept = _cut(adapter, rank)
         files.put(model, _SHRUNK, cut.tensors(adapter.rank))
         size = sum(tensor.numel() for tensor in cut.tensors(rank).values())
-        figures.append({"rank": rank, "kept": kept, "parameters": size, **prepared.measure(f"rank {rank}").metrics})
+        metrics = prepared.measure(f"rank {rank}").metrics
+        with prepared.accelerator.autocast():
+            losses = prepared.task.losses_of(model, examples)
+        whole = losses if whole is None else whole
+        rise = metrics["loss"] - (figures[0]["loss"] if figures else metrics["loss"])
+        most = rise + _margin(losses, whole, examples) * math.sqrt(min(1, _LOOK / len(prepared.held_out)))
+        figures.append({"rank": rank, "kept": kept, "parameters": size, **metrics, "rise": rise, "rise_at_most": most})
     return figures
+
+
+def _spread(data: Dataset, count: int) -> list[Example]:
+    """The examples of so many items, evenly spread."""
+    places = np.unique(np.linspace(0, len(data) - 1, num=min(count, len(data))).astype(int))
+    return [example for place in places for example in data[int(place)]]
+
+
+def _margin(losses: np.ndarray, whole: np.ndarray, examples: list[Example]) -> float:
+    """How far the mean difference of paired losses [n, 2] may lie below the true one, by how much rows differ in it."""
+    _, rows = np.unique([example.origin for example in examples], return_inverse=True)
+    differences = np.bincount(rows, losses[:, 0] - whole[:, 0])
+    weights = np.bincount(rows, losses[:, 1])
+    count = len(weights)
+    if count < 2:
+        return math.inf if differences.any() else 0.0
+    spread = differences - weights * (differences.sum() / weights.sum())
+    error = math.sqrt(count / (count - 1) * np.square(spread).sum()) / weights.sum()
+    return float(stats.t.ppf(_CONFIDENCE, count - 1)) * error
 
 
 def _save(run: RunDir, config: RunConfig, adapter: Updates, chosen: dict[str, float], prepared: Prepared) -> RunDir:
     """The run folder of the chosen rank."""
     rank = chosen["rank"]
     lower = derived.adapter_config(config.adapter, rank, config.adapter.target_modules)
-    metrics = {name: value for name, value in chosen.items() if name not in ("rank", "kept", "parameters")}
+    metrics = {name: value for name, value in chosen.items() if name not in _OWN}
     made_of = {"method": f"svd to rank {rank}", "adapters": [{"run": str(run.path), "weight": 1.0}]}
     cut, _ = _cut(adapter, rank)
     new = derived.make(dataclasses.replace(config, adapter=lower), cut, prepared, made_of, None, metrics)

@@ -245,6 +245,14 @@ class Task:
             del out  # the next batch's logits need the room
         return self.metrics(loss / weight, seen)
 
+    @torch.no_grad()
+    def losses_of(self, model: PeftModel, examples: list[Example]) -> np.ndarray:
+        """[n, 2] the summed loss of each example and the weight by which the whole mean divides, as `measure` adds them up."""
+        batches = self.batches([[example] for example in examples], np.random.default_rng(0))
+        self.begin(model, batches)
+        found = (self.loss(model, batch.to(model.device)) for batch in batches)
+        return np.array([(one.loss.item(), one.weight) for one in found])
+
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: Batch) -> Observed:
         """What is kept of a batch until all have been seen."""
         predicted = logits.argmax(-1).cpu()

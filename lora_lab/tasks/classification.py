@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MOST_CLASSES = 10_000
+_PARTS = re.compile(r"[,;|，；、]")  # what may part the classes of one text
 
 
 class LabelEncoder(Encoder):
@@ -67,7 +69,16 @@ class ClassEncoder(LabelEncoder):
             raise RowError(
                 "label", f"{len(record.label)} labels {record.label}. For any number there is task.multi_label=true."
             )
+        if self.task.multi_label and not several and self._may_be_several(record.label):
+            raise RowError(
+                "label",
+                f"label {record.label!r} is one text, and with task.multi_label=true it may mean several classes. Write a list, such "
+                'as ["a", "b"], or name all classes with data.label_names.',
+            )
         return tuple(class_name(label) for label in (record.label if several else [record.label]))
+
+    def _may_be_several(self, label: Any) -> bool:
+        return isinstance(label, str) and bool(_PARTS.search(label)) and label not in (self.config.label_names or ())
 
 
 class ClassTask(PaddedTask):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,16 @@ class SpanEncoder(Encoder):
 
     formats = ("question_answering",)
     task_options = ("stride",)
+
+    def bare(self, record: Record) -> Record:
+        """Question and context without the tokenizer's own marks around them; the answers' places move along."""
+        question, context = self.unmarked(record.text), self.unmarked(record.pair)
+        shift = len(self.marks.opening) if record.pair.startswith(self.marks.opening) else 0
+        spans = [[text, None if start is None else start - shift] for text, start in record.label]
+        for text, start in spans:
+            if start is not None and not 0 <= start <= len(context) - len(text):
+                raise RowError("label", f"answer {text!r} stands in the tokenizer's own marks. Mend or remove the row.")
+        return dataclasses.replace(record, text=question, pair=context, label=spans)
 
     def example(self, record: Record, origin: str) -> Encoded:
         text, start = record.label[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -26,6 +27,13 @@ class TagEncoder(Encoder):
     """Words with blanks between them; the first token of each word has its tag."""
 
     formats = ("token_labels",)
+
+    def bare(self, record: Record) -> Record:
+        """The words without the tokenizer's own marks around them, and the tags of these words alone."""
+        kept, words = self.marks.of_words(record.tokens)
+        if not words:
+            raise RowError("empty", "the words are nothing but the tokenizer's own marks. Remove the row.")
+        return dataclasses.replace(record, tokens=words, label=record.label[kept])
 
     def example(self, record: Record, origin: str) -> Encoded:
         text, starts = "", []

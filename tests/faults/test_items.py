@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from lora_lab import cli, run, run_dir, storage
 from lora_lab.errors import Interrupted
 from lora_lab.train import checkpoint
+from tests.conftest import fails
 from tests.faults.items import ITEMS
 from tests.faults.programme import folder_digests, make_small_base
 from tests.test_resume import stop_at
@@ -65,11 +66,7 @@ def finished(small, tmp_path, capsys) -> Path:
 
 
 def refused(capsys, *argv: str, code: int = 2) -> str:
-    assert cli.main(list(argv)) == code
-    message = capsys.readouterr().err
-    assert message.startswith("lora-lab: ")
-    assert "Traceback" not in message
-    return message
+    return fails(list(argv), capsys, code)
 
 
 # -- configuration ------------------------------------------------------------------------------------------------------

@@ -218,8 +218,10 @@ def test_checkpoints_that_do_not_list_what_they_need(tmp_path, name):
 
 
 def test_checkpoints_of_earlier_versions_are_read(tmp_path):
-    checkpoint.check(checkpoint_folder(tmp_path / "step-3", STATE))
-    checkpoint.check(checkpoint_folder(tmp_path / "step-3", {**STATE, "member": {**MEMBER, "best_lost": 1}}))
+    for state in (STATE, {**STATE, "member": {**MEMBER, "best_lost": 1}}):
+        folder = checkpoint_folder(tmp_path / "step-3", state)
+        checkpoint.check(folder)
+        assert checkpoint.newest_valid(tmp_path) == (folder, [])
 
 
 SAFETENSORS = [b"[" * 5000, b"[]", b'{"a": 1}', b'{"a": {"data_offsets": [0, "4"]}}', b'{"a": {"data_offsets": 4}}', b'{"a": {"data_offsets": [0, null]}}']  # fmt: skip
