@@ -324,6 +324,25 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))
 
 
+EVERY_CONVERSION = """
+import importlib, json, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import conversion
+for module in pkgutil.iter_modules(conversion.__path__):
+    importlib.import_module(f"conversion.{module.name}")
+print("FOUND", json.dumps([conversion.get_model_class(name).__name__ for name in conversion.TEXT_MODEL_MAP]))
+"""
+
+
+def test_every_module_of_the_conversion_loads():
+    """Versions of auto-round and gguf fit together: each architecture that the conversion lists has a class."""
+    [package] = importlib.util.find_spec("auto_round").submodule_search_locations
+    words = [sys.executable, "-c", EVERY_CONVERSION, f"{package}/export/export_to_gguf"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads(done.stdout.partition("FOUND")[2])) > 200
+
+
 def test_a_base_that_the_conversion_does_not_know(config_of, tmp_path):
     said = problems(config_of("export=gguf"))  # its tokenizer is of our own making
     assert "llama.cpp's conversion cannot take this base" in said
