@@ -37,14 +37,22 @@ def trained(config_of, eval_file):
 
 
 def smollm2_tokenizer():
-    """A tokenizer that llama.cpp's conversion knows, from an installed package."""
-    from transformers import AutoTokenizer
+    """A tokenizer that llama.cpp's conversion knows, from an installed package: with digits apart, as the model was made with."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from lora_lab.base.resolve import local_path
     from lora_lab.errors import BaseModelError
 
     file = local_path(f"package:{SMOLLM2}", "model.path", BaseModelError)
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    core = read.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=read.bos_token, eos_token=read.eos_token, unk_token=read.unk_token
+    )
 
 
 @pytest.fixture
@@ -157,21 +165,26 @@ def test_compare_is_the_divergence_over_the_known_tokens():
     reference, other = torch.randn(5, 40), torch.randn(5, 40)
     q = other.log_softmax(-1)
     targets_ = torch.cat([q[:3].argmax(1), q[3:].argmin(1)])
-    whole = gguf.compare([reference], [tuple(reversed(q.sort(descending=True)))], [targets_])
     p = reference.log_softmax(-1)
+
+    def told(logprobs, tokens):
+        return [gguf.Told(tokens, logprobs, q.gather(1, targets_[:, None])[:, 0])]
+
+    whole = gguf.compare([reference], told(*q.sort(descending=True)), [targets_])
     assert whole.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert whole.loss == pytest.approx(float(-q.gather(1, targets_[:, None]).mean()), rel=1e-5)
     assert whole.reference_loss == pytest.approx(float(-p.gather(1, targets_[:, None]).mean()), rel=1e-5)
     assert whole.top1_agreement == float((p.argmax(1) == q.argmax(1)).float().mean())
-    logprobs, tokens = q.topk(10)
-    part = gguf.compare([reference], [(tokens, logprobs)], [targets_])
+    part = gguf.compare([reference], told(*q.topk(10)), [targets_])
     assert 0 < part.kl < whole.kl
-    there = (tokens == targets_[:, None]).any(1)
-    assert part.truth_known == pytest.approx(float(there.float().mean()))
-    assert part.loss == pytest.approx(float(-q.gather(1, targets_[:, None])[there].mean()), rel=1e-5)
-    same = gguf.compare([reference], [tuple(reversed(p.topk(10)))], [targets_])
+    assert (part.truth_known, part.loss) == (1, whole.loss)  # whether the true token is among the likeliest or not
+    same = gguf.compare(
+        [reference], [gguf.Told(*reversed(p.topk(10)), p.gather(1, targets_[:, None])[:, 0])], [targets_]
+    )
     assert same.kl == pytest.approx(0, abs=1e-5)
     assert same.top1_agreement == 1.0
+    untold = gguf.Told(*reversed(p.topk(10)), torch.full((5,), float("nan")))
+    assert gguf.compare([reference], [untold], [targets_]).truth_known == 0
 
 
 def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):

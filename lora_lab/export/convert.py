@@ -1,9 +1,10 @@
-"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ADAPTER ADAPTER_OUT]
+"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [ADAPTER ADAPTER_OUT]]
 
 Started in a process of its own: the conversion that auto-round carries takes the module name `conversion` and a model's worth
 of memory.
 
-FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ADAPTER: safetensors with the factors
+FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ENDS: ids of
+tokens that end answers, with commas. ADAPTER: safetensors with the factors
 `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
@@ -14,7 +15,9 @@ import sys
 from pathlib import Path
 
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-CHECK = "check"  # nothing is written; fails where the architecture or the tokenizer is not known
+CHECK = (
+    "check"  # a tiny Llama with the folder's tokenizer is written; fails where architecture or tokenizer are not known
+)
 K_QUANTS = (
     "q2_k",
     "q3_k_m",
@@ -26,7 +29,9 @@ K_QUANTS = (
 )  # made by auto-round, weight by weight: slow
 
 
-def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_out: str | None = None) -> None:
+def main(
+    folder: str, out: str, kind: str, ends: str = "", adapter: str | None = None, adapter_out: str | None = None
+) -> None:
     os.environ["AUTO_ROUND_GGUF_AUTO_UPDATE"] = "0"  # it would fetch and run code
     os.environ.pop("LLAMA_CPP_ROOT", None)
     if kind in K_QUANTS:
@@ -49,12 +54,63 @@ def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_o
     if kind == CHECK:
         model = model_class(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(out))
         model.set_gguf_parameters()
+        _with_ends(model, ends)
         model.set_vocab()
+        _write_tiny(model, out)
         return
-    model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out)).write()
+    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out))
+    _with_ends(model, ends)
+    model.write()
     if adapter is not None:
         model = model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
         _write_adapter(model, adapter_out, adapter)
+
+
+def _with_ends(model: object, ends: str) -> None:
+    """Have the file name the end-of-turn token beside the end of sequence: the conversion does not look for it, and llama.cpp knows
+    it by itself only if its name is a common one."""
+    import gguf
+
+    set_vocab, keys = model.set_vocab, gguf.Keys.Tokenizer
+
+    def and_ends() -> None:
+        set_vocab()
+        known = model.gguf_writer.kv_data[0]
+        others = [
+            int(end) for end in ends.split(",") if end and int(end) != getattr(known.get(keys.EOS_ID), "value", None)
+        ]
+        if others and keys.EOT_ID not in known:
+            model.gguf_writer.add_eot_token_id(others[0])
+
+    model.set_vocab = and_ends
+
+
+def _write_tiny(model: object, out: str) -> None:
+    """The tokenizer of a model that is to be converted, in a file that llama.cpp loads at once."""
+    import gguf
+    import numpy as np
+
+    width, known = 32, model.gguf_writer.kv_data[0]
+    writer = gguf.GGUFWriter(out, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in known.items():
+        if key.startswith("tokenizer."):
+            writer.kv_data[0][key] = value
+    tokens = len(known[gguf.Keys.Tokenizer.LIST].value)
+    writer.add_tensor("token_embd.weight", np.zeros((tokens, width), dtype=np.float16))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((width, width), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _write_k_quants(folder: str, out: str, kind: str) -> None:

@@ -7,6 +7,7 @@ does more than to put strings around turns is refused.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -117,6 +118,44 @@ def _refused(reason: str) -> ConfigError:
         f"export.targets: ollama: the chat template cannot be written as Ollama's ({reason}). Export gguf instead: llama.cpp and "
         "LM Studio read the model's own template from it."
     )
+
+
+def rendered(modelfile: str, messages: list[dict[str, str]]) -> str:
+    """A conversation as Ollama writes it by a Modelfile, as far as `modelfile` uses Go's text/template.
+
+    Ollama gives the template all messages, those of one role that follow each other as one, and what the system says apart
+    (https://docs.ollama.com/template).
+    """
+    [template] = re.findall(r'^TEMPLATE """(.*?)"""', modelfile, re.DOTALL | re.MULTILINE)
+    told: list[dict[str, str]] = []
+    for message in messages:
+        if told and told[-1]["role"] == message["role"]:
+            told[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            told.append({"role": message["role"], "content": message["content"] or ""})
+    system = any(message["role"] == "system" for message in told)
+    found = re.sub(
+        r"\{\{ if not \.System \}\}(.*?)\{\{ end \}\}",
+        lambda m: "" if system else m[1],
+        template,
+        count=1,
+        flags=re.DOTALL,
+    )
+    before, _, rest = found.partition("{{ range .Messages }}")
+    body, after = re.fullmatch(r"((?:\{\{ if eq .*?\{\{ end \}\})*)\{\{ end \}\}(.*)", rest, re.DOTALL).groups()
+    turns = re.findall(r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)\{\{ end \}\}', body, re.DOTALL)
+    said = [
+        opening + message["content"] + closing
+        for message in told
+        for role, opening, closing in turns
+        if role == message["role"]
+    ]
+    return before + "".join(said) + after
+
+
+def stops(modelfile: str) -> list[str]:
+    """The texts at which Ollama stops by a Modelfile."""
+    return re.findall(r'^PARAMETER stop "(.*)"$', modelfile, re.MULTILINE)
 
 
 def modelfile(gguf: str, encoder: Encoder) -> str:
