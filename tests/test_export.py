@@ -14,9 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lora_lab import cli, compose, run
-from lora_lab.errors import AdapterError, ConfigError, ExportError
-from lora_lab.export import card, gguf, ollama, targets
+from lora_lab import cli, compose, run, storage
+from lora_lab.base import tokenizer
+from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
+from lora_lab.export import card, gguf, ollama, targets, text
 from lora_lab.export.job import Job
 from lora_lab.prepared import prepare
 from tests.conftest import CHATML, WORDS, make_base, make_tokenizer, write_jsonl
@@ -58,10 +59,10 @@ def smollm2_tokenizer():
 @pytest.fixture
 def llama_base(tmp_path):
     """Grouped heads, whose rows llama.cpp reorders, tied embeddings, and a tokenizer that its conversion knows."""
-    tokenizer = smollm2_tokenizer()
-    tokenizer.chat_template = CHATML
-    base = make_base(tmp_path / "base", vocab_size=len(tokenizer), hidden_size=96, tie_word_embeddings=True)
-    tokenizer.save_pretrained(base)
+    own = smollm2_tokenizer()
+    own.chat_template = CHATML
+    base = make_base(tmp_path / "base", vocab_size=len(own), hidden_size=96, tie_word_embeddings=True)
+    own.save_pretrained(base)
     return base
 
 
@@ -158,6 +159,167 @@ def test_llama_cpp_begins_texts_and_conversations_as_training_does(trained, tmp_
     asked = json.dumps({"text": "red cat", "messages": messages})
     told = subprocess.run([sys.executable, "-c", ASK, file, asked], capture_output=True, text=True, check=True).stdout
     assert json.loads(told.partition("FOUND")[2]) == [len(merged("red cat")["input_ids"]), len(chat)]
+
+
+TURNS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<done>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory, rows_file):
+    """An encoder whose turns end with a token of their own, and a GGUF file with its tokenizer, for llama.cpp to read."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("turns")
+    base = make_base(folder / "base", vocab_size=356)
+    letters_with_a_beginning(base)
+    own = AutoTokenizer.from_pretrained(base)
+    own.add_special_tokens({"additional_special_tokens": ["<done>"]})
+    own.chat_template = TURNS
+    own.save_pretrained(base)
+    settings = [
+        "model=hub",
+        f"model.path={base}",
+        "model.dtype=float32",
+        "quant=none",
+        "hardware=cpu",
+        f"data.train={rows_file}",
+    ]
+    encoder = prepare(compose.compose([*settings, f"run_dir={folder}/run"])).encoder
+    return base, encoder, gguf._tiny(base, encoder)
+
+
+def against(tmp_path, encoder, content: bytes, modelfile: str | None = None) -> str:
+    file = tmp_path / "planted.gguf"
+    file.write_bytes(content)
+    asked = text.prompts(encoder)
+    assert len(asked) == len(text.HARD)
+    try:
+        gguf._check_text(file, encoder, asked, gguf.ask(file, encoder, asked, modelfile=modelfile), modelfile)
+    except ExportError as error:
+        return str(error)
+    return ""
+
+
+def swapped(content: bytes, old: str, new: str, key: str = "") -> bytes:
+    """The file with another text of the same length, the first after a key."""
+    assert len(old.encode()) == len(new.encode())
+    at = content.index(old.encode(), content.index(key.encode()))
+    return content[:at] + new.encode() + content[at + len(old.encode()) :]
+
+
+def test_llama_cpp_must_make_the_runs_tokens_of_messages(turns, tmp_path):
+    base, encoder, right = turns
+    assert sorted(encoder.end_tokens()) == [2, 355]
+    assert against(tmp_path, encoder, right) == ""
+    said = against(tmp_path, encoder, swapped(right, "[assistant]", "[assistent]", "chat_template"))
+    assert "in 7 of 7 texts other tokens than the run's" in said
+    assert "its template writes" in said
+    assert "assistent" in said
+    said = against(tmp_path, encoder, swapped(right, "<done>", "<dane>", "tokenizer.ggml.tokens"))
+    assert "in 7 of 7 texts other tokens than the run's" in said
+    with storage.scratch() as scratch:  # the end token that the conversion does not look for
+        tokenizer.save_tokenizer(encoder.tokenizer, scratch)
+        for name in ("config.json", "model.safetensors"):
+            (scratch / name).symlink_to(base / name)
+        gguf.convert(scratch, scratch / "endless.gguf", "check", [])
+        said = against(tmp_path, encoder, (scratch / "endless.gguf").read_bytes())
+    assert "'<done>' ends the run's answers and not those of the file" in said
+
+
+def test_a_modelfile_must_make_the_runs_tokens_of_messages(turns, tmp_path):
+    _, encoder, right = turns
+    written = ollama.modelfile("x.gguf", encoder)
+    assert against(tmp_path, encoder, right, written) == ""
+    system = '{{ if eq .Role "system" }}[system]{{ .Content }}<done>{{ end }}'
+    assert system in written
+    said = against(tmp_path, encoder, right, written.replace(system, ""))
+    assert "the Modelfile's template and llama.cpp's tokenizer make in 2 of 7 texts other tokens" in said
+    assert "a system message: its template writes" in said
+    said = against(tmp_path, encoder, right, written.replace('TEMPLATE """', 'TEMPLATE """<s>'))
+    assert "it begins with '<s>' twice" in said
+    said = against(tmp_path, encoder, right, written.replace("PARAMETER stop", "# stop"))
+    assert said == ""  # llama.cpp itself knows them
+
+
+def test_another_pre_tokenizer_is_refused(config_of, llama_base, tmp_path):
+    encoder = prepare(config_of(f"model.path={llama_base}")).encoder
+    right = gguf._tiny(llama_base, encoder)
+    assert against(tmp_path, encoder, right) == ""
+    said = against(tmp_path, encoder, swapped(right, "smollm", "falcon", "tokenizer.ggml.pre"))
+    assert "other tokens than the run's; a numbered list: it makes [" in said
+
+
+def test_a_beginning_that_llama_cpp_would_add_is_refused(config_of, turns, tmp_path):
+    base, _, right = turns
+    key = b"tokenizer.ggml.add_bos_token"
+    at = right.index(key) + len(key) + 4  # behind the type
+    file = tmp_path / "planted.gguf"
+    file.write_bytes(right[:at] + b"\0" + right[at + 1 :])
+    ready = prepare(config_of(f"model.path={base}"))
+    job = Job(run.RunDir(tmp_path), ready.config, ready.base, ready.kind, ready.encoder, ready.device)
+    with pytest.raises(ExportError, match="llama.cpp would not put '<s>' before every text"):
+        gguf._beginning(job, file)
+
+
+def test_a_folder_must_make_the_runs_tokens_and_stop(config_of, tmp_path):
+    base = make_base(tmp_path / "base")
+    encoder = prepare(config_of(f"model.path={base}")).encoder
+    asked, folder = text.prompts(encoder), tmp_path / "saved"
+
+    def problems_of(*replaced: tuple[str, str, str]) -> list[str]:
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_tokenizer(encoder.tokenizer, folder)
+        (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+        for name, old, new in replaced:
+            content = (folder / name).read_text()
+            assert old in content
+            (folder / name).write_text(content.replace(old, new))
+        return text.folder_problems(folder, encoder, asked)
+
+    assert problems_of() == []
+    [template, alone] = problems_of(("chat_template.jinja", "assistant", "assistent"))
+    assert "in 7 of 7 texts other tokens" in template
+    assert "assistent" in template
+    [said] = problems_of(("generation_config.json", "2", "1"))
+    assert "'<|im_end|>' ends the run's answers and not those of generation_config.json" in said
+    found = problems_of(("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'))
+    assert any("tokenizer.json, read by tokenizers alone" in one for one in found)
+    tree = json.loads((base / "tokenizer.json").read_text())
+    dropped = [token for token in tree["added_tokens"] if token["content"] != "<|im_end|>"]
+    (folder / "tokenizer.json").write_text(json.dumps({**tree, "added_tokens": dropped}))
+    [*_, alone] = text.folder_problems(folder, encoder, asked)
+    assert "tokenizer.json, read by tokenizers alone, gives in 7 of 7 texts other tokens" in alone
+
+
+def test_a_merge_that_would_not_stop_is_refused(trained, tmp_path, monkeypatch):
+    from lora_lab.merge import merge
+
+    base = make_base(tmp_path / "base", eos_token_id=0)
+    done = trained(f"model.path={base}", *LOOSE)
+    monkeypatch.setattr(merge, "add_ends", lambda generation, encoder: None)
+    with pytest.raises(MergeError, match="'<|im_end|>' ends the run's answers and not those of generation_config.json"):
+        run.export(str(done.path), ["export=merged"])
+    assert not done.merged.exists()
+
+
+def test_answers_part_only_where_two_tokens_are_as_likely(config_of, tmp_path):
+    encoder = prepare(config_of()).encoder
+    asked = text.prompts(encoder)[:1]
+    answers = text.Answers(encoder, asked, asked, [[5, 6, 7]])
+    [(inputs, positions)] = answers.passes
+    assert inputs["input_ids"].tolist() == [[*asked[0].ids, 5, 6]]
+    assert positions.tolist() == [len(asked[0].ids) + i for i in (-1, 0, 1)]
+    logits = torch.zeros(3, 20)
+    logits[[0, 1, 2], [5, 6, 7]] = 9.0
+    assert answers.agreement([logits], 0.0) == text.Agreement(1, 1.0, 0)
+    logits[1, 8] = 9.0005
+    assert answers.agreement([logits], 0.0).near_ties == 1
+    logits[1, 8] = 9.1
+    assert answers.agreement([logits], 0.06).near_ties == 1
+    found = answers.agreement([logits], 0.0)
+    assert found.equal_answers == 0
+    assert "token 2 of the answer is" in found.parting
+    assert "0.1 nats apart" in found.parting
 
 
 def test_compare_is_the_divergence_over_the_known_tokens():
@@ -257,25 +419,6 @@ TEMPLATES = {
 }
 
 
-def go(template: str, messages: list[dict[str, str]]) -> str:
-    """What Go's text/template makes of it, as far as our templates use it."""
-    import re
-
-    system = any(message["role"] == "system" for message in messages)
-    start, body, end = re.fullmatch(
-        r"(?:\{\{ if not \.System \}\}(.*?)\{\{ end \}\})?\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*?)",
-        template,
-        re.DOTALL,
-    ).groups()
-    text = "" if system else start or ""
-    for message in messages:
-        for role, before, after in re.findall(
-            r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)\{\{ end \}\}', body, re.DOTALL
-        ):
-            text += before + message["content"] + after if role == message["role"] else ""
-    return text + end
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp_path, name):
     import shutil
@@ -283,7 +426,6 @@ def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp
     folder = shutil.copytree(base, tmp_path / "base")
     make_tokenizer(folder, TEMPLATES[name])
     encoder = prepare(config_of(f"model.path={folder}")).encoder
-    found = ollama.turns(encoder)
     talk = [
         {"role": "system", "content": "Answer in German."},
         {"role": "user", "content": "red cat"},
@@ -291,7 +433,8 @@ def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp
         {"role": "user", "content": "two dogs"},
     ]
     for messages in (talk, talk[1:], talk[1:2], talk[:2]):
-        assert go(found.template(), messages) == encoder.template.text(messages, None, add_generation_prompt=True)
+        written = ollama.modelfile("x.gguf", encoder)
+        assert ollama.rendered(written, messages) == encoder.template.text(messages, None, add_generation_prompt=True)
 
 
 def test_a_model_that_continues_texts_has_no_turns(config_of, tmp_path):

@@ -59,9 +59,12 @@ def turns(encoder: ChatEncoder) -> Turns:
     """
     system, user = {"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}
     answer = {"role": "assistant", "content": _ANSWER}
+    adds = encoder.tokenizer.bos_token_id in encoder.marks.before
 
     def render(messages: list[dict[str, str]], asked: bool = True) -> str:
-        return encoder.template.text(messages, None, add_generation_prompt=asked)
+        rendered = encoder.template.text(messages, None, add_generation_prompt=asked)
+        # llama.cpp puts the first token there by itself, where the tokenizer does; it must not be taken for a part of a turn
+        return rendered.removeprefix(encoder.tokenizer.bos_token) if adds else rendered
 
     try:
         found = _solve(render, system, user, answer)
@@ -75,11 +78,7 @@ def turns(encoder: ChatEncoder) -> Turns:
         raise _refused("what it writes around a turn depends on the other turns")
     if any("{{" in text or '"""' in text for text in (found.start, *found.system, *found.user, *found.answer)):
         raise _refused("it writes braces or quotes that Ollama would read")
-    return dataclasses.replace(
-        found,
-        start=_without_first_token(found.start, encoder),
-        system=(_without_first_token(found.system[0], encoder), found.system[1]),
-    )
+    return found
 
 
 def _solve(render: Callable[..., str], system: dict, user: dict, answer: dict) -> Turns:
@@ -104,13 +103,6 @@ def _common_ending(*texts: str) -> int:
     """The length of the longest ending that all texts have."""
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*(text[::-1] for text in texts), strict=False))
     return sum(1 for _ in alike)
-
-
-def _without_first_token(text: str, encoder: ChatEncoder) -> str:
-    """llama.cpp puts the first token there by itself, where the tokenizer does."""
-    tokenizer = encoder.tokenizer
-    adds = tokenizer.bos_token_id in encoder.marks.before
-    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def _refused(reason: str) -> ConfigError:
