@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults bench architectures lint install clean
+.PHONY: demo test test-long test-faults bench architectures exports lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, prove
 	$(BIN)/lora-lab train recipe=demo
@@ -25,6 +25,9 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 
 architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; half an hour
 	$(BIN)/python -m benchmarks.architectures
+
+exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and proved; half an hour
+	$(BIN)/python -m benchmarks.exports
 
 lint: install  ## style
 	$(BIN)/ruff check .

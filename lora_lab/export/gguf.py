@@ -318,6 +318,7 @@ def ask(
             }
         save_file(tensors, f"{scratch}/rows.safetensors")
         words = {
+            "threads": torch.get_num_threads(),
             "context": longest + text.NEW_TOKENS + 8,
             "template": template,
             "variables": encoder.template.kwargs if encoder.chat else {},

@@ -3,7 +3,7 @@
 Started in a process of its own: what goes wrong in llama.cpp ends the process.
 
 ASKED: JSON with
-    context: tokens of the longest text; template: a chat template instead of the file's own, or null; variables: of the template
+    context: tokens of the longest text; threads: to compute with; template: a chat template instead of the file's own, or null; variables: of the template
     prompts: conversations {messages, tools}, or texts {text}
     ends: tokens that should end an answer; answers: ids [[...]] to be answered with at most `new_tokens` tokens
     rows: null, or safetensors with `i.input_ids` [1, T], `i.positions` [S] and `i.targets` [S] int64 for each row i;
@@ -42,6 +42,7 @@ def _params(xllamacpp: object, gguf_file: str, asked: dict, adapter: str | None)
     params = xllamacpp.CommonParams()
     params.model.path = gguf_file
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = asked["context"], 1, False, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
     params.hostnames, params.port, params.use_jinja = ["127.0.0.1"], 0, True
     if asked["template"] is not None:
         params.chat_template = asked["template"]
