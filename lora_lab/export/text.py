@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 
 from lora_lab.data.formats import Message, RowError
 from lora_lab.errors import DataError, ExportError
-from lora_lab.merge.parity import outputs_of_rows, reloaded_outputs
+from lora_lab.merge import parity
 from lora_lab.reading import read_json, reading
 
 if TYPE_CHECKING:
@@ -289,9 +289,9 @@ class Answers:
         """
         extra = self.passes
         passes = [*itertools.chain.from_iterable(rows.passes), *extra]
-        outputs = reloaded_outputs(folder, auto_class, passes, device, dtype, adapter)
+        outputs = parity.reloaded_outputs(folder, auto_class, passes, device, dtype, adapter)
         count = len(passes) - len(extra)
-        found = outputs_of_rows(rows, outputs[:count])
+        found = parity.outputs_of_rows(rows, outputs[:count])
         rounding = largest_difference(zip(reference, found, strict=True))
         return found, self.agreement([one["logits"] for one in outputs[count:]], rounding)
 
