@@ -102,6 +102,12 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
         str(done.path), ["export.targets=[gguf]", "export.gguf_type=q8_0", "merge.max_loss_increase=9"]
     )["gguf"]
     assert report["kl"] > 1e-5
+    report = run.export(
+        str(done.path), ["export.targets=[gguf]", "export.gguf_type=q4_k_m", "merge.max_loss_increase=9"]
+    )["gguf"]
+    assert report["kl"] > 1e-5
+    assert report["truth_known"] == 1
+    assert report["texts"] > len(text.HARD)
 
 
 ASK = """

@@ -3,7 +3,8 @@
 Started in a process of its own: what goes wrong in llama.cpp ends the process.
 
 ASKED: JSON with
-    context: tokens of the longest text; threads: to compute with; template: a chat template instead of the file's own, or null; variables: of the template
+    context: tokens of the longest text; threads: to compute with
+    template: a chat template instead of the file's own, or null; variables: of the template
     prompts: conversations {messages, tools}, or texts {text}
     ends: tokens that should end an answer; answers: ids [[...]] to be answered with at most `new_tokens` tokens
     rows: null, or safetensors with `i.input_ids` [1, T], `i.positions` [S] and `i.targets` [S] int64 for each row i;
