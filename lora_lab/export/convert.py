@@ -11,7 +11,9 @@ tokens that end answers, with commas. ADAPTER: safetensors with the factors
 import importlib.metadata
 import json
 import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -29,11 +31,52 @@ K_QUANTS = (
 )  # made by auto-round, weight by weight: slow
 
 
+_CONTROL, _UNKNOWN, _NORMAL, _USER_DEFINED, _BYTE = 3, 2, 1, 4, 6  # SentencePiece's kinds of tokens
+
+
 def main(
     folder: str, out: str, kind: str, ends: str = "", adapter: str | None = None, adapter_out: str | None = None
 ) -> None:
     os.environ["AUTO_ROUND_GGUF_AUTO_UPDATE"] = "0"  # it would fetch and run code
     os.environ.pop("LLAMA_CPP_ROOT", None)
+    with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
+        _convert(_with_sentencepiece(Path(folder), Path(scratch)), out, kind, ends, adapter, adapter_out)
+
+
+def _with_sentencepiece(folder: Path, scratch: Path) -> str:
+    """The folder, or where it lacks `tokenizer.model` and `tokenizer.json` is of its kind, a copy by links that has it: the
+    conversion takes such a tokenizer's scores from there.
+
+    A token's score is the place of the first merge that makes it, which is what such merges were sorted by.
+    """
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    model = tree.get("model", {})
+    if (folder / "tokenizer.model").exists() or model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return str(folder)
+    from sentencepiece import sentencepiece_model_pb2
+
+    made: dict[str, int] = {}
+    for place, merge in enumerate(model["merges"]):
+        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), place)
+    added = {one["content"]: _CONTROL if one["special"] else _USER_DEFINED for one in tree["added_tokens"]}
+    ids = model["vocab"] | {one["content"]: one["id"] for one in tree["added_tokens"]}
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = proto.trainer_spec.BPE, True
+    proto.trainer_spec.vocab_size, proto.trainer_spec.unk_piece = len(ids), model["unk_token"]
+    for token in sorted(ids, key=ids.get):
+        kind = _BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else added.get(token, _NORMAL)
+        kind = _UNKNOWN if token == model["unk_token"] else kind
+        proto.pieces.add(piece=token, score=-float(made.get(token, len(made))), type=kind)
+    view = scratch / folder.name
+    view.mkdir()
+    for one in folder.iterdir():
+        (view / one.name).symlink_to(one.resolve())
+    (view / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return str(view)
+
+
+def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, adapter_out: str | None) -> None:
     if kind in K_QUANTS:
         _write_k_quants(folder, out, kind)
         return
@@ -114,8 +157,6 @@ def _write_tiny(model: object, out: str) -> None:
 
 
 def _write_k_quants(folder: str, out: str, kind: str) -> None:
-    import tempfile
-
     from auto_round import AutoRound
 
     with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
