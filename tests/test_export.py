@@ -320,6 +320,8 @@ def test_answers_part_only_where_two_tokens_are_as_likely(config_of, tmp_path):
     assert answers.agreement([logits], 0.0) == text.Agreement(1, 1.0, 0)
     logits[1, 8] = 9.0005
     assert answers.agreement([logits], 0.0).near_ties == 1
+    logits[1, 8] = 9.0625  # in bfloat16 the next number
+    assert answers.agreement([logits], 0.0).near_ties == 1
     logits[1, 8] = 9.1
     assert answers.agreement([logits], 0.06).near_ties == 1
     found = answers.agreement([logits], 0.0)
@@ -375,6 +377,17 @@ def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
     assert "--max-lora-rank 8" in report["serve"]
     assert report["top1_agreement"] >= 0.95
     assert (folder / "README.md").read_text().startswith("---\n")
+
+
+def test_vllm_gets_the_tokenizer_where_the_bases_own_folder_says_something_else(trained, tmp_path):
+    base = make_base(tmp_path / "base", chat_template=None)  # the run has a template of its own, which must travel
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    done = trained(f"model.path={base}", "export=vllm", *LOOSE)
+    folder = done.path / "export/vllm"
+    serve = json.loads((done.path / "export_report.json").read_text())["vllm"]["serve"]
+    assert f"--tokenizer {folder} --generation-config {folder}" in serve
+    assert "### assistant" in (folder / "chat_template.jinja").read_text()
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path, capsys):

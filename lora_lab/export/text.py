@@ -231,7 +231,7 @@ class Agreement:
 
     answers: int
     equal_answers: float  # share; a step at which two tokens are as likely, within rounding, counts as equal
-    near_ties: int  # answers that part at such a step
+    near_ties: int  # answers that part at such a step, after which they are not compared
     parting: str = ""  # the first that parts elsewhere
 
     def told(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class Answers:
             step, own = wrong[0], answer[wrong[0]]
             best = int(scores[step].argmax())
             margin = float(logprobs[step, best] - logprobs[step, own])
-            if margin <= max(2 * rounding, _ROUNDING):
+            if margin <= max(2 * rounding, _ROUNDING, 2 * _spacing(scores[step])):
                 ties += 1
                 continue
             names = self.encoder.tokenizer.convert_ids_to_tokens([own, best])
@@ -322,6 +322,14 @@ class Answers:
         count = len(self._given)
         share = (count - len(parted)) / count if count else 1.0
         return Agreement(count, share, ties, parted[0] if parted else "")
+
+
+def _spacing(scores: torch.Tensor) -> float:
+    """How far apart neighbouring numbers are at the largest of these logits, if they were computed in 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scores.to(dtype).to(scores.dtype), scores):
+            return torch.finfo(dtype).eps * float(scores.abs().max())
+    return 0.0
 
 
 @torch.no_grad()
