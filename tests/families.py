@@ -181,8 +181,11 @@ def preload() -> None:
 # -- tiny models ----------------------------------------------------------------------------------------------------------
 
 
-def make(task: str, family: str, folder: Path) -> str:
+def make(task: str, family: str, folder: Path, tokenizer: Any = None) -> str:
     """A tiny random model of a family with a tokenizer in `folder`; its class.
+
+    Args:
+        tokenizer: of a model that writes; None: one of about 300 tokens.
 
     Raises:
         Exception: whatever transformers raises where these settings are not enough.
@@ -192,7 +195,11 @@ def make(task: str, family: str, folder: Path) -> str:
 
     both = getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)
     bidirectional = task == "masked_lm" or (task == "classification" and (both or not _writes(family)))
-    tokenizer = _encoder_tokenizer(folder) if bidirectional or task == "seq2seq" else make_tokenizer(folder, None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    else:
+        encodes = bidirectional or task == "seq2seq"
+        tokenizer = _encoder_tokenizer(folder) if encodes else make_tokenizer(folder, None)
     ids = (2, 3, 0) if bidirectional or task == "seq2seq" else (1, 2, 0)
     marks = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True)) | {
         "decoder_start_token_id": ids[2]

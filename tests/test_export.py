@@ -14,9 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lora_lab import cli, compose, run
-from lora_lab.errors import AdapterError, ConfigError, ExportError
-from lora_lab.export import card, gguf, ollama, targets
+from lora_lab import cli, compose, run, storage
+from lora_lab.base import tokenizer
+from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
+from lora_lab.export import card, gguf, ollama, targets, text
 from lora_lab.export.job import Job
 from lora_lab.prepared import prepare
 from tests.conftest import CHATML, WORDS, make_base, make_tokenizer, write_jsonl
@@ -37,23 +38,31 @@ def trained(config_of, eval_file):
 
 
 def smollm2_tokenizer():
-    """A tokenizer that llama.cpp's conversion knows, from an installed package."""
-    from transformers import AutoTokenizer
+    """A tokenizer that llama.cpp's conversion knows, from an installed package: with digits apart, as the model was made with."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from lora_lab.base.resolve import local_path
     from lora_lab.errors import BaseModelError
 
     file = local_path(f"package:{SMOLLM2}", "model.path", BaseModelError)
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    core = read.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=read.bos_token, eos_token=read.eos_token, unk_token=read.unk_token
+    )
 
 
 @pytest.fixture
 def llama_base(tmp_path):
     """Grouped heads, whose rows llama.cpp reorders, tied embeddings, and a tokenizer that its conversion knows."""
-    tokenizer = smollm2_tokenizer()
-    tokenizer.chat_template = CHATML
-    base = make_base(tmp_path / "base", vocab_size=len(tokenizer), hidden_size=96, tie_word_embeddings=True)
-    tokenizer.save_pretrained(base)
+    own = smollm2_tokenizer()
+    own.chat_template = CHATML
+    base = make_base(tmp_path / "base", vocab_size=len(own), hidden_size=96, tie_word_embeddings=True)
+    own.save_pretrained(base)
     return base
 
 
@@ -93,6 +102,12 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
         str(done.path), ["export.targets=[gguf]", "export.gguf_type=q8_0", "merge.max_loss_increase=9"]
     )["gguf"]
     assert report["kl"] > 1e-5
+    report = run.export(
+        str(done.path), ["export.targets=[gguf]", "export.gguf_type=q4_k_m", "merge.max_loss_increase=9"]
+    )["gguf"]
+    assert report["kl"] > 1e-5
+    assert report["truth_known"] == 1
+    assert report["texts"] > len(text.HARD)
 
 
 ASK = """
@@ -152,26 +167,194 @@ def test_llama_cpp_begins_texts_and_conversations_as_training_does(trained, tmp_
     assert json.loads(told.partition("FOUND")[2]) == [len(merged("red cat")["input_ids"]), len(chat)]
 
 
+TURNS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<done>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory, rows_file):
+    """An encoder whose turns end with a token of their own, and a GGUF file with its tokenizer, for llama.cpp to read."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("turns")
+    base = make_base(folder / "base", vocab_size=356)
+    letters_with_a_beginning(base)
+    own = AutoTokenizer.from_pretrained(base)
+    own.add_special_tokens({"additional_special_tokens": ["<done>"]})
+    own.chat_template = TURNS
+    own.save_pretrained(base)
+    settings = [
+        "model=hub",
+        f"model.path={base}",
+        "model.dtype=float32",
+        "quant=none",
+        "hardware=cpu",
+        f"data.train={rows_file}",
+    ]
+    encoder = prepare(compose.compose([*settings, f"run_dir={folder}/run"])).encoder
+    return base, encoder, gguf._tiny(base, encoder)
+
+
+def against(tmp_path, encoder, content: bytes, modelfile: str | None = None) -> str:
+    file = tmp_path / "planted.gguf"
+    file.write_bytes(content)
+    asked = text.prompts(encoder)
+    assert len(asked) == len(text.HARD)
+    try:
+        gguf._check_text(file, encoder, asked, gguf.ask(file, encoder, asked, modelfile=modelfile), modelfile)
+    except ExportError as error:
+        return str(error)
+    return ""
+
+
+def swapped(content: bytes, old: str, new: str, key: str = "") -> bytes:
+    """The file with another text of the same length, the first after a key."""
+    assert len(old.encode()) == len(new.encode())
+    at = content.index(old.encode(), content.index(key.encode()))
+    return content[:at] + new.encode() + content[at + len(old.encode()) :]
+
+
+def test_llama_cpp_must_make_the_runs_tokens_of_messages(turns, tmp_path):
+    base, encoder, right = turns
+    assert sorted(encoder.end_tokens()) == [2, 355]
+    assert against(tmp_path, encoder, right) == ""
+    said = against(tmp_path, encoder, swapped(right, "[assistant]", "[assistent]", "chat_template"))
+    assert "in 7 of 7 texts other tokens than the run's" in said
+    assert "its template writes" in said
+    assert "assistent" in said
+    said = against(tmp_path, encoder, swapped(right, "<done>", "<dane>", "tokenizer.ggml.tokens"))
+    assert "in 7 of 7 texts other tokens than the run's" in said
+    with storage.scratch() as scratch:  # the end token that the conversion does not look for
+        tokenizer.save_tokenizer(encoder.tokenizer, scratch)
+        for name in ("config.json", "model.safetensors"):
+            (scratch / name).symlink_to(base / name)
+        gguf.convert(scratch, scratch / "endless.gguf", "check", [])
+        said = against(tmp_path, encoder, (scratch / "endless.gguf").read_bytes())
+    assert "'<done>' ends the run's answers and not those of the file" in said
+
+
+def test_a_modelfile_must_make_the_runs_tokens_of_messages(turns, tmp_path):
+    _, encoder, right = turns
+    written = ollama.modelfile("x.gguf", encoder)
+    assert against(tmp_path, encoder, right, written) == ""
+    system = '{{ if eq .Role "system" }}[system]{{ .Content }}<done>{{ end }}'
+    assert system in written
+    said = against(tmp_path, encoder, right, written.replace(system, ""))
+    assert "the Modelfile's template and llama.cpp's tokenizer make in 2 of 7 texts other tokens" in said
+    assert "a system message: its template writes" in said
+    said = against(tmp_path, encoder, right, written.replace('TEMPLATE """', 'TEMPLATE """<s>'))
+    assert "it begins with '<s>' twice" in said
+    said = against(tmp_path, encoder, right, written.replace("PARAMETER stop", "# stop"))
+    assert said == ""  # llama.cpp itself knows them
+
+
+def test_another_pre_tokenizer_is_refused(config_of, llama_base, tmp_path):
+    encoder = prepare(config_of(f"model.path={llama_base}")).encoder
+    right = gguf._tiny(llama_base, encoder)
+    assert against(tmp_path, encoder, right) == ""
+    said = against(tmp_path, encoder, swapped(right, "smollm", "falcon", "tokenizer.ggml.pre"))
+    assert "other tokens than the run's; a numbered list: it makes [" in said
+
+
+def test_a_beginning_that_llama_cpp_would_add_is_refused(config_of, turns, tmp_path):
+    base, _, right = turns
+    key = b"tokenizer.ggml.add_bos_token"
+    at = right.index(key) + len(key) + 4  # behind the type
+    file = tmp_path / "planted.gguf"
+    file.write_bytes(right[:at] + b"\0" + right[at + 1 :])
+    ready = prepare(config_of(f"model.path={base}"))
+    job = Job(run.RunDir(tmp_path), ready.config, ready.base, ready.kind, ready.encoder, ready.device)
+    with pytest.raises(ExportError, match="llama.cpp would not put '<s>' before every text"):
+        gguf._beginning(job, file)
+
+
+def test_a_folder_must_make_the_runs_tokens_and_stop(config_of, tmp_path):
+    base = make_base(tmp_path / "base")
+    encoder = prepare(config_of(f"model.path={base}")).encoder
+    asked, folder = text.prompts(encoder), tmp_path / "saved"
+
+    def problems_of(*replaced: tuple[str, str, str]) -> list[str]:
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_tokenizer(encoder.tokenizer, folder)
+        (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+        for name, old, new in replaced:
+            content = (folder / name).read_text()
+            assert old in content
+            (folder / name).write_text(content.replace(old, new))
+        return text.folder_problems(folder, encoder, asked)
+
+    assert problems_of() == []
+    [template, alone] = problems_of(("chat_template.jinja", "assistant", "assistent"))
+    assert "in 7 of 7 texts other tokens" in template
+    assert "assistent" in template
+    [said] = problems_of(("generation_config.json", "2", "1"))
+    assert "'<|im_end|>' ends the run's answers and not those of generation_config.json" in said
+    found = problems_of(("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'))
+    assert any("tokenizer.json, read by tokenizers alone" in one for one in found)
+    tree = json.loads((base / "tokenizer.json").read_text())
+    dropped = [token for token in tree["added_tokens"] if token["content"] != "<|im_end|>"]
+    (folder / "tokenizer.json").write_text(json.dumps({**tree, "added_tokens": dropped}))
+    [*_, alone] = text.folder_problems(folder, encoder, asked)
+    assert "tokenizer.json, read by tokenizers alone, gives in 7 of 7 texts other tokens" in alone
+
+
+def test_a_merge_that_would_not_stop_is_refused(trained, tmp_path, monkeypatch):
+    from lora_lab.merge import merge
+
+    base = make_base(tmp_path / "base", eos_token_id=0)
+    done = trained(f"model.path={base}", *LOOSE)
+    monkeypatch.setattr(merge, "add_ends", lambda generation, encoder: None)
+    with pytest.raises(MergeError, match="'<|im_end|>' ends the run's answers and not those of generation_config.json"):
+        run.export(str(done.path), ["export=merged"])
+    assert not done.merged.exists()
+
+
+def test_answers_part_only_where_two_tokens_are_as_likely(config_of, tmp_path):
+    encoder = prepare(config_of()).encoder
+    asked = text.prompts(encoder)[:1]
+    answers = text.Answers(encoder, asked, asked, [[5, 6, 7]])
+    [(inputs, positions)] = answers.passes
+    assert inputs["input_ids"].tolist() == [[*asked[0].ids, 5, 6]]
+    assert positions.tolist() == [len(asked[0].ids) + i for i in (-1, 0, 1)]
+    logits = torch.zeros(3, 20)
+    logits[[0, 1, 2], [5, 6, 7]] = 9.0
+    assert answers.agreement([logits], 0.0) == text.Agreement(1, 1.0, 0)
+    logits[1, 8] = 9.0005
+    assert answers.agreement([logits], 0.0).near_ties == 1
+    logits[1, 8] = 9.0625  # in bfloat16 the next number
+    assert answers.agreement([logits], 0.0).near_ties == 1
+    logits[1, 8] = 9.1
+    assert answers.agreement([logits], 0.06).near_ties == 1
+    found = answers.agreement([logits], 0.0)
+    assert found.equal_answers == 0
+    assert "token 2 of the answer is" in found.parting
+    assert "0.1 nats apart" in found.parting
+
+
 def test_compare_is_the_divergence_over_the_known_tokens():
     torch.manual_seed(0)
     reference, other = torch.randn(5, 40), torch.randn(5, 40)
     q = other.log_softmax(-1)
     targets_ = torch.cat([q[:3].argmax(1), q[3:].argmin(1)])
-    whole = gguf.compare([reference], [tuple(reversed(q.sort(descending=True)))], [targets_])
     p = reference.log_softmax(-1)
+
+    def told(logprobs, tokens):
+        return [gguf.Told(tokens, logprobs, q.gather(1, targets_[:, None])[:, 0])]
+
+    whole = gguf.compare([reference], told(*q.sort(descending=True)), [targets_])
     assert whole.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert whole.loss == pytest.approx(float(-q.gather(1, targets_[:, None]).mean()), rel=1e-5)
     assert whole.reference_loss == pytest.approx(float(-p.gather(1, targets_[:, None]).mean()), rel=1e-5)
     assert whole.top1_agreement == float((p.argmax(1) == q.argmax(1)).float().mean())
-    logprobs, tokens = q.topk(10)
-    part = gguf.compare([reference], [(tokens, logprobs)], [targets_])
+    part = gguf.compare([reference], told(*q.topk(10)), [targets_])
     assert 0 < part.kl < whole.kl
-    there = (tokens == targets_[:, None]).any(1)
-    assert part.truth_known == pytest.approx(float(there.float().mean()))
-    assert part.loss == pytest.approx(float(-q.gather(1, targets_[:, None])[there].mean()), rel=1e-5)
-    same = gguf.compare([reference], [tuple(reversed(p.topk(10)))], [targets_])
+    assert (part.truth_known, part.loss) == (1, whole.loss)  # whether the true token is among the likeliest or not
+    same = gguf.compare(
+        [reference], [gguf.Told(*reversed(p.topk(10)), p.gather(1, targets_[:, None])[:, 0])], [targets_]
+    )
     assert same.kl == pytest.approx(0, abs=1e-5)
     assert same.top1_agreement == 1.0
+    untold = gguf.Told(*reversed(p.topk(10)), torch.full((5,), float("nan")))
+    assert gguf.compare([reference], [untold], [targets_]).truth_known == 0
 
 
 def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
@@ -194,6 +377,17 @@ def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
     assert "--max-lora-rank 8" in report["serve"]
     assert report["top1_agreement"] >= 0.95
     assert (folder / "README.md").read_text().startswith("---\n")
+
+
+def test_vllm_gets_the_tokenizer_where_the_bases_own_folder_says_something_else(trained, tmp_path):
+    base = make_base(tmp_path / "base", chat_template=None)  # the run has a template of its own, which must travel
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    done = trained(f"model.path={base}", "export=vllm", *LOOSE)
+    folder = done.path / "export/vllm"
+    serve = json.loads((done.path / "export_report.json").read_text())["vllm"]["serve"]
+    assert f"--tokenizer {folder} --generation-config {folder}" in serve
+    assert "### assistant" in (folder / "chat_template.jinja").read_text()
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path, capsys):
@@ -244,25 +438,6 @@ TEMPLATES = {
 }
 
 
-def go(template: str, messages: list[dict[str, str]]) -> str:
-    """What Go's text/template makes of it, as far as our templates use it."""
-    import re
-
-    system = any(message["role"] == "system" for message in messages)
-    start, body, end = re.fullmatch(
-        r"(?:\{\{ if not \.System \}\}(.*?)\{\{ end \}\})?\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*?)",
-        template,
-        re.DOTALL,
-    ).groups()
-    text = "" if system else start or ""
-    for message in messages:
-        for role, before, after in re.findall(
-            r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)\{\{ end \}\}', body, re.DOTALL
-        ):
-            text += before + message["content"] + after if role == message["role"] else ""
-    return text + end
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp_path, name):
     import shutil
@@ -270,7 +445,6 @@ def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp
     folder = shutil.copytree(base, tmp_path / "base")
     make_tokenizer(folder, TEMPLATES[name])
     encoder = prepare(config_of(f"model.path={folder}")).encoder
-    found = ollama.turns(encoder)
     talk = [
         {"role": "system", "content": "Answer in German."},
         {"role": "user", "content": "red cat"},
@@ -278,7 +452,8 @@ def test_ollamas_template_writes_what_the_models_own_writes(config_of, base, tmp
         {"role": "user", "content": "two dogs"},
     ]
     for messages in (talk, talk[1:], talk[1:2], talk[:2]):
-        assert go(found.template(), messages) == encoder.template.text(messages, None, add_generation_prompt=True)
+        written = ollama.modelfile("x.gguf", encoder)
+        assert ollama.rendered(written, messages) == encoder.template.text(messages, None, add_generation_prompt=True)
 
 
 def test_a_model_that_continues_texts_has_no_turns(config_of, tmp_path):
@@ -322,6 +497,25 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
         assert part in said
     assert "HF_HUB_OFFLINE is set" in problems(config_of("export=vllm", "export.push_to_hub=me/model"))
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))
+
+
+EVERY_CONVERSION = """
+import importlib, json, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import conversion
+for module in pkgutil.iter_modules(conversion.__path__):
+    importlib.import_module(f"conversion.{module.name}")
+print("FOUND", json.dumps([conversion.get_model_class(name).__name__ for name in conversion.TEXT_MODEL_MAP]))
+"""
+
+
+def test_every_module_of_the_conversion_loads():
+    """Versions of auto-round and gguf fit together: each architecture that the conversion lists has a class."""
+    [package] = importlib.util.find_spec("auto_round").submodule_search_locations
+    words = [sys.executable, "-c", EVERY_CONVERSION, f"{package}/export/export_to_gguf"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads(done.stdout.partition("FOUND")[2])) > 200
 
 
 def test_a_base_that_the_conversion_does_not_know(config_of, tmp_path):

@@ -88,8 +88,12 @@ def test_a_refused_merge_keeps_the_trained_run(trained, tmp_path):
 @pytest.mark.usefixtures("reload_here")
 def test_a_merge_that_differs_is_refused_and_not_published(trained, tmp_path, capsys, monkeypatch):
     folder = trained().path
-    real = parity.reloaded_logits
-    monkeypatch.setattr(parity, "reloaded_logits", lambda *args: [row * 1.5 for row in real(*args)])
+    real = parity.reloaded_outputs
+
+    def other(*args):
+        return [{name: row * 1.5 for name, row in outputs.items()} for outputs in real(*args)]
+
+    monkeypatch.setattr(parity, "reloaded_outputs", other)
     assert cli.main(["merge", f"run={folder}", "export.dtype=float32"]) == 4
     message = capsys.readouterr().err
     assert "not published, because max |logit difference|" in message

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters import files, updates
+from lora_lab.base.resolve import is_hub_id
+from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ExportError
+from lora_lab.export import text
 from lora_lab.export.job import Job
-from lora_lab.merge import derived
+from lora_lab.merge import derived, merge
 from lora_lab.merge.merge import adapted
-from lora_lab.merge.parity import compare, disagreements, logits, reloaded_logits
+from lora_lab.merge.parity import compare, disagreements, logits
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
 
@@ -62,8 +65,36 @@ def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
     learned = files.learned(job.run.adapter)
     files.write_tensors(folder, adapter.tensors(adapter.rank), peft_config, config, job.base, learned)
     limit = next(rank for rank in _VLLM_RANKS if rank >= adapter.rank)
-    serve = f"vllm serve {job.base.name} --enable-lora --max-lora-rank {limit} --lora-modules {config.name}={job.run.path / 'export/vllm'}"
+    base = job.base.name if is_hub_id(job.base.name) else job.base.folder
+    final = job.run.path / "export/vllm"
+    serve = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {config.name}={final}"
+    if _with_tokenizer(job, folder):
+        serve += f" --tokenizer {final} --generation-config {final}"
     return {"serve": serve, **_proved(job, folder)}
+
+
+def _with_tokenizer(job: Job, folder: Path) -> bool:
+    """Put the run's tokenizer, template and end tokens beside the adapter, where the base's own folder would be read as something
+    else; whether that was needed.
+
+    Raises:
+        ExportError: they are not what the run was trained with.
+    """
+    from transformers import GenerationConfig
+
+    encoder = job.encoder
+    asked = text.prompts(encoder, job.rows.examples)
+    settings = job.base.folder / "generation_config.json"
+    if settings.is_file() and not text.folder_problems(job.base.folder, encoder, asked):
+        return False
+    save_tokenizer(encoder.tokenizer, folder)
+    known = GenerationConfig.from_pretrained(job.base.folder) if settings.is_file() else GenerationConfig()
+    merge.add_ends(known, encoder)
+    known.save_pretrained(folder)
+    problems = text.folder_problems(folder, encoder, asked)
+    if problems:
+        raise ExportError(f"{folder.name}: {'; '.join(problems)}. Nothing is kept.")
+    return True
 
 
 def _proved(job: Job, folder: Path) -> dict[str, Any]:
@@ -78,12 +109,18 @@ def _proved(job: Job, folder: Path) -> dict[str, Any]:
         job.device,
     )
     reference = logits(model, job.rows)
+    writes = job.kind.auto_class == "AutoModelForCausalLM"
+    answers = text.Answers.of(job.encoder, job.rows.examples, model if writes else None)
     del model
-    found = reloaded_logits(job.base.folder, job.kind.auto_class, job.rows, job.device, dtype, folder)
+    found, agreed = answers.compared(
+        job.base.folder, job.kind.auto_class, job.rows, reference, job.device, dtype, folder
+    )
     gap = compare(reference, found, job.rows)
     wrong = disagreements(gap, job.config.merge)
+    if agreed.parting:
+        wrong.append(f"greedy answers part: {agreed.parting}")
     if wrong:
         raise ExportError(
             f"{folder.name}: peft says something else than the trained adapter: {'; '.join(wrong)}. Nothing is kept."
         )
-    return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap)}
+    return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap), **agreed.told()}

@@ -1,20 +1,25 @@
-"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ADAPTER ADAPTER_OUT]
+"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [ADAPTER ADAPTER_OUT]]
 
 Started in a process of its own: the conversion that auto-round carries takes the module name `conversion` and a model's worth
 of memory.
 
-FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ADAPTER: safetensors with the factors
+FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ENDS: ids of
+tokens that end answers, with commas. ADAPTER: safetensors with the factors
 `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
 import importlib.metadata
 import json
 import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-CHECK = "check"  # nothing is written; fails where the architecture or the tokenizer is not known
+CHECK = (
+    "check"  # a tiny Llama with the folder's tokenizer is written; fails where architecture or tokenizer are not known
+)
 K_QUANTS = (
     "q2_k",
     "q3_k_m",
@@ -26,9 +31,52 @@ K_QUANTS = (
 )  # made by auto-round, weight by weight: slow
 
 
-def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_out: str | None = None) -> None:
+_CONTROL, _UNKNOWN, _NORMAL, _USER_DEFINED, _BYTE = 3, 2, 1, 4, 6  # SentencePiece's kinds of tokens
+
+
+def main(
+    folder: str, out: str, kind: str, ends: str = "", adapter: str | None = None, adapter_out: str | None = None
+) -> None:
     os.environ["AUTO_ROUND_GGUF_AUTO_UPDATE"] = "0"  # it would fetch and run code
     os.environ.pop("LLAMA_CPP_ROOT", None)
+    with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
+        _convert(_with_sentencepiece(Path(folder), Path(scratch)), out, kind, ends, adapter, adapter_out)
+
+
+def _with_sentencepiece(folder: Path, scratch: Path) -> str:
+    """The folder, or where it lacks `tokenizer.model` and `tokenizer.json` is of its kind, a copy by links that has it: the
+    conversion takes such a tokenizer's scores from there.
+
+    A token's score is the place of the first merge that makes it, which is what such merges were sorted by.
+    """
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    model = tree.get("model", {})
+    if (folder / "tokenizer.model").exists() or model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return str(folder)
+    from sentencepiece import sentencepiece_model_pb2
+
+    made: dict[str, int] = {}
+    for place, merge in enumerate(model["merges"]):
+        made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), place)
+    added = {one["content"]: _CONTROL if one["special"] else _USER_DEFINED for one in tree["added_tokens"]}
+    ids = model["vocab"] | {one["content"]: one["id"] for one in tree["added_tokens"]}
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = proto.trainer_spec.BPE, True
+    proto.trainer_spec.vocab_size, proto.trainer_spec.unk_piece = len(ids), model["unk_token"]
+    for token in sorted(ids, key=ids.get):
+        kind = _BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else added.get(token, _NORMAL)
+        kind = _UNKNOWN if token == model["unk_token"] else kind
+        proto.pieces.add(piece=token, score=-float(made.get(token, len(made))), type=kind)
+    view = scratch / folder.name
+    view.mkdir()
+    for one in folder.iterdir():
+        (view / one.name).symlink_to(one.resolve())
+    (view / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return str(view)
+
+
+def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, adapter_out: str | None) -> None:
     if kind in K_QUANTS:
         _write_k_quants(folder, out, kind)
         return
@@ -49,17 +97,66 @@ def main(folder: str, out: str, kind: str, adapter: str | None = None, adapter_o
     if kind == CHECK:
         model = model_class(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(out))
         model.set_gguf_parameters()
+        _with_ends(model, ends)
         model.set_vocab()
+        _write_tiny(model, out)
         return
-    model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out)).write()
+    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out))
+    _with_ends(model, ends)
+    model.write()
     if adapter is not None:
         model = model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
         _write_adapter(model, adapter_out, adapter)
 
 
-def _write_k_quants(folder: str, out: str, kind: str) -> None:
-    import tempfile
+def _with_ends(model: object, ends: str) -> None:
+    """Have the file name the end-of-turn token beside the end of sequence: the conversion does not look for it, and llama.cpp knows
+    it by itself only if its name is a common one."""
+    import gguf
 
+    set_vocab, keys = model.set_vocab, gguf.Keys.Tokenizer
+
+    def and_ends() -> None:
+        set_vocab()
+        known = model.gguf_writer.kv_data[0]
+        others = [
+            int(end) for end in ends.split(",") if end and int(end) != getattr(known.get(keys.EOS_ID), "value", None)
+        ]
+        if others and keys.EOT_ID not in known:
+            model.gguf_writer.add_eot_token_id(others[0])
+
+    model.set_vocab = and_ends
+
+
+def _write_tiny(model: object, out: str) -> None:
+    """The tokenizer of a model that is to be converted, in a file that llama.cpp loads at once."""
+    import gguf
+    import numpy as np
+
+    width, known = 32, model.gguf_writer.kv_data[0]
+    writer = gguf.GGUFWriter(out, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in known.items():
+        if key.startswith("tokenizer."):
+            writer.kv_data[0][key] = value
+    tokens = len(known[gguf.Keys.Tokenizer.LIST].value)
+    writer.add_tensor("token_embd.weight", np.zeros((tokens, width), dtype=np.float16))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((width, width), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_k_quants(folder: str, out: str, kind: str) -> None:
     from auto_round import AutoRound
 
     with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,13 +20,24 @@ from torch.nn.functional import log_softmax
 
 from lora_lab import children, console, storage
 from lora_lab.adapters import updates
+from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ConfigError, ExportError
-from lora_lab.export import ollama
+from lora_lab.export import ollama, text
 from lora_lab.export.convert import CHECK, K_QUANTS
 from lora_lab.export.job import Job
-from lora_lab.merge.parity import disagreements, loss_increase, reloaded_logits
+from lora_lab.merge.parity import disagreements, loss_increase, outputs_of_rows, reloaded_outputs
+from lora_lab.reading import read_json
 
+if TYPE_CHECKING:
+    from lora_lab.data.encode import Encoder
+    from lora_lab.merge.parity import Probe
+
+SENTENCEPIECE = "tokenizer.model"  # transformers does not need it, llama.cpp's conversion does
 _PACKAGES = ("auto_round", "sentencepiece", "xllamacpp")
+_WAY_OUT = (
+    "Take a base whose tokenizer and chat template llama.cpp reads as transformers does, or drop the target: hf, adapter and vllm use "
+    "transformers' own."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +45,7 @@ class TopGap:
     """How far llama.cpp's next-token distributions are from the reference's, of which its most likely tokens are known.
 
     `kl` is taken over those tokens and all others together, so it is at most the whole one. The losses are over the positions
-    whose true token is among them, a share `truth_known` of all.
+    whose true token llama.cpp tells the log-probability of, a share `truth_known` of all, which must be 1.
     """
 
     positions: int
@@ -41,6 +54,15 @@ class TopGap:
     top1_agreement: float
     reference_loss: float
     loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What llama.cpp told of a row, as `llama.py` writes it."""
+
+    tokens: torch.Tensor  # [S, K] int64, the likeliest
+    logprobs: torch.Tensor  # [S, K], falling
+    truth: torch.Tensor  # [S], of the true tokens
 
 
 def check(job: Job, target: str) -> Iterator[str]:
@@ -70,22 +92,63 @@ def check(job: Job, target: str) -> Iterator[str]:
         except ConfigError as error:
             yield str(error)
             return
-    reason = _reason_against(job.base.folder)
+    reason = _reason_against(job.base.folder, job.encoder)
     if reason:
         yield (
             f"export.targets: {target}: llama.cpp's conversion cannot take this base ({reason}). Drop the target; hf and adapter always "
             "load."
         )
+        return
+    if target != "gguf_lora":
+        said = _text_against(job.base.folder, job.encoder, target == "ollama")
+        if said:
+            yield f"export.targets: {target}: {said} {_WAY_OUT}"
 
 
-@functools.lru_cache
-def _reason_against(base: Path) -> str:
-    """What the conversion says against the base's architecture or tokenizer; empty if it takes them."""
+@functools.lru_cache(maxsize=2)
+def _reason_against(base: Path, encoder: Encoder) -> str:
+    """What the conversion says against the base's architecture or the run's tokenizer; empty if it takes them."""
     try:
-        convert(base, Path("/dev/null"), CHECK)
+        _tiny(base, encoder)
     except ExportError as error:
         return str(error).partition(": ")[2].removesuffix(".")
     return ""
+
+
+@functools.lru_cache(maxsize=2)
+def _text_against(base: Path, encoder: Encoder, with_modelfile: bool) -> str:
+    """What llama.cpp, with the run's tokenizer as the conversion writes it, makes otherwise than the run; empty if nothing."""
+    with storage.scratch() as scratch:
+        file = scratch / "tokenizer.gguf"
+        file.write_bytes(_tiny(base, encoder))
+        asked = text.prompts(encoder)
+        written = ollama.modelfile(file.name, encoder) if with_modelfile else None
+        try:
+            _check_text(file, encoder, asked, ask(file, encoder, asked, modelfile=written), written)
+        except ExportError as error:
+            return str(error)
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def _tiny(base: Path, encoder: Encoder) -> bytes:
+    """A GGUF file of a tiny model with the tokenizer that an export of this base would have.
+
+    Raises:
+        ExportError: the conversion does not take it.
+    """
+    with storage.scratch() as scratch:
+        folder = scratch / "folder"
+        folder.mkdir()
+        save_tokenizer(encoder.tokenizer, folder)
+        for file in base.iterdir():
+            own = file.name.startswith(
+                ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+            )
+            if (not own or file.name == SENTENCEPIECE) and file.is_file() and not (folder / file.name).exists():
+                (folder / file.name).symlink_to(file.resolve())
+        convert(folder, scratch / "tiny.gguf", CHECK, text.ends_of(encoder))
+        return (scratch / "tiny.gguf").read_bytes()
 
 
 def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]:
@@ -96,12 +159,14 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     """
     kind = job.config.export.gguf_type
     file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
-    convert(job.merged, file, kind)
+    convert(job.merged, file, kind, text.ends_of(job.encoder))
+    written = None
     if with_modelfile:
-        (folder / "Modelfile").write_text(ollama.modelfile(file.name, job.encoder), encoding="utf-8")
-    reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device, job.exact)
-    proved = _proved(job, file, reference, exact=kind in ("f32", "f16", "bf16"))
-    return {"type": kind, **_beginning(job, file), **proved}
+        written = ollama.modelfile(file.name, job.encoder)
+        (folder / "Modelfile").write_text(written, encoding="utf-8")
+    beginning = _beginning(job, file)
+    proved = _proved(job, file, exact=kind in ("f32", "f16", "bf16"), modelfile=written)
+    return {"type": kind, **beginning, **proved}
 
 
 def _beginning(job: Job, file: Path) -> dict[str, bool]:
@@ -142,22 +207,24 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
             factors |= {f"{name}.a": same.down.contiguous(), f"{name}.b": same.up.contiguous()}
         save_file(factors, f"{scratch}/factors.safetensors")
         base = scratch / "base.gguf"
-        convert(job.base.folder, base, "f16", f"{scratch}/factors.safetensors", str(file))
-        reference = reloaded_logits(
-            job.base.folder, job.kind.auto_class, job.rows, job.device, job.exact, job.run.adapter
-        )
-        return _proved(job, base, reference, exact=True, adapter=file)
+        convert(job.base.folder, base, "f16", text.ends_of(job.encoder), f"{scratch}/factors.safetensors", str(file))
+        serve = f"llama-server -m GGUF_OF_THE_BASE --lora {file.name}"
+        if job.encoder.chat:  # the base's own file may have another, or none
+            template = job.encoder.tokenizer.chat_template
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+            serve += " --jinja --chat-template-file chat_template.jinja"
+        return {"serve": serve, **_proved(job, base, exact=True, adapter=file)}
 
 
-def convert(folder: Path, file: Path, kind: str, *adapter: str) -> None:
+def convert(folder: Path, file: Path, kind: str, ends: list[int], *adapter: str) -> None:
     if kind in K_QUANTS and shutil.which("llama-quantize"):
         with storage.scratch(file.parent) as scratch:
             whole = scratch / "f16.gguf"
-            convert(folder, whole, "f16")
+            convert(folder, whole, "f16", ends)
             _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize to {kind}")
         return
     script = str(Path(__file__).with_name("convert.py"))
-    words = [sys.executable, "-P", script, str(folder), str(file), kind, *adapter]
+    words = [sys.executable, "-P", script, str(folder), str(file), kind, ",".join(map(str, ends)), *adapter]
     _run(words, f"llama.cpp's conversion of {folder}")
 
 
@@ -170,68 +237,163 @@ def _run(words: list[str], what: str) -> None:
 
 
 def _proved(
-    job: Job, file: Path, reference: list[torch.Tensor], exact: bool, adapter: Path | None = None
+    job: Job, file: Path, exact: bool, adapter: Path | None = None, modelfile: str | None = None
 ) -> dict[str, Any]:
-    """Compare llama.cpp with the reference on the job's rows.
+    """Compare llama.cpp with transformers: what it makes of texts, what it says of the job's rows, and what it answers.
 
     Args:
-        reference: logits [S, C] of each row.
         exact: whether the file holds the same numbers, so that distributions must agree; else the loss alone may rise a little.
+        adapter: that is put on the file's model; transformers then puts the run's on the base.
+        modelfile: of Ollama, by which texts are written.
+
+    Raises:
+        ExportError: something differs.
     """
-    told = _ask(job, file, adapter)
-    gap = compare(reference, told, [job.rows.task.compared_targets(example) for example in job.rows.examples])
+    began = time.monotonic()
+    asked = text.prompts(job.encoder, job.rows.examples)
+    answered = text.answered(asked)
+    template = job.encoder.tokenizer.chat_template if adapter is not None and job.encoder.chat else None
+    told = ask(file, job.encoder, asked, answered, job.rows, adapter, template, modelfile)
+    _check_text(file, job.encoder, asked, told, modelfile)
+    seconds = time.monotonic() - began
+    answers = text.Answers(job.encoder, asked, answered, told["answers"])
+    extra = answers.passes
+    weights, own = (job.merged, None) if adapter is None else (job.base.folder, job.run.adapter)
+    passes = [one for row in job.rows.passes for one in row] + extra
+    outputs = reloaded_outputs(weights, job.kind.auto_class, passes, job.device, job.exact, own)
+    reference = outputs_of_rows(job.rows, outputs[: len(outputs) - len(extra)])
+    gap = compare(reference, told["rows"], [job.rows.task.compared_targets(one) for one in job.rows.examples])
     limits = job.config.merge
     found = disagreements(gap, limits) if exact else []
     found += loss_increase(gap, limits, "against transformers")
+    if gap.truth_known < 1:
+        found.append(f"it tells nothing of {1 - gap.truth_known:.1%} of the true tokens")
+    scores = [one["logits"] for one in outputs[len(outputs) - len(extra) :]]
+    agreed = answers.agreement(scores, largest_difference(reference, told["rows"]))
+    if exact and agreed.parting:
+        found.append(f"greedy answers part: {agreed.parting}")
     if found:
         raise ExportError(
             f"{file.name}: llama.cpp says something else than transformers: {'; '.join(found)}. Nothing is kept."
         )
-    return {"loader": "llama.cpp (xllamacpp)", **dataclasses.asdict(gap)}
+    return {
+        "loader": "llama.cpp (xllamacpp)",
+        **dataclasses.asdict(gap),
+        "texts": len(asked),
+        **agreed.told(),
+        "llama_cpp_seconds": round(seconds, 1),
+    }
 
 
-def _ask(job: Job, file: Path, adapter: Path | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def ask(
+    file: Path,
+    encoder: Encoder,
+    asked: list[text.Prompt],
+    answered: Sequence[text.Prompt] = (),
+    rows: Probe | None = None,
+    adapter: Path | None = None,
+    template: str | None = None,
+    modelfile: str | None = None,
+) -> dict[str, Any]:
+    """What llama.cpp tells, see `llama.py`; `rows` of it are `Told`.
+
+    Args:
+        modelfile: conversations are written by its template instead of the file's.
+    """
+    prompts: list[dict[str, Any]] = []
+    for number, one in enumerate(asked):
+        if one.messages is None or modelfile is not None:
+            prompts.append({"text": one.text if one.messages is None else ollama.rendered(modelfile, one.messages)})
+        else:
+            prompts.append({"messages": one.messages, "tools": one.tools, "count": number == 0})
+    passes = [] if rows is None else rows.passes
+    longest = max([len(one.ids) for one in asked] + [inputs["input_ids"].shape[1] for [(inputs, _)] in passes])
     with storage.scratch() as scratch:
-        tensors = {"letter": torch.tensor(job.encoder.tokenizer.encode("a", add_special_tokens=False)[:1])}
-        for number, [(inputs, positions)] in enumerate(job.rows.passes):
+        tensors = {}
+        for number, [(inputs, positions)] in enumerate(passes):
             tensors |= {
                 f"{number:06}.input_ids": inputs["input_ids"].contiguous(),
                 f"{number:06}.positions": positions.contiguous(),
+                f"{number:06}.targets": rows.task.compared_targets(rows.examples[number]).contiguous(),
             }
         save_file(tensors, f"{scratch}/rows.safetensors")
+        words = {
+            "threads": torch.get_num_threads(),
+            "context": longest + text.NEW_TOKENS + 8,
+            "template": template,
+            "variables": encoder.template.kwargs if encoder.chat else {},
+            "prompts": prompts,
+            "ends": text.ends_of(encoder),
+            "answers": [one.ids for one in answered],
+            "new_tokens": text.NEW_TOKENS,
+            "rows": f"{scratch}/rows.safetensors" if passes else None,
+            "outputs": f"{scratch}/out.safetensors",
+            "letter": encoder.tokenizer.encode("a", add_special_tokens=False)[0],
+            "vocabulary": encoder.vocab_size or len(encoder.tokenizer),
+        }
+        (scratch / "asked.json").write_text(json.dumps(words), encoding="utf-8")
         script = str(Path(__file__).with_name("llama.py"))
-        words = [
-            str(file),
-            f"{scratch}/rows.safetensors",
-            f"{scratch}/out.safetensors",
-            *([str(adapter)] if adapter else []),
-        ]
-        _run([sys.executable, "-P", script, *words], f"llama.cpp with {file.name}")
-        found = load_file(f"{scratch}/out.safetensors")
-    return [(found[f"{n:06}.tokens"], found[f"{n:06}.logprobs"]) for n in range(len(job.rows.passes))]
+        command = [str(file), f"{scratch}/asked.json", f"{scratch}/told.json", *([str(adapter)] if adapter else [])]
+        _run([sys.executable, "-P", script, *command], f"llama.cpp with {file.name}")
+        told = read_json(scratch / "told.json", ExportError)
+        found = load_file(f"{scratch}/out.safetensors") if passes else {}
+    names = [f"{number:06}" for number in range(len(passes))]
+    told["rows"] = [Told(*(found[f"{n}.{name}"] for name in ("tokens", "logprobs", "truth"))) for n in names]
+    return told
 
 
-def compare(
-    reference: list[torch.Tensor], told: list[tuple[torch.Tensor, torch.Tensor]], targets: list[torch.Tensor]
-) -> TopGap:
+def _check_text(
+    file: Path, encoder: Encoder, asked: list[text.Prompt], told: dict[str, Any], modelfile: str | None
+) -> None:
+    """Refuse a file that llama.cpp tokenizes otherwise than the run, or that would not stop where the run does.
+
+    Raises:
+        ExportError: the first difference.
+    """
+    seen = [(one.get("text"), one["ids"] if "ids" in one else one["error"]) for one in told["prompts"]]
+    by = "the Modelfile's template and llama.cpp's tokenizer make" if modelfile is not None else "llama.cpp makes"
+    found = [f"{by} {one}" for one in text.differences(encoder, asked, seen)]
+    for one in told["prompts"]:
+        if one.get("counted") not in (None, len(one.get("ids", ()))) and not found:
+            found.append(f"llama.cpp counts {one['counted']} tokens of a conversation of {len(one['ids'])}")
+    ends = text.ends_of(encoder)
+    going_on = [end for end, how in zip(ends, told["ends"], strict=True) if how != "eos"]
+    if modelfile is not None:
+        going_on = [end for end in going_on if encoder.tokenizer.decode([end]) not in ollama.stops(modelfile)]
+    if going_on:
+        found.append(text.not_stopping(encoder, going_on, "the file (its end-of-sequence and end-of-turn tokens)"))
+    if found:
+        raise ExportError(f"{file.name}: {'; '.join(found)}. Nothing is kept.")
+
+
+def compare(reference: list[torch.Tensor], told: list[Told], targets: list[torch.Tensor]) -> TopGap:
     """Measure what llama.cpp told.
 
     Args:
         reference: logits [S, C] of each row.
-        told: of each row the most likely tokens [S, K] and their log-probabilities [S, K], falling.
         targets: [S] the true tokens.
     """
     kl, agreed, known, losses = 0.0, 0, 0, [0.0, 0.0]
-    for logits, (tokens, logprobs), truth in zip(reference, told, targets, strict=True):
-        p, q = log_softmax(logits.double(), -1), logprobs.double()
-        top = p.gather(1, tokens)
+    for logits, row, truth in zip(reference, told, targets, strict=True):
+        p, q = log_softmax(logits.double(), -1), row.logprobs.double()
+        top = p.gather(1, row.tokens)
         rest_p, rest_q = ((1 - one.exp().sum(1)).clamp_min(1e-12) for one in (top, q))
         kl += float((top.exp() * (top - q)).sum() + (rest_p * (rest_p / rest_q).log()).sum())
-        agreed += int((p.argmax(1) == tokens[:, 0]).sum())
-        there = tokens == truth[:, None]
+        agreed += int((p.argmax(1) == row.tokens[:, 0]).sum())
+        there = row.truth.isfinite()
         known += int(there.sum())
-        losses = [total - float(side[there].sum()) for total, side in zip(losses, (top, q), strict=True)]
+        sides = (p.gather(1, truth[:, None])[:, 0], row.truth.double())
+        losses = [total - float(side[there].sum()) for total, side in zip(losses, sides, strict=True)]
     count = sum(map(len, targets))
     return TopGap(
         count, known / count, kl / count, agreed / count, losses[0] / max(known, 1), losses[1] / max(known, 1)
     )
+
+
+def largest_difference(reference: list[torch.Tensor], told: list[Told], top: int = 10) -> float:
+    """The largest difference of a log-probability among the likeliest tokens."""
+    worst = 0.0
+    for logits, row in zip(reference, told, strict=True):
+        own = log_softmax(logits.double(), -1).gather(1, row.tokens[:, :top])
+        worst = max(worst, float((own - row.logprobs[:, :top]).abs().max()))
+    return worst

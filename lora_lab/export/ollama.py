@@ -7,6 +7,7 @@ does more than to put strings around turns is refused.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -58,9 +59,12 @@ def turns(encoder: ChatEncoder) -> Turns:
     """
     system, user = {"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}
     answer = {"role": "assistant", "content": _ANSWER}
+    adds = encoder.tokenizer.bos_token_id in encoder.marks.before
 
     def render(messages: list[dict[str, str]], asked: bool = True) -> str:
-        return encoder.template.text(messages, None, add_generation_prompt=asked)
+        rendered = encoder.template.text(messages, None, add_generation_prompt=asked)
+        # llama.cpp puts the first token there by itself, where the tokenizer does; it must not be taken for a part of a turn
+        return rendered.removeprefix(encoder.tokenizer.bos_token) if adds else rendered
 
     try:
         found = _solve(render, system, user, answer)
@@ -74,11 +78,7 @@ def turns(encoder: ChatEncoder) -> Turns:
         raise _refused("what it writes around a turn depends on the other turns")
     if any("{{" in text or '"""' in text for text in (found.start, *found.system, *found.user, *found.answer)):
         raise _refused("it writes braces or quotes that Ollama would read")
-    return dataclasses.replace(
-        found,
-        start=_without_first_token(found.start, encoder),
-        system=(_without_first_token(found.system[0], encoder), found.system[1]),
-    )
+    return found
 
 
 def _solve(render: Callable[..., str], system: dict, user: dict, answer: dict) -> Turns:
@@ -105,18 +105,49 @@ def _common_ending(*texts: str) -> int:
     return sum(1 for _ in alike)
 
 
-def _without_first_token(text: str, encoder: ChatEncoder) -> str:
-    """llama.cpp puts the first token there by itself, where the tokenizer does."""
-    tokenizer = encoder.tokenizer
-    adds = tokenizer.bos_token_id in encoder.marks.before
-    return text.removeprefix(tokenizer.bos_token) if adds else text
-
-
 def _refused(reason: str) -> ConfigError:
     return ConfigError(
         f"export.targets: ollama: the chat template cannot be written as Ollama's ({reason}). Export gguf instead: llama.cpp and "
         "LM Studio read the model's own template from it."
     )
+
+
+def rendered(modelfile: str, messages: list[dict[str, str]]) -> str:
+    """A conversation as Ollama writes it by a Modelfile, as far as `modelfile` uses Go's text/template.
+
+    Ollama gives the template all messages, those of one role that follow each other as one, and what the system says apart
+    (https://docs.ollama.com/template).
+    """
+    [template] = re.findall(r'^TEMPLATE """(.*?)"""', modelfile, re.DOTALL | re.MULTILINE)
+    told: list[dict[str, str]] = []
+    for message in messages:
+        if told and told[-1]["role"] == message["role"]:
+            told[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            told.append({"role": message["role"], "content": message["content"] or ""})
+    system = any(message["role"] == "system" for message in told)
+    found = re.sub(
+        r"\{\{ if not \.System \}\}(.*?)\{\{ end \}\}",
+        lambda m: "" if system else m[1],
+        template,
+        count=1,
+        flags=re.DOTALL,
+    )
+    before, _, rest = found.partition("{{ range .Messages }}")
+    body, after = re.fullmatch(r"((?:\{\{ if eq .*?\{\{ end \}\})*)\{\{ end \}\}(.*)", rest, re.DOTALL).groups()
+    turns = re.findall(r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)\{\{ end \}\}', body, re.DOTALL)
+    said = [
+        opening + message["content"] + closing
+        for message in told
+        for role, opening, closing in turns
+        if role == message["role"]
+    ]
+    return before + "".join(said) + after
+
+
+def stops(modelfile: str) -> list[str]:
+    """The texts at which Ollama stops by a Modelfile."""
+    return re.findall(r'^PARAMETER stop "(.*)"$', modelfile, re.MULTILINE)
 
 
 def modelfile(gguf: str, encoder: Encoder) -> str:

@@ -11,6 +11,7 @@ from lora_lab.base.load import bitsandbytes_config
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.config import QuantConfig
 from lora_lab.errors import ExportError
+from lora_lab.export import text
 from lora_lab.export.job import Job
 from lora_lab.merge.parity import compare, loss_increase, reloaded_logits
 
@@ -38,13 +39,17 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
     )
     model.save_pretrained(folder)
     save_tokenizer(job.encoder.tokenizer, folder)
+    writes = job.kind.auto_class == "AutoModelForCausalLM"
+    answers = text.Answers.of(job.encoder, job.rows.examples, model.eval() if writes else None)
     del model
-    reference = reloaded_logits(job.merged, job.kind.auto_class, job.rows, job.device)
-    gap = compare(reference, reloaded_logits(folder, job.kind.auto_class, job.rows, job.device), job.rows)
-    found = loss_increase(gap, job.config.merge, "against the merged checkpoint")
+    own = reloaded_logits(folder, job.kind.auto_class, job.rows, job.device)
+    reference, agreed = answers.compared(job.merged, job.kind.auto_class, job.rows, own, job.device)
+    gap = compare(reference, own, job.rows)
+    found = text.folder_problems(folder, job.encoder, answers.asked)
+    found += loss_increase(gap, job.config.merge, "against the merged checkpoint")
     if found:
         raise ExportError(
-            f"quantized: {found[0]}. Nothing is kept; raise the limit if that is acceptable, or choose another "
+            f"quantized: {'; '.join(found)}. Nothing is kept; raise the limit if that is acceptable, or choose another "
             "export.quantization."
         )
     return {
@@ -55,6 +60,8 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
         "loss_of_merged": gap.reference_loss,
         "top1_agreement": gap.top1_agreement,
         "kl": gap.kl,
+        "texts": len(answers.asked),
+        **agreed.told(),
     }
 
 

@@ -20,12 +20,13 @@ from lora_lab.base.weights import Weights
 from lora_lab.config import RunConfig
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import MergeError
-from lora_lab.export import card
+from lora_lab.export import card, text
 from lora_lab.merge import bases, parity, stream
 from lora_lab.run_dir import RunDir
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import GenerationConfig
 
 _SENTENCEPIECE = "tokenizer.model"  # transformers does not need it, llama.cpp's conversion does
 
@@ -65,6 +66,7 @@ def merge(
         clear_device_cache(garbage_collection=True)
         model = adapted(chosen, run, config, base, kind, device)
         reference = parity.logits(model, rows)
+    answers = text.Answers.of(encoder, rows.examples, model if kind.auto_class == "AutoModelForCausalLM" else None)
     with storage.new_folder(run.merged, {"base": base.fingerprint, "made_with": settings(config)}) as temporary:
         how = _write(temporary, model, chosen, run, config, base, kind, encoder)
         save_tokenizer(encoder.tokenizer, temporary)
@@ -72,7 +74,7 @@ def merge(
             shutil.copy(base.folder / _SENTENCEPIECE, temporary)
         del model
         clear_device_cache(garbage_collection=True)
-        report = _verify(temporary, config, base, kind, rows, reference, trained_logits, device)
+        report = _verify(temporary, config, base, kind, rows, reference, trained_logits, device, answers)
         report |= {
             "base": chosen,
             "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()},
@@ -157,7 +159,11 @@ def _carry_along(merged: torch.nn.Module, encoder: Encoder) -> None:
     """Deployments stop where training taught the model to stop."""
     if not encoder.chat or not merged.can_generate():
         return
-    generation = merged.generation_config
+    add_ends(merged.generation_config, encoder)
+
+
+def add_ends(generation: GenerationConfig, encoder: Encoder) -> None:
+    """Name the tokens that end the run's answers, beside those that are known."""
     known = generation.eos_token_id
     known = [known] if isinstance(known, int) else list(known or [])
     ends = sorted({*known, *encoder.end_tokens()})
@@ -174,8 +180,12 @@ def _verify(
     reference: list[torch.Tensor],
     trained: list[torch.Tensor],
     device: torch.device,
+    answers: text.Answers,
 ) -> dict[str, Any]:
-    reloaded = parity.reloaded_logits(folder, kind.auto_class, rows, device)
+    reloaded, agreed = answers.compared(folder, kind.auto_class, rows, reference, device)
+    refused = text.folder_problems(folder, answers.encoder, answers.asked)
+    if agreed.parting:
+        refused.append(f"greedy answers part: {agreed.parting}")
     arithmetic, as_trained = parity.compare(reference, reloaded, rows), parity.compare(trained, reloaded, rows)
     return {
         "dtype": config.export.dtype,
@@ -184,7 +194,9 @@ def _verify(
         "positions": rows.num_items,
         "merged_vs_base_and_adapter": dataclasses.asdict(arithmetic),
         "merged_vs_model_as_trained": dataclasses.asdict(as_trained),
-        "refused": parity.judge(arithmetic, as_trained, config.merge, config.export.dtype),
+        "texts": len(answers.asked),
+        **agreed.told(),
+        "refused": parity.judge(arithmetic, as_trained, config.merge, config.export.dtype) + refused,
     }
 
 

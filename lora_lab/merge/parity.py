@@ -100,15 +100,26 @@ def reloaded_logits(
     Raises:
         MergeError: the checkpoint does not load there.
     """
+    passes = list(itertools.chain.from_iterable(rows.passes))
+    return outputs_of_rows(rows, reloaded_outputs(folder, auto_class, passes, device, dtype, adapter))
+
+
+def reloaded_outputs(
+    folder: Path,
+    auto_class: str,
+    passes: list[Pass],
+    device: torch.device,
+    dtype: str = "auto",
+    adapter: Path | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """The outputs of each forward pass, as `reloaded_logits`."""
     with storage.scratch() as scratch:
         rows_file, outputs_file = f"{scratch}/rows.safetensors", f"{scratch}/outputs.safetensors"
-        tensors, order = {}, []
-        for inputs, positions in itertools.chain.from_iterable(rows.passes):
-            number = len(order)
+        tensors = {}
+        for number, (inputs, positions) in enumerate(passes):
             tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in inputs.items()}
             if positions is not None:
                 tensors[f"{number}.positions"] = positions.contiguous()
-            order.append(number)
         save_file(tensors, rows_file)
         script = str(Path(__file__).with_name("reload.py"))
         # -P: the script's own folder is not searched for modules, so nothing of lora_lab can be imported by accident
@@ -120,12 +131,16 @@ def reloaded_logits(
             storage.check_scratch(scratch, reason)
             raise MergeError(f"{folder}: plain transformers cannot load the merged checkpoint ({reason}).")
         saved = load_file(outputs_file)
-    numbers, found = iter(order), []
-    for example, passes in zip(rows.examples, rows.passes, strict=True):
-        own = [next(numbers) for _ in passes]
-        outputs = [{name: saved[f"{n}.{name}"] for name in OUTPUTS if f"{n}.{name}" in saved} for n in own]
-        found.append(rows.task.compared(outputs, example))
-    return found
+    return [{name: saved[f"{n}.{name}"] for name in OUTPUTS if f"{n}.{name}" in saved} for n in range(len(passes))]
+
+
+def outputs_of_rows(rows: Probe, outputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Logits [S, C] of each row, from the outputs of all their passes."""
+    left = iter(outputs)
+    return [
+        rows.task.compared([next(left) for _ in passes], example)
+        for example, passes in zip(rows.examples, rows.passes, strict=True)
+    ]
 
 
 def compare(reference: list[torch.Tensor], other: list[torch.Tensor], rows: Probe) -> Gap:

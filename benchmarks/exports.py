@@ -1,0 +1,268 @@
+"""Export every causal family that transformers and llama.cpp's conversion share: python -m benchmarks.exports [--only FAMILY,...]
+
+Each is built tiny with random weights and the default base's tokenizer (tests/families.py), trained three steps, exported as a merged
+folder and as GGUF, and proved as any export is. Results are kept in benchmarks/results/exports.json as they come, with a digest of the
+code that they were made with: results of another state are not kept. docs/exports.md is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from lora_lab import children, compose, run, storage
+from lora_lab.errors import LoraLabError
+from lora_lab.export import convert, llama
+from lora_lab.merge import reload
+from tests import families
+from tests.conftest import CHATML, make_rows, write_jsonl
+from tests.test_export import smollm2_tokenizer
+
+_ROOT = Path(__file__).parents[1]
+_RESULTS = _ROOT / "benchmarks" / "results" / "exports.json"
+_DOCUMENT = _ROOT / "docs" / "exports.md"
+_PACKAGES = ("torch", "transformers", "peft", "auto-round", "gguf", "xllamacpp")
+_SECONDS = 240  # for one family
+_CONVERSION = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import conversion
+print("FOUND", json.dumps(sorted(conversion.TEXT_MODEL_MAP)))
+"""
+_SCRIPTS = {"reload.py": reload.main, "convert.py": convert.main, "llama.py": llama.main}
+# llama.cpp has the places of windowed layers of each published model built in, or has none; a window beyond the rows makes them alike
+families._SIZES["sliding_window"] = 4096
+_HEAD = """# Exports by family
+
+Every causal family that transformers {transformers} and llama.cpp's conversion (auto-round {auto_round}, gguf {gguf}) share, built tiny
+with random weights and the default base's tokenizer (byte-level, digits apart, a chat template), trained three steps in float32,
+and exported with `export.targets=[hf,gguf]` at f16. `make exports` makes this page anew.
+
+- **tokens**: conversations that went as messages through llama.cpp's own template engine and tokenizer, and through a fresh
+  `AutoTokenizer` and `tokenizers` alone, and gave the run's ids.
+- **KL**, **same token**: llama.cpp beside plain transformers on held-out positions.
+- **answers**: greedy answers of {new_tokens} tokens that are the same; *near ties* part where two tokens are as likely, within rounding.
+- Windowed layers get a window beyond the rows: llama.cpp has their places in each published model built in.
+- A family that keeps a vocabulary of a kind of its own (SentencePiece) refuses this tokenizer; with its own it may be taken.
+
+Made with {versions}; code {digest}. {count} families exported and proved, {refused} refused before training, {after} refused after it,
+{not_built} that transformers does not build tiny from these settings.
+"""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of one family."""
+
+    family: str
+    model: str
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)  # of gguf
+    merged: dict[str, Any] = dataclasses.field(default_factory=dict)
+    refused: str = ""  # the sentence, before training
+    refused_after: str = ""  # the sentence, after training; nothing was kept
+    not_built: str = ""
+    fault: str = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="FAMILY,...; these are repeated")
+    parser.add_argument("--write", action="store_true", help="only write the page from the results that there are")
+    told = parser.parse_args()
+    warnings.simplefilter("ignore")
+    state = {"digest": _digest(), "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}}
+    known = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
+    if told.write:
+        _DOCUMENT.write_text(page(known), encoding="utf-8")
+        return
+    results = known["families"] if all(known.get(name) == value for name, value in state.items()) else {}
+    only = set(filter(None, told.only.split(",")))
+    for family, model in _shared().items():
+        if (only and family not in only) or (not only and family in results):
+            continue
+        results[family] = dataclasses.asdict(_attempted(family, model))
+        storage.write_text(_RESULTS, storage.dump_json({**state, "families": results}))
+        print(family, {name: value for name, value in results[family].items() if value}, flush=True)
+    _DOCUMENT.write_text(page({**state, "families": results}), encoding="utf-8")
+    faults = [name for name, one in results.items() if one["fault"]]
+    if faults:
+        sys.exit(f"faults: {', '.join(faults)}")
+
+
+def _digest() -> str:
+    """Of everything that decides a result."""
+    files = [*sorted((_ROOT / "lora_lab").rglob("*.py")), *sorted((_ROOT / "conf").rglob("*.yaml")), Path(__file__)]
+    files.append(_ROOT / "tests" / "families.py")
+    content = hashlib.sha256()
+    for file in files:
+        content.update(f"{file.relative_to(_ROOT)}\0".encode() + file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _shared() -> dict[str, str]:
+    """Model types that both know, and transformers' class of each."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    [package] = importlib.util.find_spec("auto_round").submodule_search_locations
+    words = [sys.executable, "-c", _CONVERSION, f"{package}/export/export_to_gguf"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    known = set(json.loads(told.partition("FOUND")[2]))
+    return {family: name for family, name in CLASSES.items() if isinstance(name, str) and name in known}
+
+
+def _attempted(family: str, model: str) -> Outcome:
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {_SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, late)
+    with tempfile.TemporaryDirectory(prefix="exports_") as place:
+        os.environ["LORA_LAB_CACHE"] = f"{place}/cache"
+        found = Outcome(family, model)
+        signal.alarm(_SECONDS)
+        try:
+            _attempt(found, Path(place))
+        except Exception as error:
+            print("".join(traceback.format_exc()[-1500:]), file=sys.stderr)
+            found.fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        finally:
+            signal.alarm(0)
+    for name in ("refused", "refused_after", "not_built", "fault"):
+        told = re.sub(r"\S*/lora_lab_\w+/", "", getattr(found, name).replace(place, ""))
+        setattr(found, name, " ".join(told.split()))
+    return found
+
+
+def _attempt(found: Outcome, place: Path) -> None:
+    base, run_dir = place / "base", place / "run"
+    base.mkdir()
+    quiet = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
+    try:
+        with quiet[0], quiet[1]:
+            tokenizer = smollm2_tokenizer()
+            tokenizer.chat_template = CHATML
+            found.model = families.make("completion", found.family, base, tokenizer)
+    except Exception as error:
+        found.not_built = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return
+    files = (write_jsonl(place / "train.jsonl", make_rows(12)), write_jsonl(place / "eval.jsonl", make_rows(4, seed=1)))
+    told = [
+        "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
+        f"data.train={files[0]}", f"data.eval={files[1]}", "data.check=warn", "optim.lr=0.01", "adapter.r=4", "task.generate_rows=0",
+        "train.batch_size=2", "train.max_steps=3", "export.targets=[hf,gguf]", "export.dtype=float32", f"run_dir={run_dir}",
+    ]  # fmt: skip
+    try:
+        with _forked(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            run.train(compose.compose(told))
+    except LoraLabError as error:
+        if not run_dir.exists():
+            found.refused = str(error)
+            return
+        found.refused_after = str(error)
+    merged, report = run_dir / "merge_report.json", run_dir / "export_report.json"
+    found.merged = json.loads(merged.read_text()) if merged.exists() else {}
+    found.report = json.loads(report.read_text()).get("gguf", {}) if report.exists() else {}
+
+
+@contextlib.contextmanager
+def _forked() -> Any:
+    """Scripts run in copies of this process, which has loaded torch already; what goes wrong in one still ends that one alone."""
+    started = children.run
+
+    def forked(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        script = Path(command[2]).name if len(command) > 2 else ""
+        if script not in _SCRIPTS:
+            return started(command, **options)
+        with tempfile.TemporaryFile("w+") as said:
+            child = os.fork()
+            if child == 0:
+                _become(_SCRIPTS[script], command[3:], said.fileno())
+            _, status = os.waitpid(child, 0)
+            said.seek(0)
+            text = said.read()
+        code = os.waitstatus_to_exitcode(status)
+        return subprocess.CompletedProcess(command, code, "", text or f"Error: ended with {code}")
+
+    children.run = forked
+    try:
+        yield
+    finally:
+        children.run = started
+
+
+def _become(script: Any, arguments: list[str], output: int) -> None:
+    code = 1
+    try:
+        signal.alarm(0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+        script(*arguments)
+        code = 0
+    except SystemExit as error:
+        print(error.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def page(known: dict[str, Any]) -> str:
+    """The document."""
+    from lora_lab.export.text import NEW_TOKENS
+
+    every, versions = known["families"].values(), known["versions"]
+    good = [one for one in every if one["report"].get("loader")]
+    before, after = ([one for one in every if one[name]] for name in ("refused", "refused_after"))
+    not_built = [one for one in every if one["not_built"]]
+    lines = [
+        _HEAD.format(
+            transformers=versions["transformers"], auto_round=versions["auto-round"], gguf=versions["gguf"], new_tokens=NEW_TOKENS,
+            versions=", ".join(f"{name} {version}" for name, version in versions.items()), digest=known["digest"],
+            count=len(good), refused=len(before), after=len(after), not_built=len(not_built),
+        ),
+        "| family | class | tokens | KL | same token | answers | near ties |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for one in good:
+        gap = one["report"]
+        lines.append(
+            f"| {one['family']} | {one['model']} | {gap['texts']} of {gap['texts']} | {gap['kl']:.1e} | {gap['top1_agreement']:.1%} | "
+            f"{gap['equal_answers']:.0%} of {gap['answers']} | {gap['near_ties']} |"
+        )
+    for title, name, part in (
+        ("Refused before training", "refused", before),
+        ("Refused after training: nothing was published", "refused_after", after),
+        ("Not built tiny", "not_built", not_built),
+        ("Faults", "fault", [one for one in every if one["fault"]]),
+    ):
+        if part:
+            lines += ["", f"## {title}", "", "| family | reason |", "|---|---|"]
+            lines += [f"| {one['family']} | {_cell(one[name])} |" for one in part]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|_*])", r"\\\1", text).replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    main()
