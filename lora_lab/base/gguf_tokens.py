@@ -47,7 +47,8 @@ def build(file: Path, told: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, li
         raise BaseModelError(f"model.path={file}: this GGUF file has no vocabulary (tokenizer.ggml.tokens). {_WAY_OUT}")
     backend = _backend(file, told)
     named = {name: _token(file, told, key) for name, key in _NAMED.items()}
-    backend.add_special_tokens(_whole(told, tokens, special=True, named=[one for one in named.values() if one]))
+    special = _whole(told, tokens, special=True, named=[one for one in named.values() if one])
+    backend.add_special_tokens(special)
     backend.add_tokens(_whole(told, tokens, special=False))
     if backend.get_vocab_size() != len(tokens):
         raise BaseModelError(
@@ -58,6 +59,7 @@ def build(file: Path, told: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, li
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: token for name, token in named.items() if token is not None},
+        extra_special_tokens=[token for token in special if token.content not in named.values()],
         add_bos_token=begins,
         add_eos_token=ends,
         clean_up_tokenization_spaces=False,

@@ -51,14 +51,6 @@ _CASED = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴ"
     "ῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-_HAN_FREE = (
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
-)
-_KIMI = (
-    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_HAN_FREE[0]}*{_HAN_FREE[1]}+{_SHORT}?|[^\r\n\p{{L}}\p{{N}}]?{_HAN_FREE[0]}+{_HAN_FREE[1]}*"
-    rf"{_SHORT}?|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
-)
 _JAIS2_SPACES = "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
 
 _PLAIN, _SINGLE_DIGITS = Split((_GPT2,)), Split((_DIGIT, _GPT2))
@@ -87,7 +79,6 @@ PRE_TOKENIZERS: dict[str, Split] = {
     ),
     "tekken": Split((_TEKKEN,), whole_words=True, begins=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), Split((_GPT4O,))),
-    **dict.fromkeys(("tiny_aya", "cohere2moe"), Split((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O))),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), Split((_DIGITS_3, _CJK, _DEEPSEEK3))),
     "deepseek-llm": Split(
         ("[\r\n]", rf"\s?[{_CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _IDEOGRAPHS, r"\p{N}+")
@@ -110,7 +101,6 @@ PRE_TOKENIZERS: dict[str, Split] = {
     "jais-2": Split((rf"{_SHORT}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|{_JAIS2_SPACES}|\s{{1}}",)),
     "ufakzeka": Split((rf"{_WORD}|\p{{N}}|{_SIGNS}|{_SPACES}",)),
     "laguna": Split((r"[^\n]+|[\n]+", _QWEN2)),
-    "kimi-k2": Split((_KIMI,)),
 }  # fmt: skip
 
 
