@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import run_dir
 from lora_lab.base import gguf, gguf_tokens, load
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from lora_lab.base.resolve import local_path
 from lora_lab.config import ModelConfig
-from lora_lab.errors import AdapterError, BaseModelError
+from lora_lab.errors import BaseModelError
 from tests.conftest import CHATML
 from tests.vocabularies import CONTROL, byte_level, byte_level_gguf, llama_cpp, write_gguf
 
@@ -118,8 +117,7 @@ def test_an_unknown_one_is_refused(pre, said, tmp_path):
     file = byte_level_gguf(tmp_path / "x.gguf", pre)
     with pytest.raises(BaseModelError, match=said) as refused:
         load.find(ModelConfig(path=str(file)))
-    assert "model.path" in str(refused.value) and "tokenizer.json" in str(refused.value)
-    assert "qwen2" in str(refused.value)
+    assert all(word in str(refused.value) for word in ("model.path", "tokenizer.json", "qwen2"))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +160,8 @@ def test_what_is_put_around_a_text(tmp_path):
 def test_types_of_tokens(tmp_path):
     file = byte_level_gguf(tmp_path / "x.gguf", "gpt-2", **{"ggml.eot_token_id": 0, "chat_template": CHATML})
     tokenizer, ends = read(file)
-    assert ends == [2, 0] and tokenizer.chat_template == CHATML
+    assert ends == [2, 0]
+    assert tokenizer.chat_template == CHATML
     assert set(CONTROL) <= set(tokenizer.all_special_tokens)
     assert tokenizer.tokenize("a<think>b<|im_end|>") == ["a", "<think>", "b", "<|im_end|>"]
     assert tokenizer.decode(tokenizer("a<think>b<|im_end|>")["input_ids"], skip_special_tokens=True) == "a<think>b"
@@ -202,11 +201,11 @@ def _sentencepiece(file: Path, prefix: bool | None, name: str = "tiny") -> Path:
     )
     tokens = ["<unk>", "<s>", "</s>", "<|user|>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     kinds = [2, 3, 3, 3, 3, *[6] * 256, *[1] * len(pieces)]
-    scores = [0.0] * 261 + [-float(place) for place, _ in enumerate(sorted(pieces, key=len, reverse=True))]
-    order = {piece: score for piece, score in zip(sorted(pieces, key=len, reverse=True), scores[261:], strict=True)}
+    longest_first = sorted(pieces, key=len, reverse=True)
+    scores = {piece: -float(place) for place, piece in enumerate(longest_first)}
     keys = {
         "ggml.model": "llama", "ggml.pre": "default", "ggml.tokens": tokens, "ggml.token_type": kinds,
-        "ggml.scores": [0.0] * 261 + [order[piece] for piece in pieces], "ggml.bos_token_id": 1, "ggml.eos_token_id": 2,
+        "ggml.scores": [0.0] * 261 + [scores[piece] for piece in pieces], "ggml.bos_token_id": 1, "ggml.eos_token_id": 2,
         "ggml.unknown_token_id": 0, "ggml.add_space_prefix": prefix,
     }  # fmt: skip
     return write_gguf(file, keys, name=name)

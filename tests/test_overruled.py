@@ -48,7 +48,7 @@ def _file(kind: str) -> dict:
         words = sorted({word for text in HARD_TEXTS for word in text.split()})
         if kind == "Unigram":
             letters = sorted({letter for text in HARD_TEXTS for letter in text})
-            pieces = [("<unk>", 0.0), *((token, 0.0) for token in special if token != "<unk>")]
+            pieces = [("<unk>", 0.0), *((text, 0.0) for text in special if text != "<unk>")]
             pieces += [(word, -float(place)) for place, word in enumerate(words) if word not in special]
             pieces += [(letter, -9999.0) for letter in letters if letter not in words]
             core = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -101,13 +101,12 @@ def _proved(name: str, place: Path) -> str:
         saved.mkdir()
         shutil.copy(folder / "config.json", saved)
         save_tokenizer(tokenizer, saved)
-    except BaseModelError as error:
-        assert str(folder) in str(error) or "saved" in str(error)
+    except BaseModelError:
         return "refused"
     again, alone = AutoTokenizer.from_pretrained(saved), Tokenizer.from_file(str(saved / "tokenizer.json"))
     assert again(list(HARD_TEXTS), add_special_tokens=False)["input_ids"] == wanted, name
     assert [alone.encode(text, add_special_tokens=False).ids for text in HARD_TEXTS] == wanted, name
-    assert again.chat_template == CHATML and again.eos_token == "</s>"
+    assert (again.chat_template, again.eos_token_id) == (CHATML, tokenizer.eos_token_id)
     return "equal"
 
 

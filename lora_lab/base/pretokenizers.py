@@ -2,7 +2,7 @@
 
 The names are llama.cpp's (`src/llama-vocab.cpp`); the rules are those of the `tokenizer.json` that each family was published with.
 Where llama.cpp only comes near a published rule, the published one stands here, because the model was trained with it
-(`docs/architectures.md` lists where the two differ).
+(`docs/tokens.md` lists where the two differ).
 """
 
 from __future__ import annotations
