@@ -38,35 +38,45 @@ Encode = Callable[[str], Sequence[Any]]
 
 
 def as_written(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer of a folder by its `tokenizer.json`, and what its class does otherwise: empty where it is the same.
+    """The tokenizer of a folder by its `tokenizer.json`, and a sentence where its class does otherwise; empty where it is the same.
 
     Args:
         tokenizer: as transformers loads it.
 
     Raises:
-        BaseModelError: the file cannot be used as it is, a copy of it could not be loaded again, or other files of the folder say
-            something else.
+        BaseModelError: the file cannot be used as it is, or other files of the folder say something else.
     """
     file = folder / FILE
     if not file.is_file() or not tokenizer.is_fast:
         return tokenizer, ""
     if (folder / SENTENCEPIECE).is_file():
         _check_sentencepiece(folder, tokenizer)
-    found = []
+    said, name = "", type(tokenizer).__name__
     if not _is_plain(tokenizer) and _can_be_written(tokenizer):
         written = _read(file)
         found = _otherwise(tokenizer.backend_tokenizer, written, _flagged(folder))
         if found:
-            tokenizer = _plain(folder, tokenizer)
-            left = _otherwise(tokenizer.backend_tokenizer, written, _flagged(folder))
+            plain = _plain(folder, tokenizer)
+            left = _otherwise(plain.backend_tokenizer, written, _flagged(folder))
             if left:
                 raise BaseModelError(
                     f"{file}: transformers {' and '.join(left)} otherwise than this file says, however it is loaded. Save the tokenizer of the "
                     "folder anew with the version of transformers that it was made with."
                 )
-            check_saved_copy(folder, tokenizer)
+            said = f"tokenizer.json is used as it is: transformers' {name} {' and '.join(found)} otherwise than the file says"
+            try:
+                check_saved_copy(folder, plain)
+                tokenizer = plain
+            except BaseModelError:  # for some model types transformers takes its own class whatever a folder says
+                other = differing(
+                    lambda text: tokenizer(text)["input_ids"], lambda text: plain(text)["input_ids"], HARD_TEXTS
+                )
+                said = (
+                    f"transformers takes its own {name} for this model_type whatever a folder says, so it is used, and saved with merges: it "
+                    f"{' and '.join(found)} otherwise than tokenizer.json says ({len(other)} of {len(HARD_TEXTS)} hard texts)"
+                )
     _check_added(folder, tokenizer)
-    return tokenizer, " and ".join(found)
+    return tokenizer, said
 
 
 def differing(one: Encode, other: Encode, texts: Iterable[str] = HARD_TEXTS) -> list[str]:

@@ -98,13 +98,9 @@ def read_tokenizer(folder: Path, reader: int = READER) -> PreTrainedTokenizerBas
         _try(tokenizer)
     if reader < READER:
         return tokenizer
-    name = type(tokenizer).__name__
-    tokenizer, otherwise = overruled.as_written(folder, tokenizer)
-    if otherwise:
-        console.say(
-            "tokenizer",
-            f"tokenizer.json is used as it is: transformers' {name} {otherwise} otherwise than the file says",
-        )
+    tokenizer, said = overruled.as_written(folder, tokenizer)
+    if said:
+        console.say("tokenizer", said)
         with reading(f"{folder}: its tokenizer", BaseModelError):
             _try(tokenizer)
     return tokenizer
