@@ -31,9 +31,11 @@ from lora_lab.adapters.attach import (
 )
 from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
+from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.base.overruled import differing, shown
 from lora_lab.base.positions import check_lengths, embedded, usable_positions
-from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer, pad_within
+from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, load_tokenizer, pad_within
 from lora_lab.config import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
@@ -48,9 +50,9 @@ from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PADDED_ROWS = 32  # of which the shortest and the longest are padded to see what it changes
+_PADDED_ROWS = 32  # of which some are padded to see what it changes
 ADAPTER = "default"  # peft's name for the adapter of a single run
 
 
@@ -126,15 +128,22 @@ class Found:
     encoder: Encoder
 
 
-def find_base(config: RunConfig) -> Found:
-    """Find the base, check its files and the adapter's target names, and load its tokenizer."""
-    base = load.find(config.model)
+def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Found:
+    """Find the base, check its files and the adapter's target names, and load its tokenizer.
+
+    Args:
+        recorded: what a run recorded of its base when it was begun: it keeps the tokens that it was trained with.
+    """
+    reader = READER if recorded is None else load.reader_of(recorded)
+    base = load.find(config.model, reader)
     published.check(config, base.published, base.name)
     task = TASKS[config.task.name]
     own = load.model_config(base.folder, load.ModelKind())
     task.check_base(own)
     check_lengths(own)
-    tokenizer = load_tokenizer(base.folder, chat=task.encoder_class.chat)
+    tokenizer = load_tokenizer(base.folder, task.encoder_class.chat, reader)
+    if reader < READER:
+        _say_older_tokens(config, base, tokenizer)
     pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
@@ -167,6 +176,27 @@ def find_base(config: RunConfig) -> Found:
         encoder.template.check_variables()
     base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))
     return Found(base, kind, model, targets, encoder)
+
+
+def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell of a run whose text becomes other tokens than it would in one that is begun today."""
+    try:
+        now = load.tokenizer_now(config.model, base.folder)
+    except BaseModelError as error:  # it could not be begun today at all
+        console.say(
+            "tokenizer", f"this run keeps the tokens that it was trained with; a new one would be refused: {error}"
+        )
+        return
+    other = differing(
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        lambda text: now(text, add_special_tokens=False)["input_ids"],
+    )
+    if other:
+        console.say(
+            "tokenizer",
+            f"this run keeps the old tokens that it was trained with: an earlier version read this base's tokenizer wrongly, and {shown(other)} "
+            f"({len(other)} of {len(HARD_TEXTS)} texts) would be other tokens in a run that is begun now",
+        )
 
 
 def with_task(config: RunConfig, found: Found, learned: dict[str, Any]) -> tuple[Found, Task]:
@@ -268,10 +298,13 @@ def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
         )
 
 
-def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, need_train: bool = True, trained: RunDir | None = None, begun: RunDir | None = None
+) -> Prepared:
     """Find the base, read and encode the data, and check all of it against the configuration; loads no weights.
 
     Args:
+        begun: the run that is gone on with, which keeps its tokens; `trained` does so too.
         trained: the run whose adapter will be loaded; it remembers what the task learned of its rows.
     """
     stages = Stages()
@@ -281,7 +314,7 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
         torch.set_num_threads(config.hardware.threads)
     learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
-        found = find_base(config)
+        found = find_base(config, _recorded_base(trained or begun))
     if trained is not None:
         _check_trained(trained, config, found)
     say_base(config, found.base, device)
@@ -289,6 +322,11 @@ def prepare(config: RunConfig, need_train: bool = True, trained: RunDir | None =
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
     return assemble(config, found, data, task, device, stages)
+
+
+def _recorded_base(run: RunDir | None) -> dict[str, Any] | None:
+    saved = None if run is None else run_dir.read_manifest(run)
+    return None if saved is None else saved["base"]
 
 
 def say_base(config: RunConfig, base: BaseFiles, device: torch.device) -> None:

@@ -64,7 +64,7 @@ def resume(path: str, overrides: list[str]) -> RunDir:
             console.say("result", f"{damage} It is made again.")
         run_dir.refuse_derived(run)
         tell_uploads(run, config)
-        prepared = prepare(config)
+        prepared = prepare(config, begun=run)
         run_dir.check_manifest(run, prepared.base, prepared.data_hashes())
         if run_dir.read_manifest(run) is None:  # stopped before it was written
             run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())

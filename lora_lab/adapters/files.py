@@ -117,6 +117,11 @@ def check_base(folder: Path, base: BaseFiles) -> None:
             f"{folder}: trained on {trained_on.get('name')} (weights {str(trained_on.get('fingerprint'))[:12]}), and model.path="
             f"{base.name} has other weights ({base.fingerprint[:12]}). Name the base that it was trained on."
         )
+    if changed and trained_on.get("tokenizer_reader", 1) != base.reader:
+        raise AdapterError(
+            f"{folder}: trained on {trained_on.get('name')} with tokens as another version of lora-lab read them, so the same text is another "
+            "to it. Take adapters that were trained with the same tokens; train the older one anew."
+        )
     if changed:
         raise AdapterError(
             f"{folder}: trained on {trained_on.get('name')}, and the {' and the '.join(changed)} in {base.folder} changed since: "

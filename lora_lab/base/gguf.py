@@ -10,22 +10,25 @@ import mmap
 import struct
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from lora_lab import storage
-from lora_lab.base import cache
+from lora_lab.base import cache, gguf_tokens, overruled
 from lora_lab.base.fingerprint import remembered_sha256
 from lora_lab.base.resolve import cache_dir
-from lora_lab.base.tokenizer import chosen_template, save_tokenizer
+from lora_lab.base.tokenizer import READER, chosen_template, save_tokenizer
 from lora_lab.errors import BaseModelError
 from lora_lab.reading import check_file, reading
 
-_FORMAT = 1  # raised when the conversion changes, so that older cache entries are not used
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # GGUF's types of values: struct's letter for each of a fixed size.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_KEPT = ("tokenizer.", "general.architecture", "general.name")
 _MAX_PAIRS, _MAX_TENSORS, _MAX_DIMENSIONS, _MAX_ELEMENTS = 2**16, 2**20, 8, 2**44
 # What a model is built from before its tensors are looked at.
 _LIMITS = {
@@ -34,18 +37,23 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def to_safetensors(file: Path) -> Path:
+def to_safetensors(file: Path, reader: int = READER) -> Path:
     """The folder with the dequantized model and its tokenizer, made on first use and verified on every other.
 
     The weights are stored in bfloat16, the type that nearly all models in GGUF were published in; the rounding is far
     below the error of the file's own quantization.
 
+    Args:
+        reader: of its tokenizer, see `tokenizer.READER`; 1: transformers' own, which leaves most of `tokenizer.ggml.pre` aside. Each has an
+            entry of its own in the cache.
+
     Raises:
-        BaseModelError: the file is not GGUF, is cut, or holds an architecture that transformers cannot read.
+        BaseModelError: the file is not GGUF, is cut, holds an architecture that transformers cannot read, or splits texts in a way that
+            is not known.
     """
     check_file(file, BaseModelError, None)
-    check_head(file)
-    folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{_FORMAT}"
+    told = read_head(file)
+    folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{reader}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
@@ -57,13 +65,22 @@ def to_safetensors(file: Path) -> Path:
     try:  # another process may have been converting the same file
         storage.recover(folder.parent, folder.name)
         if not cache.usable(folder):
-            _convert(file, folder)
+            _convert(file, folder, told, reader)
     finally:
         lock.release()
     return folder
 
 
-def _convert(file: Path, folder: Path) -> None:
+def tokenizer_of(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a GGUF file describes.
+
+    Raises:
+        BaseModelError: as `to_safetensors`.
+    """
+    return gguf_tokens.build(file, read_head(file))[0]
+
+
+def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -76,7 +93,10 @@ def _convert(file: Path, folder: Path) -> None:
                 file.resolve()
             )  # transformers would read what lies beside it as well
             source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
-            tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+            if reader < READER:
+                tokenizer, ends = AutoTokenizer.from_pretrained(**source, trust_remote_code=False), []
+            else:
+                tokenizer, ends = gguf_tokens.build(file, told)
             tokenizer.chat_template = chosen_template(file, tokenizer.chat_template)
             model = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
@@ -85,13 +105,19 @@ def _convert(file: Path, folder: Path) -> None:
         if isinstance(error.__cause__, ImportError):
             raise BaseModelError(f"model.path={file}: reading GGUF needs the package gguf: pip install gguf") from error
         raise
+    if len(ends) > 1:  # the token that ends a text, and the one that ends a turn
+        model.generation_config.eos_token_id = ends
     with storage.new_folder(folder, {"source": file.name}) as temporary:
         model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary)
+        if reader < READER:
+            overruled.write(tokenizer, temporary)
+        else:
+            save_tokenizer(tokenizer, temporary)
 
 
-def check_head(file: Path) -> None:
-    """Check that the head of a GGUF file is whole: the reader of the package gguf trusts its counts, and reads on behind the end.
+def read_head(file: Path) -> dict[str, Any]:
+    """What the head of a GGUF file says of its architecture and tokenizer, and a check that it is whole: the reader of the package
+    gguf trusts its counts, and reads on behind the end.
 
     Raises:
         BaseModelError: not GGUF, of another version, cut, or with counts that no model has.
@@ -100,7 +126,7 @@ def check_head(file: Path) -> None:
         if stream.read(4) != b"GGUF":
             raise BaseModelError(f"model.path={file}: not a GGUF file (its first bytes are not 'GGUF').")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _Head(file, content).check()
+            return _Head(file, content).check()
 
 
 class _Head:
@@ -110,25 +136,30 @@ class _Head:
         self.file, self.content, self.at = file, content, 4
         self.alignment = 32
 
-    def check(self) -> None:
+    def check(self) -> dict[str, Any]:
         [version] = self._numbers("I")
         if version not in (2, 3):
             raise self._damaged(f"version {version}; 2 and 3 can be read")
         tensors, pairs = self._numbers("QQ")
         if tensors > _MAX_TENSORS or pairs > _MAX_PAIRS:
             raise self._damaged(f"{tensors:,} tensors and {pairs:,} settings")
+        kept = {}
         for _ in range(pairs):
-            name = self._text().rpartition(b".")[2].decode("utf-8", "replace")
+            key = self._text().decode("utf-8", "replace")
+            name = key.rpartition(".")[2]
             [kind] = self._numbers("I")
             value = self._value(kind)
+            if key.startswith(_KEPT):
+                kept[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
             if name == "alignment" and isinstance(value, int):
                 self.alignment = value
             if name in _LIMITS and isinstance(value, (int, float)) and not value <= _LIMITS[name]:
                 raise self._damaged(f"{name} {value:g}, above {_LIMITS[name]:,}")
         ends = [self._tensor_end() for _ in range(tensors)]
         data = -(-self.at // max(1, self.alignment)) * self.alignment
-        if data + max(ends, default=0) > len(self.content):
+        if ends and data + max(ends) > len(self.content):
             raise self._damaged(f"tensors up to byte {data + max(ends):,} of {len(self.content):,}")
+        return kept
 
     def _tensor_end(self) -> int:
         """Where a tensor's bytes end, behind the start of all data."""
@@ -157,14 +188,13 @@ class _Head:
         [inner] = self._numbers("I")
         [count] = self._numbers("Q")
         if inner in _SCALARS:
+            start, letters = self.at, f"<{count}{_SCALARS[inner]}"
             self._skip(count * struct.calcsize(f"<{_SCALARS[inner]}"))
-        elif inner == _STRING:
-            self._skip(8 * count, only_look=True)  # each has at least its length
-            for _ in range(count):
-                self._text()
-        else:
+            return struct.unpack_from(letters, self.content, start)
+        if inner != _STRING:
             raise self._damaged("lists inside a list")
-        return None
+        self._skip(8 * count, only_look=True)  # each has at least its length
+        return [self._text().decode("utf-8", "replace") for _ in range(count)]
 
     def _text(self) -> bytes:
         [length] = self._numbers("Q")

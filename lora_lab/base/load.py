@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_lab import console
-from lora_lab.base import cache, gguf, inspect, published, quantized
+from lora_lab.base import cache, gguf, inspect, overruled, published, quantized
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import download, is_hub_id, local_path
+from lora_lab.base.tokenizer import READER, read_tokenizer
 from lora_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from lora_lab.errors import BaseModelError, ConfigError, LoraLabError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,16 @@ class BaseFiles:
     fingerprint: str  # see `fingerprint.py`
     companions: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of its tokenizer and so on, by name
     published: QuantConfig | None = None  # how its weights were quantized by whoever published them
+    reader: int = READER  # how its tokenizer is read, see `tokenizer.READER`
 
     def recorded(self) -> dict[str, Any]:
         """What runs and adapters remember of it."""
-        found = {"name": self.name, "fingerprint": self.fingerprint, "companions": self.companions}
+        found = {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "companions": self.companions,
+            "tokenizer_reader": self.reader,
+        }
         return found if self.published is None else {**found, "published_in": self.published.method}
 
     def stored(self, quant: QuantConfig) -> QuantConfig:
@@ -61,8 +68,17 @@ class BaseFiles:
         return found
 
 
-def find(model: ModelConfig) -> BaseFiles:
+def reader_of(recorded: dict[str, Any]) -> int:
+    """How the tokenizer was read for a run or adapter that recorded this of its base; the first versions recorded nothing."""
+    reader = recorded.get("tokenizer_reader", 1)
+    return reader if isinstance(reader, int) and 1 <= reader <= READER else READER
+
+
+def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
     """Find the base model, downloading or converting it when needed, and check its files.
+
+    Args:
+        reader: how its tokenizer is read.
 
     Raises:
         BaseModelError: not found, not reachable, damaged, asking for code to be run, or quantized in a way that nobody trains on.
@@ -76,10 +92,25 @@ def find(model: ModelConfig) -> BaseFiles:
             raise BaseModelError(
                 f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
             )
-        folder = gguf.to_safetensors(folder)
+        folder = gguf.to_safetensors(folder, reader)
     weights = inspect.weight_files(folder)
     as_published = published.read(folder)
-    return BaseFiles(model.path, folder, fingerprint(folder, weights), published=as_published)
+    return BaseFiles(model.path, folder, fingerprint(folder, weights), published=as_published, reader=reader)
+
+
+def tokenizer_now(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer as a run that is begun now would read it, without converting its weights again.
+
+    Args:
+        folder: where the base lies, by whichever reader.
+
+    Raises:
+        BaseModelError: it would be refused.
+    """
+    source = folder if is_hub_id(model.path) else local_path(model.path, "model.path", BaseModelError)
+    if source.is_file():
+        return gguf.tokenizer_of(source)
+    return overruled.as_written(folder, read_tokenizer(folder, reader=1))[0]
 
 
 def torch_device(hardware: HardwareConfig) -> torch.device:

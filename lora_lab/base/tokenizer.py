@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import console, storage
-from lora_lab.base import inspect
+from lora_lab import console
+from lora_lab.base import inspect, overruled
 from lora_lab.errors import BaseModelError
 from lora_lab.reading import read_json, reading
 
@@ -21,17 +20,21 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
 MAX_TEMPLATE = 2**20  # characters; the longest of known models has some 30,000
+READER = 2  # how tokenizers are read; raised when the same files give other tokens, because a run keeps its own
 _DEFAULT = "default"  # transformers' name for the template that is used when none is named
 
 
-def load_tokenizer(folder: Path, chat: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, chat: bool = True, reader: int = READER) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with a pad token, and for `chat` with a chat template.
+
+    Args:
+        reader: see `READER`; 1: as transformers' class makes it, which is how runs were trained once.
 
     Raises:
         BaseModelError: the folder has no tokenizer, one that cannot be trusted, or one that cannot tell where in the text a token
             lies.
     """
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder, reader)
     if not tokenizer.is_fast:
         raise BaseModelError(f"{folder}: its tokenizer gives no character offsets, which exact masks need.")
     tokenizer.chat_template = chosen_template(folder, tokenizer.chat_template)
@@ -78,8 +81,11 @@ def pad_within(tokenizer: PreTrainedTokenizerBase, size: int | None, folder: Pat
     )
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder as it is.
+def read_tokenizer(folder: Path, reader: int = READER) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder as its files say.
+
+    Args:
+        reader: see `load_tokenizer`.
 
     Raises:
         BaseModelError: there is none, it cannot be read, or it names files outside the folder.
@@ -89,11 +95,21 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     inspect.check_files(folder)
     with reading(f"{folder}: its tokenizer", BaseModelError):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_own_files(folder))
-        encoded = tokenizer(
-            ["a", "a b"], padding=tokenizer.pad_token_id is not None
-        )  # settings of a wrong kind are not
-        tokenizer.decode(encoded["input_ids"][0])  # noticed before they are used
+        _try(tokenizer)
+    if reader < READER:
+        return tokenizer
+    tokenizer, said = overruled.as_written(folder, tokenizer)
+    if said:
+        console.say("tokenizer", said)
+        with reading(f"{folder}: its tokenizer", BaseModelError):
+            _try(tokenizer)
     return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Settings of a wrong kind are not noticed before they are used."""
+    encoded = tokenizer(["a", "a b"], padding=tokenizer.pad_token_id is not None)
+    tokenizer.decode(encoded["input_ids"][0])
 
 
 def _own_files(folder: Path) -> dict[str, None]:
@@ -146,9 +162,10 @@ def chosen_template(source: Path, templates: Any) -> str | None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save tokenizer and chat template, without transformers' notes about where this copy was loaded from."""
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in tree.items() if key not in ("is_local", "local_files_only")}
-    file.write_text(storage.dump_json(kept), encoding="utf-8")
+    """Save tokenizer and chat template beside a model, so that it is the same to whoever loads it.
+
+    Raises:
+        BaseModelError: it would be another.
+    """
+    overruled.write(tokenizer, folder, overruled.KNOWN_TO_ALL)
+    overruled.check_reloads(folder, tokenizer)

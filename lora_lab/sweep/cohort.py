@@ -104,7 +104,8 @@ def _allow_files(members: int) -> None:
 
 
 def _train_together(jobs: list[Job], budget: Budget) -> None:
-    prepared = prepare(jobs[0].config)
+    begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
+    prepared = prepare(jobs[0].config, begun=begun)
     skeleton = load.skeleton(prepared.base.folder, prepared.kind)
     jobs = _those(jobs, lambda job: check_targets(skeleton, job.config.adapter, prepared.kind.new_modules))
     if not jobs:
