@@ -201,7 +201,7 @@ def _combine(runs: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 _LLAMA = """
-import json, sys, xllamacpp
+import json, os, sys, xllamacpp
 gguf, adapter, conversations = json.load(open(sys.argv[1]))
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.verbosity = gguf, 1024, 1, -1
@@ -209,7 +209,8 @@ if adapter:
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
 server = xllamacpp.Server(params)
 ask = lambda messages: server.handle_chat_completions({"messages": messages, "max_tokens": 80, "temperature": 0.0})
-print(json.dumps([ask(messages)["choices"][0]["message"]["content"] for messages in conversations]))
+print(json.dumps([ask(messages)["choices"][0]["message"]["content"] for messages in conversations]), flush=True)
+os._exit(0)  # taking the server down now and then waits for ever
 """
 _TRANSFORMERS = """
 import json, sys, torch

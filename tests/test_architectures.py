@@ -15,6 +15,7 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import attach, check_targets, coverage, linear_layers, towers
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base import load
+from lora_lab.base.tokenizer import load_tokenizer
 from lora_lab.errors import BaseModelError, ConfigError
 from tests import families
 
@@ -188,9 +189,12 @@ def test_rows_that_the_base_cannot_be_run_on_are_refused_before_training(tmp_pat
     base = tmp_path / "base"
     base.mkdir()
     families.make("classification", "bart", base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 70}))
     labelled = [{"text": f"cat dog {i}", "label": "ab"[i % 2]} for i in range(8)]
+    tokenizer = load_tokenizer(base, chat=False)
+    used = {number for row in labelled for number in tokenizer(row["text"])["input_ids"]}
+    config = json.loads((base / "config.json").read_text())
+    config["eos_token_id"] = next(number for number in range(5, len(tokenizer)) if number not in used)
+    (base / "config.json").write_text(json.dumps(config))
     rows = families.write_jsonl(tmp_path / "rows.jsonl", labelled)
     told = [f"model.path={base}", "task=classification", f"data.train={rows}", f"data.eval={rows}", "data.check=warn"]
     with pytest.raises(BaseModelError, match="bart cannot be run on these rows .*<eos> token"):

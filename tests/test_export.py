@@ -111,7 +111,7 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
 
 
 ASK = """
-import json, sys, xllamacpp
+import json, os, sys, xllamacpp
 file, asked = sys.argv[1], json.loads(sys.argv[2])
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.warmup, params.verbosity = file, 256, False, -1
@@ -121,7 +121,8 @@ found = [
     server.handle_completions({"prompt": asked["text"], "max_tokens": 1}),
     server.handle_chat_completions({"messages": asked["messages"], "max_tokens": 1}),
 ]
-print("FOUND", json.dumps([one["usage"]["prompt_tokens"] for one in found]))
+print("FOUND", json.dumps([one["usage"]["prompt_tokens"] for one in found]), flush=True)
+os._exit(0)  # taking the server down now and then waits for ever
 """
 
 

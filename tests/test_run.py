@@ -172,10 +172,11 @@ def test_embedded_base_end_to_end(tmp_path, cache, capsys):
     }  # fmt: skip
     assert result["merge"]["refused"] == []
     assert result["merge"]["merged_vs_base_and_adapter"]["top1_agreement"] >= 0.97
-    converted = list((cache / "gguf").glob("*/model.safetensors"))
-    before = converted[0].stat().st_mtime_ns
-    assert load.find(ModelConfig(path=SMOLLM2)).folder == converted[0].parent
-    assert converted[0].stat().st_mtime_ns == before  # the second time, the cached copy is used
+    converted = Path(json.loads((tmp_path / "run/manifest.json").read_text())["base"]["folder"]) / "model.safetensors"
+    assert converted.is_relative_to(cache / "gguf")
+    before = converted.stat().st_mtime_ns
+    assert load.find(ModelConfig(path=SMOLLM2)).folder == converted.parent
+    assert converted.stat().st_mtime_ns == before  # the second time, the cached copy is used
     assert "local_files_only" not in (tmp_path / "run/merged/tokenizer_config.json").read_text()
 
 

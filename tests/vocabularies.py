@@ -18,7 +18,7 @@ from tests.conftest import WORDS
 CONTROL, USER_DEFINED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), ("<think>", "</think>")
 # In a process of its own: it listens on 127.0.0.1, and what goes wrong in llama.cpp ends the process.
 _ORACLE = """
-import json, sys, urllib.request, xllamacpp
+import json, os, sys, urllib.request, xllamacpp
 
 BETWEEN = 2**30  # no token of any vocabulary
 
@@ -32,7 +32,7 @@ def ids(address, texts, begins):
     return found[:-1]
 
 files, texts = json.load(sys.stdin)
-found = []
+found, servers = [], []
 for file in files:
     params = xllamacpp.CommonParams()
     params.model.path = file
@@ -40,8 +40,10 @@ for file in files:
     params.hostnames, params.port = ["127.0.0.1"], 0
     server = xllamacpp.Server(params)
     found.append([ids(server.listening_address, texts, False), ids(server.listening_address, texts[:1], True)[0]])
-    del server
-json.dump(found, open(sys.argv[1], "w"))
+    servers.append(server)
+with open(sys.argv[1], "w") as out:
+    json.dump(found, out)
+os._exit(0)  # taking a server down now and then waits for ever
 """
 
 

@@ -17,12 +17,15 @@ TOLD: where to write JSON with
 """
 
 import json
+import os
 import sys
+import traceback
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 TOP = 100
+_SERVERS = []  # kept to the end: taking one down now and then waits for ever (xllamacpp 2026.10), so the process ends without
 FORCED = 1e4  # added to the logit of a token that is to be drawn; what is told of probabilities is without it
 
 
@@ -31,6 +34,7 @@ def main(gguf_file: str, asked_file: str, told_file: str, adapter: str | None = 
 
     asked = json.loads(Path(asked_file).read_text(encoding="utf-8"))
     server = xllamacpp.Server(_params(xllamacpp, gguf_file, asked, adapter))
+    _SERVERS.append(server)
     told = {"prompts": [_prompt(server, one, asked["variables"]) for one in asked["prompts"]]}
     told["ends"] = [_stopped(server, asked["letter"], end) for end in asked["ends"]]
     told["answers"] = [_answer(server, ids, asked["new_tokens"]) for ids in asked["answers"]]
@@ -138,5 +142,19 @@ def _top(drawn: dict) -> list:
     return [(one["id"], one["logprob"]) for one in drawn["top_logprobs"]]
 
 
+def _run() -> int:
+    try:
+        main(*sys.argv[1:])
+    except SystemExit as error:
+        print(error.code, file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    code = _run()
+    sys.stderr.flush()
+    os._exit(code)

@@ -334,7 +334,11 @@ def _spacing(scores: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _greedy(model: PreTrainedModel, encoder: Encoder, prompt: Prompt) -> list[int]:
-    """A greedy answer of a model in memory, with its end token where it comes to one."""
+    """A greedy answer of a model in memory, with its end token where it comes to one.
+
+    Some models generate otherwise than they read (positions that are counted from a cache), whatever was done to them: the answer is
+    cut where it is not what the model itself, reading it as a whole, says.
+    """
     ids = torch.tensor([prompt.ids], device=model.device)
     settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": NEW_TOKENS}
     done = model.generate(
@@ -344,7 +348,9 @@ def _greedy(model: PreTrainedModel, encoder: Encoder, prompt: Prompt) -> list[in
         pad_token_id=encoder.tokenizer.pad_token_id,
         **settings,
     )
-    return done[0, ids.shape[1] :].tolist()
+    answer = done[0, ids.shape[1] :]
+    read = model(input_ids=done[:, :-1]).logits[0, ids.shape[1] - 1 :].argmax(-1)
+    return answer[: int((read == answer).cumprod(0).sum())].tolist()
 
 
 def ends_of(encoder: Encoder) -> list[int]:

@@ -476,7 +476,7 @@ def test_steps_survive_metrics_that_cannot_be_written_and_a_closed_terminal(
     assert interrupted.value.exit_code == 129
     assert interrupted.value.run == folder
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as interrupted:  # before anything is trained
-        patch.setattr(run, "prepare", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(run, "prepare", lambda config, **_: os.kill(os.getpid(), signal.SIGTERM))
         run.resume(str(folder), [])
     assert interrupted.value.run == folder
     run.resume(str(folder), [])
