@@ -66,6 +66,7 @@ def llama_base(tmp_path):
     return base
 
 
+@pytest.mark.long
 def test_gguf_adapter_says_what_peft_says(trained, llama_base):
     """With rsLoRA, and ranks and scales of their own, which llama.cpp's own converter leaves out."""
     patterns = (
@@ -248,6 +249,7 @@ def test_a_modelfile_must_make_the_runs_tokens_of_messages(turns, tmp_path):
     assert said == ""  # llama.cpp itself knows them
 
 
+@pytest.mark.long
 def test_another_pre_tokenizer_is_refused(config_of, llama_base, tmp_path):
     encoder = prepare(config_of(f"model.path={llama_base}")).encoder
     right = gguf._tiny(llama_base, encoder)
@@ -519,6 +521,7 @@ def test_every_module_of_the_conversion_loads():
     assert len(json.loads(done.stdout.partition("FOUND")[2])) > 200
 
 
+@pytest.mark.long
 def test_a_base_that_the_conversion_does_not_know(config_of, tmp_path):
     said = problems(config_of("export=gguf"))  # its tokenizer is of our own making
     assert "llama.cpp's conversion cannot take this base" in said

@@ -191,6 +191,11 @@ CASES = {
     "reward": (["task=reward"], "bert", judged_row, "accuracy", False),
     "reward-decoder": (["task=reward"], "llama", judged_row, "loss", True),
 }  # fmt: skip
+# Others of the same make run by default; their losses have tests of their own.
+_LONG_CASES = (
+    "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
+    "reward-decoder",
+)  # fmt: skip
 STEPS = 30
 
 
@@ -225,7 +230,9 @@ IN_A_PROCESS_OF_ITS_OWN = (
 )  # the others reload in this one, to be quick
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in _LONG_CASES else case for case in CASES]
+)
 def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     """Trained on an NF4 base, better than before; resumed to the same bytes; merged at float32 and equal in plain transformers;
     evaluated again from the run folder alone."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import storage
+from lora_lab import console, storage
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.errors import BaseModelError
 from lora_lab.reading import check_file, read_json, reading
@@ -273,6 +273,10 @@ def _check_sentencepiece(folder: Path, tokenizer: PreTrainedTokenizerBase) -> No
         BaseModelError: naming texts on which they differ.
     """
     if importlib.util.find_spec("sentencepiece") is None:
+        console.say(
+            "tokenizer",
+            f"{SENTENCEPIECE} is not compared with {FILE}, because sentencepiece is not installed: pip install sentencepiece",
+        )
         return
     from sentencepiece import SentencePieceProcessor
 

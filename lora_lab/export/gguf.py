@@ -20,6 +20,8 @@ from torch.nn.functional import log_softmax
 
 from lora_lab import children, console, storage
 from lora_lab.adapters import updates
+from lora_lab.base import load
+from lora_lab.base.load import ModelKind
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama, text
@@ -140,6 +142,7 @@ def _tiny(base: Path, encoder: Encoder) -> bytes:
     with storage.scratch() as scratch:
         folder = scratch / "folder"
         folder.mkdir()
+        load.model_config(base, ModelKind()).save_pretrained(folder)  # as a merge will write it
         save_tokenizer(encoder.tokenizer, folder)
         for file in base.iterdir():
             own = file.name.startswith(
