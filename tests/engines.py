@@ -36,12 +36,18 @@ def vllm(asked: dict) -> list:
     more = {"enable_lora": True, "max_lora_rank": 16} if adapter else {}
     if asked["tokenizer"]:
         more |= {"tokenizer": asked["tokenizer"], "generation_config": asked["tokenizer"]}
-    model = LLM(asked["model"], dtype="float32", max_model_len=1024, enforce_eager=True, **more)
-    settings = SamplingParams(temperature=0.0, max_tokens=asked["new_tokens"])
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.4,
+    }  # of the machine's memory
+    model = LLM(asked["model"], **settings, **more)
+    sampling = SamplingParams(temperature=0.0, max_tokens=asked["new_tokens"])
     found = []
     for one in asked["conversations"]:
         tools = one["tools"] or None
-        [answer] = model.chat(one["messages"], settings, tools=tools, lora_request=adapter or None, use_tqdm=False)
+        [answer] = model.chat(one["messages"], sampling, tools=tools, lora_request=adapter or None, use_tqdm=False)
         found.append(answer.outputs[0].text)
     return found
 

@@ -349,8 +349,15 @@ def _greedy(model: PreTrainedModel, encoder: Encoder, prompt: Prompt) -> list[in
         **settings,
     )
     answer = done[0, ids.shape[1] :]
-    read = model(input_ids=done[:, :-1]).logits[0, ids.shape[1] - 1 :].argmax(-1)
-    return answer[: int((read == answer).cumprod(0).sum())].tolist()
+    while len(
+        answer
+    ):  # of some models what is said of a token depends on how many follow, so what is left is read again
+        read = model(input_ids=torch.cat([ids[0], answer[:-1]])[None]).logits[0, ids.shape[1] - 1 :].argmax(-1)
+        same = int((read == answer).cumprod(0).sum())
+        if same == len(answer):
+            break
+        answer = answer[:same]
+    return answer.tolist()
 
 
 def ends_of(encoder: Encoder) -> list[int]:
