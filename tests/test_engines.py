@@ -17,7 +17,7 @@ import torch
 from lora_lab import compose, run
 from lora_lab.data.dataset import first_examples
 from lora_lab.export import text
-from lora_lab.prepared import prepare
+from lora_lab.prepared import Prepared, prepare
 from lora_lab.trained import open_trained
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
@@ -43,26 +43,42 @@ def done(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(done) -> tuple[list[text.Prompt], list[str]]:
-    """Conversations, and what the run answers: plain transformers on `merged`, given the run's ids."""
-    from transformers import AutoModelForCausalLM
-
-    opened, config = open_trained(str(done), "evaluate", [])
-    ready = prepare(config, need_train=config.data.eval is None, trained=opened)
+def asked(done) -> list[text.Prompt]:
+    """Conversations, and the run's ids of them."""
+    ready = _ready(done)
     rows = first_examples(ready.held_out or ready.train, CONVERSATIONS)
     every = text.prompts(ready.encoder, rows)
     hard = [one for one in every if not one.held_out]
-    asked = hard + [one for one in every if one.held_out]
-    asked = (asked + [_several(ready.encoder, one) for one in asked[len(hard) :]])[:CONVERSATIONS]
-    model = AutoModelForCausalLM.from_pretrained(done / "merged", dtype=torch.float32).eval()
+    found = hard + [one for one in every if one.held_out]
+    return (found + [_several(ready.encoder, one) for one in found[len(hard) :]])[:CONVERSATIONS]
+
+
+def _ready(done: Path) -> Prepared:
+    opened, config = open_trained(str(done), "evaluate", [])
+    return prepare(config, need_train=config.data.eval is None, trained=opened)
+
+
+def transformers_answers(done: Path, asked: list[text.Prompt], adapter: Path | None = None) -> list[str]:
+    """What plain transformers answers, given the run's ids: on `merged`, or by plain peft with an adapter on the base as published."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    encoder = _ready(done).encoder
+    folder = done / "merged" if adapter is None else _base_of(adapter)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
     answers = []
     for one in asked:
         ids = torch.tensor([one.ids])
-        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": text.ends_of(ready.encoder)}
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": text.ends_of(encoder)}
         with torch.no_grad():
-            told = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
-        answers.append(ready.encoder.tokenizer.decode(told, skip_special_tokens=True))
-    return asked, answers
+            told = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
+        answers.append(encoder.tokenizer.decode(told, skip_special_tokens=True))
+    return answers
+
+
+def _base_of(adapter: Path) -> str:
+    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 def _several(encoder, one: text.Prompt) -> text.Prompt:
@@ -90,8 +106,7 @@ def ask(engine: str, tmp_path: Path, asked: list[text.Prompt], **where: str) -> 
     return json.loads((tmp_path / "told.json").read_text())
 
 
-def check(own, answers: list[str]) -> None:
-    asked, expected = own
+def check(asked: list[text.Prompt], expected: list[str], answers: list[str]) -> None:
     assert len(asked) == CONVERSATIONS
     unequal = [
         (prompt.name, ours, theirs)
@@ -101,20 +116,22 @@ def check(own, answers: list[str]) -> None:
     assert not unequal, f"{len(unequal)} of {len(asked)}: {unequal[:3]}"
 
 
-def test_llama_cpp_python_answers_as_the_run(done, own, tmp_path):
+@pytest.fixture(scope="module")
+def merged_answers(done, asked) -> list[str]:
+    return transformers_answers(done, asked)
+
+
+def test_llama_cpp_python_answers_as_the_run(done, asked, merged_answers, tmp_path):
     [file] = (done / "export/gguf").glob("*.gguf")
-    check(own, ask("llama_cpp", tmp_path, own[0], model=str(file)))
+    check(asked, merged_answers, ask("llama_cpp", tmp_path, asked, model=str(file)))
 
 
-def test_vllm_answers_as_the_run(done, own, tmp_path):
-    check(own, ask("vllm", tmp_path, own[0], model=str(done / "merged")))
+def test_vllm_answers_as_the_run(done, asked, merged_answers, tmp_path):
+    check(asked, merged_answers, ask("vllm", tmp_path, asked, model=str(done / "merged")))
 
 
-def test_vllm_answers_as_the_run_with_the_adapter(done, own, tmp_path):
+def test_vllm_answers_as_the_run_with_the_adapter(done, asked, tmp_path):
     adapter = done / "export/vllm"
-    config = json.loads((adapter / "adapter_config.json").read_text())
     tokenizer = str(adapter) if (adapter / "tokenizer.json").exists() else ""
-    answers = ask(
-        "vllm", tmp_path, own[0], model=config["base_model_name_or_path"], adapter=str(adapter), tokenizer=tokenizer
-    )
-    check(own, answers)
+    answers = ask("vllm", tmp_path, asked, model=_base_of(adapter), adapter=str(adapter), tokenizer=tokenizer)
+    check(asked, transformers_answers(done, asked, adapter), answers)
