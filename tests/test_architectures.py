@@ -133,6 +133,11 @@ def test_rows_that_padding_changes_get_a_pass_each(tmp_path):
     assert "padding changes this model's outputs" in found.said
 
 
+def on(base, task, rows) -> list[str]:
+    """Overrides of a run on a base and rows, which are held out as well."""
+    return [f"model.path={base}", f"task={task}", f"data.train={rows}", f"data.eval={rows}", "data.check=warn"]
+
+
 def test_an_answer_that_padding_changes_cannot_be_compared(tmp_path, config_of):
     """A reward needs two answers in one pass."""
     base = tmp_path / "base"
@@ -140,9 +145,8 @@ def test_an_answer_that_padding_changes_cannot_be_compared(tmp_path, config_of):
     families.make("classification", "convbert", base)
     judged = [{"prompt": "cat", "chosen": "dog " * (i + 4), "rejected": "bird"} for i in range(8)]
     rows = families.write_jsonl(tmp_path / "rows.jsonl", judged)
-    told = [f"model.path={base}", "task=reward", f"data.train={rows}", f"data.eval={rows}", "data.check=warn"]
     with pytest.raises(ConfigError, match="padding changes this model's outputs.*Choose another base"):
-        run.train(config_of(*told))
+        run.train(config_of(*on(base, "reward", rows)))
     assert not (tmp_path / "run").exists()
 
 
@@ -196,9 +200,8 @@ def test_rows_that_the_base_cannot_be_run_on_are_refused_before_training(tmp_pat
     config["eos_token_id"] = next(number for number in range(5, len(tokenizer)) if number not in used)
     (base / "config.json").write_text(json.dumps(config))
     rows = families.write_jsonl(tmp_path / "rows.jsonl", labelled)
-    told = [f"model.path={base}", "task=classification", f"data.train={rows}", f"data.eval={rows}", "data.check=warn"]
     with pytest.raises(BaseModelError, match="bart cannot be run on these rows .*<eos> token"):
-        run.train(config_of(*told))
+        run.train(config_of(*on(base, "classification", rows)))
     assert not (tmp_path / "run").exists()
 
 
