@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-FILE, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+SENTENCEPIECE = "tokenizer.model"  # transformers does not need it, llama.cpp's conversion does
 KNOWN_TO_ALL = {
     "TokenizersBackend": "PreTrainedTokenizerFast"
 }  # the same class: its name since transformers 5, and before
@@ -53,7 +54,7 @@ def as_written(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
         _check_sentencepiece(folder, tokenizer)
     said, name = "", type(tokenizer).__name__
     if not _is_plain(tokenizer) and _can_be_written(tokenizer):
-        written = _read(file)
+        written = read_alone(file)
         found = _otherwise(tokenizer.backend_tokenizer, written, _flagged(folder))
         if found:
             plain = _plain(folder, tokenizer)
@@ -107,7 +108,7 @@ def check_reloads(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     readers: dict[str, Encode] = {f"transformers ({type(again).__name__})": lambda text: again(text)["input_ids"]}
     if _can_be_written(tokenizer):
-        alone = _read(folder / FILE)
+        alone = read_alone(folder / FILE)
         readers["the package tokenizers"] = lambda text: alone.encode(text).ids
     for name, encode in readers.items():
         other = differing(lambda text: tokenizer(text)["input_ids"], encode, _with_added(tokenizer))
@@ -154,7 +155,12 @@ def write(tokenizer: PreTrainedTokenizerBase, folder: Path, names: dict[str, str
     file.write_text(storage.dump_json(kept), encoding="utf-8")
 
 
-def _read(file: Path) -> Tokenizer:
+def read_alone(file: Path) -> Tokenizer:
+    """A `tokenizer.json` as the package `tokenizers` reads it, as servers that are not written in Python do.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
     from tokenizers import Tokenizer
 
     check_file(file, BaseModelError, _MOST_BYTES)

@@ -22,6 +22,7 @@ from lora_lab import children, console, storage
 from lora_lab.adapters import updates
 from lora_lab.base import load
 from lora_lab.base.load import ModelKind
+from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama, text
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from lora_lab.data.encode import Encoder
     from lora_lab.merge.parity import Probe
 
-SENTENCEPIECE = "tokenizer.model"  # transformers does not need it, llama.cpp's conversion does
 _PACKAGES = ("auto_round", "sentencepiece", "xllamacpp")
 _WAY_OUT = (
     "Take a base whose tokenizer and chat template llama.cpp reads as transformers does, or drop the target: hf, adapter and vllm use "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import log_softmax
 
+from lora_lab.base import overruled
 from lora_lab.data.formats import Message, RowError
 from lora_lab.errors import DataError, ExportError
 from lora_lab.merge import parity
@@ -164,14 +165,11 @@ def folder_problems(
         template: that the server is told to use instead of the folder's own.
         ends: whether the folder says itself where answers end.
     """
-    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     with reading(f"{folder}: its tokenizer", ExportError):
         plain = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        alone = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    alone.no_padding()
-    alone.no_truncation()
+        alone = overruled.read_alone(folder / overruled.FILE)
     texts: list[tuple[str | None, list[int] | str]] = []
     alones: list[tuple[str | None, list[int] | str]] = []
     for prompt in asked:

@@ -15,6 +15,7 @@ from lora_lab.adapters import files, updates
 from lora_lab.adapters.attach import attach_trained, trainable
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.base.weights import Weights
 from lora_lab.config import RunConfig
@@ -27,8 +28,6 @@ from lora_lab.run_dir import RunDir
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig
-
-_SENTENCEPIECE = "tokenizer.model"  # transformers does not need it, llama.cpp's conversion does
 
 
 def merge(
@@ -70,8 +69,8 @@ def merge(
     with storage.new_folder(run.merged, {"base": base.fingerprint, "made_with": settings(config)}) as temporary:
         how = _write(temporary, model, chosen, run, config, base, kind, encoder)
         save_tokenizer(encoder.tokenizer, temporary)
-        if (base.folder / _SENTENCEPIECE).is_file():
-            shutil.copy(base.folder / _SENTENCEPIECE, temporary)
+        if (base.folder / SENTENCEPIECE).is_file():
+            shutil.copy(base.folder / SENTENCEPIECE, temporary)
         del model
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, config, base, kind, rows, reference, trained_logits, device, answers)
