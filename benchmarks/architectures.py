@@ -33,7 +33,7 @@ os.environ |= {
 
 import torch
 
-from lora_lab import storage
+from lora_lab.runtime import storage
 from tests.families import TASKS, Outcome, attempt, families, preload
 
 _ROOT = Path(__file__).parents[1]

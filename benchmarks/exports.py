@@ -28,10 +28,12 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from lora_lab import children, compose, run, storage
+from lora_lab.config import compose
 from lora_lab.errors import LoraLabError
 from lora_lab.export import convert, llama
-from lora_lab.merge import reload
+from lora_lab.run import pipeline
+from lora_lab.runtime import children, storage
+from lora_lab.verify import reload
 from tests import families
 from tests.conftest import CHATML, make_rows, write_jsonl
 from tests.test_export import smollm2_tokenizer
@@ -170,7 +172,7 @@ def _attempt(found: Outcome, place: Path) -> None:
     ]  # fmt: skip
     try:
         with _forked(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            run.train(compose.compose(told))
+            pipeline.train(compose.compose(told))
     except LoraLabError as error:
         if not run_dir.exists():
             found.refused = str(error)

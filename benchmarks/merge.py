@@ -172,9 +172,10 @@ def _bases(run: Path) -> dict[str, Any]:
 
 def _combine(runs: dict[str, Path]) -> list[dict[str, Any]]:
     """Each task's metrics by the base, by its own adapter, and by what each method makes of all three."""
-    from lora_lab import compose, run_dir
-    from lora_lab.config import MergeConfig
+    from lora_lab.config import compose
+    from lora_lab.config.merge import MergeConfig
     from lora_lab.merge import combine
+    from lora_lab.run import run_dir
 
     sources = [combine.open_source(run_dir.open_existing(str(run)), place) for place, run in enumerate(runs.values())]
     combine.check_together(sources)
@@ -239,10 +240,10 @@ def _answers(code: str, given: list[Any], folder: Path) -> list[str]:
 
 def _gguf(run: Path, folder: Path) -> dict[str, Any]:
     """Proofs at f16 and q8_0, and answers to 16 held-out orders by llama.cpp beside transformers: merged, and adapter on its base."""
-    from lora_lab import compose
+    from lora_lab.config import compose
     from lora_lab.data.dataset import first_examples
     from lora_lab.export import gguf
-    from lora_lab.prepared import prepare
+    from lora_lab.run.prepared import prepare
 
     _lora_lab("export", f"run={run}", "export.targets=[gguf,gguf_lora]", "export.gguf_type=f16")
     found = {"f16": json.loads((run / "export_report.json").read_text())}

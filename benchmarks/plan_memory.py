@@ -97,9 +97,10 @@ def _estimate(result: Path, overrides: list[str]) -> None:
     import dataclasses
     import time
 
-    from lora_lab import compose, prepared
+    from lora_lab.config import compose
     from lora_lab.plan import memory
     from lora_lab.plan.plan import foresee
+    from lora_lab.run import prepared
 
     config = compose.compose(overrides)
     data, base, task = prepared.build_data(config, prepared.find_base(config))
@@ -120,17 +121,18 @@ def _measure(result: Path, overrides: list[str]) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from lora_lab import compose, run
+    from lora_lab.config import compose
+    from lora_lab.run import pipeline
 
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     imports = pages * resource.getpagesize()
-    run.train(compose.compose(overrides))
+    pipeline.train(compose.compose(overrides))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result.write_text(json.dumps({"imports": imports, "measured": peak - imports}))
 
 
 def _show(results: list[dict[str, Any]]) -> None:
-    from lora_lab import console
+    from lora_lab.runtime import console
 
     gib = 2**30
     rows = []

@@ -42,8 +42,9 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
     """`lora-lab train` up to its last step, without evaluation."""
     from safetensors.torch import load_file, save_file
 
-    from lora_lab import compose, prepared, run_dir
     from lora_lab.adapters.attach import trainable
+    from lora_lab.config import compose
+    from lora_lab.run import prepared, run_dir
     from lora_lab.train import loop
     from lora_lab.train.cohort import Member
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lora_lab import console
+from lora_lab.runtime import console
 
 _WORDS = "order table lamp window river music garden winter paper stone market letter copper ticket".split()
 _ROWS_OF_A_BLOCK = 20_000

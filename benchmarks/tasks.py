@@ -30,10 +30,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_lab import compose, prepared
-from lora_lab.config import RunConfig
+from lora_lab.config import compose
+from lora_lab.config.run import RunConfig
 from lora_lab.data import build, chunks, sources
 from lora_lab.data.dataset import Dataset
+from lora_lab.run import prepared
 
 _ROOT = Path(__file__).parents[1]
 _OUT = Path(__file__).parent / "results" / "tasks.json"

@@ -81,8 +81,9 @@ def _compare(workload: str, on: list[str], off: list[str], steps: int) -> dict[s
 
 def _side(workload: str, more: list[str], folder: Path) -> Callable[[], tuple[float, torch.Tensor]]:
     """A forward and backward pass over the first step's rows."""
-    from lora_lab import compose, prepared
     from lora_lab.adapters.attach import trainable
+    from lora_lab.config import compose
+    from lora_lab.run import prepared
 
     work = speed.WORKLOADS[workload]
     rows = speed._rows(work.rows, work.batch_size)

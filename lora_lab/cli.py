@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from lora_lab import __version__, forms, signals
+from lora_lab import __version__
+from lora_lab.config import forms
 from lora_lab.errors import ConfigError, DataError, Interrupted, LoraLabError
+from lora_lab.runtime import signals
 from lora_lab.verbs import EXAMPLES, TAKES, VERBS
 
 if TYPE_CHECKING:
-    from lora_lab.config import RunConfig
+    from lora_lab.config.run import RunConfig
     from lora_lab.sweep.jobs import Nodes, Outcome
 
 _PRINTING = ("config", "data", "plan", "chat")  # their output is all that they are for
@@ -93,7 +95,7 @@ def _tell_repeated(overrides: Sequence[str]) -> None:
     for text in overrides:
         holds = last[text.partition("=")[0].lstrip("+")]
         if holds != text:
-            from lora_lab import console
+            from lora_lab.runtime import console
 
             console.say("twice", f"{text} has no effect, because {holds} comes after it")
 
@@ -129,7 +131,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(text: str) -> None:
-    from lora_lab import console
+    from lora_lab.runtime import console
 
     console.complain(text)
 
@@ -140,7 +142,7 @@ def _written(code: int, needed: bool) -> int:
     Args:
         needed: whether the output is what the command is for, so that losing it is a failure.
     """
-    from lora_lab import console
+    from lora_lab.runtime import console
 
     console.stdout.flush()
     console.stderr.flush()
@@ -158,7 +160,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse's parser, which would drop what it cannot write without a word."""
 
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
-        from lora_lab import console
+        from lora_lab.runtime import console
 
         (console.stdout if file is sys.stdout else console.stderr).write(console.shown(message or ""))
 
@@ -226,7 +228,7 @@ _OF_SWEEPS = ("sweep=", "sweep.", "hydra.sweep", "hydra/sweeper", "hydra.launche
 
 
 def _train(args: argparse.Namespace) -> int:
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     if args.multirun:
         return _multirun(args)
@@ -236,9 +238,9 @@ def _train(args: argparse.Namespace) -> int:
     config = compose.compose(args.overrides, args.config_dir)
     _refuse_upload(config.export.push_to_hub, args.overrides)
     _quiet_libraries()
-    from lora_lab import run
+    from lora_lab.run import pipeline
 
-    run.train(config)
+    pipeline.train(config)
     return 0
 
 
@@ -251,17 +253,17 @@ def _refuse_upload(repository: str | None, overrides: Sequence[str]) -> None:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     config = compose.compose(args.overrides, args.config_dir)
     _quiet_libraries()
-    from lora_lab import look
+    from lora_lab.verbs import data as look
 
     return 0 if look.data(config, args.rows, args.html) else 1
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     probe = [text.partition("=")[2] for text in args.overrides if text.startswith("probe=")]
     if probe and probe[-1] not in ("true", "false"):
@@ -276,7 +278,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _multirun(args: argparse.Namespace) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
-    from lora_lab import hydra_app
+    from lora_lab.config import hydra_app
 
     _quiet_libraries()
     made = []
@@ -311,22 +313,23 @@ def _on_run(args: argparse.Namespace) -> int:
     if len(named) != 1 or not named[0]:
         raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
     rest = [text for text in args.overrides if not text.startswith("run=")]
-    from lora_lab.trained import open_trained
+    from lora_lab.run.trained import open_trained
 
     # a mistake is told before torch is loaded
     open_trained(
         named[0], args.verb, [text for text in rest if not (args.verb == "chat" and text.startswith("prompt="))]
     )
     _quiet_libraries()
-    from lora_lab import chat, run
     from lora_lab.merge import shrink
+    from lora_lab.run import pipeline
+    from lora_lab.verbs import chat
 
     verbs = {
-        "resume": run.resume,
-        "evaluate": run.evaluate,
-        "merge": run.merge,
+        "resume": pipeline.resume,
+        "evaluate": pipeline.evaluate,
+        "merge": pipeline.merge,
         "shrink": shrink.shrink,
-        "export": run.export,
+        "export": pipeline.export,
         "chat": chat.chat,
     }
     verbs[args.verb](named[0], rest)
@@ -335,7 +338,7 @@ def _on_run(args: argparse.Namespace) -> int:
 
 def _combine(args: argparse.Namespace) -> int:
     """`merge merge.adapters=[A,B]`."""
-    from lora_lab.compose import parse_override
+    from lora_lab.config.compose import parse_override
 
     text = [text for text in args.overrides if text.startswith("merge.adapters=")][-1]
     named = parse_override(text).value()
@@ -361,9 +364,9 @@ def _combine(args: argparse.Namespace) -> int:
             f"{given[0]}: merge.adapters names the runs already. Drop it; run_dir=DIR is where the new run goes."
         )
     _quiet_libraries()
-    from lora_lab import run
+    from lora_lab.run import pipeline
 
-    run.combine([str(name) for name in named], args.overrides)
+    pipeline.combine([str(name) for name in named], args.overrides)
     return 0
 
 
@@ -382,9 +385,9 @@ def _on_sweep(args: argparse.Namespace, folder: str) -> int:
 def _config(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from lora_lab import console
-    from lora_lab.compose import leaves
-    from lora_lab.explain import as_override, explain, key_rows
+    from lora_lab.config.compose import leaves
+    from lora_lab.config.origins import as_override, explain, key_rows
+    from lora_lab.runtime import console
 
     if args.keys:
         for key, kind, default, meaning in key_rows():
@@ -416,7 +419,7 @@ def _complete(argv: Sequence[str]) -> int:
     if any("query" in word for word in argv) and (len(words) < 2 or words[1] not in VERBS or line.endswith(words[1])):
         print(" ".join(VERBS))
         return 0
-    from lora_lab import hydra_app
+    from lora_lab.config import hydra_app
 
     hydra_app.complete(argv, verb=words[1] if len(words) > 1 else None)
     return 0

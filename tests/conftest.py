@@ -176,7 +176,7 @@ def overrides(base, rows_file, tmp_path) -> list[str]:
 @pytest.fixture
 def config_of(overrides):
     """Compose a RunConfig: `config_of('adapter.r=2', ...)`."""
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     return lambda *more: compose.compose([*overrides, *more])
 
@@ -184,8 +184,8 @@ def config_of(overrides):
 @pytest.fixture
 def reload_here(monkeypatch):
     """Checkpoints are reloaded in this process, to be quick; other scripts still get their own."""
-    from lora_lab import children
-    from lora_lab.merge import reload
+    from lora_lab.runtime import children
+    from lora_lab.verify import reload
 
     run = children.run
 

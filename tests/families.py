@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 
-from lora_lab import children, compose, run
+from lora_lab.config import compose
 from lora_lab.errors import LoraLabError
-from lora_lab.merge import reload
+from lora_lab.run import pipeline
+from lora_lab.runtime import children
+from lora_lab.verify import reload
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
 
 TASKS = {  # task -> transformers' table of model types, its Auto class, what the run is told
@@ -364,7 +366,7 @@ def attempt(task: str, family: str, folder: Path) -> Outcome:
     said = io.StringIO()
     try:
         with _reloaded_here(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-            done = run.train(compose.compose(told))
+            done = pipeline.train(compose.compose(told))
     except LoraLabError as error:
         found.said = said.getvalue()
         if run_dir.exists():

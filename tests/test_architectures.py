@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from lora_lab import cli, run
+from lora_lab import cli
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import attach, check_targets, coverage, linear_layers, towers
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.base.tokenizer import load_tokenizer
 from lora_lab.errors import BaseModelError, ConfigError
+from lora_lab.run import pipeline
 from tests import families
 
 _QUICK = {  # a dozen, each of another make; the others take minutes
@@ -99,7 +100,7 @@ def test_short_texts_in_one_item_train_one_by_one(config_of, tmp_path):
             "data.duplicates=keep",
             f"run_dir={tmp_path}/{packing}",
         ]
-        done = run.train(config_of(*told))
+        done = pipeline.train(config_of(*told))
         losses.append(json.loads(done.result.read_text())["tuned"]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -112,7 +113,7 @@ def test_a_single_held_out_row_still_proves_packing(tmp_path, config_of, capsys)
     rows = families.write_jsonl(tmp_path / "rows.jsonl", [{"text": f"cat dog red {i} bird"} for i in range(12)])
     one = families.write_jsonl(tmp_path / "one.jsonl", [{"text": "a table and a lamp in Graz"}])
     told = [f"model.path={base}", f"data.train={rows}", f"data.eval={one}", "task=completion", "train.max_steps=1"]
-    run.train(config_of(*told, "data.check=warn"))
+    pipeline.train(config_of(*told, "data.check=warn"))
     assert "rows one by one: " in capsys.readouterr().out
 
 
@@ -146,7 +147,7 @@ def test_an_answer_that_padding_changes_cannot_be_compared(tmp_path, config_of):
     judged = [{"prompt": "cat", "chosen": "dog " * (i + 4), "rejected": "bird"} for i in range(8)]
     rows = families.write_jsonl(tmp_path / "rows.jsonl", judged)
     with pytest.raises(ConfigError, match="padding changes this model's outputs.*Choose another base"):
-        run.train(config_of(*on(base, "reward", rows)))
+        pipeline.train(config_of(*on(base, "reward", rows)))
     assert not (tmp_path / "run").exists()
 
 
@@ -201,7 +202,7 @@ def test_rows_that_the_base_cannot_be_run_on_are_refused_before_training(tmp_pat
     (base / "config.json").write_text(json.dumps(config))
     rows = families.write_jsonl(tmp_path / "rows.jsonl", labelled)
     with pytest.raises(BaseModelError, match="bart cannot be run on these rows .*<eos> token"):
-        run.train(config_of(*on(base, "classification", rows)))
+        pipeline.train(config_of(*on(base, "classification", rows)))
     assert not (tmp_path / "run").exists()
 
 

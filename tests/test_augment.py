@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 from pydantic import TypeAdapter
 
-from lora_lab import schema
 from lora_lab.data import augment as module
 from lora_lab.data.augment import METHODS, AugmentConfig, Augmenter, require
 from lora_lab.errors import BaseModelError, ConfigError, DataError
+from lora_lab.schema import sections
 from tests.conftest import make_rows, make_tokenizer
 
 needs_rjieba = pytest.mark.skipif(
@@ -372,13 +372,13 @@ def test_a_missing_package(monkeypatch):
     "settings", [{"copies": 0}, {"rate": 0.0}, {"rate": 1.0}, {"rate": "0.1"}, {"methods": ["drop"]}, {"shuffle": True}]
 )
 def test_the_schema_is_strict(settings):
-    config, errors = schema.validate(TypeAdapter(AugmentConfig), settings)
+    config, errors = sections.validate(TypeAdapter(AugmentConfig), settings)
     assert config is None
     assert errors
 
 
 def test_every_field_is_described():
-    fields = schema.keys(AugmentConfig)
+    fields = sections.keys(AugmentConfig)
     assert set(module._USERS) == set(fields) - {"methods"}
     assert all(info.description for info in fields.values())
 

@@ -7,14 +7,17 @@ import json
 import pytest
 import torch
 
-from lora_lab import cli, compose, run, storage
+from lora_lab import cli
 from lora_lab.adapters import updates
 from lora_lab.adapters.updates import Update, Updates
-from lora_lab.config import MergeConfig
+from lora_lab.config import compose
+from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import combine, shrink
 from lora_lab.merge.combine import combined
+from lora_lab.run import pipeline, run_dir
+from lora_lab.runtime import storage
 from tests.conftest import make_base
 
 pytestmark = pytest.mark.usefixtures("reload_here")
@@ -33,13 +36,13 @@ def trained(config_of, tmp_path, rows_file):
             f"run_dir={tmp_path}/{name}",
             *more,
         )
-        return str(run.train(config_of(*settings)).path)
+        return str(pipeline.train(config_of(*settings)).path)
 
     return start
 
 
 def adapter_of(folder: str) -> Updates:
-    return updates.read(run.run_dir.open_existing(folder).adapter)
+    return updates.read(run_dir.open_existing(folder).adapter)
 
 
 def dense(adapter: Updates) -> dict[str, torch.Tensor]:
@@ -74,7 +77,7 @@ def test_the_default_is_the_true_weighted_sum(trained, tmp_path):
     folders = [trained(f"run{number}", *settings) for number, settings in enumerate(UNLIKE)]
     weights = [0.5, -0.25, 2.0]
     out = tmp_path / "out"
-    run.combine(
+    pipeline.combine(
         folders, [f"merge.adapters=[{','.join(folders)}]", f"merge.weights={weights}", f"run_dir={out}", *LOOSE]
     )
     parts = [dense(adapter_of(folder)) for folder in folders]
@@ -89,14 +92,14 @@ def test_the_default_is_the_true_weighted_sum(trained, tmp_path):
     for folder in folders:  # alone: as the run itself measured it
         measured = json.loads((tmp_path / folder / "result.json").read_text())["tuned"]["loss"]
         assert report["held_out"][folder]["alone"]["loss"] == pytest.approx(measured, rel=1e-5)
-    evaluation = run.evaluate(str(out), [])
+    evaluation = pipeline.evaluate(str(out), [])
     assert evaluation["tuned"]["loss"] == pytest.approx(report["held_out"][folders[0]]["combined"]["loss"], rel=1e-5)
-    again = run.combine([str(out), folders[0]], [f"run_dir={tmp_path}/again", *LOOSE])  # one merge after another
+    again = pipeline.combine([str(out), folders[0]], [f"run_dir={tmp_path}/again", *LOOSE])  # one merge after another
     assert again["refused"] == []
     assert compose.load(out / "config.yaml").merge.adapters == []
     assert "run1 x -0.25" in (out / "merged/README.md").read_text()
     before = storage.sha256(out / "adapter/adapter_model.safetensors")
-    run.resume(str(out), [])  # there is nothing to train
+    pipeline.resume(str(out), [])  # there is nothing to train
     assert storage.sha256(out / "adapter/adapter_model.safetensors") == before
 
 
@@ -236,7 +239,7 @@ def test_what_cannot_be_combined_is_refused(trained, tmp_path, capsys):
 def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, trained, change, says):
     from safetensors.torch import load_file, save_file
 
-    adapter = run.run_dir.open_existing(trained("run", "train.max_steps=1")).adapter
+    adapter = run_dir.open_existing(trained("run", "train.max_steps=1")).adapter
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(config, tensors)
@@ -254,7 +257,7 @@ def test_heads_cannot_be_summed(config_of, tmp_path):
     )
     folders = [
         str(
-            run.train(
+            pipeline.train(
                 config_of(
                     "task=classification", f"data.train={rows}", "train.max_steps=1", f"run_dir={tmp_path}/{name}"
                 )
@@ -281,9 +284,9 @@ def test_shrinking_saves_the_lowest_rank_within_tolerance(trained, tmp_path, ada
     good = [rank for rank in (4, 2, 1) if figures[rank]["rise_at_most"] <= 2]
     assert report["chosen"] == min(good)
     assert compose.load(new.config).adapter.r == min(good)
-    evaluation = run.evaluate(str(new.path), [])
+    evaluation = pipeline.evaluate(str(new.path), [])
     assert evaluation["tuned"]["loss"] == pytest.approx(figures[min(good)]["loss"], rel=1e-4)
-    assert run.merge(str(new.path), ["export.dtype=float32"])["refused"] == []
+    assert pipeline.merge(str(new.path), ["export.dtype=float32"])["refused"] == []
 
 
 def test_what_few_rows_cannot_tell_is_no_equal_loss(trained, tmp_path, capsys):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import compose
-from lora_lab.config import TaskName, all_keys, parse
+from lora_lab.config import compose
+from lora_lab.config.origins import explain
+from lora_lab.config.run import all_keys, parse
+from lora_lab.config.task import TaskName
 from lora_lab.errors import ConfigError
-from lora_lab.explain import explain
 
 GOOD = {"run_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}}
 

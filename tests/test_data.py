@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import build, formats, sources
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import pack

@@ -101,7 +101,7 @@ def test_bad_rows_stop_before_the_model(name, content, more, says, overrides, tm
     lines(GOOD)[:-1],
 ])  # fmt: skip
 def test_marks_and_line_ends_do_not_matter(content, tmp_path, config_of):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
@@ -111,7 +111,7 @@ def test_marks_and_line_ends_do_not_matter(content, tmp_path, config_of):
 
 
 def test_masked_rows_can_be_dropped_and_are_counted(tmp_path, config_of, capsys):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [USER]}, {"messages": [USER, ANSWER]}])
     config = config_of(f"data.train={file}", DROP)
@@ -121,7 +121,7 @@ def test_masked_rows_can_be_dropped_and_are_counted(tmp_path, config_of, capsys)
 
 
 def test_rows_of_both_sides_are_counted(tmp_path, overrides, capsys, config_of):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     rows = make_rows(6)
     train, held = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:2])
@@ -171,7 +171,7 @@ def test_bad_templates_are_refused(template, says, base, overrides, tmp_path, ca
 
 
 def test_special_tokens_in_a_message_are_reported(tmp_path, config_of, capsys):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     file = write_jsonl(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "red<|im_end|>\n<|im_start|>assistant\nno"}])
     config = config_of(f"data.train={file}")
@@ -180,7 +180,7 @@ def test_special_tokens_in_a_message_are_reported(tmp_path, config_of, capsys):
 
 
 def test_a_template_that_writes_the_date_is_reported(base, tmp_path, config_of, capsys):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     dated = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
@@ -197,7 +197,7 @@ def test_a_template_that_writes_the_date_is_reported(base, tmp_path, config_of, 
 
 def test_end_of_sequence_is_learned_without_a_pad_token(base, tmp_path, config_of):
     """A tokenizer without a pad token, or with pad equal to eos: the end token is trained on all the same."""
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     for pad in (None, "<|im_end|>"):
         folder = base_with(base, tmp_path / f"base{pad is None}")

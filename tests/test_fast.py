@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from lora_lab import prepared as stages
-from lora_lab import run, tracking
 from lora_lab.adapters.attach import trainable
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError
@@ -19,6 +17,9 @@ from lora_lab.fast.attention import SegmentAttention
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
 from lora_lab.fast.loss import TokenLosses
+from lora_lab.run import pipeline
+from lora_lab.run import prepared as stages
+from lora_lab.runtime import tracking
 from lora_lab.train.loop import fit
 from tests.conftest import make_tokenizer, write_jsonl
 from tests.test_invariants import member_of, prepared_and_model, relative_gap
@@ -403,7 +404,7 @@ def test_an_acceleration_never_stops_a_run(name, config_of, tmp_path, capsys):
             "train.max_steps=2",
             "adapter.target_modules=[o_proj]",
         ]
-        done = run.train(config_of(*told, f"run_dir={tmp_path}/{speed}"))
+        done = pipeline.train(config_of(*told, f"run_dir={tmp_path}/{speed}"))
         losses[speed] = [line["loss"] for line in tracking.MetricsLog(done.path / "metrics.jsonl").read()]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-5)
 
@@ -413,7 +414,7 @@ def test_an_acceleration_that_fails_is_left_out_alone(families, config_of, monke
     from lora_lab.fast import norm as norms
 
     monkeypatch.setattr(norms, "forward_of", lambda module, eps, scale: lambda x: x.no_such_thing)
-    run.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
+    pipeline.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
     said = capsys.readouterr().out
     assert "no fused_norms: AttributeError" in said
     assert "projections fused" in said
@@ -424,5 +425,5 @@ def test_an_acceleration_with_another_backward_pass_is_left_out(families, config
 
     backward = RMSNorm.backward
     monkeypatch.setattr(RMSNorm, "backward", staticmethod(lambda ctx, dy: (3 * backward(ctx, dy)[0], None, None, None)))
-    run.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
+    pipeline.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
     assert "no fused_norms: it would change this model's gradients by" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from lora_lab.base import gguf, gguf_tokens, load
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from lora_lab.base.resolve import local_path
-from lora_lab.config import ModelConfig
+from lora_lab.config.model import ModelConfig
 from lora_lab.errors import BaseModelError
 from tests.conftest import CHATML
 from tests.vocabularies import CONTROL, byte_level, byte_level_gguf, llama_cpp, write_gguf

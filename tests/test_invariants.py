@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import prepared as stages
-from lora_lab import run_dir
 from lora_lab.adapters.attach import attach, coverage, trainable
 from lora_lab.base import load
-from lora_lab.config import QuantConfig
+from lora_lab.config.model import QuantConfig
 from lora_lab.data.collate import pack
 from lora_lab.data.dataset import first_examples
+from lora_lab.run import prepared as stages
+from lora_lab.run import run_dir
 from lora_lab.train import packing
 from lora_lab.train.batches import plan_of
 from lora_lab.train.cohort import Member
@@ -372,7 +372,7 @@ def test_a_kept_quantized_base_is_the_one_that_was_quantized(tmp_path, cache, me
 
     from lora_lab.base import quantized
     from lora_lab.base.cache import usable
-    from lora_lab.config import ModelConfig
+    from lora_lab.config.model import ModelConfig
 
     shutil.rmtree(cache / "quantized", ignore_errors=True)
     base = make_base(tmp_path / "base")

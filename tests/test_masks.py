@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.encode import Example
 from lora_lab.data.sources import Row

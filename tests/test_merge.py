@@ -13,11 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_lab import cli, compose, run, storage
+from lora_lab import cli
 from lora_lab.base.weights import Weights
-from lora_lab.config import MergeConfig
+from lora_lab.config import compose
+from lora_lab.config.merge import MergeConfig
 from lora_lab.errors import ConfigError, MergeError
-from lora_lab.merge import parity, stream
+from lora_lab.merge import stream
+from lora_lab.run import pipeline, run_dir
+from lora_lab.run.prepared import load_trained, prepare
+from lora_lab.runtime import storage
+from lora_lab.verify import parity
 from tests.conftest import make_tokenizer, write_jsonl
 from tests.test_tasks import make_encoder_tokenizer
 
@@ -25,7 +30,7 @@ from tests.test_tasks import make_encoder_tokenizer
 @pytest.fixture
 def trained(config_of, tmp_path, eval_file):
     def start(*more: str):
-        return run.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
+        return pipeline.train(config_of(f"data.eval={eval_file}", "train.max_steps=4", *more))
 
     return start
 
@@ -108,7 +113,7 @@ def test_a_merge_that_differs_is_refused_and_not_published(trained, tmp_path, ca
 def test_checkpoint_that_does_not_load_is_refused(tmp_path, base):
     import shutil
 
-    from lora_lab.merge.parity import Probe
+    from lora_lab.verify.parity import Probe
 
     broken = shutil.copytree(base, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
@@ -160,7 +165,7 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
     from transformers import AutoModelForCausalLM
 
     folder = trained().path
-    mine = run.load_trained(run.run_dir.open_existing(str(folder)), run.prepare(compose.load(folder / "config.yaml")))
+    mine = load_trained(run_dir.open_existing(str(folder)), prepare(compose.load(folder / "config.yaml")))
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "adapter"
     ).eval()
@@ -176,7 +181,7 @@ def test_serving_the_merged_folder_renders_what_was_trained(trained):
     """The template that travels with the checkpoint gives the tokens that stand before every trained answer."""
     from transformers import AutoTokenizer
 
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     done = trained("export=merged", "export.dtype=float32")
     tokenizer = AutoTokenizer.from_pretrained(done.merged)
@@ -207,7 +212,7 @@ def test_what_to_merge_into_is_measured(trained, method):
 
 def test_a_correction_goes_towards_what_training_saw(config_of):
     from lora_lab.merge import bases
-    from lora_lab.prepared import prepare
+    from lora_lab.run.prepared import prepare
 
     def weights(policy: str, rank: int = 1) -> dict[str, torch.Tensor]:
         given = [f"merge.correction_rank={rank}"] if policy == "corrected" else []
@@ -375,7 +380,7 @@ def test_a_tied_output_matrix_is_no_new_part(config_of, tmp_path, kind, capsys):
     torch.manual_seed(0)
     getattr(transformers, f"{kind}ForMaskedLM")(config).save_pretrained(folder)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"red cat {i} and two dogs"} for i in range(12)])
-    done = run.train(
+    done = pipeline.train(
         config_of(
             f"model.path={folder}",
             "task=masked_lm",

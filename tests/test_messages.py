@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab import cli, compose
+from lora_lab import cli
+from lora_lab.config import compose
 from lora_lab.errors import ConfigError
 
 _DEMO = ["train", "recipe=demo"]

@@ -186,8 +186,8 @@ def test_what_is_said_otherwise_is_put_right_where_it_is_the_same(base, capsys):
 
 def test_a_run_of_an_earlier_version_keeps_its_tokens(tmp_path, capsys, monkeypatch):
     """What was trained by the class's splits is asked by them, and says so."""
-    from lora_lab import prepared, trained
     from lora_lab.base import load
+    from lora_lab.run import prepared, trained
 
     base, run = _digits_base(tmp_path / "base"), tmp_path / "run"
     with monkeypatch.context() as earlier:
@@ -208,7 +208,7 @@ def test_a_run_of_an_earlier_version_keeps_its_tokens(tmp_path, capsys, monkeypa
 
 
 def test_adapters_of_other_tokens_have_no_sum(tmp_path, capsys, monkeypatch):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     base = _digits_base(tmp_path / "base")
     with monkeypatch.context() as earlier:

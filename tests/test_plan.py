@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from lora_lab import cli, run
-from lora_lab import prepared as stages
+from lora_lab import cli
 from lora_lab.plan import plan as planning
+from lora_lab.run import pipeline
+from lora_lab.run import prepared as stages
 from tests.conftest import make_rows, write_jsonl
 
 
@@ -32,7 +33,7 @@ def test_steps_tokens_and_rows_are_exact(config_of, tmp_path, more):
     file = write_jsonl(tmp_path / "rows.jsonl", make_rows(37, seed=4))
     config = config_of(f"data.train={file}", *more)
     work, data = planned(config)
-    done = run.train(config)
+    done = pipeline.train(config)
     result = json.loads(done.result.read_text())
     assert work.steps == result["steps"]
     assert work.tokens == result["tokens"]

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_lab import prepared as stages
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import load
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Shape
+from lora_lab.run import prepared as stages
 from lora_lab.tasks.causal_lm import CausalLM
 from lora_lab.train import regularize
 from lora_lab.train.optim import build_optimizer

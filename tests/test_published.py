@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from lora_lab import cli, run
+from lora_lab import cli
+from lora_lab.run import pipeline
 from tests.conftest import make_base, write_jsonl
 
 _FORMS = {
@@ -39,7 +40,7 @@ def test_it_is_trained_on_as_it_is_and_merged(form, base, config_of, tmp_path, e
     method = form.partition(" ")[0]
     folder = publish(base, tmp_path / "published", _FORMS[form])
     told = [f"data.eval={eval_file}", "train.max_steps=3", "export=merged", "export.dtype=float32"]
-    done = run.train(config_of(*told, f"model.path={folder}"))
+    done = pipeline.train(config_of(*told, f"model.path={folder}"))
     assert f"quant {method} as published" in capsys.readouterr().out
     result = json.loads(done.result.read_text())
     assert result["merge"]["refused"] == []
@@ -54,7 +55,7 @@ def test_it_is_trained_on_as_it_is_and_merged(form, base, config_of, tmp_path, e
     evaluated = json.loads((done.path / "evaluation.json").read_text())["tuned"]["loss"]
     assert evaluated == pytest.approx(result["tuned"]["loss"], rel=1e-6)
     if form == "nf4":
-        here = run.train(config_of(*told, "quant=nf4", "quant.double_quant=false", f"run_dir={tmp_path}/here"))
+        here = pipeline.train(config_of(*told, "quant=nf4", "quant.double_quant=false", f"run_dir={tmp_path}/here"))
         own = json.loads(here.result.read_text())
         assert own["tuned"]["loss"] == pytest.approx(result["tuned"]["loss"], rel=1e-6)
 
@@ -66,7 +67,7 @@ def test_a_head_of_its_own_is_trained_whole(base, config_of, tmp_path):
         tmp_path / "rows.jsonl", [{"text": f"cat {i}", "label": ["red", "blue"][i % 2]} for i in range(12)]
     )
     told = ["task=classification", f"data.train={rows}", "data.eval_ratio=0.3", "train.max_steps=2", "export=merged"]
-    done = run.train(config_of(*told, f"model.path={folder}", "export.dtype=float32"))
+    done = pipeline.train(config_of(*told, f"model.path={folder}", "export.dtype=float32"))
     assert json.loads(done.result.read_text())["merge"]["refused"] == []
 
 
@@ -75,7 +76,7 @@ def test_the_adapter_alone_is_proved_on_it(config_of, tmp_path, eval_file):
     base = make_base(tmp_path / "base", initializer_range=0.05)
     folder = publish(base, tmp_path / "published", _FORMS["nf4"])
     told = [f"data.eval={eval_file}", "train.max_steps=1", "export.targets=[adapter]", "export.dtype=float32"]
-    done = run.train(config_of(*told, f"model.path={folder}"))
+    done = pipeline.train(config_of(*told, f"model.path={folder}"))
     assert json.loads((done.path / "export_report.json").read_text())["adapter"]["kl"] < 1e-3
 
 

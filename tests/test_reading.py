@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_lab.errors import BaseModelError, ConfigError
-from lora_lab.reading import read_bytes, read_json, read_yaml, reading
+from lora_lab.runtime.reading import read_bytes, read_json, read_yaml, reading
 
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 

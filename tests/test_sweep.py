@@ -16,8 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_lab import cli, compose, run, storage
+from lora_lab import cli
+from lora_lab.config import compose
 from lora_lab.errors import RunError, TrainingError
+from lora_lab.run import pipeline
+from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, halving, jobs, nodes, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.train import joint, loop
@@ -82,7 +85,7 @@ def test_unlike_members_that_share_passes_equal_runs_of_their_own(points, quant)
     found = trained(points(*each))
     assert [job.error for job in found] == [None] * 4
     for config in points(*each, name="alone"):
-        alone = run.train(config)
+        alone = pipeline.train(config)
         assert_same_run(alone.path.parents[1] / "sweep" / alone.path.name, alone.path)
 
 
@@ -93,7 +96,7 @@ def test_members_in_turns_equal_runs_of_their_own_to_the_byte(points, capsys, mo
     if "sweep.execution=turns" not in more:
         assert "take turns on one base" in capsys.readouterr().out
     for config in points(*each, name="alone"):
-        alone = run.train(config)
+        alone = pipeline.train(config)
         files = [
             folder / "adapter/adapter_model.safetensors"
             for folder in (alone.path, alone.path.parents[1] / "sweep" / alone.path.name)
@@ -137,7 +140,7 @@ def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys
     found = trained(points(*each))
     assert [job.error for job in found] == [None] * 4
     assert "passes of 2 members from now on" in capsys.readouterr().out
-    assert_same_run(found[3].run.path, run.train(points(*each, name="alone")[3]).path)
+    assert_same_run(found[3].run.path, pipeline.train(points(*each, name="alone")[3]).path)
 
 
 # -- isolation ----------------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execut
         plain(member, step, inside)
 
     each = [[f"adapter.r={r}", f"sweep.execution={execution}"] for r in (2, 4, 8)]
-    alone = {place: run.train(points(*each, name="alone")[place]) for place in (0, 2)}
+    alone = {place: pipeline.train(points(*each, name="alone")[place]) for place in (0, 2)}
     monkeypatch.setattr(loop, "_update", update)
     found = trained(points(*each))
     assert [job.error is None for job in found] == [True, False, True]
@@ -311,7 +314,7 @@ def test_halving_stops_the_worse_and_the_better_are_as_if_alone(points):
     assert len(finished) == 1
     alone = {config.optim.lr: config for config in points(*each, name="alone")}
     kept = finished[0]
-    whole = run.train(alone[kept.config.optim.lr])
+    whole = pipeline.train(alone[kept.config.optim.lr])
     assert adapter_of(kept.run.path).numpy() == pytest.approx(adapter_of(whole.path).numpy(), abs=1e-4)
     # what went on was the better half, each time
     first = {job.config.optim.lr: halving_loss(job, 2) for job in found}

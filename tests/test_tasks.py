@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 
-from lora_lab import cli, compose, prepared, run, run_dir
+from lora_lab import cli
 from lora_lab.base import load
+from lora_lab.config import compose
 from lora_lab.data import store
 from lora_lab.errors import LoraLabError
+from lora_lab.run import pipeline, prepared, run_dir
 from lora_lab.tasks import metrics
 from lora_lab.train import regularize
 from lora_lab.train.cohort import Member
@@ -271,12 +273,12 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     manifest = json.loads((again / "manifest.json").read_text())
     manifest["config"]["export"]["targets"] = []  # as if it had been begun without
     (again / "manifest.json").write_text(json.dumps(manifest))
-    run.resume(str(again), [])
+    pipeline.resume(str(again), [])
     weights = [path / "adapter/adapter_model.safetensors" for path in (folder, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     (tmp_path / "train.jsonl").unlink()  # what was learned of the training rows lies beside the adapter
-    evaluation = run.evaluate(str(folder), [])
+    evaluation = pipeline.evaluate(str(folder), [])
     for name, value in result["tuned"].items():
         assert evaluation["tuned"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
@@ -302,7 +304,7 @@ def gradients(task, model, parts) -> tuple[float, dict[str, torch.Tensor]]:
 def test_any_split_of_a_step_is_the_same_step(case, start):
     """One batch, rows of like length in two, and each row alone: equal to float32 rounding (1e-6 of the loss; 2e-5 of the
     largest gradient, which sums over all rows in another order)."""
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
     model = prepared.load_adapted(ready)
@@ -325,7 +327,7 @@ def test_a_head_that_reads_some_places_only_says_the_same(case, start):
     """Against the plain model, which computes logits everywhere: loss and gradients to float32 rounding."""
     from torch.nn.functional import cross_entropy
 
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
     model = prepared.load_adapted(ready).eval()
@@ -343,7 +345,7 @@ def test_a_head_that_reads_some_places_only_says_the_same(case, start):
 def test_losses_of_classes_are_torchs_own(start):
     from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     weights = [0.5, 2.0, 3.0]
     ready = prepared.prepare(
@@ -370,7 +372,7 @@ def test_losses_of_classes_are_torchs_own(start):
 def test_balanced_weights_are_scikit_learns(start, tmp_path):
     from collections import Counter
 
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     config = compose.compose(start("classification-weights"))
     counts = Counter(json.loads(line)["label"] for line in (tmp_path / "train.jsonl").read_text().splitlines())
@@ -380,7 +382,7 @@ def test_balanced_weights_are_scikit_learns(start, tmp_path):
 
 
 def test_documents_are_predicted_once_and_only_once(start, tmp_path):
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     ready = prepared.prepare(compose.compose(start("completion")))
     texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
@@ -398,7 +400,7 @@ def test_documents_are_predicted_once_and_only_once(start, tmp_path):
 
 
 def test_masks_are_drawn_as_bert_draws_them(start):
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     ready = prepared.prepare(compose.compose(start("masked_lm", "task.mask_probability=0.3")))
     examples = [ready.train[i][0] for i in range(40)] * 40
@@ -420,7 +422,7 @@ def test_masks_are_drawn_as_bert_draws_them(start):
 
 
 def test_whole_words_are_masked_together(start, tmp_path):
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     overrides = start("masked_lm-words", "task.mask_probability=0.5")
     write_jsonl(tmp_path / "train.jsonl", [{"text": "purple lamp purple Oslo zebras"}] * 2)
@@ -435,7 +437,7 @@ def test_whole_words_are_masked_together(start, tmp_path):
 
 
 def test_a_long_context_is_read_in_windows(start, tmp_path):
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     context = " ".join(["table"] * 30 + ["red"] + ["lamp"] * 30)
     row = {
@@ -469,12 +471,12 @@ def test_a_base_with_three_classes_answers_with_two(start, models, tmp_path):
     config = json.loads((base / "config.json").read_text())
     config |= {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
     (base / "config.json").write_text(json.dumps(config))
-    made = run.train(compose.compose(start("question_answering", f"model.path={base}", "train.max_steps=2")))
+    made = pipeline.train(compose.compose(start("question_answering", f"model.path={base}", "train.max_steps=2")))
     assert json.loads((made.path / "result.json").read_text())["tuned"]["loss"] > 0
 
 
 def test_the_best_span_of_all_windows_is_the_answer(start, tmp_path):
-    from lora_lab import compose
+    from lora_lab.config import compose
     from lora_lab.tasks.base import Observed
 
     ready = prepared.prepare(compose.compose(start("question_answering")))
@@ -493,7 +495,7 @@ def test_the_best_span_of_all_windows_is_the_answer(start, tmp_path):
 @pytest.fixture
 def ready(start):
     """A case made ready on an adapter that is not fresh, and one batch of it."""
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     def make(case: str, *more: str):
         ready = prepared.prepare(compose.compose(start(case, *more, rows=8)))
@@ -646,7 +648,7 @@ def test_the_reference_model_has_no_adapter_no_dropout_and_no_gradient(ready):
 
 
 def test_augmented_rows_are_trained_on_and_never_held_out(start, tmp_path, capsys):
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     (tmp_path / "table.tsv").write_text("table\tdesk\nlamp\tlight\n")
     options = [
@@ -796,7 +798,7 @@ def test_a_head_that_the_base_has_is_trained_on(models, start, tmp_path):
         model = AutoModelForSequenceClassification.from_pretrained(models["bert"], num_labels=count)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(models["bert"]).save_pretrained(folder)
-        from lora_lab import compose
+        from lora_lab.config import compose
 
         ready = prepared.prepare(compose.compose(start("classification", f"model.path={folder}")))
         loaded = prepared.load_adapted(ready).get_base_model().classifier.original_module.weight
@@ -821,7 +823,7 @@ def test_half_a_base_is_refused(models, tmp_path, start, capsys):
 
 def test_what_decides_an_example_decides_the_cache_entry(start):
     """Another task, stride or prefix is another entry; an option that changes no example is not."""
-    from lora_lab import compose
+    from lora_lab.config import compose
     from lora_lab.data import sources
 
     def key(case: str, *more: str) -> str:

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import cli, prepared
+from lora_lab import cli
 from lora_lab.base.positions import usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import readable
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.marks import marks_of
 from lora_lab.data.sources import Row
+from lora_lab.run import prepared
 from lora_lab.tasks.classification import ClassEncoder
 from lora_lab.tasks.completion import DocumentEncoder
 from lora_lab.tasks.masked_lm import MaskedEncoder

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import signals
-from lora_lab.config import OptimConfig, TrackerConfig
+from lora_lab.config.train import OptimConfig, TrackerConfig
 from lora_lab.errors import ConfigError, Interrupted
-from lora_lab.tracking import MetricsLog, tracker_name
+from lora_lab.runtime import signals
+from lora_lab.runtime.tracking import MetricsLog, tracker_name
 from lora_lab.train.batches import BatchPlan
 from lora_lab.train.optim import build_optimizer, build_schedule
 

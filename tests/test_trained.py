@@ -7,14 +7,17 @@ import shutil
 
 import pytest
 
-from lora_lab import cli, compose, run, run_dir, storage, trained
+from lora_lab import cli
 from lora_lab.adapters import files
 from lora_lab.base import fingerprint
-from lora_lab.config import all_keys
+from lora_lab.config import compose
+from lora_lab.config.origins import as_override
+from lora_lab.config.run import all_keys
 from lora_lab.errors import AdapterError, ConfigError, RunError
-from lora_lab.explain import as_override
-from lora_lab.prepared import prepare
-from lora_lab.run_dir import RunDir
+from lora_lab.run import pipeline, run_dir, trained
+from lora_lab.run.prepared import prepare
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import storage
 from lora_lab.verbs import TAKES
 from tests.conftest import fails, make_base, make_rows, write_jsonl
 
@@ -35,7 +38,7 @@ def done(own_base, rows_file, eval_file, tmp_path_factory) -> RunDir:
         f"data.train={rows_file}", f"data.eval={eval_file}", "optim.lr=0.01", "adapter.r=4", "train.batch_size=4",
         "train.max_steps=3", "train.save_steps=2", "train.eval_steps=3", f"run_dir={folder}",
     ]  # fmt: skip
-    return run.train(compose.compose(told))
+    return pipeline.train(compose.compose(told))
 
 
 @pytest.fixture
@@ -120,7 +123,9 @@ def test_an_unknown_key_is_told_with_the_nearest_one(done):
 
 def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, eval_file, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{**row, "kind": "ab"[n % 2]} for n, row in enumerate(make_rows(20))])
-    done = run.train(config_of(f"data.train={rows}", "data.eval_ratio=0.2", "data.stratify=kind", "train.max_steps=1"))
+    done = pipeline.train(
+        config_of(f"data.train={rows}", "data.eval_ratio=0.2", "data.stratify=kind", "train.max_steps=1")
+    )
     for more in ([], ["data.eval_ratio=null"], ["data.eval_ratio=null", "data.stratify=null"]):
         _, config = trained.open_trained(str(done.path), "evaluate", [f"data.eval={eval_file}", *more])
         assert (config.data.eval, config.data.eval_ratio, config.data.stratify) == (str(eval_file), None, None)

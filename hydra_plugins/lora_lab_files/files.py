@@ -27,9 +27,9 @@ class UserFiles(ConfigSource):
         Raises:
             ConfigError: what is wrong with it, with line and column.
         """
-        from lora_lab.allowed import check_file
+        from lora_lab.config.allowed import check_file
         from lora_lab.errors import ConfigError
-        from lora_lab.reading import parse_yaml, read_text, reading
+        from lora_lab.runtime.reading import parse_yaml, read_text, reading
 
         file = self._file(config_path)
         text = read_text(file, ConfigError, _MAX_BYTES)

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import __version__, storage
+from lora_lab import __version__
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
-from lora_lab.config import QuantConfig, RunConfig
+from lora_lab.config.model import QuantConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, CheckpointError
-from lora_lab.reading import read_json, reading
+from lora_lab.runtime import storage
+from lora_lab.runtime.reading import read_json, reading
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from lora_lab.schema import section
+from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import peft

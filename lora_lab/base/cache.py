@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lora_lab import console, storage
 from lora_lab.errors import CheckpointError
-from lora_lab.reading import reading
+from lora_lab.runtime import console, storage
+from lora_lab.runtime.reading import reading
 
 
 def usable(folder: Path) -> bool:

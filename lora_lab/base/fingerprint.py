@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_lab import storage
 from lora_lab.base.resolve import cache_dir
 from lora_lab.errors import BaseModelError, RunError
-from lora_lab.reading import read_bytes, read_json
+from lora_lab.runtime import storage
+from lora_lab.runtime.reading import read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from lora_lab import storage
 from lora_lab.base import cache, gguf_tokens, overruled
 from lora_lab.base.fingerprint import remembered_sha256
 from lora_lab.base.resolve import cache_dir
 from lora_lab.base.tokenizer import READER, chosen_template, save_tokenizer
 from lora_lab.errors import BaseModelError
-from lora_lab.reading import check_file, reading
+from lora_lab.runtime import storage
+from lora_lab.runtime.reading import check_file, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lab import storage
 from lora_lab.base.resolve import TOKENIZER_FILES
 from lora_lab.errors import BaseModelError, CheckpointError
-from lora_lab.reading import MAX_BYTES, check_file, read_json, reading
+from lora_lab.runtime import storage
+from lora_lab.runtime.reading import MAX_BYTES, check_file, read_json, reading
 
 KNOWN_ATTENTION = (None, "eager", "sdpa")  # what a config.json may choose: transformers' own code
 _CODE_KEYS = (

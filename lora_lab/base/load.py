@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_lab import console
 from lora_lab.base import cache, gguf, inspect, overruled, published, quantized
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import download, is_hub_id, local_path
 from lora_lab.base.tokenizer import READER, read_tokenizer
-from lora_lab.config import HardwareConfig, ModelConfig, QuantConfig
+from lora_lab.config.model import ModelConfig, QuantConfig
+from lora_lab.config.train import HardwareConfig
 from lora_lab.errors import BaseModelError, ConfigError, LoraLabError
+from lora_lab.runtime import console
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import console, storage
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.errors import BaseModelError
-from lora_lab.reading import check_file, read_json, reading
+from lora_lab.runtime import console, storage
+from lora_lab.runtime.reading import check_file, read_json, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

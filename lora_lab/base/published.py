@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.base import inspect
-from lora_lab.config import QuantConfig, RunConfig
+from lora_lab.config.model import QuantConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import BaseModelError, ConfigError
-from lora_lab.reading import read_json
+from lora_lab.runtime.reading import read_json
 
 _KEYS = ("quantization_config", "compression_config")
 _OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of older versions of these methods

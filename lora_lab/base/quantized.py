@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from lora_lab import storage
 from lora_lab.base.resolve import cache_dir
-from lora_lab.config import QuantConfig
+from lora_lab.config.model import QuantConfig
 from lora_lab.errors import RunError
+from lora_lab.runtime import storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

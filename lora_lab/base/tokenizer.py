@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import console
 from lora_lab.base import inspect, overruled
 from lora_lab.errors import BaseModelError
-from lora_lab.reading import read_json, reading
+from lora_lab.runtime import console
+from lora_lab.runtime.reading import read_json, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lora_lab.base import inspect
 from lora_lab.errors import BaseModelError
-from lora_lab.reading import reading
+from lora_lab.runtime.reading import reading
 
 
 class Weights:

@@ -26,7 +26,7 @@ from pydantic import Field
 from lora_lab.base.resolve import local_path
 from lora_lab.data.clean import Language
 from lora_lab.errors import ConfigError, DataError
-from lora_lab.schema import section
+from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lora_lab.config import DataConfig, Source
+from lora_lab.config.data import DataConfig, Source
 from lora_lab.data import augment, clean, sources, store
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder

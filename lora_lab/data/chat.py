@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.clean import clean
 from lora_lab.data.conversations import refuse_lost_reasoning
 from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example, to_json

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from lora_lab.config import DataConfig
+from lora_lab.config.data import DataConfig
 from lora_lab.data import hints, readable
 from lora_lab.data.build import Data
 from lora_lab.data.chunks import Report

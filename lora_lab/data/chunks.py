@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lora_lab import children, console
-from lora_lab.config import DataConfig
+from lora_lab.config.data import DataConfig
 from lora_lab.data import sources
 from lora_lab.data.encode import Encoder, Outcome
 from lora_lab.data.sources import DataFile, HubData, Row
+from lora_lab.runtime import children, console
 
 _CHUNK_ROWS = 512  # encoded together
 _PARALLEL_BYTES = 32 * 2**20  # starting the processes takes some seconds: smaller files are encoded sooner without

@@ -19,13 +19,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lora_lab import console, storage
 from lora_lab.base.resolve import local_path
-from lora_lab.config import RunConfig, Source
+from lora_lab.config.data import Source
+from lora_lab.config.run import RunConfig
 from lora_lab.data.limits import MAX_ROW_CHARS, fault_of
 from lora_lab.data.values import loads, twice
 from lora_lab.errors import DataError, nearest
-from lora_lab.reading import reading
+from lora_lab.runtime import console, storage
+from lora_lab.runtime.reading import reading
 
 HUB = "hub:"
 KINDS = {

@@ -22,14 +22,14 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from lora_lab import console, storage
 from lora_lab.base.resolve import cache_dir
-from lora_lab.config import DataConfig
+from lora_lab.config.data import DataConfig
 from lora_lab.data import chunks, formats, hints, sources
 from lora_lab.data.chunks import SCHEMA, Report, columns_of
 from lora_lab.data.encode import TOO_LONG, Encoder, Example
 from lora_lab.data.sources import DataFile, HubData
 from lora_lab.errors import CheckpointError, DataError
+from lora_lab.runtime import console, storage
 
 _LOOK_ROWS = 100  # whose columns decide the format
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lora_lab import storage
 from lora_lab.base import inspect
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import TOKENIZER_FILES, download, is_hub_id, local_path
 from lora_lab.base.tokenizer import read_tokenizer
 from lora_lab.errors import BaseModelError, LoraLabError
+from lora_lab.runtime import storage
 
 _BATCH = 16  # lines translated at a time
 

@@ -16,7 +16,7 @@ from lora_lab.export import text
 from lora_lab.export.job import Job
 from lora_lab.merge import derived, merge
 from lora_lab.merge.merge import adapted
-from lora_lab.merge.parity import compare, disagreements, logits
+from lora_lab.verify.parity import compare, disagreements, logits
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
 

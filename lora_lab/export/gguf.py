@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
-from lora_lab import children, console, storage
 from lora_lab.adapters import updates
 from lora_lab.base import load
 from lora_lab.base.load import ModelKind
@@ -28,12 +27,13 @@ from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama, text
 from lora_lab.export.convert import CHECK, K_QUANTS
 from lora_lab.export.job import Job
-from lora_lab.merge.parity import disagreements, loss_increase, outputs_of_rows, reloaded_outputs
-from lora_lab.reading import read_json
+from lora_lab.runtime import children, console, storage
+from lora_lab.runtime.reading import read_json
+from lora_lab.verify.parity import disagreements, loss_increase, outputs_of_rows, reloaded_outputs
 
 if TYPE_CHECKING:
     from lora_lab.data.encode import Encoder
-    from lora_lab.merge.parity import Probe
+    from lora_lab.verify.parity import Probe
 
 _PACKAGES = ("auto_round", "sentencepiece", "xllamacpp")
 _WAY_OUT = (

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lab import console
 from lora_lab.base.resolve import is_hub_id
-from lora_lab.config import ExportConfig
+from lora_lab.config.merge import ExportConfig
 from lora_lab.errors import ExportError
+from lora_lab.runtime import console
 
 
 def check(export: ExportConfig) -> Iterator[str]:

@@ -14,12 +14,12 @@ from lora_lab.adapters.attach import fresh_settings
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.weights import Weights
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.encode import Encoder
-from lora_lab.run_dir import RunDir
+from lora_lab.run.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from lora_lab.merge.parity import Probe
+    from lora_lab.verify.parity import Probe
 
 
 @dataclasses.dataclass(frozen=True)

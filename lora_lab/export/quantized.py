@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.base.load import bitsandbytes_config
 from lora_lab.base.tokenizer import save_tokenizer
-from lora_lab.config import QuantConfig
+from lora_lab.config.model import QuantConfig
 from lora_lab.errors import ExportError
 from lora_lab.export import text
 from lora_lab.export.job import Job
-from lora_lab.merge.parity import compare, loss_increase, reloaded_logits
+from lora_lab.verify.parity import compare, loss_increase, reloaded_logits
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, TorchAoConfig

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_lab import console, storage
 from lora_lab.errors import ConfigError, ExportError, MergeError
-from lora_lab.export import adapter, card, gguf, hub, quantized
+from lora_lab.export import adapter, gguf, hub, quantized
 from lora_lab.export.job import Job
-from lora_lab.reading import read_json
+from lora_lab.report import card
+from lora_lab.runtime import console, storage
+from lora_lab.runtime.reading import read_json
 
 POSITIONS = 256  # that llama.cpp is asked about, one by one
 

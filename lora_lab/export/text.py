@@ -18,15 +18,15 @@ from torch.nn.functional import log_softmax
 from lora_lab.base import overruled
 from lora_lab.data.formats import Message, RowError
 from lora_lab.errors import DataError, ExportError
-from lora_lab.merge import parity
-from lora_lab.reading import read_json, reading
+from lora_lab.runtime.reading import read_json, reading
+from lora_lab.verify import parity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lora_lab.data.encode import Encoder, Example
-    from lora_lab.merge.parity import Probe
     from lora_lab.tasks.base import Pass
+    from lora_lab.verify.parity import Probe
 
 ANSWERS = 3  # conversations whose greedy answers are compared
 NEW_TOKENS = 24  # of each answer

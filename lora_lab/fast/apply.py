@@ -17,7 +17,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
 from lora_lab.adapters.attach import trainable
-from lora_lab.config import SpeedConfig
+from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.fast import mlp, norm, prefix, rows
 from lora_lab.fast.frozen import FrozenWeight, Scratch

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab.adapters.updates import factored
 from lora_lab.base.load import BaseFiles, ModelKind, load_model
 from lora_lab.base.load import skeleton as load_skeleton
-from lora_lab.config import QuantConfig, RunConfig
+from lora_lab.config.model import QuantConfig
+from lora_lab.config.run import RunConfig
 
 _READING = "transformers.integrations.bitsandbytes"  # where the conversions of its published weights are defined
 

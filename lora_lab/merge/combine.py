@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from peft.utils import merge_utils
 
-from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.updates import Update, Updates, factored
 from lora_lab.base.weights import Weights
-from lora_lab.config import MergeConfig, RunConfig
+from lora_lab.config.merge import MergeConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import derived
-from lora_lab.prepared import Prepared, decide_packing, load_adapted, prepare
-from lora_lab.run_dir import RunDir
+from lora_lab.run import run_dir
+from lora_lab.run.prepared import Prepared, decide_packing, load_adapted, prepare
+from lora_lab.run.run_dir import RunDir
+from lora_lab.run.trained import open_trained
+from lora_lab.runtime import console, storage
 from lora_lab.tasks.base import Measured
-from lora_lab.trained import open_trained
 
 COMBINED = "combined"  # name of the new adapter in the model
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lora_lab import run_dir, storage
 from lora_lab.adapters import files
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.adapters.updates import Updates
-from lora_lab.config import MergeConfig, RunConfig
-from lora_lab.prepared import Prepared
-from lora_lab.run_dir import RunDir
+from lora_lab.config.merge import MergeConfig
+from lora_lab.config.run import RunConfig
+from lora_lab.run import run_dir
+from lora_lab.run.prepared import Prepared
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import storage
 
 
 def adapter_config(like: LoraAdapter, rank: int, targets: str | list[str]) -> LoraAdapter:

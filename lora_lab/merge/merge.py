@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from lora_lab import console, storage
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.attach import attach_trained, trainable
 from lora_lab.base import load
@@ -18,12 +17,15 @@ from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.base.weights import Weights
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import MergeError
-from lora_lab.export import card, text
-from lora_lab.merge import bases, parity, stream
-from lora_lab.run_dir import RunDir
+from lora_lab.export import text
+from lora_lab.merge import bases, stream
+from lora_lab.report import card
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import console, storage
+from lora_lab.verify import parity
 
 if TYPE_CHECKING:
     from peft import PeftModel

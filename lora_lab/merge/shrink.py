@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.updates import Updates
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
-from lora_lab.prepared import Prepared, load_adapted, prepare
-from lora_lab.run_dir import RunDir
-from lora_lab.trained import open_trained
+from lora_lab.run import run_dir
+from lora_lab.run.prepared import Prepared, load_adapted, prepare
+from lora_lab.run.run_dir import RunDir
+from lora_lab.run.trained import open_trained
+from lora_lab.runtime import console, storage
 
 _SHRUNK = "shrunk"  # name of the lower adapter in the model
 _LOOK = 512  # examples whose own losses are compared

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_lab import storage
 from lora_lab.adapters.updates import Updates
 from lora_lab.base.weights import Weights
+from lora_lab.runtime import storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

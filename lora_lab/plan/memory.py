@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import inspect, quantized
 from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skeleton
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
@@ -53,7 +53,7 @@ _LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 15
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
 _QUANTIZE_4BIT = 3 * 4  # bytes for each weight
 _BLOCK, _NESTED_BLOCK = 64, 256  # weights for each scale, and scales for each scale of scales (bitsandbytes' own)
-_MERGE_POSITIONS = 512  # as in merge/parity.py: logits of so many positions are compared
+_MERGE_POSITIONS = 512  # as in verify/parity.py: logits of so many positions are compared
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora_lab import console, prepared, run_dir
 from lora_lab.adapters.attach import attach, coverage, linear_layers
 from lora_lab.base import load, quantized
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.build import Data
 from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
@@ -24,7 +23,9 @@ from lora_lab.export import targets
 from lora_lab.export.job import Job
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Memory, Shape
-from lora_lab.prepared import ADAPTER, Found
+from lora_lab.run import prepared, run_dir
+from lora_lab.run.prepared import ADAPTER, Found
+from lora_lab.runtime import console
 from lora_lab.tasks.base import Task, eval_batches
 from lora_lab.tasks.preference import Preference
 from lora_lab.train.batches import BatchPlan, plan_of

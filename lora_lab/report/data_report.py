@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.text import Text
 
-from lora_lab import console, storage
-from lora_lab.config import DataConfig
+from lora_lab.config.data import DataConfig
 from lora_lab.data.check import Finding
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.readable import unknown_token_id
 from lora_lab.data.store import label_counts
 from lora_lab.report import pages
+from lora_lab.runtime import console, storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_lab import console
+from lora_lab.runtime import console
 
 
 def render(template: str, **values: Any) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import console
-from lora_lab.config import RunConfig
-from lora_lab.run_dir import RunDir
+from lora_lab.config.run import RunConfig
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import console
 
 if TYPE_CHECKING:
     from lora_lab.tasks.base import Answer

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab import console, storage, tracking
 from lora_lab.errors import RunError
 from lora_lab.report import pages
+from lora_lab.runtime import console, storage, tracking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

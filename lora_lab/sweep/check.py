@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_lab.adapters.attach import check_targets
 from lora_lab.base import load
 from lora_lab.base.resolve import PACKAGE
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, ConfigError, LoraLabError
 from lora_lab.sweep import ranking
 from lora_lab.tasks import TASKS

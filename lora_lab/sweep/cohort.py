@@ -10,16 +10,17 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
-from lora_lab import console, run_dir, storage
 from lora_lab.adapters.attach import check_targets
 from lora_lab.base import load
-from lora_lab.config import SweepConfig
+from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.fast.roster import Roster
-from lora_lab.prepared import Prepared, load_adapted, prepare
-from lora_lab.reading import reading
-from lora_lab.run import finish, measure_base
+from lora_lab.run import run_dir
+from lora_lab.run.pipeline import finish, measure_base
+from lora_lab.run.prepared import Prepared, load_adapted, prepare
+from lora_lab.runtime import console, storage
+from lora_lab.runtime.reading import reading
 from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.sweep.jobs import Job, groups, why_apart

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lora_lab import console
-from lora_lab.config import SweepConfig
-from lora_lab.run_dir import finite_number
+from lora_lab.config.sweep import SweepConfig
+from lora_lab.run.run_dir import finite_number
+from lora_lab.runtime import console
 from lora_lab.tasks.metrics import as_cost
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lab import console, reading, run_dir, storage
-from lora_lab.compose import leaves
-from lora_lab.config import RunConfig
+from lora_lab.config.compose import leaves
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import LoraLabError, RunError
-from lora_lab.run_dir import RunDir
-from lora_lab.trained import read, without_uploads
+from lora_lab.run import run_dir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.run.trained import read, without_uploads
+from lora_lab.runtime import console, reading, storage
 
 # what decides the base, the rows and the passes over them; everything else is a member's own
 _SHARED = ("model", "quant", "data", "task", "hardware", "speed", "tracker", "sweep")

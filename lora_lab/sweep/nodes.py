@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lora_lab import console
 from lora_lab.errors import ConfigError, RunError
+from lora_lab.runtime import console
 from lora_lab.sweep import cohort
 from lora_lab.sweep.jobs import Job, Nodes, groups
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from scipy import stats
 
-from lora_lab import console, reading, storage
-from lora_lab.config import RunConfig, TaskConfig
+from lora_lab.config.run import RunConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.report import sweep_report
-from lora_lab.run_dir import finite_number
+from lora_lab.run.run_dir import finite_number
+from lora_lab.runtime import console, reading, storage
 from lora_lab.sweep.jobs import Job, Outcome
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.metrics import as_cost, lower_is_better

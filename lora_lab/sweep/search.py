@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import console, reading, storage
 from lora_lab.errors import ConfigError, RunError
+from lora_lab.runtime import console, reading, storage
 from lora_lab.sweep.jobs import Outcome
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_lab import console, run
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
+from lora_lab.run import pipeline
+from lora_lab.runtime import console
 from lora_lab.sweep import cohort, nodes, ranking
 from lora_lab.sweep.jobs import Job, Nodes, Outcome, in_folder, jobs_of, repeats, run_folders
 
@@ -89,4 +90,4 @@ def merge(folder: str, overrides: list[str]) -> dict[str, Any]:
             f"sweep={folder}: no run {chosen} to merge. Name one of {', '.join(there) or 'none'}: member=NAME"
         )
     console.say("merge", path / chosen)
-    return run.merge(str(path / chosen), [text for text in overrides if not text.startswith("member=")])
+    return pipeline.merge(str(path / chosen), [text for text in overrides if not text.startswith("member=")])

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lora_lab.base.load import AS, ModelKind
-from lora_lab.config import RunConfig, TaskConfig
+from lora_lab.config.run import RunConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import Batch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.config import RunConfig, TaskConfig
+from lora_lab.config.run import RunConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.dataset import Dataset, first_examples

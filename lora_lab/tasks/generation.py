@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab import console
-from lora_lab.config import TaskConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import pad
+from lora_lab.runtime import console
 
 if TYPE_CHECKING:
     from peft import PeftModel

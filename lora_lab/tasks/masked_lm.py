@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from lora_lab import console
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
+from lora_lab.runtime import console
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, logits_at
 from lora_lab.tasks.metrics import reported, reports
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from lora_lab.adapters.attach import without_adapter
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Encoded, Example

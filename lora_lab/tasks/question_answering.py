@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from lora_lab.config import RunConfig
+    from lora_lab.config.run import RunConfig
 
 _CANDIDATES = 20  # best starts, and best ends, that are paired
 _SHOWN = 32  # answers that are kept to be looked at

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.encode import Example
 from lora_lab.data.formats import Record, RowError

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.config import DataConfig, RunConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.run import RunConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Message, Record, RowError

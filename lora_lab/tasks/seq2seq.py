@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_lab.config import TaskConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json

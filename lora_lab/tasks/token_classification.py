@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json

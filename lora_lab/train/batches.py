@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, Mixture, Stream
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_lab import console, reading, storage
 from lora_lab.adapters import files
 from lora_lab.errors import CheckpointError, LoraLabError, RunError
+from lora_lab.runtime import console, reading, storage
 
 if TYPE_CHECKING:
     from lora_lab.train.cohort import Member

@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import tracking
 from lora_lab.adapters.attach import trainable
 from lora_lab.base.load import BaseFiles
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, Stream
-from lora_lab.run_dir import RunDir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import tracking
 from lora_lab.train.batches import plan_of
 from lora_lab.train.optim import build_optimizer, build_schedule
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_lab import console, signals
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.errors import CheckpointError, Interrupted, RunError, TrainingError
+from lora_lab.runtime import console, signals
 from lora_lab.train import checkpoint, diagnose, joint, oom, packing, regularize
 from lora_lab.train.cohort import Member
 

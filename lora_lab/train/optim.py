@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lora_lab.config import OptimConfig
+from lora_lab.config.train import OptimConfig
 from lora_lab.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -327,7 +327,7 @@ class _ForkedReload(subprocess.Popen):
             for number, end in ((1, out), (2, err)):
                 if end != -1:
                     os.dup2(end, number)
-            from lora_lab.merge import reload
+            from lora_lab.verify import reload
 
             reload.main(*words)
         except SystemExit as end:

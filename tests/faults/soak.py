@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_lab import cli, compose
-from lora_lab.config import RunConfig
+from lora_lab import cli
+from lora_lab.config import compose
+from lora_lab.config.run import RunConfig
 from lora_lab.sweep import cohort, sweep
 from lora_lab.train import loop
 from tests.conftest import make_base, make_rows, write_jsonl

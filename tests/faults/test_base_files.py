@@ -14,7 +14,7 @@ import torch
 
 from lora_lab.base import gguf, inspect, load
 from lora_lab.base.tokenizer import load_tokenizer, save_tokenizer
-from lora_lab.config import ModelConfig, QuantConfig
+from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.errors import BaseModelError
 from tests.conftest import CHATML
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from lora_lab import compose, hydra_app
-from lora_lab.config import RunConfig, all_keys
+from lora_lab.config import compose, hydra_app
+from lora_lab.config.origins import explain
+from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError
-from lora_lab.explain import explain
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 _HEAD = "# @package _global_\ndata: {train: a.jsonl}\n"

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from lora_lab.base import gguf, inspect, load
 from lora_lab.base.tokenizer import load_tokenizer
 from lora_lab.base.weights import Weights
-from lora_lab.config import DataConfig, ModelConfig, QuantConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.config.model import ModelConfig, QuantConfig
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import build
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.sources import Row

@@ -18,8 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_lab import cli, run, run_dir, storage
+from lora_lab import cli
 from lora_lab.errors import Interrupted
+from lora_lab.run import pipeline, run_dir
+from lora_lab.runtime import storage
 from lora_lab.train import checkpoint
 from tests.conftest import fails
 from tests.faults.items import ITEMS
@@ -258,7 +260,7 @@ def stopped(small, tmp_path, monkeypatch, config_of, capsys) -> Path:
     cli.signals.install()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 1, signal.SIGTERM)
-        run.train(config_of(*small))
+        pipeline.train(config_of(*small))
     capsys.readouterr()
     return tmp_path / "run"
 

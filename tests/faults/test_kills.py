@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
-from lora_lab import run_dir, storage
-from lora_lab.run_dir import RunDir
+from lora_lab.run import run_dir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import storage
 from lora_lab.train import checkpoint
 from tests.faults.forks import killed_at_every_call
 
@@ -103,8 +104,8 @@ def test_a_folder_that_is_removed(tmp_path):
 @pytest.fixture
 def member(config_of, tmp_path):
     """A member that has made a step, with an optimizer that holds something."""
-    from lora_lab.prepared import load_adapted
-    from lora_lab.run import prepare
+    from lora_lab.run.pipeline import prepare
+    from lora_lab.run.prepared import load_adapted
     from lora_lab.train.cohort import Member
 
     config = config_of("train.keep_checkpoints=2")
@@ -148,7 +149,7 @@ def test_two_starts_on_one_folder_in_the_same_moment(tmp_path):
     """One makes the run, the other is refused, and config.yaml is the winner's."""
     import os
 
-    from lora_lab import compose
+    from lora_lab.config import compose
 
     rounds = 10
     configs = [compose.compose(["recipe=demo", f"run_dir={tmp_path}/run", f"optim.lr={lr}"]) for lr in (0.01, 0.02)]

@@ -188,8 +188,8 @@ def test_what_replaces_a_folder_is_killed(verb, part, world, tally):
 
 
 def _judge_folder(tally: Tally, world: World, argv: list[str], folder: Any, made: tuple[dict, dict], what: str) -> None:
-    from lora_lab import storage
     from lora_lab.errors import LoraLabError
+    from lora_lab.runtime import storage
 
     opened = world.run("resume", f"run={world.root}/run")  # a finished run: nothing to do but to clean up
     if opened.rc != 0:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.config import DataConfig, Source, TaskConfig
+from lora_lab.config.data import DataConfig, Source
+from lora_lab.config.task import TaskConfig
 from lora_lab.data import build
 from lora_lab.data.encode import Encoder
 from lora_lab.data.limits import MAX_ROW_CHARS

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import children, compose, console, run_dir, signals, storage
+from lora_lab.config import compose
 from lora_lab.errors import Interrupted, RunError
-from lora_lab.tracking import MetricsLog
+from lora_lab.run import run_dir
+from lora_lab.runtime import children, console, signals, storage
+from lora_lab.runtime.tracking import MetricsLog
 from tests.faults.forks import files_of_at_most, in_fork, skip_if_not_mounted, small_disk
 
 # -- folders and files ------------------------------------------------------------------------------------------------
@@ -287,20 +289,20 @@ def used(folder):
 
 found = []
 small_disk(disk, "64m")
-whole = run.train(compose.compose([*overrides, f"run_dir={disk}/whole"])).path
+whole = pipeline.train(compose.compose([*overrides, f"run_dir={disk}/whole"])).path
 expected, most = ends(whole), used(whole)
 for share in range(1, 21):
     small_disk(disk, f"{most * share // 20}k")
     folder = disk / "run"
     try:
-        run.train(compose.compose([*overrides, f"run_dir={folder}"]))
+        pipeline.train(compose.compose([*overrides, f"run_dir={folder}"]))
         found.append([share, "", ends(folder) == expected])
         continue
     except RunError as error:
         said = str(error)
     resized(disk, "64m")
     again = folder / "config.yaml"
-    run.resume(str(folder), []) if again.exists() else run.train(compose.compose([*overrides, f"run_dir={folder}"]))
+    pipeline.resume(str(folder), []) if again.exists() else pipeline.train(compose.compose([*overrides, f"run_dir={folder}"]))
     litter = [str(p) for p in folder.rglob(".*.tmp")] + [str(p) for p in folder.rglob(".*.old")]
     found.append([share, said, ends(folder) == expected and not litter])
 print("FOUND" + json.dumps(found))
@@ -451,10 +453,10 @@ def test_steps_survive_metrics_that_cannot_be_written_and_a_closed_terminal(
     config_of, eval_file, tmp_path, monkeypatch
 ):
     """Stopped by a log that fails in a step that is also evaluated, then by SIGHUP: the same bytes, adapter_config.json as well."""
-    from lora_lab import run
+    from lora_lab.run import pipeline
 
     def start(name: str) -> Path:
-        return run.train(config_of(*LONG, f"data.eval={eval_file}", f"run_dir={tmp_path}/{name}")).path
+        return pipeline.train(config_of(*LONG, f"data.eval={eval_file}", f"run_dir={tmp_path}/{name}")).path
 
     expected = ends(start("whole"))
     folder = tmp_path / "stopped"
@@ -472,31 +474,31 @@ def test_steps_survive_metrics_that_cannot_be_written_and_a_closed_terminal(
     signals.install()
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as interrupted:
         before_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
-        run.resume(str(folder), [])
+        pipeline.resume(str(folder), [])
     assert interrupted.value.exit_code == 129
     assert interrupted.value.run == folder
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as interrupted:  # before anything is trained
-        patch.setattr(run, "prepare", lambda config, **_: os.kill(os.getpid(), signal.SIGTERM))
-        run.resume(str(folder), [])
+        patch.setattr(pipeline, "prepare", lambda config, **_: os.kill(os.getpid(), signal.SIGTERM))
+        pipeline.resume(str(folder), [])
     assert interrupted.value.run == folder
-    run.resume(str(folder), [])
+    pipeline.resume(str(folder), [])
     assert ends(folder) == expected
 
 
 def test_a_start_that_is_interrupted_before_the_first_step_can_be_gone_on_with(tmp_path, config_of, monkeypatch):
-    from lora_lab import run
+    from lora_lab.run import pipeline
 
     signals.install()
     monkeypatch.setattr(run_dir, "write_manifest", lambda *parts: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted) as interrupted:
-        run.train(config_of())
+        pipeline.train(config_of())
     assert interrupted.value.run == tmp_path / "run"
 
 
 @pytest.mark.parametrize("others", ["whole", "gone"])
 def test_a_lost_best_checkpoint_does_not_end_the_run(config_of, eval_file, tmp_path, monkeypatch, capsys, others):
     """The best (step 2) is damaged while the run rests; the next best that is whole, or the last state, takes its place."""
-    from lora_lab import run
+    from lora_lab.run import pipeline
 
     rising = iter([1.0, 2.0, 3.0])
     signals.install()
@@ -504,7 +506,7 @@ def test_a_lost_best_checkpoint_does_not_end_the_run(config_of, eval_file, tmp_p
     _losses(monkeypatch, rising)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run.train(config)
+        pipeline.train(config)
     folder = tmp_path / "run"
     checkpoints = folder / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-2", "step-4", "step-5"]
@@ -516,7 +518,7 @@ def test_a_lost_best_checkpoint_does_not_end_the_run(config_of, eval_file, tmp_p
     kept = best.read_bytes()
     if others == "gone":
         shutil.rmtree(checkpoints / "step-4")
-    run.resume(str(folder), [])
+    pipeline.resume(str(folder), [])
     said = capsys.readouterr().out
     assert "the best checkpoint:" in said
     result = json.loads((folder / "result.json").read_text())
@@ -552,8 +554,8 @@ def _losses(monkeypatch, losses) -> None:
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_what_is_saved(config_of, tmp_path):
-    from lora_lab.prepared import load_adapted
-    from lora_lab.run import prepare
+    from lora_lab.run.pipeline import prepare
+    from lora_lab.run.prepared import load_adapted
     from lora_lab.train import checkpoint
     from lora_lab.train.cohort import Member
 

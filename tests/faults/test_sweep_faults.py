@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lab import cli, compose, run, storage
-from lora_lab.config import TaskConfig
+from lora_lab import cli
+from lora_lab.config import compose
+from lora_lab.config.task import TaskConfig
 from lora_lab.errors import RunError
+from lora_lab.run import pipeline
+from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, jobs, ranking, sweep
 from lora_lab.tasks import TASKS, metrics
 from lora_lab.train import joint, loop
@@ -443,7 +446,7 @@ def _weights(path: Path) -> str:
 @pytest.mark.parametrize("execution", ["joint", "turns"])
 def test_one_of_eight_fails_in_any_way_and_seven_are_what_they_would_be(eight, tmp_path, monkeypatch, execution, fault):
     """In turns to the byte; in shared passes to rounding, because batches of seven and of eight add up in another order."""
-    alone = [run.train(config).path for config in eight("alone", execution)]
+    alone = [pipeline.train(config).path for config in eight("alone", execution)]
     for place in range(8):
         with monkeypatch.context() as patch:
             _failing(patch, fault, str(place))
@@ -476,8 +479,8 @@ def test_a_small_soak_loses_nothing(tmp_path, monkeypatch):
     runs, group = 24, 12
     faults = soak.Faults(tmp_path, soak.plan(runs, seed=1), signal.SIGTERM)
     monkeypatch.setattr(loop, "_update", faults.update)
-    from lora_lab import signals
     from lora_lab.errors import Interrupted
+    from lora_lab.runtime import signals
 
     signals.install()
     codes = []

@@ -38,7 +38,7 @@ def main() -> None:
     os.dup2(2, 1)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     launcher.watch_foreign_calls()
-    import lora_lab.run
+    import lora_lab.run.pipeline
     import lora_lab.sweep.sweep  # noqa: F401
 
     for line in sys.stdin:

@@ -112,7 +112,9 @@ def main() -> None:
 
     from lora_lab.base import load
     from lora_lab.base.tokenizer import load_tokenizer, save_tokenizer
-    from lora_lab.config import DataConfig, ModelConfig, QuantConfig, TaskConfig
+    from lora_lab.config.data import DataConfig
+    from lora_lab.config.model import ModelConfig, QuantConfig
+    from lora_lab.config.task import TaskConfig
     from lora_lab.data.chat import ChatEncoder
     from lora_lab.data.sources import Row
     from lora_lab.errors import LoraLabError

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import cli, compose, run_dir, storage
+from lora_lab import cli
+from lora_lab.config import compose
 from lora_lab.errors import CheckpointError, LoraLabError, RunError
-from lora_lab.run_dir import RunDir
-from lora_lab.tracking import MetricsLog, read_lines
+from lora_lab.run import run_dir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import storage
+from lora_lab.runtime.tracking import MetricsLog, read_lines
 from lora_lab.train import checkpoint
 
 

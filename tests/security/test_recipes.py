@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import allowed, cli, compose, environment, hydra_app
+from lora_lab import cli
+from lora_lab.config import allowed, compose, hydra_app
 from lora_lab.errors import ConfigError
+from lora_lab.runtime import environment
 from lora_lab.sweep.jobs import Outcome
 
 _HEAD = "# @package _global_\ndata: {train: a.jsonl}\n"

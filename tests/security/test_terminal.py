@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import cli, console
+from lora_lab import cli
 from lora_lab.errors import ConfigError, LoraLabError
 from lora_lab.report import pages
+from lora_lab.runtime import console
 from tests.conftest import write_jsonl
 
 HOSTILE = "\x1b]0;owned\x07\x1b]52;c;cm0=\x07\x1b[2J\r\x9b31m\u202etxt.exe\u2066\u2028\x08\x7f[/red] :smile: <script>alert(1)</script>"
@@ -96,7 +97,7 @@ def test_answers_that_stream_are_safe(base, capsys):
     import torch
     from transformers import AutoTokenizer
 
-    from lora_lab.chat import _Shown
+    from lora_lab.verbs.chat import _Shown
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     streamer = _Shown(tokenizer, skip_special_tokens=True)
@@ -230,7 +231,7 @@ def test_an_argument_that_is_no_text_is_told(capsys):
 
 
 def test_what_is_typed_is_whole(monkeypatch):
-    from lora_lab import chat
+    from lora_lab.verbs import chat
 
     assert chat._whole("你好".encode().decode("ascii", "surrogateescape")) == "你好"
     assert chat._whole("plain é 😀") == "plain é 😀"

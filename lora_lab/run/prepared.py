@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from lora_lab import console, run_dir, tracking
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import (
     attach,
@@ -36,14 +35,16 @@ from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.overruled import differing, shown
 from lora_lab.base.positions import check_lengths, embedded, usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, load_tokenizer, pad_within
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import BaseModelError, ConfigError, DataError, TrainingError
 from lora_lab.fast import apply
 from lora_lab.fast.roster import Roster
-from lora_lab.run_dir import RunDir
+from lora_lab.run import run_dir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import console, tracking
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.base import Measured, Task
 from lora_lab.train import oom, packing

@@ -1,6 +1,6 @@
 """Hydra composes: from group choices, recipes and `key=value` overrides to one plain tree, then one `RunConfig`.
 
-hydra and omegaconf live here, in `hydra_app.py`, `explain.py` and `interpolation.py`, and in `hydra_plugins/`. Interpolations are
+hydra and omegaconf live here, in `hydra_app.py`, `origins.py` and `interpolation.py`, and in `hydra_plugins/`. Interpolations are
 resolved here, once. What a file or an override may say to Hydra stands in `allowed.py`; a configuration that names code or
 holds a secret of the environment is refused.
 """
@@ -25,12 +25,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab import allowed, environment, interpolation, quoting, synonyms
-from lora_lab.config import SCHEMA_VERSION, RunConfig, all_keys, parse
+from lora_lab.config import allowed, interpolation, quoting
+from lora_lab.config.groups import GROUPS, choices, conf_dir
+from lora_lab.config.run import SCHEMA_VERSION, RunConfig, all_keys, parse
 from lora_lab.errors import ConfigError, LoraLabError, nearest
-from lora_lab.groups import GROUPS, choices, conf_dir
-from lora_lab.reading import read_yaml
-from lora_lab.schema import MISSING
+from lora_lab.runtime import environment
+from lora_lab.runtime.reading import read_yaml
+from lora_lab.schema import synonyms
+from lora_lab.schema.sections import MISSING
 
 _MAX_OVERRIDE, _MAX_KEY = 100_000, 200  # characters
 
@@ -296,7 +298,7 @@ def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
 
 
 def _tell(gone: Iterable[str]) -> None:
-    from lora_lab import console
+    from lora_lab.runtime import console
 
     console.say("dropped", f"{', '.join(gone)}: without effect beside what was told")
 

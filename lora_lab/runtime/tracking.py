@@ -10,9 +10,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from lora_lab import console, reading, storage
-from lora_lab.config import TrackerConfig
+from lora_lab.config.train import TrackerConfig
 from lora_lab.errors import ConfigError, RunError
+from lora_lab.runtime import console, reading, storage
 
 _MAX_BYTES = 2**30  # five million steps
 

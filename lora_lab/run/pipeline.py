@@ -13,26 +13,27 @@ from typing import Any
 
 import torch
 
-from lora_lab import console, run_dir, storage
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.errors import ConfigError, ExportError, Interrupted, MergeError
 from lora_lab.export import targets
 from lora_lab.export.job import Job
-from lora_lab.merge import parity
 from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
-from lora_lab.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
 from lora_lab.report import summary
-from lora_lab.run_dir import RunDir
+from lora_lab.run import run_dir
+from lora_lab.run.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
+from lora_lab.run.run_dir import RunDir
+from lora_lab.run.trained import open_trained, tell_uploads
+from lora_lab.runtime import console, storage
 from lora_lab.tasks.base import Measured
 from lora_lab.train import checkpoint
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import Clock, fit, peak_memory_gib
-from lora_lab.trained import open_trained, tell_uploads
+from lora_lab.verify import parity
 
 
 def train(config: RunConfig) -> RunDir:

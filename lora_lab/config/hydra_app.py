@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.compose import compose_prepared, composed, conf_dir, parse_override, to_run_config
-from lora_lab.config import RunConfig, all_keys
+from lora_lab.config.compose import compose_prepared, composed, conf_dir, parse_override, to_run_config
+from lora_lab.config.groups import GROUPS
+from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError, RunError
-from lora_lab.groups import GROUPS
 from lora_lab.sweep.jobs import Nodes, Outcome
 
 _MAX_POINTS, _MAX_TOLD = 10_000, 20

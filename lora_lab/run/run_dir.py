@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab import __version__, children, compose, console, storage
-from lora_lab.config import RunConfig
+from lora_lab import __version__
+from lora_lab.config import compose
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import RunError
-from lora_lab.reading import read_json
+from lora_lab.runtime import children, console, storage
+from lora_lab.runtime.reading import read_json
 
 if TYPE_CHECKING:
     from lora_lab.base.load import BaseFiles
@@ -358,7 +360,7 @@ def versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Commit of the checkout that the code runs from, '-dirty' with uncommitted changes; None for an installed wheel."""
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     if not (checkout / "pyproject.toml").is_file():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from lora_lab import __version__, run_dir
+from lora_lab import __version__
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.errors import BaseModelError
-from lora_lab.reading import read_bytes
-from lora_lab.run_dir import RunDir
+from lora_lab.run import run_dir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime.reading import read_bytes
 
 _FRONT_CHARS = 2**16  # of a model card, in which its front matter stands
 

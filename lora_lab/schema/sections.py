@@ -23,9 +23,9 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lora_lab import synonyms
+from lora_lab.config.groups import GROUPS
 from lora_lab.errors import nearest
-from lora_lab.groups import GROUPS
+from lora_lab.schema import synonyms
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 _PLUGINS = "PYDANTIC_DISABLE_PLUGINS"

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lora_lab import children, storage
-from lora_lab.config import MergeConfig
+from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
-from lora_lab.merge.reload import OUTPUTS
+from lora_lab.runtime import children, storage
+from lora_lab.verify.reload import OUTPUTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_lab import console
-from lora_lab.config import RunConfig
+from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.dataset import Stream
-from lora_lab.prepared import find_base, say_template
 from lora_lab.report import data_report
+from lora_lab.run.prepared import find_base, say_template
+from lora_lab.runtime import console
 
 _HTML_ROWS = 50
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from transformers import TextStreamer
 
-from lora_lab import console
 from lora_lab.errors import ConfigError
-from lora_lab.prepared import load_trained, prepare
-from lora_lab.trained import open_trained
+from lora_lab.run.prepared import load_trained, prepare
+from lora_lab.run.trained import open_trained
+from lora_lab.runtime import console
 
 
 class _Shown(TextStreamer):

@@ -32,8 +32,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lora_lab import reading, signals
 from lora_lab.errors import CheckpointError, LoraLabError, RunError
+from lora_lab.runtime import reading, signals
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser as Grammar
 from omegaconf.grammar_parser import parse
 
-from lora_lab.environment import WAY_OUT, secret_name
 from lora_lab.errors import ConfigError
+from lora_lab.runtime.environment import WAY_OUT, secret_name
 
 RESOLVERS = ("oc.env", "oc.select", "oc.dict.keys", "oc.dict.values", "now")
 _NAMING = RESOLVERS[1:4]  # their argument is the name of another value

@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_lab import compose, console, run_dir
-from lora_lab.compose import leaves
-from lora_lab.config import RunConfig, all_keys
+from lora_lab.config import compose
+from lora_lab.config.compose import leaves
+from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError, nearest
-from lora_lab.run_dir import RunDir
+from lora_lab.run import run_dir
+from lora_lab.run.run_dir import RunDir
+from lora_lab.runtime import console
 from lora_lab.verbs import TAKES
 
 _LOCAL_TRACKERS = ("auto", "none", "tensorboard")

@@ -11,8 +11,8 @@ GROUPS = (
 
 def conf_dir() -> Path:
     """The folder of the shipped groups and recipes: inside an installed wheel, or beside the package in a checkout."""
-    installed = Path(__file__).parent / "conf"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "conf"
+    installed = Path(__file__).parents[1] / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def choices(group: str, config_dir: str | None = None) -> list[str]:

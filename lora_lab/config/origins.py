@@ -12,12 +12,12 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from lora_lab.compose import GROUPS, compose_prepared, conf_dir, leaves, one_file, parse_override, started
-from lora_lab.config import RunConfig, all_keys
+from lora_lab.config.compose import GROUPS, compose_prepared, conf_dir, leaves, one_file, parse_override, started
+from lora_lab.config.quoting import plain_keys
+from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError
-from lora_lab.quoting import plain_keys
-from lora_lab.reading import read_yaml
-from lora_lab.schema import rule
+from lora_lab.runtime.reading import read_yaml
+from lora_lab.schema.sections import rule
 
 
 def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:

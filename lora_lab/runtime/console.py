@@ -25,8 +25,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lora_lab import storage
 from lora_lab.errors import Interrupted, LoraLabError
+from lora_lab.runtime import storage
 
 _PIPED_WIDTH = 160  # for tables; lines of text keep their length
 _LINE_SECONDS = 10  # between lines of progress where no bar can be drawn

@@ -1,0 +1,337 @@
+"""The one schema: what a run can be told, what each value means, and which values contradict each other.
+
+Hydra composes (see `compose.py`), these dataclasses decide. Nothing here imports torch.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.config.data import DataConfig, Source
+from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
+from lora_lab.config.model import ModelConfig, QuantConfig
+from lora_lab.config.sweep import SweepConfig
+from lora_lab.config.task import PACKED_TASKS, TASK_OPTIONS, TaskConfig
+from lora_lab.config.train import HardwareConfig, OptimConfig, SpeedConfig, TrackerConfig, TrainConfig
+from lora_lab.errors import ConfigError
+from lora_lab.schema.sections import adapter_of, describe, keys, repaired, section, unreadable, validate
+
+SCHEMA_VERSION = 1
+
+
+@section
+class RunConfig:
+    """Everything one run is told: the sections, its name, its folder and its seed."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\x00\n]{1,100}$", description="name of the run")] = "run"
+    run_dir: Annotated[str, Field(min_length=1, description="folder of the run; must not hold another run")]
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="adapter initialization, row order and dropout")] = 0
+    model: ModelConfig
+    data: DataConfig
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    adapter: LoraAdapter = dataclasses.field(default_factory=LoraAdapter)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
+    speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
+    tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+    shrink: ShrinkConfig = dataclasses.field(default_factory=ShrinkConfig)
+    sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
+
+
+_ADAPTER = adapter_of(RunConfig)
+
+
+@functools.cache
+def all_keys() -> dict[str, FieldInfo]:
+    """Every key of the configuration (such as `adapter.r`) with its pydantic description, in order."""
+    return keys(RunConfig)
+
+
+def parse(tree: dict[str, Any], told: Iterable[str] = ()) -> RunConfig:
+    """Turn a composed tree of plain values into a `RunConfig`.
+
+    Args:
+        told: keys and groups that were told beside the tree's own; what they leave without effect has its default.
+
+    Raises:
+        ConfigError: every unknown key, wrong type, out-of-range and contradictory value, all in one message.
+    """
+    problems = unreadable(tree)
+    if problems:
+        raise ConfigError(*problems)
+    config, errors = validate(_ADAPTER, tree)
+    # Past the bad values, the good ones must still not contradict each other: name those problems as well.
+    if config is not None and told:
+        config = with_defaults(config, void(config, told))
+    readable = config or validate(_ADAPTER, repaired(tree, errors, all_keys()))[0]
+    problems = describe(errors, all_keys()) + (contradictions(readable) if readable else [])
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Values that are fine alone but not together; also options that the others would leave without effect."""
+    quant, data, train, task = config.quant, config.data, config.train, config.task
+    found = []
+    if quant.double_quant and quant.method not in ("nf4", "fp4"):
+        found.append(
+            f"quant.double_quant=true: no effect with quant.method={quant.method}. Use nf4 or fp4, or set it false."
+        )
+    if quant.skip_modules and quant.method == "none":
+        found.append("quant.skip_modules: no effect with quant.method=none. Drop it or choose a method.")
+    if not quant.cache and quant.method not in ("nf4", "fp4"):
+        found.append(f"quant.cache=false: no effect with quant.method={quant.method}, which is never kept. Drop it.")
+    if config.merge.base in ("dequantized", "corrected") and quant.method == "none":
+        found.append(f"merge.base={config.merge.base}: no effect with quant.method=none. Drop it.")
+    found += _merge_contradictions(config.merge)
+    if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4"):
+        found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")
+    if config.speed.prefix_cache:
+        reasons = {
+            f"task={task.name}, whose rows are padded": task.name not in PACKED_TASKS,
+            "train.packing=false": train.packing is False,
+            "quant=int8, which rounds a row by the rows beside it": quant.method == "int8",
+            "train.neftune_alpha": train.neftune_alpha,
+            "train.fgm_epsilon": train.fgm_epsilon,
+        }
+        found += [
+            f"speed.prefix_cache=true: not with {why}. Drop one of the two." for why, given in reasons.items() if given
+        ]
+    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+        found.append(
+            f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
+            f"the sequences of a whole step. Did you mean train.batch_size={train.micro_batch_size}?"
+        )
+    if not train.gradient_checkpointing:
+        found += [
+            f"train.{name}: no effect without train.gradient_checkpointing=true. Set that too, or drop it."
+            for name, value in (
+                ("recompute_every", train.recompute_every != 1),
+                ("offload_activations", train.offload_activations),
+            )
+            if value
+        ]
+    found += _task_contradictions(config) + _data_contradictions(data)
+    if data.eval is None and data.eval_ratio is None:
+        needs_eval = {
+            "train.eval_steps": train.eval_steps,
+            "train.early_stopping_patience": train.early_stopping_patience,
+            "task.generate_rows": task.generate_rows or None,
+            "task.pseudo_perplexity_rows": task.pseudo_perplexity_rows or None,
+            "data.max_eval_rows": data.max_eval_rows,
+        }
+        found += [
+            f"{key}={value}: needs held-out rows. Set data.eval=FILE or data.eval_ratio=0.1, or {key}={0 if 'rows' in key and 'task' in key else 'null'}."
+            for key, value in needs_eval.items()
+            if value is not None
+        ]
+    return found
+
+
+_VOID = ("no effect", "names held-out rows already", "needs held-out rows", "are padded")
+
+
+def void(config: RunConfig, told: Iterable[str]) -> dict[str, str]:
+    """Settings that were not told but that something told leaves without effect, such as a recipe's `data.eval_ratio` beside
+    `data.eval=FILE`: key -> the sentence that would refuse it.
+
+    Args:
+        told: keys and groups that the command line sets.
+    """
+    told = set(told)
+    found: dict[str, str] = {}
+    while True:
+        more = _next_void(config, told | found.keys())
+        if not more:
+            return found
+        found.update(more)
+        config = with_defaults(config, more)
+
+
+def _next_void(config: RunConfig, told: set[str]) -> dict[str, str]:
+    found = {}
+    for sentence in contradictions(config):
+        key, why = re.match(r"([\w.]+)(?:=.*?)?: (.*)", sentence, re.DOTALL).groups()
+        if key == "data.eval_ratio" and key in told and "data.eval" not in told and "already" in why:
+            return {"data.eval": f"data.eval: data.eval_ratio={config.data.eval_ratio:g} holds rows out."}
+        own = key in told or key not in all_keys() or all_keys()[key].is_required()
+        by = any(re.search(rf"(?<![\w.]){re.escape(one)}(?![\w-])", why) for one in told)
+        if not own and by and any(words in why for words in _VOID):
+            found[key] = sentence
+    return found
+
+
+def with_defaults(config: RunConfig, names: Iterable[str]) -> RunConfig:
+    """The configuration with the defaults of these keys."""
+    for key in names:
+        *parents, last = key.split(".")
+        config = _replaced(config, parents, last, all_keys()[key].get_default(call_default_factory=True))
+    return config
+
+
+def _replaced(node: Any, parents: list[str], last: str, value: Any) -> Any:
+    if not parents:
+        return dataclasses.replace(node, **{last: value})
+    return dataclasses.replace(node, **{parents[0]: _replaced(getattr(node, parents[0]), parents[1:], last, value)})
+
+
+def _merge_contradictions(merge: MergeConfig) -> list[str]:
+    found, count = [], len(merge.adapters)
+    if count == 1 or len(set(merge.adapters)) != count:
+        found.append(f"merge.adapters={merge.adapters}: name two or more different run folders.")
+    if merge.weights is not None and len(merge.weights) != count:
+        found.append(f"merge.weights: {len(merge.weights)} weights for {count} adapters. Give each adapter one.")
+    if not count:
+        told = {
+            "merge.method": merge.method != "cat",
+            "merge.rank": merge.rank is not None,
+            "merge.search_trials": merge.search_trials,
+        }
+        found += [
+            f"{key}: no effect without merge.adapters. Name the runs, or drop it."
+            for key, given in told.items()
+            if given
+        ]
+    if merge.correction_rank != 64 and merge.base != "corrected":
+        found.append(
+            f"merge.correction_rank={merge.correction_rank}: no effect without merge.base=corrected. Set that, or drop it."
+        )
+    alone = {
+        "merge.rank": merge.rank is not None and merge.method == "cat",
+        "merge.density": merge.density != 0.5 and merge.method in ("cat", "svd"),
+    }
+    found += [f"{key}: no effect with merge.method={merge.method}. Drop it." for key, given in alone.items() if given]
+    if merge.weights is not None and merge.search_trials:
+        found.append("merge.weights: merge.search_trials searches for them. Drop one of the two.")
+    return found
+
+
+def _task_contradictions(config: RunConfig) -> list[str]:
+    task, data, train, found = config.task, config.data, config.train, []
+    for field in dataclasses.fields(task):
+        value, tasks = getattr(task, field.name), TASK_OPTIONS.get(field.name)
+        if tasks is not None and value != field.default and task.name not in tasks:
+            found.append(
+                f"task.{field.name}={value}: no effect with task={task.name}; it is for {', '.join(tasks)}. Drop it."
+            )
+    if task.multi_label and task.class_weights == "balanced":
+        found.append("task.class_weights=balanced: not defined for task.multi_label=true. Give a list, or drop it.")
+    if task.multi_label and task.label_smoothing:
+        found.append("task.label_smoothing: not defined for task.multi_label=true. Drop it.")
+    if task.name == "preference":
+        found += _preference_contradictions(task, train)
+    if task.few_shot and not task.generate_rows:
+        found.append(f"task.few_shot={task.few_shot}: generated answers are compared, so set task.generate_rows too.")
+    if train.packing and task.name not in PACKED_TASKS:
+        found.append(f"train.packing=true: rows of task={task.name} are padded. Leave train.packing out.")
+    if train.packing is False and task.name == "preference":
+        found.append("train.packing=false: task=preference compares the rows of one pass. Leave train.packing out.")
+    if train.rdrop_alpha and task.name in ("preference", "reward", "regression"):
+        found.append(
+            f"train.rdrop_alpha: compares distributions over classes or tokens, and task={task.name} has none."
+        )
+    if task.name not in _CHAT_TASKS:
+        for name in ("supervise", "chat_template_kwargs"):
+            default = next(field.default for field in dataclasses.fields(data) if field.name == name)
+            if getattr(data, name) != default:
+                found.append(f"data.{name}: no effect with task={task.name}, which renders no conversation. Drop it.")
+    if data.augment.methods and task.name not in _AUGMENTED_TASKS:
+        found.append(f"data.augment.methods: would move the labels of task={task.name}. Drop it.")
+    if data.too_long != "error" and task.name in _IN_PIECES:
+        found.append(f"data.too_long: no effect with task={task.name}, which cuts long texts into pieces. Drop it.")
+    if data.too_long == "truncate_prompt" and task.name in _NEVER_CUT:
+        found.append(f"data.too_long=truncate_prompt: rows of task={task.name} are never cut. Use error or drop.")
+    return found
+
+
+_CHAT_TASKS = ("causal_lm", "preference", "reward")
+_AUGMENTED_TASKS = ("causal_lm", "completion", "masked_lm", "classification", "regression", "seq2seq")
+_IN_PIECES = ("completion", "masked_lm")
+_NEVER_CUT = ("token_classification", "question_answering")
+
+
+def _preference_contradictions(task: TaskConfig, train: TrainConfig) -> list[str]:
+    losses = {
+        "gamma": ("simpo",),
+        "label_smoothing": ("dpo", "simpo"),
+        "desirable_weight": ("kto",),
+        "undesirable_weight": ("kto",),
+    }
+    found = []
+    for name, knowing in losses.items():
+        default = next(field.default for field in dataclasses.fields(task) if field.name == name)
+        if getattr(task, name) != default and task.loss not in knowing:
+            found.append(f"task.{name}: no effect with task.loss={task.loss}; it is for {', '.join(knowing)}. Drop it.")
+    if task.loss == "kto" and train.batch_size == 1:
+        found.append("train.batch_size=1: task.loss=kto compares each answer with another row's, so a step needs two.")
+    return found
+
+
+_NOT_VARIABLES = (
+    "messages",
+    "conversation",
+    "tools",
+    "tokenize",
+    "add_generation_prompt",
+    "chat_template",
+    "documents",
+)
+
+
+def _data_contradictions(data: DataConfig) -> list[str]:
+    found = []
+    if data.eval is not None and data.eval_ratio is not None:
+        found.append(
+            f"data.eval_ratio={data.eval_ratio:g}: data.eval names held-out rows already. Drop one of the two."
+        )
+    if data.stratify and data.eval_ratio is None:
+        found.append(f"data.stratify={data.stratify}: no effect without data.eval_ratio. Drop it or set the ratio.")
+    if data.eval_ratio is not None and data.max_eval_rows is not None:
+        found.append("data.max_eval_rows: no effect with data.eval_ratio. Drop it, or lower the ratio.")
+    names = data.label_names or []
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        found.append(
+            f"data.label_names: {twice[0]!r} is there twice, and every class has one number. Drop one of the two."
+        )
+    blanks = [name for name in names if name != name.strip()]
+    if blanks:
+        found.append(
+            f"data.label_names: {blanks[0]!r} has blanks around it, which no label of a row has. Write {blanks[0].strip()!r}."
+        )
+    for name in ("train", "eval"):
+        sources = getattr(data, name)
+        weights = [s.weight for s in sources if isinstance(s, Source)] if isinstance(sources, list) else []
+        if any(weight is not None for weight in weights) and (None in weights or len(weights) != len(sources)):
+            found.append(f"data.{name}: some sources have a weight and others none. Give every source one, or none.")
+        if name == "eval" and any(weight is not None for weight in weights):
+            found.append("data.eval: held-out rows are all measured once, so weights have no effect. Drop them.")
+    for name in data.chat_template_kwargs or {}:
+        if name in _NOT_VARIABLES:
+            found.append(
+                f"data.chat_template_kwargs.{name}: not a variable of the template but set by the rows. Drop it."
+            )
+    if data.streaming:
+        refused = {
+            "data.eval_ratio": data.eval_ratio,
+            "data.duplicates=drop": data.duplicates == "drop" or None,
+            "data.shared=drop": data.shared == "drop" or None,
+            "data.max_train_rows": data.max_train_rows,
+        }
+        found += [
+            f"{key}: needs all rows beforehand, and data.streaming=true reads them as they come. Drop one of the two."
+            for key, value in refused.items()
+            if value is not None
+        ]
+    return found

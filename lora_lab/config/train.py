@@ -1,0 +1,140 @@
+"""How it is trained: optimizer, length, batches, device, accelerations, curves."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_lab.schema.sections import section
+
+
+@section
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Field(description="torch AdamW, or bitsandbytes' 8-bit")
+    ] = "adamw"
+    lr: Annotated[float, Field(gt=0, le=0.1, description="peak learning rate")] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="decoupled weight decay")] = 0.0
+    betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2, description="AdamW betas")
+    ] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
+    eps: Annotated[float, Field(gt=0, description="AdamW epsilon")] = 1e-8
+    schedule: Annotated[Literal["linear", "cosine", "constant"], Field(description="after the warm-up")] = "linear"
+    warmup_steps: Annotated[float, Field(ge=0, description="steps; below 1: share of all steps")] = 0.03
+    max_grad_norm: Annotated[float | None, Field(gt=0, description="clip the gradient's norm; null: do not clip")] = 1.0
+
+
+@section
+class TrainConfig:
+    """Length of the run, batches, evaluation and checkpoints."""
+
+    epochs: Annotated[int, Field(ge=1, description="passes over the rows, at most")] = 1
+    max_steps: Annotated[int | None, Field(ge=1, description="optimizer steps, at most (whichever ends first)")] = None
+    batch_size: Annotated[int, Field(ge=1, description="sequences per optimizer step")] = 8
+    micro_batch_size: Annotated[
+        int | None, Field(ge=1, description="sequences per forward pass; less needs less memory; null: batch_size")
+    ] = None
+    packing: Annotated[
+        bool | None,
+        Field(
+            description="one padding-free row per micro-batch; false: a forward per row; null: packing where the task can, "
+            "else rows of like length padded together"
+        ),
+    ] = None
+    neftune_alpha: Annotated[
+        float | None,
+        Field(gt=0, description="uniform noise on the embeddings, scaled by alpha/sqrt(T D) (arXiv:2310.05914)"),
+    ] = None
+    fgm_epsilon: Annotated[
+        float | None,
+        Field(
+            gt=0, description="train on adversarially moved embeddings too, by this L2 norm a row (arXiv:1605.07725)"
+        ),
+    ] = None
+    rdrop_alpha: Annotated[
+        float | None, Field(gt=0, description="pull two dropout passes together with this weight (arXiv:2106.14448)")
+    ] = None
+    gradient_checkpointing: Annotated[bool, Field(description="recompute activations: slower, far less memory")] = False
+    recompute_every: Annotated[
+        int, Field(ge=1, description="with gradient_checkpointing: recompute every so-many-th layer only")
+    ] = 1
+    offload_activations: Annotated[
+        bool, Field(description="with gradient_checkpointing: what is kept lies in the machine's memory (GPU)")
+    ] = False
+    eval_steps: Annotated[
+        int | None, Field(ge=1, description="held-out loss every so many steps; null: each epoch")
+    ] = None
+    save_steps: Annotated[int | None, Field(ge=1, description="checkpoint every so many steps; null: each epoch")] = (
+        None
+    )
+    keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep, beside the best")] = 2
+    keep_best: Annotated[
+        bool, Field(description="with held-out rows: end with the adapter of the lowest loss, not the last")
+    ] = True
+    early_stopping_patience: Annotated[
+        int | None, Field(ge=1, description="stop after so many evaluations without a better held-out loss")
+    ] = None
+
+
+@section
+class HardwareConfig:
+    """Where it runs."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N")] = (
+        "auto"
+    )
+    threads: Annotated[int | None, Field(ge=1, le=1024, description="CPU threads; null: torch's choice")] = None
+
+
+@section
+class SpeedConfig:
+    """Exact accelerations: each computes what it replaces, up to rounding, and is left out where it cannot be proved."""
+
+    fused_projections: Annotated[
+        bool, Field(description="layers that read the same input, and their LoRA, as one function")
+    ] = True
+    fused_mlp: Annotated[bool, Field(description="a gated MLP with its LoRA as one function")] = True
+    fused_norms: Annotated[bool, Field(description="RMS norms that keep no float32 copies")] = True
+    block_attention: Annotated[
+        bool, Field(description="attention by blocks of matrix products (CPU, bfloat16, packed rows)")
+    ] = True
+    chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
+    last_layer_rows: Annotated[
+        bool, Field(description="packed rows: the last layer behind its attention only where there is a loss")
+    ] = True
+    prefix_cache: Annotated[
+        bool,
+        Field(
+            description="packed rows: keep what the frozen layers before the lowest adapted one make of each row "
+            "(adapter.layers_to_transform); equal up to rounding, so a resumed run is too"
+        ),
+    ] = False
+    dequantize: Annotated[
+        Literal["auto", "once", "always"],
+        Field(description="4-bit weights: kept dequantized, or dequantized in every pass; auto: by the free memory"),
+    ] = "auto"
+
+
+@section
+class TrackerConfig:
+    """Where curves go beside `metrics.jsonl`, through accelerate's trackers."""
+
+    name: Annotated[
+        Literal[
+            "auto",
+            "none",
+            "tensorboard",
+            "wandb",
+            "trackio",
+            "mlflow",
+            "swanlab",
+            "comet_ml",
+            "clearml",
+            "aim",
+            "dvclive",
+        ],
+        Field(description="auto: tensorboard when it is installed"),
+    ] = "auto"
+    project: Annotated[str, Field(min_length=1, description="project name shown by the tracker")] = "lora_lab"
