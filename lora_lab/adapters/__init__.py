@@ -1,1 +1,5 @@
-"""Adapter families: one file each, a dataclass with peft's field names and a `peft_config()`."""
+"""Adapter methods: one file each, a section of the configuration with peft's field names that answers what the method can do."""
+
+from lora_lab.adapters.lora import LoraAdapter
+
+ADAPTERS = {"lora": LoraAdapter}
