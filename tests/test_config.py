@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_lab.config import compose
 from lora_lab.config.origins import explain
-from lora_lab.config.run import all_keys, parse
-from lora_lab.config.task import TaskName
+from lora_lab.config.run import RunConfig, all_keys, parse
 from lora_lab.errors import ConfigError
+from lora_lab.schema.sections import only_for
+from lora_lab.tasks import TASKS
 
 GOOD = {"run_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}}
 
@@ -158,7 +159,43 @@ def test_origins_name_the_file_or_override():
     assert origins["adapter.lora_alpha"].endswith("recipe/demo.yaml")
     assert origins["quant.method"].endswith("quant/nf4.yaml")
     assert origins["optim.eps"] == "default"
-    assert set(all_keys()) <= set(origins) | {"adapter.rank_pattern", "adapter.alpha_pattern"}
+    others = {key for key, knowing in only_for(RunConfig).items() if not {"causal_lm", "lora"} & {*knowing}}
+    assert set(all_keys()) == set(origins) | others
+
+
+def test_a_key_of_another_variant_has_no_effect():
+    with pytest.raises(ConfigError) as error:
+        compose.compose(["recipe=demo", "task.stride=32", "task.whole_words=false"])
+    assert error.value.problems == [
+        "task.stride=32: no effect with task=causal_lm; it is for question_answering. Drop it.",
+        "task.whole_words=false: no effect with task=causal_lm; it is for masked_lm. Drop it.",
+    ]
+
+
+def test_what_a_recipe_says_for_another_variant_goes_with_its_choice(capsys):
+    config = compose.compose(["recipe=demo", "task=completion"])
+    assert config.task == TASKS["completion"]()
+    told = capsys.readouterr().out
+    assert "task.generate_rows" in told
+    assert "without effect" in told
+
+
+def test_a_configuration_of_version_1_is_read(tmp_path):
+    config = compose.compose(["recipe=spam"])
+    tree = yaml.safe_load(compose.to_yaml(config))
+    tree["schema_version"] = 1
+    tree["task"] |= {"stride": 64, "generate_rows": 0, "prefix": ""}  # it wrote the options of all tasks
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert compose.load(tmp_path / "config.yaml") == config
+    with pytest.raises(ConfigError, match="task.stride=8: no effect with task=classification"):
+        compose.load(tmp_path / "config.yaml", ["task.stride=8"])
+
+
+def test_an_unknown_variant_is_told_alone():
+    with pytest.raises(ConfigError) as error:
+        compose.compose(["recipe=demo", "task.name=clasification"])
+    assert len(error.value.problems) == 1
+    assert "Did you mean 'classification'?" in error.value.problems[0]
 
 
 def test_saved_configuration_reads_back_equal(tmp_path):
@@ -169,7 +206,7 @@ def test_saved_configuration_reads_back_equal(tmp_path):
 
 
 def test_newer_configuration_is_refused(tmp_path):
-    text = compose.to_yaml(compose.compose(["recipe=demo"])).replace("schema_version: 1", "schema_version: 99")
+    text = compose.to_yaml(compose.compose(["recipe=demo"])).replace("schema_version: 2", "schema_version: 99")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="schema_version=99"):
         compose.load(tmp_path / "config.yaml")
@@ -213,4 +250,4 @@ def test_there_is_a_recipe_for_every_task(tmp_path):
     tasks = {
         compose.compose([f"recipe={file.stem}", f"run_dir={tmp_path}"]).task.name for file in RECIPES.glob("*.yaml")
     }
-    assert tasks == set(typing.get_args(TaskName))
+    assert tasks == set(TASKS)

@@ -9,13 +9,13 @@ import pytest
 
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import build, formats, sources
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import pack
 from lora_lab.data.encode import Example
 from lora_lab.data.sources import Row
 from lora_lab.errors import DataError
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from tests.conftest import make_rows, make_tokenizer, write_jsonl
 
 SYSTEM = {"role": "system", "content": "one two"}
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory):
 
 def encode_messages(messages, tokenizer, **config) -> Example:
     """The one example of a conversation."""
-    [outcome] = ChatEncoder(DataConfig(train="-", **config), TaskConfig(), tokenizer).encode(
+    [outcome] = ChatEncoder(DataConfig(train="-", **config), CausalLMConfig(), tokenizer).encode(
         [Row(1, {"messages": messages})], "row", "messages"
     )
     assert outcome.problem is None, outcome.sentence
@@ -41,7 +41,7 @@ def encode_messages(messages, tokenizer, **config) -> Example:
 def load(tokenizer, *files, **config):
     """The training rows of some files."""
     config = DataConfig(train=[str(file) for file in files], **config)
-    return build.build(config, ChatEncoder(config, TaskConfig(), tokenizer)).train
+    return build.build(config, ChatEncoder(config, CausalLMConfig(), tokenizer)).train
 
 
 def rows_of(file) -> list[Row]:
@@ -79,13 +79,13 @@ def test_template_without_end_token_gets_one(tmp_path):
     # no generation prompt: what inference would see ends with the question's line
     example = encode_messages([USER, ANSWER], tokenizer)
     assert supervised_text(example, tokenizer).endswith("blue 你好 dog<|im_end|>")
-    assert ChatEncoder(DataConfig(train="-"), TaskConfig(), tokenizer).end_tokens() == [tokenizer.eos_token_id]
+    assert ChatEncoder(DataConfig(train="-"), CausalLMConfig(), tokenizer).end_tokens() == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("config", [{}, {"supervise": "all"}, {"max_tokens": 8}], ids=str)
 def test_generation_stops_at_the_end_of_a_turn(tmp_path, config):
     tokenizer = make_tokenizer(tmp_path, eos_token="<|endoftext|>")
-    ids = ChatEncoder(DataConfig(train="-", **config), TaskConfig(), tokenizer).end_tokens()
+    ids = ChatEncoder(DataConfig(train="-", **config), CausalLMConfig(), tokenizer).end_tokens()
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|endoftext|>", "<|im_end|>"]
 
 
@@ -98,7 +98,7 @@ def test_a_prompt_is_tokenized_as_inference_does(tmp_path):
     )
     tokenizer = make_tokenizer(tmp_path, template, corpus="red\n\n")
     messages = [USER, ANSWER, USER2, {"role": "assistant", "content": "dog"}]
-    encoder = ChatEncoder(DataConfig(train="-"), TaskConfig(), tokenizer)
+    encoder = ChatEncoder(DataConfig(train="-"), CausalLMConfig(), tokenizer)
     [outcome] = encoder.encode([Row(1, {"messages": messages})], "row", "messages")
     assert outcome.cut_at_border
     assert len(outcome.examples) == 2  # the history of the second answer is tokenized as a whole again

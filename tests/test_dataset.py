@@ -16,7 +16,6 @@ import pytest
 
 from lora_lab import cli
 from lora_lab.config.data import DataConfig, Source
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import build, chunks, formats, sources, store
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.check import check
@@ -25,6 +24,7 @@ from lora_lab.errors import DataError, Interrupted
 from lora_lab.run import pipeline
 from lora_lab.run import prepared as stages
 from lora_lab.runtime import storage
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.train.batches import BatchPlan
 from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
 from tests.test_resume import digests, stop_at
@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory):
 
 def load(tokenizer, train, **config) -> build.Data:
     config = DataConfig(train=train if isinstance(train, list) else str(train), **config)
-    return build.build(config, ChatEncoder(config, TaskConfig(), tokenizer))
+    return build.build(config, ChatEncoder(config, CausalLMConfig(), tokenizer))
 
 
 def contents(data) -> list[str]:
@@ -179,7 +179,7 @@ def test_cleaning_changes_prompts_and_leaves_answers(tmp_path, tokenizer):
     data = load(tokenizer, file, clean=["strip_html", "lowercase", "collapse_spaces"])
     [example] = data.train
     assert [message["content"] for message in example.messages] == ["red cat", "<b>DOG</b>"]
-    encoder = ChatEncoder(DataConfig(train="-", clean=["lowercase"]), TaskConfig(), tokenizer)
+    encoder = ChatEncoder(DataConfig(train="-", clean=["lowercase"]), CausalLMConfig(), tokenizer)
     assert "red" in encoder.prompt([{"role": "user", "content": "RED"}])  # chat does the same
 
 
@@ -301,7 +301,7 @@ def test_duplicates_are_counted_or_dropped(tmp_path, tokenizer):
     rows = make_rows(5)
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0], rows[0], rows[3]])
     config = DataConfig(train=str(file))
-    encoder = ChatEncoder(config, TaskConfig(), tokenizer)
+    encoder = ChatEncoder(config, CausalLMConfig(), tokenizer)
     [finding] = check(build.build(config, encoder), config, encoder)
     assert (
         "warning: data.train: 3 rows equal an earlier row (rows.jsonl row 6, rows.jsonl row 7, rows.jsonl row 8)"
@@ -425,14 +425,15 @@ STREAM_MEMORY = """
 import resource, sys
 from pathlib import Path
 from lora_lab.base.tokenizer import load_tokenizer
-from lora_lab.config import DataConfig, TaskConfig
+from lora_lab.config.data import DataConfig
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.data import build
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.train.batches import BatchPlan
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = DataConfig(train=sys.argv[1], streaming=True)
-data = build.build(config, ChatEncoder(config, TaskConfig(), load_tokenizer(Path(sys.argv[2])))).train
+data = build.build(config, ChatEncoder(config, CausalLMConfig(), load_tokenizer(Path(sys.argv[2])))).train
 plan = BatchPlan(len(data), 4, 4, 0)
 for step in range(50):
     [data[int(i)] for part in plan.step(step) for i in part]
@@ -522,10 +523,10 @@ def test_an_answer_without_an_end_token_is_an_error(tmp_path, tokenizer, monkeyp
     """The masks always close answers, so the check is shown a set whose end tokens are of another tokenizer."""
     file = write_jsonl(tmp_path / "rows.jsonl", make_rows(3))
     config = DataConfig(train=str(file))
-    data = build.build(config, ChatEncoder(config, TaskConfig(), tokenizer))
+    data = build.build(config, ChatEncoder(config, CausalLMConfig(), tokenizer))
     other = make_tokenizer(tmp_path / "other", special=("<a>",), bos_token=None, eos_token="<a>")
     other.chat_template = CHATML
-    findings = check(data, config, ChatEncoder(config, TaskConfig(), other))
+    findings = check(data, config, ChatEncoder(config, CausalLMConfig(), other))
     assert any("3 examples hold an answer whose end token is not trained on" in str(finding) for finding in findings)
     assert any("prompts differ between training and inference" in str(finding) for finding in findings)
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.encode import Example
 from lora_lab.data.sources import Row
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from tests.conftest import make_tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"
@@ -42,7 +42,7 @@ def encoder_of(case: dict) -> ChatEncoder:
     config = DataConfig(
         train="-", supervise=case["supervise"], chat_template_kwargs=case["kwargs"] or None, max_tokens=4096
     )
-    return ChatEncoder(config, TaskConfig(), tokenizer_of(case["template"]))
+    return ChatEncoder(config, CausalLMConfig(), tokenizer_of(case["template"]))
 
 
 def encode(case: dict):

@@ -13,7 +13,7 @@ from lora_lab.base import load
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Shape
 from lora_lab.run import prepared as stages
-from lora_lab.tasks.causal_lm import CausalLM
+from lora_lab.tasks.causal_lm.task import CausalLM
 from lora_lab.train import regularize
 from lora_lab.train.optim import build_optimizer
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_lab.tasks import preference_losses
+from lora_lab.tasks.preference import losses as preference_losses
 
 _FILE = json.loads((Path(__file__).parent / "preference_reference.json").read_text(encoding="utf-8"))
 INPUTS = {entry["seed"]: entry for entry in _FILE["inputs"]}

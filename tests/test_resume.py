@@ -20,7 +20,7 @@ from lora_lab.errors import CheckpointError, Interrupted, RunError
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import load_adapted, prepare
 from lora_lab.runtime.tracking import MetricsLog
-from lora_lab.tasks.causal_lm import CausalLM
+from lora_lab.tasks.causal_lm.task import CausalLM
 from lora_lab.train import checkpoint
 from tests.conftest import make_rows, write_jsonl
 

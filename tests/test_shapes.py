@@ -10,7 +10,6 @@ import pytest
 
 from lora_lab import cli
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import build, formats, hints, sources, values
 from lora_lab.data.check import check
 from lora_lab.data.conversations import history_of, refuse_lost_reasoning
@@ -18,6 +17,7 @@ from lora_lab.data.encode import Encoder
 from lora_lab.data.formats import RowError
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.tasks import TASKS
+from lora_lab.tasks.classification.config import ClassificationConfig
 from tests.conftest import CHATML, make_tokenizer, write_jsonl
 
 EARLIER = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -33,10 +33,10 @@ def tokenizer(tmp_path_factory):
 
 def encoder_of(task: str, tokenizer, file, **options) -> Encoder:
     task, config = (
-        TaskConfig(name=task, **options.pop("task", {})),
+        TASKS[task](**options.pop("task", {})),
         DataConfig(train=str(file), max_tokens=256, **options),
     )
-    return TASKS[task.name].encoder_class(config, task, tokenizer)
+    return task.load().encoder_class(config, task, tokenizer)
 
 
 def load(task: str, tokenizer, file, **options):
@@ -142,8 +142,8 @@ def test_labels_that_look_alike_are_told(labels, level, says, tokenizer, tmp_pat
 @pytest.mark.parametrize("text", ["a,b", "a;b", "a|b", "甲，乙", "甲、乙"])
 def test_several_classes_in_one_text_are_no_class(text, tokenizer):
     def outcome(multi_label: bool, names: list[str] | None = None):
-        task = TaskConfig(name="classification", multi_label=multi_label)
-        encoder = TASKS[task.name].encoder_class(DataConfig(train="-", label_names=names), task, tokenizer)
+        task = ClassificationConfig(multi_label=multi_label)
+        encoder = task.load().encoder_class(DataConfig(train="-", label_names=names), task, tokenizer)
         [found] = encoder.encode([sources.Row(1, {"text": "red", "label": text})], "rows", "text_label")
         return found
 
@@ -188,7 +188,7 @@ def test_words_and_tags_as_text(tmp_path):
     (["1.5", "2.5"], ["1.5", "2.5"]),
 ], ids=str)  # fmt: skip
 def test_a_class_that_no_row_has_is_no_class(given, classes, tokenizer, tmp_path):
-    from lora_lab.tasks.classification import check_labels, class_labels
+    from lora_lab.tasks.classification.task import check_labels, class_labels
 
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"red {i}", "label": label} for i, label in enumerate(given)])
     data, said = load("classification", tokenizer, file)

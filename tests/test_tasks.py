@@ -19,7 +19,7 @@ from lora_lab.config import compose
 from lora_lab.data import store
 from lora_lab.errors import LoraLabError
 from lora_lab.run import pipeline, prepared, run_dir
-from lora_lab.tasks import metrics
+from lora_lab.tasks import TASKS, metrics
 from lora_lab.train import regularize
 from lora_lab.train.cohort import Member
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
@@ -249,14 +249,14 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     assert (after < before) if lower else (after > before), f"{metric}: {before} -> {after}"
     assert all(np.isfinite(list(result["tuned"].values())))
     config = compose.load(folder / "config.yaml")
-    task = prepared.TASKS[config.task.name]
+    task = config.task.load()
     assert set(result["tuned"]) <= set(task.reported(config.task))
     assert metrics.lower_is_better(metric) is lower
 
     merge = result["merge"]
     assert merge["refused"] == []
     assert merge["merged_vs_base_and_adapter"]["max_logit_diff"] <= 2e-4
-    kind = prepared.TASKS[case.partition("-")[0]].auto_class
+    kind = TASKS[case.partition("-")[0]]().load().auto_class
     import transformers
 
     _, loaded = getattr(transformers, kind).from_pretrained(folder / "merged", output_loading_info=True)

@@ -14,19 +14,20 @@ from lora_lab import cli
 from lora_lab.base.positions import usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, load_tokenizer
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import readable
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.marks import marks_of
 from lora_lab.data.sources import Row
 from lora_lab.run import prepared
-from lora_lab.tasks.classification import ClassEncoder
-from lora_lab.tasks.completion import DocumentEncoder
-from lora_lab.tasks.masked_lm import MaskedEncoder
-from lora_lab.tasks.preference import PreferenceEncoder
-from lora_lab.tasks.question_answering import SpanEncoder
-from lora_lab.tasks.reward import RewardEncoder
-from lora_lab.tasks.token_classification import TagEncoder
+from lora_lab.tasks import TASKS
+from lora_lab.tasks.classification.task import ClassEncoder
+from lora_lab.tasks.completion.task import DocumentEncoder
+from lora_lab.tasks.masked_lm.config import MaskedLMConfig
+from lora_lab.tasks.masked_lm.task import MaskedEncoder
+from lora_lab.tasks.preference.task import PreferenceEncoder
+from lora_lab.tasks.question_answering.task import SpanEncoder
+from lora_lab.tasks.reward.task import RewardEncoder
+from lora_lab.tasks.token_classification.task import TagEncoder
 from tests.conftest import CHATML, WORDS, make_base, make_rows, write_jsonl
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
@@ -77,7 +78,7 @@ def encode(encoder, values: dict, name: str):
 
 def encoder_of(kind: type, folder: Path, task: str = "causal_lm", **config):
     tokenizer = load_tokenizer(folder, chat=kind.chat)
-    return kind(DataConfig(train="-", **config), TaskConfig(name=task), tokenizer), tokenizer
+    return kind(DataConfig(train="-", **config), TASKS[task](), tokenizer), tokenizer
 
 
 # -- beginnings ---------------------------------------------------------------------------------------------------------
@@ -139,7 +140,8 @@ def test_a_template_that_writes_it_for_some_conversations_is_left_alone(tmp_path
 @pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 @pytest.mark.parametrize("kind", [ChatEncoder, DocumentEncoder, MaskedEncoder, ClassEncoder])
 def test_a_text_with_its_own_marks_has_them_once(kind, around, tmp_path):
-    encoder, tokenizer = encoder_of(kind, make(tmp_path, around), "masked_lm" if kind is MaskedEncoder else "causal_lm")
+    task = {MaskedEncoder: "masked_lm", ClassEncoder: "classification"}.get(kind, "causal_lm")
+    encoder, tokenizer = encoder_of(kind, make(tmp_path, around), task)
     name, more = ("text_label", {"label": "a"}) if kind is ClassEncoder else ("text", {})
     [bare] = encode(encoder, {"text": "red cat", **more}, name)
     own = marks_of(tokenizer)
@@ -357,12 +359,12 @@ def test_an_added_token_outside_the_embedding_names_its_row(overrides, tmp_path,
 
 
 def test_masking_draws_no_token_that_the_model_lacks(tmp_path):
-    from lora_lab.tasks.masked_lm import MaskedLM
+    from lora_lab.tasks.masked_lm.task import MaskedLM
 
     task = MaskedLM.__new__(MaskedLM)
     encoder, tokenizer = encoder_of(MaskedEncoder, make(tmp_path), "masked_lm")
     encoder.vocab_size = 40
-    task.encoder, task.tokenizer, task.config = encoder, tokenizer, TaskConfig(name="masked_lm", mask_probability=0.5)
+    task.encoder, task.tokenizer, task.config = encoder, tokenizer, MaskedLMConfig(mask_probability=0.5)
     ids, places = np.full(2000, 20), np.arange(2000)
     assert task._corrupt(ids, places, np.random.default_rng(0)).max() < 40
 

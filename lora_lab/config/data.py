@@ -7,24 +7,10 @@ from pydantic import Field
 
 from lora_lab.data.augment import AugmentConfig
 from lora_lab.data.clean import Language, Step
+from lora_lab.data.formats import FORMATS
 from lora_lab.schema.sections import section
 
-FormatName = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "preference",
-    "feedback_messages",
-    "feedback",
-    "prompt_completion",
-    "alpaca",
-    "question_answering",
-    "source_target",
-    "token_labels",
-    "text_label",
-    "pair_label",
-    "text",
-]
+FormatName = Literal["auto", *FORMATS]
 
 
 @section

@@ -18,7 +18,6 @@ from lora_lab.config.data import DataConfig, Source
 from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
 from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.config.sweep import SweepConfig
-from lora_lab.config.task import PACKED_TASKS, TASK_OPTIONS, TaskConfig
 from lora_lab.config.train import HardwareConfig, OptimConfig, SpeedConfig, TrackerConfig, TrainConfig
 from lora_lab.errors import ConfigError
 from lora_lab.schema.sections import (
@@ -33,6 +32,8 @@ from lora_lab.schema.sections import (
     unreadable,
     validate,
 )
+from lora_lab.tasks import TASKS
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 
 SCHEMA_VERSION = 2
 
@@ -48,7 +49,7 @@ class RunConfig:
     data: DataConfig
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     adapter: one_of(ADAPTERS, by="method") = dataclasses.field(default_factory=LoraAdapter)
-    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    task: one_of(TASKS, by="name") = dataclasses.field(default_factory=CausalLMConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
@@ -114,7 +115,7 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")
     if config.speed.prefix_cache:
         reasons = {
-            f"task={task.name}, whose rows are padded": task.name not in PACKED_TASKS,
+            f"task={task.name}, whose rows are padded": not task.packed,
             "train.packing=false": train.packing is False,
             "quant=int8, which rounds a row by the rows beside it": quant.method == "int8",
             "train.neftune_alpha": train.neftune_alpha,
@@ -142,8 +143,7 @@ def contradictions(config: RunConfig) -> list[str]:
         needs_eval = {
             "train.eval_steps": train.eval_steps,
             "train.early_stopping_patience": train.early_stopping_patience,
-            "task.generate_rows": task.generate_rows or None,
-            "task.pseudo_perplexity_rows": task.pseudo_perplexity_rows or None,
+            **{f"task.{name}": getattr(task, name) or None for name in task.measured_rows},
             "data.max_eval_rows": data.max_eval_rows,
         }
         found += [
@@ -238,63 +238,28 @@ def _merge_contradictions(merge: MergeConfig) -> list[str]:
 
 
 def _task_contradictions(config: RunConfig) -> list[str]:
-    task, data, train, found = config.task, config.data, config.train, []
-    for field in dataclasses.fields(task):
-        value, tasks = getattr(task, field.name), TASK_OPTIONS.get(field.name)
-        if tasks is not None and value != field.default and task.name not in tasks:
-            found.append(
-                f"task.{field.name}={value}: no effect with task={task.name}; it is for {', '.join(tasks)}. Drop it."
-            )
-    if task.multi_label and task.class_weights == "balanced":
-        found.append("task.class_weights=balanced: not defined for task.multi_label=true. Give a list, or drop it.")
-    if task.multi_label and task.label_smoothing:
-        found.append("task.label_smoothing: not defined for task.multi_label=true. Drop it.")
-    if task.name == "preference":
-        found += _preference_contradictions(task, train)
-    if task.few_shot and not task.generate_rows:
-        found.append(f"task.few_shot={task.few_shot}: generated answers are compared, so set task.generate_rows too.")
-    if train.packing and task.name not in PACKED_TASKS:
+    task, data, train = config.task, config.data, config.train
+    found = task.rules(config)
+    if train.packing and not task.packed:
         found.append(f"train.packing=true: rows of task={task.name} are padded. Leave train.packing out.")
-    if train.packing is False and task.name == "preference":
-        found.append("train.packing=false: task=preference compares the rows of one pass. Leave train.packing out.")
-    if train.rdrop_alpha and task.name in ("preference", "reward", "regression"):
+    if train.packing is False and task.compares_rows:
+        found.append(f"train.packing=false: task={task.name} compares the rows of one pass. Leave train.packing out.")
+    if train.rdrop_alpha and not task.compares_distributions:
         found.append(
             f"train.rdrop_alpha: compares distributions over classes or tokens, and task={task.name} has none."
         )
-    if task.name not in _CHAT_TASKS:
-        for name in ("supervise", "chat_template_kwargs"):
-            default = next(field.default for field in dataclasses.fields(data) if field.name == name)
-            if getattr(data, name) != default:
-                found.append(f"data.{name}: no effect with task={task.name}, which renders no conversation. Drop it.")
-    if data.augment.methods and task.name not in _AUGMENTED_TASKS:
+    if not task.chat:
+        found += [
+            f"data.{name}: no effect with task={task.name}, which renders no conversation. Drop it."
+            for name in ("supervise", "chat_template_kwargs")
+            if getattr(data, name) != default_of(data, name)
+        ]
+    if data.augment.methods and not task.augments:
         found.append(f"data.augment.methods: would move the labels of task={task.name}. Drop it.")
-    if data.too_long != "error" and task.name in _IN_PIECES:
+    if data.too_long != "error" and task.in_pieces:
         found.append(f"data.too_long: no effect with task={task.name}, which cuts long texts into pieces. Drop it.")
-    if data.too_long == "truncate_prompt" and task.name in _NEVER_CUT:
+    if data.too_long == "truncate_prompt" and not task.cuts:
         found.append(f"data.too_long=truncate_prompt: rows of task={task.name} are never cut. Use error or drop.")
-    return found
-
-
-_CHAT_TASKS = ("causal_lm", "preference", "reward")
-_AUGMENTED_TASKS = ("causal_lm", "completion", "masked_lm", "classification", "regression", "seq2seq")
-_IN_PIECES = ("completion", "masked_lm")
-_NEVER_CUT = ("token_classification", "question_answering")
-
-
-def _preference_contradictions(task: TaskConfig, train: TrainConfig) -> list[str]:
-    losses = {
-        "gamma": ("simpo",),
-        "label_smoothing": ("dpo", "simpo"),
-        "desirable_weight": ("kto",),
-        "undesirable_weight": ("kto",),
-    }
-    found = []
-    for name, knowing in losses.items():
-        default = next(field.default for field in dataclasses.fields(task) if field.name == name)
-        if getattr(task, name) != default and task.loss not in knowing:
-            found.append(f"task.{name}: no effect with task.loss={task.loss}; it is for {', '.join(knowing)}. Drop it.")
-    if task.loss == "kto" and train.batch_size == 1:
-        found.append("train.batch_size=1: task.loss=kto compares each answer with another row's, so a step needs two.")
     return found
 
 

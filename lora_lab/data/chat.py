@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.clean import clean
 from lora_lab.data.conversations import refuse_lost_reasoning
 from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Message, Record, RowError, class_name
 from lora_lab.data.template import ChatTemplate, Rendered
 from lora_lab.errors import DataError
+from lora_lab.tasks.section import TaskSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,13 +25,9 @@ class ChatEncoder(Encoder):
     """Encodes conversations, and plain texts as answers to nothing."""
 
     chat = True
-    formats = (
-        "messages", "sharegpt", "preference", "prompt_completion", "alpaca", "question_answering", "source_target", "pair_label",
-        "text_label", "text",
-    )  # fmt: skip
 
     def __init__(
-        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+        self, config: DataConfig, task: TaskSection, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
     ):
         super().__init__(config, task, tokenizer, vocab_size)
         self.supervise = config.supervise

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import formats
 from lora_lab.data.augment import AugmentConfig, Augmenter
 from lora_lab.data.clean import clean
 from lora_lab.data.formats import Message, Record, RowError
 from lora_lab.data.marks import marks_of
 from lora_lab.data.sources import Row
+from lora_lab.tasks.section import TaskSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,12 +103,11 @@ class Encoder:
     """Encodes rows by one configuration, with one tokenizer."""
 
     chat = False  # it renders conversations
-    formats: ClassVar[tuple[str, ...]]  # names of the row formats that it reads, see `formats.py`
     blocks = False  # short rows are put together up to data.max_tokens
     task_options: ClassVar[tuple[str, ...]] = ()  # fields of the task's section that decide what an example is
 
     def __init__(
-        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+        self, config: DataConfig, task: TaskSection, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
     ):
         """`vocab_size`: rows of the model's embedding, which no token id may reach."""
         self.config, self.task, self.tokenizer, self.vocab_size = config, task, tokenizer, vocab_size

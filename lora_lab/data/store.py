@@ -77,7 +77,7 @@ def format_of(file: DataFile | HubData, encoder: Encoder) -> str:
         )
     asked = file.source.format or config.format
     try:
-        return formats.detect(f"{file.key}={file.path}", columns, asked, encoder.formats, mapping)
+        return formats.detect(f"{file.key}={file.path}", columns, asked, encoder.task.formats, mapping)
     except DataError as error:
         raise DataError(f"{error}{sources.lists_in(file, readable)}") from error
 

@@ -27,7 +27,7 @@ from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ADAPTER, Found
 from lora_lab.runtime import console
 from lora_lab.tasks.base import Task, eval_batches
-from lora_lab.tasks.preference import Preference
+from lora_lab.tasks.preference.task import Preference
 from lora_lab.train.batches import BatchPlan, plan_of
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit, peak_memory_gib

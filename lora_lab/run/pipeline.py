@@ -194,15 +194,15 @@ def _show_measured(held_out: Dataset, found: dict[str, Measured]) -> None:
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
     run, config = open_trained(path, "evaluate", overrides)
-    prepared = prepare(config, need_train=config.task.few_shot > 0, trained=run)
+    prepared = prepare(config, need_train=config.task.shots > 0, trained=run)
     if prepared.held_out is None:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
     load_trained(run, prepared)
     found = {"base": prepared.measure_base()}
-    if config.task.few_shot:
-        found[f"{config.task.few_shot}-shot"] = prepared.measure_few_shot()
+    if config.task.shots:
+        found[f"{config.task.shots}-shot"] = prepared.measure_few_shot()
     found["tuned"] = prepared.measure("tuned")
     _show_measured(prepared.held_out, found)
     result = {

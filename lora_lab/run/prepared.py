@@ -45,7 +45,6 @@ from lora_lab.fast.roster import Roster
 from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import console, tracking
-from lora_lab.tasks import TASKS
 from lora_lab.tasks.base import Measured, Task
 from lora_lab.train import oom, packing
 
@@ -112,7 +111,7 @@ class Prepared:
 
     def measure_few_shot(self) -> Measured:
         """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""
-        places = np.random.default_rng(self.config.seed).permutation(len(self.train))[: self.config.task.few_shot]
+        places = np.random.default_rng(self.config.seed).permutation(len(self.train))[: self.config.task.shots]
         shots = self.task.shots(self.train, [int(place) for place in places])
         with without_adapter(self.model), self.accelerator.autocast():
             return self.task.examine(self.model.eval(), self.held_out, "few-shot", shots=shots)
@@ -138,7 +137,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Foun
     reader = READER if recorded is None else load.reader_of(recorded)
     base = load.find(config.model, reader)
     published.check(config, base.published, base.name)
-    task = TASKS[config.task.name]
+    task = config.task.load()
     own = load.model_config(base.folder, load.ModelKind())
     task.check_base(own)
     check_lengths(own)
@@ -202,10 +201,10 @@ def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedT
 
 def with_task(config: RunConfig, found: Found, learned: dict[str, Any]) -> tuple[Found, Task]:
     """The base as the task needs it, now that it is known what the training rows hold."""
-    kind = TASKS[config.task.name].kind(config, found.encoder.tokenizer, learned)
+    kind = config.task.load().kind(config, found.encoder.tokenizer, learned)
     kind = dataclasses.replace(kind, new_modules=found.kind.new_modules)
     model = load.skeleton(found.base.folder, kind)
-    task = TASKS[config.task.name](config, found.encoder, learned, model.config)
+    task = config.task.load()(config, found.encoder, learned, model.config)
     return dataclasses.replace(found, kind=kind, model=model), task
 
 
@@ -253,7 +252,7 @@ def build_data(
             console.say(part.key.removeprefix("data."), part)
             _check_positions(part, found.model)
     if learned is None:
-        learned = TASKS[config.task.name].learn(config, data.train)
+        learned = config.task.load().learn(config, data.train)
     found, task = with_task(config, found, learned)
     for part in (data.train, data.held_out):
         if isinstance(part, Dataset):

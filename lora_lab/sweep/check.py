@@ -13,7 +13,6 @@ from lora_lab.base.resolve import PACKAGE
 from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, ConfigError, LoraLabError
 from lora_lab.sweep import ranking
-from lora_lab.tasks import TASKS
 
 
 def check(configs: Sequence[RunConfig]) -> None:
@@ -51,7 +50,7 @@ def _of_targets(config: RunConfig) -> list[str]:
     if not named or not (place.startswith(PACKAGE) or Path(place).expanduser().exists()):
         return []
     try:
-        folder, task = load.find(config.model).folder, TASKS[config.task.name]
+        folder, task = load.find(config.model).folder, config.task.load()
         model = load.skeleton(folder, load.ModelKind(auto_class=task.auto_class))
         whole = load.new_modules(model, folder, task.head)
     except LoraLabError:  # told by the runs themselves, with all that they know

@@ -161,12 +161,10 @@ def groups(jobs: list[Job]) -> list[list[Job]]:
 
 
 def _shared(config: RunConfig) -> dict[str, Any]:
-    from lora_lab.tasks import TASKS  # with torch: not needed to read a command line
-
     tree = dataclasses.asdict(config)
     shared = {key: value for name in _SHARED for key, value in leaves(tree[name], f"{name}.")}
     shared |= {f"train.{name}": tree["train"][name] for name in _SHARED_OF_TRAIN}
-    if TASKS[config.task.name].head != "none":
+    if config.task.load().head != "none":
         shared["seed"] = config.seed  # a new head is drawn with it while the base is loaded
     if config.tracker.name not in _TRACKERS_OF_MANY:
         shared[f"run, because tracker.name={config.tracker.name} follows one at a time"] = config.run_dir

@@ -14,14 +14,13 @@ from typing import Any
 from scipy import stats
 
 from lora_lab.config.run import RunConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.report import sweep_report
 from lora_lab.run.run_dir import finite_number
 from lora_lab.runtime import console, reading, storage
 from lora_lab.sweep.jobs import Job, Outcome
-from lora_lab.tasks import TASKS
 from lora_lab.tasks.metrics import as_cost, lower_is_better
+from lora_lab.tasks.section import TaskSection
 
 _CONFIDENCE = 0.95
 
@@ -66,7 +65,7 @@ def check(config: RunConfig) -> None:
 
 
 def _check_reported(config: RunConfig) -> None:
-    sweep, known = config.sweep, TASKS[config.task.name].reported(config.task)
+    sweep, known = config.sweep, config.task.load().reported(config.task)
     if sweep.metric not in known:
         raise ConfigError(
             f"sweep.metric={sweep.metric}: task={config.task.name} does not report it."
@@ -74,10 +73,10 @@ def _check_reported(config: RunConfig) -> None:
         )
 
 
-def _option_for(name: str, task: TaskConfig) -> str:
+def _option_for(name: str, task: TaskSection) -> str:
     """The way to a metric that the task reports with another option."""
-    for option in ("generate_rows", "pseudo_perplexity_rows"):
-        if name in TASKS[task.name].reported(dataclasses.replace(task, **{option: 1})):
+    for option in task.measured_rows:
+        if name in task.load().reported(dataclasses.replace(task, **{option: 1})):
             return f" Set task.{option}=100."
     return ""
 

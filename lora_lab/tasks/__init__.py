@@ -1,26 +1,27 @@
-"""Objectives: one file each with what a row becomes, the head, the loss and the metrics; `base.py` has what they share."""
+"""Objectives: a folder each, with its section of the configuration (`config.py`, without torch) and the task itself (`task.py`: what a
+row becomes, the head, the loss, the metrics); `base.py` has what tasks share."""
 
-from lora_lab.tasks.base import Task
-from lora_lab.tasks.causal_lm import CausalLM
-from lora_lab.tasks.classification import Classification
-from lora_lab.tasks.completion import Completion
-from lora_lab.tasks.masked_lm import MaskedLM
-from lora_lab.tasks.preference import Preference
-from lora_lab.tasks.question_answering import QuestionAnswering
-from lora_lab.tasks.regression import Regression
-from lora_lab.tasks.reward import Reward
-from lora_lab.tasks.seq2seq import Seq2Seq
-from lora_lab.tasks.token_classification import TokenClassification
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
+from lora_lab.tasks.classification.config import ClassificationConfig
+from lora_lab.tasks.completion.config import CompletionConfig
+from lora_lab.tasks.masked_lm.config import MaskedLMConfig
+from lora_lab.tasks.preference.config import PreferenceConfig
+from lora_lab.tasks.question_answering.config import QuestionAnsweringConfig
+from lora_lab.tasks.regression.config import RegressionConfig
+from lora_lab.tasks.reward.config import RewardConfig
+from lora_lab.tasks.section import TaskSection
+from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
+from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 
-TASKS: dict[str, type[Task]] = {
-    "causal_lm": CausalLM,
-    "completion": Completion,
-    "masked_lm": MaskedLM,
-    "classification": Classification,
-    "regression": Regression,
-    "token_classification": TokenClassification,
-    "question_answering": QuestionAnswering,
-    "seq2seq": Seq2Seq,
-    "preference": Preference,
-    "reward": Reward,
+TASKS: dict[str, type[TaskSection]] = {
+    "causal_lm": CausalLMConfig,
+    "completion": CompletionConfig,
+    "masked_lm": MaskedLMConfig,
+    "classification": ClassificationConfig,
+    "regression": RegressionConfig,
+    "token_classification": TokenClassificationConfig,
+    "question_answering": QuestionAnsweringConfig,
+    "seq2seq": Seq2SeqConfig,
+    "preference": PreferenceConfig,
+    "reward": RewardConfig,
 }

@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lora_lab.base.load import AS, ModelKind
 from lora_lab.config.run import RunConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import Batch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks.metrics import reported
+from lora_lab.tasks.section import TaskSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -142,7 +142,7 @@ class Task:
         return {}
 
     @classmethod
-    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+    def reported(cls, config: TaskSection) -> tuple[str, ...]:
         """Names of the metrics that held-out rows may be given, as far as the options say; no model is needed."""
         return reported(cls.metrics)
 
@@ -203,7 +203,7 @@ class Task:
 
     def loss(self, model: PeftModel, batch: Batch, rdrop_alpha: float | None = None) -> LossSum:
         """The summed loss of a batch. With `rdrop_alpha`, of two passes with different dropout, and their divergence."""
-        smoothing = self.config.label_smoothing if model.training else 0.0  # in evaluation the loss is the true one
+        smoothing = self.config.smoothing if model.training else 0.0  # in evaluation the loss is the true one
         logits = self.logits(model, batch)
         loss = self.item_losses(logits, batch, smoothing)
         if rdrop_alpha is not None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import pad
 from lora_lab.runtime import console
+from lora_lab.tasks.section import Generating
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +24,7 @@ def generate_all(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[list[int]],
-    config: TaskConfig,
+    config: Generating,
     end_tokens: list[int],
     title: str | None,
     **options: Any,

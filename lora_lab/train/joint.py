@@ -17,7 +17,7 @@ from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Example
 from lora_lab.errors import TrainingError
 from lora_lab.fast.roster import Roster, Seat
-from lora_lab.tasks.causal_lm import DecoderTask
+from lora_lab.tasks.causal_lm.task import DecoderTask
 from lora_lab.train import packing
 
 if TYPE_CHECKING:

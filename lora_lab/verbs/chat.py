@@ -25,7 +25,7 @@ def chat(path: str, overrides: list[str]) -> None:
     """`lora-lab chat`: talk to the base with its trained adapter, in turns or with one `prompt=...`."""
     prompts = [text.partition("=")[2] for text in overrides if text.startswith("prompt=")]
     run, config = open_trained(path, "chat", [text for text in overrides if not text.startswith("prompt=")])
-    if config.task.name != "causal_lm":
+    if not config.task.answers:
         raise ConfigError(
             f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
         )

@@ -261,11 +261,11 @@ def _watch_stage(stage: str, signum: int, nth: int) -> None:
 
         _before(Dataset, "__getitem__", lambda *_: True)
     if stage == "forward":
-        from lora_lab.tasks.causal_lm import CausalLM
+        from lora_lab.tasks.causal_lm.task import CausalLM
 
         _before(CausalLM, "loss", lambda _, model, *__: model.training)
     if stage == "eval":
-        from lora_lab.tasks.causal_lm import CausalLM
+        from lora_lab.tasks.causal_lm.task import CausalLM
 
         _before(CausalLM, "measure", lambda *_: True)
     if stage == "backward":

@@ -21,12 +21,12 @@ from lora_lab.base.tokenizer import load_tokenizer
 from lora_lab.base.weights import Weights
 from lora_lab.config.data import DataConfig
 from lora_lab.config.model import ModelConfig, QuantConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import build
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.sources import Row
 from lora_lab.errors import LoraLabError
 from lora_lab.tasks import TASKS
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from tests.conftest import CHATML, make_rows, make_tokenizer
 from tests.faults.test_base_files import make_gguf
 
@@ -68,7 +68,7 @@ def opened(folder: Path, weights: bool = True) -> None:
     tokenizer = load_tokenizer(files.folder)
     if weights:
         load.load_model(files, KIND, "float32", QuantConfig(), torch.device("cpu"), 0)
-    encoder = ChatEncoder(DataConfig(train="-"), TaskConfig(), tokenizer)
+    encoder = ChatEncoder(DataConfig(train="-"), CausalLMConfig(), tokenizer)
     encoder.encode([Row(1, {"prompt": "red cat", "completion": "blue"})], "rows", "prompt_completion")
 
 
@@ -259,7 +259,7 @@ def test_templates(times, tokenizer):
         tokenizer.chat_template = (
             "{% set ns = namespace(a='a') %}{% for m in messages %}" + part + "{% endfor %}" + CHATML
         )
-        encoder = ChatEncoder(DataConfig(train="-", chat_template_kwargs={"tools": 1}), TaskConfig(), tokenizer)
+        encoder = ChatEncoder(DataConfig(train="-", chat_template_kwargs={"tools": 1}), CausalLMConfig(), tokenizer)
         rows = [
             Row(1, {"prompt": "red cat", "completion": "blue"}),
             Row(2, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
@@ -336,7 +336,7 @@ def test_values_of_rows(task, times, tokenizer):
         name, rows = what
         rows = [{**dict.fromkeys(FORMATS[name].columns, "red"), **row} for row in rows]
         if task not in encoders:
-            encoders[task] = TASKS[task].encoder_class(DataConfig(train="-"), TaskConfig(name=task), tokenizer)
+            encoders[task] = TASKS[task]().load().encoder_class(DataConfig(train="-"), TASKS[task](), tokenizer)
         from lora_lab.data.sources import checked
 
         for outcome in encoders[task].encode([checked(Row(n, row)) for n, row in enumerate(rows, 1)], "rows", name):
@@ -402,6 +402,6 @@ def test_bytes_of_files_of_rows(kind, times, tokenizer, tmp_path_factory, monkey
         file = place / f"rows.{kind}"
         file.write_bytes(content[:at] + new + content[at + gone :])
         config = DataConfig(train=str(file), unusable=policy)
-        build.build(config, TASKS[task].encoder_class(config, TaskConfig(name=task), tokenizer))
+        build.build(config, TASKS[task]().load().encoder_class(config, TASKS[task](), tokenizer))
 
     fuzz(12 * times, damage, use)

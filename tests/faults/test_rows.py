@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from lora_lab.config.data import DataConfig, Source
-from lora_lab.config.task import TaskConfig
 from lora_lab.data import build
 from lora_lab.data.encode import Encoder
 from lora_lab.data.limits import MAX_ROW_CHARS
@@ -30,7 +29,7 @@ def tokenizer(tmp_path_factory):
 
 def encoder_of(task: str, tokenizer, file: Path | Source, multi_label: bool = False, **options) -> Encoder:
     config = DataConfig(train=[file] if isinstance(file, Source) else str(file), max_tokens=4096, **options)
-    return TASKS[task].encoder_class(config, TaskConfig(name=task, multi_label=multi_label), tokenizer)
+    return TASKS[task]().load().encoder_class(config, TASKS[task](multi_label=multi_label), tokenizer)
 
 
 def rows_of(task: str, tokenizer, file: Path | Source, multi_label: bool = False, **options):

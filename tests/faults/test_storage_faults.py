@@ -275,7 +275,9 @@ def test_a_parent_that_is_read_only(tmp_path):
 FULL = """
 import json, sys
 from pathlib import Path
-from lora_lab import cli, compose, run
+from lora_lab import cli
+from lora_lab.config import compose
+from lora_lab.run import pipeline
 from lora_lab.errors import RunError
 from tests.faults.forks import resized, small_disk
 
@@ -435,7 +437,7 @@ def ends(folder: Path) -> dict[str, bytes]:
 
 def before_step(monkeypatch, step: int, action) -> None:
     """Do something in the forward pass of a step (of 1 micro-batch)."""
-    from lora_lab.tasks.causal_lm import CausalLM
+    from lora_lab.tasks.causal_lm.task import CausalLM
 
     real, seen = CausalLM.loss, {"steps": 0}
 
@@ -628,7 +630,7 @@ def test_a_child_ends_with_its_parent(tmp_path):
     readable, writable = os.pipe()
     code = f"""
 import sys
-from lora_lab import children
+from lora_lab.runtime import children
 wait = "import os, sys, time; os.write({writable}, b'up'); time.sleep(600)"
 children.run([sys.executable, "-c", wait], pass_fds=({writable},))
 """

@@ -17,7 +17,6 @@ import torch
 
 from lora_lab import cli
 from lora_lab.config import compose
-from lora_lab.config.task import TaskConfig
 from lora_lab.errors import RunError
 from lora_lab.run import pipeline
 from lora_lab.runtime import storage
@@ -46,7 +45,7 @@ LOWER = {"loss", "perplexity", "pseudo_perplexity", "hamming_loss", "mse", "mae"
 def test_every_metric_that_a_task_can_report_has_a_direction():
     on = {"generate_rows": 1, "pseudo_perplexity_rows": 1}
     options = [{}, on, {**on, "answer_format": "json"}, {**on, "multi_label": True}]
-    found = {name for task in TASKS for more in options for name in TASKS[task].reported(TaskConfig(name=task, **more))}
+    found = {name for task in TASKS for more in options for name in TASKS[task]().load().reported(TASKS[task](**more))}
     assert {"bleu", "rougeL", "valid_json", "spearman", "hamming_loss", "masked_accuracy"} <= found
     assert {name for name in found if metrics.lower_is_better(name)} == LOWER
     assert set(metrics._LOWER) == found  # and none is declared that no task reports

@@ -114,10 +114,10 @@ def main() -> None:
     from lora_lab.base.tokenizer import load_tokenizer, save_tokenizer
     from lora_lab.config.data import DataConfig
     from lora_lab.config.model import ModelConfig, QuantConfig
-    from lora_lab.config.task import TaskConfig
     from lora_lab.data.chat import ChatEncoder
     from lora_lab.data.sources import Row
     from lora_lab.errors import LoraLabError
+    from lora_lab.tasks.causal_lm.config import CausalLMConfig
 
     def use(folder: Path) -> None:
         file = folder / "x.gguf"
@@ -126,7 +126,7 @@ def main() -> None:
         tokenizer = load_tokenizer(files.folder)
         save_tokenizer(tokenizer, allowed[0])
         load.load_model(files, load.ModelKind(), "float32", QuantConfig(), torch.device("cpu"), 0)
-        encoder = ChatEncoder(DataConfig(train="-"), TaskConfig(), tokenizer)
+        encoder = ChatEncoder(DataConfig(train="-"), CausalLMConfig(), tokenizer)
         outcome = encoder.encode([Row(1, {"prompt": "red cat", "completion": "blue"})], "rows", "prompt_completion")[0]
         if outcome.problem:
             raise LoraLabError(outcome.sentence)

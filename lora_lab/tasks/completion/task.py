@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
-from lora_lab.tasks.causal_lm import DecoderTask
+from lora_lab.tasks.causal_lm.task import DecoderTask
 
 
 class DocumentEncoder(Encoder):
@@ -16,7 +16,6 @@ class DocumentEncoder(Encoder):
     exactly once. Short pieces share a row of the batch (see `Dataset.in_blocks`), and never see each other.
     """
 
-    formats = ("text",)
     blocks = True
 
     def example(self, record: Record, origin: str) -> Encoded:

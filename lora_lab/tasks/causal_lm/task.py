@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from lora_lab.config.run import RunConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.dataset import Dataset, first_examples
@@ -18,6 +17,7 @@ from lora_lab.errors import BaseModelError
 from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
 from lora_lab.train import oom, packing
@@ -110,7 +110,7 @@ class DecoderTask(Task):
 
     def weighted_losses(self, model: PeftModel, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`token_losses`, smoothed in training, times the tokens' weights."""
-        losses, logits = self.token_losses(model, batch, self.config.label_smoothing if model.training else 0.0)
+        losses, logits = self.token_losses(model, batch, self.config.smoothing if model.training else 0.0)
         return losses if batch.weights is None else losses * batch.weights, logits
 
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: PackedBatch) -> Observed:
@@ -138,7 +138,7 @@ class CausalLM(DecoderTask):
     encoder: ChatEncoder
 
     @classmethod
-    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+    def reported(cls, config: CausalLMConfig) -> tuple[str, ...]:
         scored = _json_scores if config.answer_format == "json" else metrics.overlap
         return super().reported(config) + (metrics.reported(scored) if config.generate_rows else ())
 

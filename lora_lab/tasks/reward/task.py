@@ -10,13 +10,14 @@ import torch
 
 from lora_lab.config.data import DataConfig
 from lora_lab.config.run import RunConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
 from lora_lab.data.formats import Message, Record, RowError
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, Pass
 from lora_lab.tasks.metrics import reports
-from lora_lab.tasks.preference import PreferenceEncoder
+from lora_lab.tasks.preference.config import PreferenceConfig
+from lora_lab.tasks.preference.task import PreferenceEncoder
+from lora_lab.tasks.reward.config import RewardConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,13 +28,11 @@ class RewardEncoder(Encoder):
     """Both conversations as the chat template renders them; for a tokenizer without one, prompt and answer as a pair of
     texts."""
 
-    formats = ("preference",)
-
     def __init__(
-        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+        self, config: DataConfig, task: RewardConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
     ):
         super().__init__(config, task, tokenizer, vocab_size)
-        self.rendering = PreferenceEncoder(config, task, tokenizer) if tokenizer.chat_template else None
+        self.rendering = PreferenceEncoder(config, PreferenceConfig(), tokenizer) if tokenizer.chat_template else None
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         if self.rendering is None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
@@ -17,6 +16,7 @@ from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask, logits_at
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
+from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +27,6 @@ class SourceEncoder(Encoder):
     """A source (with `task.prefix` before it) and its target, each with the tokenizer's own marks and of at most
     `data.max_tokens`; a long source may be cut (`data.too_long`), a target never is."""
 
-    formats = ("source_target", "prompt_completion", "alpaca")
     task_options = ("prefix",)
 
     def example(self, record: Record, origin: str) -> Encoded:
@@ -79,7 +78,7 @@ class Seq2Seq(PaddedTask):
             )
 
     @classmethod
-    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+    def reported(cls, config: Seq2SeqConfig) -> tuple[str, ...]:
         return super().reported(config) + (metrics.reported(metrics.overlap) if config.generate_rows else ())
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:

@@ -31,7 +31,6 @@ class SpanEncoder(Encoder):
     The target of a window that does not hold the whole answer is its first token, as for BERT on SQuAD.
     """
 
-    formats = ("question_answering",)
     task_options = ("stride",)
 
     def bare(self, record: Record) -> Record:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from lora_lab.config.run import RunConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example
@@ -17,6 +16,7 @@ from lora_lab.data.formats import Record, RowError, class_name, counts
 from lora_lab.errors import ConfigError, DataError, nearest
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.classification.config import ClassificationConfig
 from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ _PARTS = re.compile(r"[,;|，；、]")  # what may part the classes of one text
 
 class LabelEncoder(Encoder):
     """A text or a pair of texts with the tokenizer's own marks around them, and a label."""
-
-    formats = ("pair_label", "text_label")
 
     def example(self, record: Record, origin: str) -> Encoded:
         labels = self.labels(record)
@@ -117,7 +115,7 @@ class Classification(ClassTask):
     peft_task_type = "SEQ_CLS"
 
     @classmethod
-    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+    def reported(cls, config: ClassificationConfig) -> tuple[str, ...]:
         scored = metrics.multi_label if config.multi_label else metrics.classification
         return super().reported(config) + metrics.reported(scored)
 

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example, to_json
@@ -18,6 +17,7 @@ from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
 from lora_lab.runtime import console
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, logits_at
+from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.metrics import reported, reports
 
 if TYPE_CHECKING:
@@ -31,11 +31,14 @@ _COPIES = 64  # of a row with one token masked each, in one forward pass
 class MaskedEncoder(Encoder):
     """Texts with the tokenizer's own marks around them, in pieces of at most `data.max_tokens`; every other token counts."""
 
-    formats = ("text",)
     task_options = ("whole_words",)
 
     def __init__(
-        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+        self,
+        config: DataConfig,
+        task: MaskedLMConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int | None = None,
     ):
         super().__init__(config, task, tokenizer, vocab_size)
         if tokenizer.mask_token_id is None:
@@ -78,7 +81,7 @@ class MaskedLM(PaddedTask):
     head = "missing"
 
     @classmethod
-    def reported(cls, config: TaskConfig) -> tuple[str, ...]:
+    def reported(cls, config: MaskedLMConfig) -> tuple[str, ...]:
         return super().reported(config) + (reported(cls.examine) if config.pseudo_perplexity_rows else ())
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:

@@ -17,7 +17,7 @@ from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed
-from lora_lab.tasks.classification import ClassTask
+from lora_lab.tasks.classification.task import ClassTask
 from lora_lab.tasks.metrics import reports
 
 _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
@@ -25,8 +25,6 @@ _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as
 
 class TagEncoder(Encoder):
     """Words with blanks between them; the first token of each word has its tag."""
-
-    formats = ("token_labels",)
 
     def bare(self, record: Record) -> Record:
         """The words without the tokenizer's own marks around them, and the tags of these words alone."""

@@ -14,7 +14,7 @@ from lora_lab.data.encode import Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
-from lora_lab.tasks.classification import LabelEncoder
+from lora_lab.tasks.classification.task import LabelEncoder
 from lora_lab.tasks.metrics import reports
 
 if TYPE_CHECKING:

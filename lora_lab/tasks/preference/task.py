@@ -13,15 +13,15 @@ import torch
 
 from lora_lab.adapters.attach import without_adapter
 from lora_lab.config.data import DataConfig
-from lora_lab.config.task import TaskConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Encoded, Example
 from lora_lab.data.formats import Record, RowError
-from lora_lab.tasks import preference_losses as losses
 from lora_lab.tasks.base import LossSum, Measured, Observed, Pass
-from lora_lab.tasks.causal_lm import DecoderTask
+from lora_lab.tasks.causal_lm.task import DecoderTask
 from lora_lab.tasks.metrics import reports
+from lora_lab.tasks.preference import losses
+from lora_lab.tasks.preference.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,12 +38,14 @@ class PreferenceEncoder(ChatEncoder):
     task_options = ("loss",)
 
     def __init__(
-        self, config: DataConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+        self,
+        config: DataConfig,
+        task: PreferenceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int | None = None,
     ):
         super().__init__(config, task, tokenizer, vocab_size)
         self.supervise = "last_answer"
-        single = ("feedback_messages", "feedback") if task.loss == "kto" else ()
-        self.formats = ("preference", *single)
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         first = super().examples(records, origins)
@@ -129,7 +131,7 @@ class Preference(DecoderTask):
     def loss(self, model: PeftModel, batch: AnswersBatch, rdrop_alpha: float | None = None) -> LossSum:
         policy, tokens = self._log_probabilities(model, batch)
         reference = None if self.config.loss in _WITHOUT_REFERENCE else self._reference(model, batch)
-        smoothing = self.config.label_smoothing if model.training else 0.0
+        smoothing = self.config.smoothing if model.training else 0.0
         loss = self._loss(policy, reference, tokens, batch, smoothing).sum()
         rewards = losses.rewards(policy.detach(), reference, tokens, self.config.beta)
         return LossSum(loss, batch.weight, len(batch.targets), rewards.reshape(-1, batch.num_rows).T)

@@ -1,0 +1,1 @@
+"""Language modelling of conversations: the answers are learned."""

@@ -1,0 +1,1 @@
+"""A class, or any number of them, for a text or a pair."""

@@ -1,0 +1,1 @@
+"""Language modelling of plain text, in blocks."""

@@ -1,0 +1,30 @@
+"""The `task` section of task=completion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lora_lab.schema.sections import section
+from lora_lab.tasks.section import TaskSection
+
+if TYPE_CHECKING:
+    from lora_lab.tasks.base import Task
+
+
+@section
+class CompletionConfig(TaskSection):
+    """Plain texts, every token of which is learned."""
+
+    name: Annotated[Literal["completion"], Field(description="objective")] = "completion"
+
+    formats: ClassVar[tuple[str, ...]] = ("text",)
+    packed: ClassVar[bool] = True
+    in_pieces: ClassVar[bool] = True
+    augments: ClassVar[bool] = True
+
+    def load(self) -> type[Task]:
+        from lora_lab.tasks.completion.task import Completion
+
+        return Completion

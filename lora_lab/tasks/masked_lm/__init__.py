@@ -1,0 +1,1 @@
+"""Masked tokens are guessed."""

@@ -1,0 +1,1 @@
+"""Better and worse answers: DPO, IPO, SimPO, ORPO, KTO."""

@@ -1,0 +1,1 @@
+"""A score for a conversation, from pairs of answers."""

@@ -1,0 +1,1 @@
+"""A target text for a source text, by encoder and decoder."""
