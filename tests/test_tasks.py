@@ -256,7 +256,7 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     merge = result["merge"]
     assert merge["refused"] == []
     assert merge["merged_vs_base_and_adapter"]["max_logit_diff"] <= 2e-4
-    kind = TASKS[case.partition("-")[0]]().load().auto_class
+    kind = TASKS[case.partition("-")[0]].load().auto_class
     import transformers
 
     _, loaded = getattr(transformers, kind).from_pretrained(folder / "merged", output_loading_info=True)
@@ -710,7 +710,7 @@ def test_a_wrong_label_names_file_and_row(name, start, tmp_path, monkeypatch, ca
 
 
 REFUSED = {
-    "multi": (["task.multi_label=true"], "llama", "task.multi_label=True: no effect with task=causal_lm; it is for classification"),
+    "multi": (["task.multi_label=true"], "llama", "task.multi_label=true: no effect with task=causal_lm; it is for classification"),
     "packing": (["task=classification", "train.packing=true"], "bert", "train.packing=true: rows of task=classification are padded"),
     "template": (["task=classification", "data.supervise=all"], "bert", "data.supervise: no effect with task=classification"),
     "gamma": (["task=preference", "task.gamma=1"], "llama", "task.gamma: no effect with task.loss=dpo"),

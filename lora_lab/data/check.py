@@ -160,7 +160,7 @@ def _reader(script: str, encoder: Encoder) -> str:
     """A base that knows the script."""
     other = f"a base for {script} from the hub (model=hub model.path=OWNER/NAME)" if script else "another base"
     masked = encoder.tokenizer.mask_token is not None and not encoder.chat
-    known = None if encoder.task.name == "seq2seq" else _READERS.get((script, masked))
+    known = None if encoder.task.encoder_decoder else _READERS.get((script, masked))
     return f"{known}; or take {other}." if known else f"Take {other}."
 
 
@@ -238,7 +238,7 @@ def _shared(train: Dataset, held_out: Dataset) -> list[Finding]:
 
 
 def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
-    if encoder.task.name == "regression" or not all(report.format in _OF_CLASSES for report in data.reports):
+    if encoder.task.numbers or not all(report.format in _OF_CLASSES for report in data.reports):
         return []
     counts = label_counts(data.reports)
     found = []

@@ -10,6 +10,7 @@ from lora_lab.runtime import console
 
 if TYPE_CHECKING:
     from lora_lab.tasks.base import Answer
+    from lora_lab.tasks.section import TaskSection
     from lora_lab.train.cohort import Member
 
 
@@ -55,7 +56,7 @@ def _shorten(text: str, limit: int = 240) -> str:
     return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
-def show_end(run: RunDir, result: dict[str, Any], task: str) -> None:
+def show_end(run: RunDir, result: dict[str, Any], task: TaskSection) -> None:
     """The figures that matter, where things lie, and what to do next."""
     speed = result["tokens_per_second"]
     console.say(
@@ -67,5 +68,5 @@ def show_end(run: RunDir, result: dict[str, Any], task: str) -> None:
     console.say("adapter", run.adapter)
     if run.merged.exists():
         console.say("merged", run.merged)
-    chat = f"lora-lab chat run={run.path}   " if task == "causal_lm" else ""
+    chat = f"lora-lab chat run={run.path}   " if task.answers else ""
     console.say("next", f"{chat}lora-lab evaluate run={run.path}")

@@ -107,7 +107,7 @@ def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
             result |= _make_targets(run, prepared, member, refused)
     result |= {"peak_memory_with_merge_gib": round(peak_memory_gib(), 3), "seconds": prepared.stages.seconds}
     storage.write_text(run.result, storage.dump_json(result))
-    summary.show_end(run, result, config.task.name)
+    summary.show_end(run, result, config.task)
     if refused:
         raise refused[0]
 

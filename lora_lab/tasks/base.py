@@ -17,6 +17,7 @@ from lora_lab.data.collate import Batch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
+from lora_lab.tasks import TASKS
 from lora_lab.tasks.metrics import reported
 from lora_lab.tasks.section import TaskSection
 
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_TASKS_OF = {
-    "AutoModelForCausalLM": "causal_lm, completion, preference",
-    "AutoModelForSeq2SeqLM": "seq2seq",
-    "AutoModelForMaskedLM": "masked_lm",
-    "AutoModelForSequenceClassification": "classification, regression, reward",
-    "AutoModelForTokenClassification": "token_classification",
-    "AutoModelForQuestionAnswering": "question_answering",
-}
 _WHY = {
     "AutoModelForMaskedLM": ": a decoder reads from left to right and cannot be trained by masking",
     "AutoModelForSeq2SeqLM": ": it has no encoder and decoder",
@@ -158,7 +151,9 @@ class Task:
         if type(config) in getattr(transformers, cls.auto_class)._model_mapping:
             return
         fitting = [
-            tasks for name, tasks in _TASKS_OF.items() if type(config) in getattr(transformers, name)._model_mapping
+            name
+            for name, section in TASKS.items()
+            if type(config) in getattr(transformers, section.load().auto_class)._model_mapping
         ]
         if fitting:  # else transformers says what it is
             raise BaseModelError(

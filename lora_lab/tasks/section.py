@@ -38,6 +38,8 @@ class TaskSection:
     cuts: ClassVar[bool] = True  # a row that is too long may lose its beginning
     augments: ClassVar[bool] = False  # changed copies of a text keep their labels
     compares_distributions: ClassVar[bool] = True  # over classes or tokens, as R-Drop does
+    encoder_decoder: ClassVar[bool] = False  # it takes a base of these two parts
+    numbers: ClassVar[bool] = False  # its labels are numbers, not classes
     answers: ClassVar[bool] = False  # the model can be asked in messages
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
 
@@ -55,7 +57,8 @@ class TaskSection:
         """A sentence for each value that is fine alone, but not beside others of the run."""
         return []
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         """The objective itself, with torch behind it."""
         raise NotImplementedError
 

@@ -31,7 +31,8 @@ class CausalLMConfig(Generating):
     chat: ClassVar[bool] = True
     answers: ClassVar[bool] = True
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.causal_lm.task import CausalLM
 
         return CausalLM

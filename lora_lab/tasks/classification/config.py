@@ -38,7 +38,8 @@ class ClassificationConfig(TaskSection):
             found.append("task.label_smoothing: not defined for task.multi_label=true. Drop it.")
         return found
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.classification.task import Classification
 
         return Classification

@@ -24,7 +24,8 @@ class CompletionConfig(TaskSection):
     in_pieces: ClassVar[bool] = True
     augments: ClassVar[bool] = True
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.completion.task import Completion
 
         return Completion

@@ -31,7 +31,8 @@ class MaskedLMConfig(TaskSection):
     augments: ClassVar[bool] = True
     measured_rows: ClassVar[tuple[str, ...]] = ("pseudo_perplexity_rows",)
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.masked_lm.task import MaskedLM
 
         return MaskedLM

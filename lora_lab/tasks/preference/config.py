@@ -59,7 +59,8 @@ class PreferenceConfig(TaskSection):
             )
         return found
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.preference.task import Preference
 
         return Preference

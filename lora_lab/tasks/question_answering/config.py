@@ -25,7 +25,8 @@ class QuestionAnsweringConfig(TaskSection):
     formats: ClassVar[tuple[str, ...]] = ("question_answering",)
     cuts: ClassVar[bool] = False
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.question_answering.task import QuestionAnswering
 
         return QuestionAnswering

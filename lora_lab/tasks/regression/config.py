@@ -20,10 +20,12 @@ class RegressionConfig(TaskSection):
     name: Annotated[Literal["regression"], Field(description="objective")] = "regression"
 
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
+    numbers: ClassVar[bool] = True
     augments: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.regression.task import Regression
 
         return Regression

@@ -23,7 +23,8 @@ class RewardConfig(TaskSection):
     chat: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.reward.task import Reward
 
         return Reward

@@ -20,9 +20,11 @@ class Seq2SeqConfig(Generating):
     name: Annotated[Literal["seq2seq"], Field(description="objective")] = "seq2seq"
     prefix: Annotated[str, Field(description="put before every source, such as 'summarize: '")] = ""
 
+    encoder_decoder: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("source_target", "prompt_completion", "alpaca")
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.seq2seq.task import Seq2Seq
 
         return Seq2Seq

@@ -28,7 +28,8 @@ class TokenClassificationConfig(TaskSection):
     def smoothing(self) -> float:
         return self.label_smoothing
 
-    def load(self) -> type[Task]:
+    @classmethod
+    def load(cls) -> type[Task]:
         from lora_lab.tasks.token_classification.task import TokenClassification
 
         return TokenClassification
