@@ -97,7 +97,7 @@ def test_answers_that_stream_are_safe(base, capsys):
     import torch
     from transformers import AutoTokenizer
 
-    from lora_lab.verbs.chat import _Shown
+    from lora_lab.run.chat import _Shown
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     streamer = _Shown(tokenizer, skip_special_tokens=True)
@@ -231,7 +231,7 @@ def test_an_argument_that_is_no_text_is_told(capsys):
 
 
 def test_what_is_typed_is_whole(monkeypatch):
-    from lora_lab.verbs import chat
+    from lora_lab.run import chat
 
     assert chat._whole("你好".encode().decode("ascii", "surrogateescape")) == "你好"
     assert chat._whole("plain é 😀") == "plain é 😀"
