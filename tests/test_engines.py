@@ -17,9 +17,8 @@ import torch
 from lora_lab.config import compose
 from lora_lab.data.dataset import first_examples
 from lora_lab.export import text
-from lora_lab.run import pipeline
+from lora_lab.run import pipeline, takes
 from lora_lab.run.prepared import Prepared, prepare
-from lora_lab.run import takes
 from lora_lab.run.trained import open_trained
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
