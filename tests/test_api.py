@@ -11,6 +11,7 @@ import pytest
 import lora_lab
 from lora_lab import LoraLabError, cli
 from lora_lab.errors import ConfigError, DataError, RunError
+from lora_lab.runtime import console
 from tests.conftest import WORDS, write_jsonl
 from tests.test_tasks import make_t5
 
@@ -65,15 +66,26 @@ def test_a_run_says_what_its_folder_says(run):
     assert repr(again) == f"Run('{run.path}')"
 
 
-def test_it_is_evaluated_merged_and_exported_as_by_the_verbs(run):
+def test_it_is_evaluated_as_by_the_verb(run):
     found = run.evaluate("task.generate_rows=1")
     assert found["tuned"]["loss"] == pytest.approx(run.result["tuned"]["loss"])
     assert found == json.loads((run.path / "evaluation.json").read_text())
-    assert run.export("adapter")["adapter"]["made"] == str(run.path / "export/adapter")
     with pytest.raises(ConfigError, match=r"adapter\.lora_alpha=1: no effect on a trained run"):
         run.evaluate("adapter.lora_alpha=1")
+
+
+def test_what_it_is_exported_to_is_named(run):
     with pytest.raises(ConfigError, match=r"export\.targets: nothing to export"):
         run.export()
+    with pytest.raises(ConfigError, match=r"export\.targets.*guff.*Did you mean 'gguf'"):
+        run.export("guff", "export.gguf_type=q8_0")
+
+
+@pytest.mark.long
+def test_it_is_exported(run):
+    found = run.export("adapter", "export.dtype=float32")
+    assert list(found) == ["adapter"]
+    assert (run.path / "export/adapter/adapter_model.safetensors").is_file()
 
 
 def test_it_is_merged(run, reload_here):
@@ -92,7 +104,7 @@ def test_answers_are_those_of_chat(run, capsys):
     for prompt, answer in zip(prompts, answers, strict=True):
         capsys.readouterr()
         assert cli.main(["chat", f"run={run.path}", f"prompt={prompt}"]) == 0
-        assert answer.strip() in capsys.readouterr().out
+        assert console.shown(answer) in capsys.readouterr().out
     shorter = run.generate(prompts, "task.max_new_tokens=1")
     assert run._answering is not model
     assert all(answer.startswith(short) for short, answer in zip(shorter, answers, strict=True))
@@ -122,7 +134,7 @@ def test_texts_are_made_of_texts(tmp_path, capsys):
 
 
 def test_mistakes_are_errors_and_end_no_process(told, run, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"adapter\.rr: unknown key"):
+    with pytest.raises(ConfigError, match=r"adapter\.rr=4: unknown key"):
         lora_lab.load_config("recipe=demo", "adapter.rr=4")
     with pytest.raises(RunError, match="no run there"):
         lora_lab.open_run(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.config.run import RunConfig
-from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
+from lora_lab.errors import Interrupted, LoraLabError, RunError
 from lora_lab.run import pipeline
 from lora_lab.runtime import console
 from lora_lab.sweep import cohort, nodes, ranking
@@ -63,17 +63,13 @@ def _train(jobs: list[Job], on: Nodes | None = None) -> None:
         raise
 
 
-def resume(folder: str, overrides: list[str], members: list[str] | None = None) -> int:
+def resume(folder: str, members: list[str] | None = None) -> int:
     """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on.
 
     Args:
         members: names of the runs that go on, without a ranking; None: all of them.
     """
     whole = Sweep()
-    if overrides:
-        raise ConfigError(
-            f"{overrides[0]}: resume takes no overrides, because it would not be the same sweep any more."
-        )
     whole.jobs, left_out = in_folder(Path(folder).expanduser(), members)
     for path, error in left_out:
         console.say("left out", f"{path}: {error}")

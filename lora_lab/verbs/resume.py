@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_lab.errors import ConfigError
 from lora_lab.run import takes
 from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries, run_folder
 
@@ -27,11 +28,15 @@ def _run(told: Told) -> int:
 
 def _sweep(told: Told, folder: str) -> int:
     told.refuse("run", "sweep names the runs already. Drop one of them.")
+    if told.overrides:
+        raise ConfigError(
+            f"{told.overrides[0]}: resume takes no overrides, because it would not be the same sweep any more."
+        )
     quiet_libraries()
     from lora_lab.sweep import sweep
 
     members = told.word("members")
-    return sweep.resume(folder, told.overrides, None if members is None else members.split(","))
+    return sweep.resume(folder, None if members is None else members.split(","))
 
 
 VERB = Verb(
