@@ -11,6 +11,8 @@ Importing this module loads neither torch nor Hydra. What the user can mend is a
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,10 +49,16 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
 def train(config: RunConfig) -> Run:
     """Train a run in a new folder, `config.run_dir`; evaluate it, and make `config.export.targets`.
 
+    Args:
+        config: of `load_config`, changed by `dataclasses.replace` or not; it is checked as a whole again.
+
     Raises:
         LoraLabError: as `lora-lab train`; a refused export is raised once the run is complete, and `open_run` opens it.
     """
     environment.refuse_several_processes()
+    from lora_lab.config.run import parse
+
+    config = parse(dataclasses.asdict(config))  # it may have been changed since it was composed
     from lora_lab.run import pipeline
 
     return Run(pipeline.train(config))
@@ -187,4 +195,6 @@ class Run:
 
     def unload(self) -> None:
         """Give the memory back that `generate` holds."""
-        self._answering = None
+        if self._answering is not None:
+            self._answering = None
+            gc.collect()  # a model's modules refer to each other, so it would stay until Python looks for such circles

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -108,8 +110,9 @@ def test_answers_are_those_of_chat(run, capsys):
     shorter = run.generate(prompts, "task.max_new_tokens=1")
     assert run._answering is not model
     assert all(answer.startswith(short) for short, answer in zip(shorter, answers, strict=True))
+    alive = weakref.ref(run._answering[1]._prepared.model)
     run.unload()
-    assert run._answering is None
+    assert alive() is None
     with pytest.raises(ConfigError, match=r"run\.generate\(\[prompt\]\)"):
         run.generate(prompts[0])
 
@@ -140,6 +143,9 @@ def test_mistakes_are_errors_and_end_no_process(told, run, tmp_path, monkeypatch
         lora_lab.open_run(tmp_path)
     with pytest.raises(RunError, match="exists and is not empty"):
         lora_lab.train(run.config)
+    changed = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, eval_ratio=0.5))
+    with pytest.raises(ConfigError, match=r"data\.eval_ratio"):
+        lora_lab.train(changed)
     begun = tmp_path / "begun"
     begun.mkdir()
     (begun / "config.yaml").write_bytes((run.path / "config.yaml").read_bytes())
