@@ -8,24 +8,20 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lora_lab import __version__
 from lora_lab.config import forms
-from lora_lab.errors import ConfigError, DataError, Interrupted, LoraLabError
-from lora_lab.runtime import signals
-from lora_lab.verbs import EXAMPLES, TAKES, VERBS
+from lora_lab.errors import ConfigError, Interrupted, LoraLabError
+from lora_lab.runtime import environment, signals
+from lora_lab.verbs import VERBS
+from lora_lab.verbs.base import Told, Verb
 
-if TYPE_CHECKING:
-    from lora_lab.config.run import RunConfig
-    from lora_lab.sweep.jobs import Nodes, Outcome
-
-_PRINTING = ("config", "data", "plan", "chat")  # their output is all that they are for
-_COMMON = """
-exit codes: 0 done; 1 lora-lab data found errors (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
+_EXIT_CODES = """
+exit codes: 0 done; 1 {found} (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
 non-finite update; 4 a merge or an export refused; 130 Ctrl-C, 143 SIGTERM
 and 129 a closed terminal, after saving. A reader that closes its pipe (| head) changes nothing;
-where stdout cannot be written (disk full) a run still goes on to its end, and config, data, plan and chat end with 2."""
+where stdout cannot be written (disk full) a run still goes on to its end, and {printing} end with 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if argv[:1] == ["help"]:
         argv = [*argv[1:2], "--help"]
-    problem = forms.verb(argv)
+    problem = forms.verb(argv, VERBS)
     if problem:
         _complain(f"lora-lab: {problem}")
         return 2
@@ -51,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
         raise SystemExit(_written(done.code or 0, needed=True)) from None
     signals.install()
-    return _written(_run(args), needed=args.verb in _PRINTING)
+    return _written(_run(args), needed=VERBS[args.verb].output_is_all)
 
 
 def _is_text(argument: str) -> bool:
@@ -66,12 +62,13 @@ def _is_text(argument: str) -> bool:
 def _run(args: argparse.Namespace) -> int:
     """The verb's exit code, after saying what went wrong."""
     try:
-        _refuse_several_processes()
-        problem = forms.words(args.overrides, args.verb)
+        environment.refuse_several_processes()
+        verb = VERBS[args.verb]
+        problem = forms.words(args.overrides, args.verb, composes=verb.takes is None)
         if problem:
             raise ConfigError(problem)
-        _tell_repeated(args.overrides)
-        return {"train": _train, "data": _data, "plan": _plan, "config": _config}.get(args.verb, _on_run)(args)
+        _tell_repeated(args.overrides, verb)
+        return verb.run(Told.of(args.verb, verb, args.overrides, args))
     except LoraLabError as error:
         return _failed(args, str(error), error.exit_code)
     except Interrupted as error:
@@ -89,15 +86,16 @@ def _run(args: argparse.Namespace) -> int:
         return 1
 
 
-def _tell_repeated(overrides: Sequence[str]) -> None:
+def _tell_repeated(overrides: Sequence[str], verb: Verb) -> None:
     """Say which of two values of one key holds: the last one."""
+    each = {word.name for word in verb.words if word.each}
     last = {text.partition("=")[0].lstrip("+"): text for text in overrides}
     for text in overrides:
-        holds = last[text.partition("=")[0].lstrip("+")]
-        if holds != text:
+        key = text.partition("=")[0].lstrip("+")
+        if last[key] != text and key not in each:
             from lora_lab.runtime import console
 
-            console.say("twice", f"{text} has no effect, because {holds} comes after it")
+            console.say("twice", f"{text} has no effect, because {last[key]} comes after it")
 
 
 def _failed(args: argparse.Namespace, sentence: str, code: int) -> int:
@@ -165,48 +163,44 @@ class _Parser(argparse.ArgumentParser):
         (console.stdout if file is sys.stdout else console.stderr).write(console.shown(message or ""))
 
 
-def _refuse_several_processes() -> None:
-    """Each process of a launcher would train the whole run by itself, in one folder."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise ConfigError(
-            f"WORLD_SIZE={size}: lora-lab works in one process. Start it without torchrun or accelerate launch; several runs at once: "
-            "lora-lab train -m."
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
     text = argparse.RawDescriptionHelpFormatter
+    codes = _exit_codes()
     parser = _Parser(
         prog="lora-lab",
         formatter_class=text,
         description="Fine-tune a frozen, quantized base model with small adapters, and merge them back with proof.",
         epilog="start here: lora-lab train recipe=demo\n"
-        'tab completion: eval "$(lora-lab -sc install=bash)" (also zsh, fish)\n' + _COMMON,
+        'tab completion: eval "$(lora-lab -sc install=bash)" (also zsh, fish)\n' + codes,
     )
     parser.add_argument("--version", action="version", version=f"lora-lab {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, summary in VERBS.items():
-        takes = (
-            f"\nkeys, beside run: {textwrap.fill(', '.join(TAKES[name]), 110, subsequent_indent='  ')}\n"
-            if name in TAKES
-            else ""
+    for name, verb in VERBS.items():
+        one = verbs.add_parser(
+            name,
+            help=verb.summary,
+            description=verb.summary + ".",
+            epilog=verb.examples + _keys(verb) + codes,
+            formatter_class=text,
         )
-        verb = verbs.add_parser(
-            name, help=summary, description=summary + ".", epilog=EXAMPLES[name] + takes + _COMMON, formatter_class=text
-        )
-        verb.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
-        verb.add_argument("--debug", action="store_true", help="show stack traces")
-        if name in ("train", "data", "plan", "config"):
-            verb.add_argument("--config-dir", metavar="DIR", help="a folder with your own groups and recipes")
-        if name == "train":
-            verb.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of values")
-        if name == "data":
-            verb.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print of each data set")
-            verb.add_argument("--html", metavar="FILE", help="where the page goes (default: data.html beside the runs)")
-        if name == "config":
-            verb.add_argument("--keys", action="store_true", help="list every key with its meaning")
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
+        one.add_argument("--debug", action="store_true", help="show stack traces")
+        for option in verb.options:
+            one.add_argument(*option.flags, **option.settings)
     return parser
+
+
+def _keys(verb: Verb) -> str:
+    """The line of a verb's help that lists what it may be told about a trained run."""
+    if verb.takes is None:
+        return ""
+    return f"\nkeys, beside run: {textwrap.fill(', '.join(verb.takes.keys), 110, subsequent_indent='  ')}\n"
+
+
+def _exit_codes() -> str:
+    *others, last = sorted(name for name, verb in VERBS.items() if verb.output_is_all)
+    found = "; ".join(f"lora-lab {name} {verb.exit_1}" for name, verb in VERBS.items() if verb.exit_1)
+    return _EXIT_CODES.format(found=found, printing=f"{', '.join(others)} and {last}")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -216,200 +210,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = _parser().parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
-        _parser().error(forms.option(unknown[0], argv, args.verb))
+        own = [word.name for verb in VERBS.values() for word in verb.words]
+        _parser().error(forms.option(unknown[0], argv, args.verb, own))
     args.overrides += rest
     return args
-
-
-# -- verbs ------------------------------------------------------------------------------------------------------------
-
-
-_OF_SWEEPS = ("sweep=", "sweep.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
-
-
-def _train(args: argparse.Namespace) -> int:
-    from lora_lab.config import compose
-
-    if args.multirun:
-        return _multirun(args)
-    alone = [text for text in args.overrides if text.lstrip("+").startswith(_OF_SWEEPS)]
-    if alone:
-        raise ConfigError(f"{alone[0]}: no effect on a single run. Add -m and several values, such as adapter.r=4,8.")
-    config = compose.compose(args.overrides, args.config_dir)
-    _refuse_upload(config.export.push_to_hub, args.overrides)
-    _quiet_libraries()
-    from lora_lab.run import pipeline
-
-    pipeline.train(config)
-    return 0
-
-
-def _refuse_upload(repository: str | None, overrides: Sequence[str]) -> None:
-    """A recipe does not choose where weights go."""
-    if repository is not None and not any(text.startswith("export.push_to_hub=") for text in overrides):
-        raise ConfigError(
-            f"export.push_to_hub={repository}: a recipe starts no upload. Say it on the command line: export.push_to_hub={repository}"
-        )
-
-
-def _data(args: argparse.Namespace) -> int:
-    from lora_lab.config import compose
-
-    config = compose.compose(args.overrides, args.config_dir)
-    _quiet_libraries()
-    from lora_lab.verbs import data as look
-
-    return 0 if look.data(config, args.rows, args.html) else 1
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from lora_lab.config import compose
-
-    probe = [text.partition("=")[2] for text in args.overrides if text.startswith("probe=")]
-    if probe and probe[-1] not in ("true", "false"):
-        raise ConfigError(f"probe={probe[-1]}: must be true or false.")
-    config = compose.compose([text for text in args.overrides if not text.startswith("probe=")], args.config_dir)
-    _quiet_libraries()
-    from lora_lab.plan import plan
-
-    plan.plan(config, probe=probe[-1:] == ["true"])
-    return 0
-
-
-def _multirun(args: argparse.Namespace) -> int:
-    """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
-    from lora_lab.config import hydra_app
-
-    _quiet_libraries()
-    made = []
-
-    def launch(configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
-        return made[0].launch(configs, nodes)
-
-    def check(configs: list[RunConfig]) -> None:
-        from lora_lab.data import sources
-
-        sources.check_there(configs)
-        from lora_lab.sweep import check, sweep  # with torch
-
-        check.check(configs)
-        made.append(sweep.Sweep())
-
-    try:
-        failures = hydra_app.multirun(args.overrides, args.config_dir, launch, check)
-    except (ConfigError, DataError) as error:
-        raise LoraLabError(f"{error}{forms.commas(args.overrides, str(error))}") from error
-    return made[0].end(failures)
-
-
-def _on_run(args: argparse.Namespace) -> int:
-    """The verbs that work on an existing run folder, or on a sweep's."""
-    sweeps = [text.partition("=")[2] for text in args.overrides if text.startswith("sweep=")]
-    if sweeps and args.verb in ("resume", "merge"):
-        return _on_sweep(args, sweeps[-1])
-    if args.verb == "merge" and any(text.startswith("merge.adapters=") for text in args.overrides):
-        return _combine(args)
-    named = [text.partition("=")[2] for text in args.overrides if text.startswith("run=")]
-    if len(named) != 1 or not named[0]:
-        raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {args.verb} run=runs/demo/...")
-    rest = [text for text in args.overrides if not text.startswith("run=")]
-    from lora_lab.run.trained import open_trained
-
-    # a mistake is told before torch is loaded
-    open_trained(
-        named[0], args.verb, [text for text in rest if not (args.verb == "chat" and text.startswith("prompt="))]
-    )
-    _quiet_libraries()
-    from lora_lab.merge import shrink
-    from lora_lab.run import pipeline
-    from lora_lab.verbs import chat
-
-    verbs = {
-        "resume": pipeline.resume,
-        "evaluate": pipeline.evaluate,
-        "merge": pipeline.merge,
-        "shrink": shrink.shrink,
-        "export": pipeline.export,
-        "chat": chat.chat,
-    }
-    verbs[args.verb](named[0], rest)
-    return 0
-
-
-def _combine(args: argparse.Namespace) -> int:
-    """`merge merge.adapters=[A,B]`."""
-    from lora_lab.config.compose import parse_override
-
-    text = [text for text in args.overrides if text.startswith("merge.adapters=")][-1]
-    named = parse_override(text).value()
-    if not isinstance(named, list):
-        folders = text.partition("=")[2].strip("[] ").split(",")
-        if len(folders) > 1:  # a path holds a bracket, a quote or the like
-            line = ",".join(f'"{folder.strip()}"' for folder in folders)
-            raise ConfigError(
-                f"{text}: not a list that can be read. Put each path in quotes, and the whole: 'merge.adapters=[{line}]'"
-            )
-        raise ConfigError(f"{text}: name two or more run folders in a list: 'merge.adapters=[runs/a,runs/b]'")
-    if len(named) < 2:
-        raise ConfigError(f"{text}: this is one; name two or more run folders: 'merge.adapters=[runs/a,runs/b]'")
-    twice = next((name for name in named if named.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{text}: {twice} is named twice. Name two or more different run folders.")
-    missing = [name for name in named if not os.path.isdir(os.path.expanduser(str(name)))]
-    if missing:
-        raise ConfigError(f"{text}: {missing[0]}: no run there (looked from {os.getcwd()}). Name run folders.")
-    given = [text for text in args.overrides if text.startswith("run=")]
-    if given:
-        raise ConfigError(
-            f"{given[0]}: merge.adapters names the runs already. Drop it; run_dir=DIR is where the new run goes."
-        )
-    _quiet_libraries()
-    from lora_lab.run import pipeline
-
-    pipeline.combine([str(name) for name in named], args.overrides)
-    return 0
-
-
-def _on_sweep(args: argparse.Namespace, folder: str) -> int:
-    """`resume` and `merge` with `sweep=DIR`."""
-    _quiet_libraries()
-    from lora_lab.sweep import sweep
-
-    rest = [text for text in args.overrides if not text.startswith("sweep=")]
-    if args.verb == "resume":
-        return sweep.resume(folder, rest)
-    sweep.merge(folder, rest)
-    return 0
-
-
-def _config(args: argparse.Namespace) -> int:
-    import dataclasses
-
-    from lora_lab.config.compose import leaves
-    from lora_lab.config.origins import as_override, explain, key_rows
-    from lora_lab.runtime import console
-
-    if args.keys:
-        for key, kind, default, meaning in key_rows():
-            console.setting(key, default, f"{kind}. {meaning}")
-        return 0
-    config, origins = explain(args.overrides, args.config_dir)
-    values = dict(leaves(dataclasses.asdict(config)))
-    for key, origin in origins.items():
-        console.setting(key, as_override(values[key]), origin)
-    return 0
-
-
-def _quiet_libraries() -> None:
-    """Keep other libraries' advice to their developers off the user's terminal. Errors still come through."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are tokenized on all cores
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _complete(argv: Sequence[str]) -> int:

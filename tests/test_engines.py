@@ -17,7 +17,7 @@ import torch
 from lora_lab.config import compose
 from lora_lab.data.dataset import first_examples
 from lora_lab.export import text
-from lora_lab.run import pipeline
+from lora_lab.run import pipeline, takes
 from lora_lab.run.prepared import Prepared, prepare
 from lora_lab.run.trained import open_trained
 
@@ -55,7 +55,7 @@ def asked(done) -> list[text.Prompt]:
 
 
 def _ready(done: Path) -> Prepared:
-    opened, config = open_trained(str(done), "evaluate", [])
+    opened, config = open_trained(str(done), takes.EVALUATE, [])
     return prepare(config, need_train=config.data.eval is None, trained=opened)
 
 

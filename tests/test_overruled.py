@@ -187,7 +187,7 @@ def test_what_is_said_otherwise_is_put_right_where_it_is_the_same(base, capsys):
 def test_a_run_of_an_earlier_version_keeps_its_tokens(tmp_path, capsys, monkeypatch):
     """What was trained by the class's splits is asked by them, and says so."""
     from lora_lab.base import load
-    from lora_lab.run import prepared, trained
+    from lora_lab.run import prepared, takes, trained
 
     base, run = _digits_base(tmp_path / "base"), tmp_path / "run"
     with monkeypatch.context() as earlier:
@@ -196,7 +196,7 @@ def test_a_run_of_an_earlier_version_keeps_its_tokens(tmp_path, capsys, monkeypa
     assert "old tokens" not in capsys.readouterr().out
     assert cli.main(["evaluate", f"run={run}", f"data.eval={tmp_path}/p.jsonl", "hardware=cpu"]) == 0
     assert "this run keeps the old tokens" in " ".join(capsys.readouterr().out.split())
-    opened, config = trained.open_trained(str(run), "evaluate", [])
+    opened, config = trained.open_trained(str(run), takes.EVALUATE, [])
     found = prepared.prepare(config, trained=opened)
     assert not _splits_digits(found.encoder.tokenizer.backend_tokenizer)
     assert load.reader_of(found.base.recorded()) == 1 == load.reader_of({})

@@ -402,7 +402,7 @@ def test_a_sweep_ends_with_ranking_seeds_report_and_merge(overrides, eval_file, 
     with pytest.raises(RunError, match="no run nope to merge"):
         from lora_lab.sweep import sweep
 
-        sweep.merge(str(folder), ["member=nope"])
+        sweep.merge(str(folder), [], "nope")
     assert cli.main(["resume", f"sweep={folder}"]) == 0  # nothing is left to do, seeds included
     assert json.loads((folder / "ranking.json").read_text()) == result
 

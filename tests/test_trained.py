@@ -14,13 +14,15 @@ from lora_lab.config import compose
 from lora_lab.config.origins import as_override
 from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import AdapterError, ConfigError, RunError
-from lora_lab.run import pipeline, run_dir, trained
+from lora_lab.run import pipeline, run_dir, takes, trained
 from lora_lab.run.prepared import prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
 from lora_lab.schema.sections import only_for
-from lora_lab.verbs import TAKES
+from lora_lab.verbs import VERBS
 from tests.conftest import fails, make_base, make_rows, write_jsonl
+
+TAKES = {name: verb.takes for name, verb in VERBS.items() if verb.takes is not None}  # verbs on a trained run
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +64,19 @@ def reseal(folder, name, change) -> None:
 # -- what may be said ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [verb for verb in TAKES if verb != "combine"])
+@pytest.mark.parametrize("verb", TAKES)
 def test_each_key_belongs_to_the_verb_or_is_refused_by_name(done, verb):
     """Of each key its own value is said again, so that nothing contradicts it."""
-    own, belongs = dict(compose.leaves(_tree(done))), trained.keys_of(verb)
+    own, belongs = dict(compose.leaves(_tree(done))), trained.keys_of(TAKES[verb])
     assert len(all_keys()) >= 138
     for key in all_keys():
         override = f"{key}={as_override(own[key])}" if key in own else f"{key}=null"
         foreign = key in only_for(RunConfig) and key not in own  # another task's
         if key in belongs and not foreign:
-            trained.open_trained(str(done.path), verb, [override])
+            trained.open_trained(str(done.path), TAKES[verb], [override])
             continue
         with pytest.raises(ConfigError) as refused:
-            trained.open_trained(str(done.path), verb, [override])
+            trained.open_trained(str(done.path), TAKES[verb], [override])
         assert str(refused.value).startswith(f"{key}="), key
         assert f"no effect {'with' if foreign and key in belongs else 'on a trained run'}" in str(
             refused.value
@@ -114,15 +116,15 @@ def test_another_model_cannot_be_said(done, verb, override, capsys):
 
 
 def test_groups_count_by_what_they_change(done):
-    run_, config = trained.open_trained(str(done.path), "evaluate", ["hardware=cpu", "speed=plain", "adapter=lora"])
+    run_, config = trained.open_trained(str(done.path), takes.EVALUATE, ["hardware=cpu", "speed=plain", "adapter=lora"])
     assert not config.speed.fused_mlp
     with pytest.raises(ConfigError, match="export=gguf: no effect on a trained run"):
-        trained.open_trained(str(run_.path), "evaluate", ["export=gguf"])
+        trained.open_trained(str(run_.path), takes.EVALUATE, ["export=gguf"])
 
 
 def test_an_unknown_key_is_told_with_the_nearest_one(done):
     with pytest.raises(ConfigError, match=r"data\.evl.*unknown key.*Did you mean 'data\.eval'"):
-        trained.open_trained(str(done.path), "evaluate", ["data.evl=x"])
+        trained.open_trained(str(done.path), takes.EVALUATE, ["data.evl=x"])
 
 
 def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, eval_file, tmp_path):
@@ -131,11 +133,11 @@ def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, eva
         config_of(f"data.train={rows}", "data.eval_ratio=0.2", "data.stratify=kind", "train.max_steps=1")
     )
     for more in ([], ["data.eval_ratio=null"], ["data.eval_ratio=null", "data.stratify=null"]):
-        _, config = trained.open_trained(str(done.path), "evaluate", [f"data.eval={eval_file}", *more])
+        _, config = trained.open_trained(str(done.path), takes.EVALUATE, [f"data.eval={eval_file}", *more])
         assert (config.data.eval, config.data.eval_ratio, config.data.stratify) == (str(eval_file), None, None)
     for more in ([f"data.eval={eval_file}", "data.eval_ratio=0.5"], ["data.eval_ratio=null"]):
         with pytest.raises(ConfigError, match=r"data.eval_ratio=.*no effect on a trained run"):
-            trained.open_trained(str(done.path), "evaluate", more)
+            trained.open_trained(str(done.path), takes.EVALUATE, more)
 
 
 # -- what was recorded --------------------------------------------------------------------------------------------------
@@ -144,9 +146,9 @@ def test_named_rows_take_the_place_of_the_share_that_was_held_out(config_of, eva
 def test_an_edited_configuration_is_refused_with_both_values(copied):
     text = copied.config.read_text()
     copied.config.write_text(text.replace("lora_dropout: 0.0", "lora_dropout: 0.8").replace("lr: 0.01", "lr: 0.02"))
-    for verb in TAKES:
+    for taken in (*TAKES.values(), takes.COMBINE):
         with pytest.raises(RunError, match=r"adapter\.lora_dropout is 0\.8 and was 0\.0; optim\.lr is 0\.02 and was"):
-            trained.open_trained(str(copied.path), verb, [])
+            trained.open_trained(str(copied.path), taken, [])
 
 
 @pytest.mark.parametrize(

@@ -5,42 +5,42 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lora_lab.config.quoting import full_width
 from lora_lab.schema import synonyms
 from lora_lab.schema.groups import GROUPS, choices
-from lora_lab.verbs import TAKES, VERBS
 
-_MAKING = ("train", "data", "plan", "config")  # verbs that compose a run; the others take one that is there
+if TYPE_CHECKING:
+    from lora_lab.verbs.base import Verb
+
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".conll", ".gz")
 _KEY = re.compile(r"[A-Za-z_][\w-]*([./][\w-]+)*", re.ASCII)
 
 
-def verb(words: Sequence[str]) -> str:
+def verb(words: Sequence[str], verbs: Mapping[str, Verb]) -> str:
     """A sentence for a first word that is no verb; '' if it is one, or an option."""
-    if not words or words[0].startswith("-") or words[0] in VERBS:
+    if not words or words[0].startswith("-") or words[0] in verbs:
         return ""
     word, rest = words[0], " ".join(words[1:])
-    near = difflib.get_close_matches(word.lower(), VERBS, n=1, cutoff=0.6)
-    known = near[0] if near else _VERBS.get(word.lower().replace("_", "-"), "")
+    near = difflib.get_close_matches(word.lower(), verbs, n=1, cutoff=0.6)
+    called = word.lower().replace("_", "-")
+    known = near[0] if near else next((name for name, one in verbs.items() if called in one.others), "")
     if known:
         return f"{word}: no such verb. Did you mean '{known}'? Write lora-lab {known}{f' {rest}' if rest else ''}"
     if "=" in word or word in choices("recipe"):
         told = word if "=" in word else f"recipe={word}"
         return f"{word}: the verb is missing. Write lora-lab train {told}{f' {rest}' if rest else ''}"
-    return f"{word}: no such verb. There are: {', '.join(VERBS)}."
+    return f"{word}: no such verb. There are: {', '.join(verbs)}."
 
 
-_VERBS = {
-    "finetune": "train", "fine-tune": "train", "sft": "train", "fit": "train", "run": "train", "sweep": "train", "eval": "evaluate",
-    "test": "evaluate", "continue": "resume", "infer": "chat", "generate": "chat", "inference": "chat", "convert": "export",
-    "fuse": "merge", "merge-lora": "merge", "inspect": "data", "show": "config", "estimate": "plan", "prune": "shrink",
-}  # fmt: skip
+def option(name: str, argv: Sequence[str], verb: str, own: Sequence[str]) -> str:
+    """A sentence for an option that there is not: settings are written without dashes.
 
-
-def option(name: str, argv: Sequence[str], verb: str) -> str:
-    """A sentence for an option that there is not: settings are written without dashes."""
+    Args:
+        own: the words that verbs have beside the configuration's keys.
+    """
     place = next((n for n, word in enumerate(argv) if word == name), len(argv))
     key, equals, value = name.lstrip("-").partition("=")
     following = argv[place + 1] if place + 1 < len(argv) else ""
@@ -50,7 +50,7 @@ def option(name: str, argv: Sequence[str], verb: str) -> str:
     asked = f"lora-lab {verb} --help lists the options."
     if not _KEY.fullmatch(key) or len(key) < 2:
         return f"unknown option {name}; {asked}"
-    if key in GROUPS or key in ("run", "prompt") or "." in key:
+    if key in GROUPS or key in own or "." in key:
         line = f"{key}={_quoted(value)}"
         return f"unknown option {name}; settings are written without dashes: {line}"
     meant = synonyms.of_key(key, value)
@@ -61,11 +61,12 @@ def option(name: str, argv: Sequence[str], verb: str) -> str:
     )
 
 
-def words(argv: Sequence[str], verb: str) -> str:
+def words(argv: Sequence[str], verb: str, composes: bool) -> str:
     """A sentence for the first word of a command line that is no `key=value`; '' if all are.
 
     Args:
         argv: what stands behind the verb, without options.
+        composes: the verb composes a configuration; else it works on a run that is there.
     """
     for place, word in enumerate(argv):
         key, equals, value = word.partition("=")
@@ -77,7 +78,7 @@ def words(argv: Sequence[str], verb: str) -> str:
         if equals and value == "" and after and "=" not in after and _is_key(key):
             return _apart(f"{word} {after}", key, after)
         if not equals and not (after.startswith("=") and _is_key(word)):
-            return _alone(word, before, after, verb)
+            return _alone(word, before, after, verb, composes)
     return ""
 
 
@@ -111,24 +112,22 @@ def _apart(typed: str, key: str, value: str) -> str:
     return f"{typed}: no blanks around =. Write {key}={_quoted(value)}"
 
 
-def _alone(word: str, before: str, after: str, verb: str) -> str:
+def _alone(word: str, before: str, after: str, verb: str, composes: bool) -> str:
     plain = full_width(word)
     if plain != word and "=" in plain.strip("="):
         return f"{word}: not an override: = is a full-width sign there. Write {plain}"
-    line = _meant(word, after, verb)
+    line = _meant(word, after, composes)
     if line:
         return f"{word}: not an override. Write lora-lab {verb} {line}"
     if "=" in before:
         whole = f"{before} {word}"
         return f"{word}: not an override. A value with blanks stands in quotes: lora-lab {verb} '{whole}'"
-    return (
-        f"{word}: not an override. Write key=value, such as {'run=runs/demo/...' if verb in TAKES else 'adapter.r=8'}."
-    )
+    return f"{word}: not an override. Write key=value, such as {'adapter.r=8' if composes else 'run=runs/demo/...'}."
 
 
-def _meant(word: str, after: str, verb: str) -> str:
+def _meant(word: str, after: str, composes: bool) -> str:
     """The `key=value` that a word stands for; '' if that cannot be told."""
-    if verb not in _MAKING:
+    if not composes:
         return f"run={_quoted(word)}" if "/" in word or os.path.isdir(word) else ""
     if word in choices("recipe"):
         return f"recipe={word}"

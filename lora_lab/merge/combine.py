@@ -22,7 +22,7 @@ from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import derived
-from lora_lab.run import run_dir
+from lora_lab.run import run_dir, takes
 from lora_lab.run.prepared import Prepared, decide_packing, load_adapted, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.trained import open_trained
@@ -60,7 +60,7 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
     runs = [run_dir.open_existing(path) for path in named]
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     default = f"run_dir={runs[0].path.absolute().parent / f'combined_{now}'}"
-    _, config = open_trained(named[0], "combine", [default, *overrides])
+    _, config = open_trained(named[0], takes.COMBINE, [default, *overrides])
     run_dir.check_free(config)
     sources = [open_source(path, place) for place, path in enumerate(named)]
     check_together(sources)
@@ -117,7 +117,7 @@ def _combined_layer(pairs: list[tuple[float, Update]], merge: MergeConfig, rank:
 
 def open_source(path: str, place: int) -> Source:
     """A run made ready, but for its model."""
-    run, config = open_trained(path, "combine", [])
+    run, config = open_trained(path, takes.COMBINE, [])
     prepared = prepare(config, need_train=False, trained=run)
     return Source(run, prepared, updates.read(run.adapter), f"source{place}")
 

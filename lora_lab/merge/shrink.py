@@ -17,7 +17,7 @@ from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
-from lora_lab.run import run_dir
+from lora_lab.run import run_dir, takes
 from lora_lab.run.prepared import Prepared, load_adapted, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.trained import open_trained
@@ -38,7 +38,7 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     Raises:
         ConfigError: no held-out rows to measure on, or no lower rank to try.
     """
-    run, config = open_trained(path, "shrink", [f"run_dir={Path(path) / _SHRUNK}", *overrides])
+    run, config = open_trained(path, takes.SHRINK, [f"run_dir={Path(path) / _SHRUNK}", *overrides])
     run_dir.check_free(config)
     prepared = prepare(config, need_train=False, trained=run)
     if prepared.held_out is None:

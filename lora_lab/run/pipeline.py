@@ -24,7 +24,7 @@ from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.report import summary
-from lora_lab.run import run_dir
+from lora_lab.run import run_dir, takes
 from lora_lab.run.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.trained import open_trained, tell_uploads
@@ -55,7 +55,7 @@ def train(config: RunConfig) -> RunDir:
 
 def resume(path: str, overrides: list[str]) -> RunDir:
     """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run."""
-    run, config = open_trained(path, "resume", overrides)
+    run, config = open_trained(path, takes.RESUME, overrides)
     with _stoppable(run), run.locked():
         result, damage = run_dir.read_result(run)
         if result is not None:
@@ -193,7 +193,7 @@ def _show_measured(held_out: Dataset, found: dict[str, Measured]) -> None:
 
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
-    run, config = open_trained(path, "evaluate", overrides)
+    run, config = open_trained(path, takes.EVALUATE, overrides)
     prepared = prepare(config, need_train=config.task.shots > 0, trained=run)
     if prepared.held_out is None:
         raise ConfigError(
@@ -217,7 +217,7 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
 
 def merge(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab merge`: a verified, deployable checkpoint in `merged/`."""
-    run, config = open_trained(path, "merge", overrides)
+    run, config = open_trained(path, takes.MERGE, overrides)
     with run.locked():
         prepared = prepare(config, need_train=config.data.eval is None, trained=run)
         load_trained(run, prepared)
@@ -235,7 +235,7 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
         ConfigError: no targets, or one that could not load what would be made.
         ExportError: a target was refused; the others are kept.
     """
-    run, config = open_trained(path, "export", overrides)
+    run, config = open_trained(path, takes.EXPORT, overrides)
     if not config.export.targets:
         raise ConfigError(
             "export.targets: nothing to export. Say what: lora-lab export run=DIR export.targets=[gguf,ollama]"

@@ -1,13 +1,13 @@
-"""A trained run is what its folder says: what each verb may still be told, and a sentence for everything else.
+"""A trained run is what its folder says: it is opened with what may still be told about it, and a sentence for everything else.
 
-Adapter, base, tokenizer, template and task come from the folder and are compared with what was recorded when it was trained. What a
-verb takes says where things lie now, which rows to measure on, and what is to be made.
+Adapter, base, tokenizer, template and task come from the folder and are compared with what was recorded when it was trained. What may
+be told (`takes.py`) is where things lie now, which rows to measure on, and what is to be made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lora_lab.config import compose
@@ -16,25 +16,25 @@ from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError, nearest
 from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
+from lora_lab.run.takes import Takes
 from lora_lab.runtime import console
-from lora_lab.verbs import TAKES
 
 _LOCAL_TRACKERS = ("auto", "none", "tensorboard")
 
 
-def open_trained(path: str, verb: str, overrides: Sequence[str]) -> tuple[RunDir, RunConfig]:
-    """The run folder that `run=DIR` names and its configuration with what `verb` was told; loads no torch.
+def open_trained(path: str, takes: Takes, overrides: Sequence[str]) -> tuple[RunDir, RunConfig]:
+    """The run folder that `run=DIR` names and its configuration with what was told about it; loads no torch.
 
     Raises:
         RunError: there is no run, or its `config.yaml` was edited.
         ConfigError: an override that has no effect on a trained run.
     """
-    run, takes = run_dir.open_existing(path), TAKES[verb]
+    run = run_dir.open_existing(path)
     overrides = _without_implied(overrides)
-    _refuse([text for text in overrides if _is_key(text) and not _covers(takes, _key(text))], verb, path)
+    _refuse([text for text in overrides if _is_key(text) and not takes.covers(_key(text))], takes, path)
     own = read(run)
     groups = [text for text in overrides if _key(text) in compose.GROUPS]
-    _refuse([text for text in groups if not _only_changes(text, takes, own)], verb, path)
+    _refuse([text for text in groups if not _only_changes(text, takes, own)], takes, path)
     config = compose.load(run.config, overrides)
     return run, without_uploads(config, [_key(text) for text in overrides])
 
@@ -58,13 +58,9 @@ def read(run: RunDir) -> RunConfig:
     return config
 
 
-def keys_of(verb: str) -> list[str]:
-    """Every key that a verb takes on a trained run."""
-    return [key for key in all_keys() if _covers(TAKES[verb], key)]
-
-
-def _covers(takes: Iterable[str], key: str) -> bool:
-    return any(f"{key}.".startswith(f"{taken}.") for taken in takes)
+def keys_of(takes: Takes) -> list[str]:
+    """Every key of the configuration that is taken."""
+    return [key for key in all_keys() if takes.covers(key)]
 
 
 def _key(text: str) -> str:
@@ -79,27 +75,24 @@ def _is_key(text: str) -> bool:
     )
 
 
-def _only_changes(text: str, takes: Iterable[str], own: RunConfig) -> bool:
+def _only_changes(text: str, takes: Takes, own: RunConfig) -> bool:
     """Whether a group's choice changes nothing but what is taken."""
     group, told = _key(text), compose.chosen(compose.parse_override(text))
     now = dict(leaves(dataclasses.asdict(own)))
-    return all(_covers(takes, key) for key, value in leaves(told, f"{group}.") if now.get(key) != value)
+    return all(takes.covers(key) for key, value in leaves(told, f"{group}.") if now.get(key) != value)
 
 
-def _refuse(overrides: Sequence[str], verb: str, path: str) -> None:
-    if verb == "resume" and overrides:
-        raise ConfigError(
-            f"{overrides[0]}: resume takes no overrides but tracker, because it would not be the same run any more."
-        )
+def _refuse(overrides: Sequence[str], takes: Takes, path: str) -> None:
+    if takes.because and overrides:
+        raise ConfigError(f"{overrides[0]}: {takes.because}")
     if overrides:
-        raise ConfigError(*(_no_effect(text, verb, path) for text in overrides))
+        raise ConfigError(*(_no_effect(text, takes, path) for text in overrides))
 
 
-def _no_effect(text: str, verb: str, path: str) -> str:
-    name, taken = ("merge merge.adapters=..." if verb == "combine" else verb), keys_of(verb)
+def _no_effect(text: str, takes: Takes, path: str) -> str:
     return (
-        f"{text}: no effect on a trained run, which is what {path} says.{nearest(_key(text), taken, cutoff=0.8)} What lora-lab {name} "
-        f"takes: lora-lab {name.partition(' ')[0]} --help"
+        f"{text}: no effect on a trained run, which is what {path} says.{nearest(_key(text), keys_of(takes), cutoff=0.8)} "
+        f"What lora-lab {takes.command} takes: lora-lab {takes.command.partition(' ')[0]} --help"
     )
 
 

@@ -1,4 +1,5 @@
-"""Secrets of the environment: none may stand in a configuration, because configurations are shown and saved with the run."""
+"""What the environment says: which launcher started this process, and secrets, of which none may stand in a configuration, because
+configurations are shown and saved with the run."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import os
 import re
 from collections.abc import Iterable
 from typing import Any
+
+from lora_lab.errors import ConfigError
 
 _SHORTEST = 8  # characters; what is shorter is found in harmless text by chance
 _WORDS = frozenset(
@@ -63,3 +66,17 @@ def _without(text: str, known: dict[str, str]) -> str:
     for content in sorted(known, key=len, reverse=True):
         text = text.replace(content, f"${known[content]}")
     return text
+
+
+def refuse_several_processes() -> None:
+    """Each process of a launcher would train the whole run by itself, in one folder.
+
+    Raises:
+        ConfigError: a launcher started more than one.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={size}: lora-lab works in one process. Start it without torchrun or accelerate launch; several runs at once: "
+            "lora-lab train -m."
+        )

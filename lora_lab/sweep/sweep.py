@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.config.run import RunConfig
-from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
+from lora_lab.errors import Interrupted, LoraLabError, RunError
 from lora_lab.run import pipeline
 from lora_lab.runtime import console
 from lora_lab.sweep import cohort, nodes, ranking
@@ -63,31 +63,33 @@ def _train(jobs: list[Job], on: Nodes | None = None) -> None:
         raise
 
 
-def resume(folder: str, overrides: list[str]) -> int:
-    """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on. With `members=0,3` only these, without a
-    ranking."""
+def resume(folder: str, members: list[str] | None = None) -> int:
+    """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on.
+
+    Args:
+        members: names of the runs that go on, without a ranking; None: all of them.
+    """
     whole = Sweep()
-    named = [text.partition("=")[2].split(",") for text in overrides if text.startswith("members=")]
-    other = [text for text in overrides if not text.startswith("members=")]
-    if other:
-        raise ConfigError(f"{other[0]}: resume takes no overrides, because it would not be the same sweep any more.")
-    whole.jobs, left_out = in_folder(Path(folder).expanduser(), named[-1] if named else None)
+    whole.jobs, left_out = in_folder(Path(folder).expanduser(), members)
     for path, error in left_out:
         console.say("left out", f"{path}: {error}")
     if whole.jobs:
         _train(whole.jobs)
-    return whole.end(left_out, ranked=not named)
+    return whole.end(left_out, ranked=members is None)
 
 
-def merge(folder: str, overrides: list[str]) -> dict[str, Any]:
-    """`lora-lab merge sweep=DIR [member=NAME]`: merge the run that the ranking says to take, or the named one."""
+def merge(folder: str, overrides: list[str], member: str | None = None) -> dict[str, Any]:
+    """`lora-lab merge sweep=DIR`: merge one of a sweep's runs.
+
+    Args:
+        member: its name; None: the run that the ranking recommends.
+    """
     path = Path(folder).expanduser()
-    named = [text.partition("=")[2] for text in overrides if text.startswith("member=")]
-    chosen = named[-1] if named else ranking.read(path)["take"]
+    chosen = ranking.read(path)["take"] if member is None else member
     there = [one.name for one in run_folders(path)]
     if chosen not in there:
         raise RunError(
             f"sweep={folder}: no run {chosen} to merge. Name one of {', '.join(there) or 'none'}: member=NAME"
         )
     console.say("merge", path / chosen)
-    return pipeline.merge(str(path / chosen), [text for text in overrides if not text.startswith("member=")])
+    return pipeline.merge(str(path / chosen), overrides)

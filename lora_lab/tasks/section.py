@@ -40,8 +40,13 @@ class TaskSection:
     compares_distributions: ClassVar[bool] = True  # over classes or tokens, as R-Drop does
     encoder_decoder: ClassVar[bool] = False  # it takes a base of these two parts
     numbers: ClassVar[bool] = False  # its labels are numbers, not classes
-    answers: ClassVar[bool] = False  # the model can be asked in messages
+    generates: ClassVar[bool] = False  # its model writes texts
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
+
+    @property
+    def answers(self) -> bool:
+        """Whether its model can be asked in messages."""
+        return self.chat and self.generates
 
     @property
     def smoothing(self) -> float:
@@ -78,6 +83,7 @@ class Generating(TaskSection):
     language: AnswerLanguage = "en"
     label_smoothing: LabelSmoothing = 0.0
 
+    generates: ClassVar[bool] = True
     augments: ClassVar[bool] = True
     measured_rows: ClassVar[tuple[str, ...]] = ("generate_rows",)
 

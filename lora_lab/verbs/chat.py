@@ -1,66 +1,34 @@
-"""`lora-lab chat`: talk to the base with its trained adapter."""
+"""`lora-lab chat`: talk to a trained model."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from lora_lab.run import takes
+from lora_lab.verbs.base import RUN, Told, Verb, Word, run_folder
 
-from transformers import TextStreamer
+_EXAMPLES = """\
+  lora-lab chat run=DIR
+  lora-lab chat run=DIR prompt="Extract the order as JSON with the keys customer, city, item, quantity, reference.
 
-from lora_lab.errors import ConfigError
-from lora_lab.run.prepared import load_trained, prepare
-from lora_lab.run.trained import open_trained
-from lora_lab.runtime import console
+  Order R-2041 for Graz: two oak tables. Name on the invoice is Maria Keller."
 
-
-class _Shown(TextStreamer):
-    """Answers as they come, made safe for the terminal."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """transformers' hook for text that is final."""
-        console.stream(text, "\n" if stream_end else "")
+The prompt is rendered by the chat template that the model was trained with; data.train shows how prompts were worded.
+"""
 
 
-def chat(path: str, overrides: list[str]) -> None:
-    """`lora-lab chat`: talk to the base with its trained adapter, in turns or with one `prompt=...`."""
-    prompts = [text.partition("=")[2] for text in overrides if text.startswith("prompt=")]
-    run, config = open_trained(path, "chat", [text for text in overrides if not text.startswith("prompt=")])
-    if not config.task.answers:
-        raise ConfigError(
-            f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
-        )
-    prepared = prepare(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None, eval_ratio=None)),
-        need_train=False,
-        trained=run,
-    )
-    model = load_trained(run, prepared)
-    streamer = _Shown(prepared.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages: list[dict[str, str]] = []
-    for text in prompts or _typed():
-        messages.append({"role": "user", "content": _whole(text)})
-        rendered = prepared.encoder.prompt(messages)
-        with prepared.accelerator.autocast():
-            answer = prepared.task.generate(model, [rendered], streamer=streamer)[0]
-        messages.append({"role": "assistant", "content": answer})
+def _run(told: Told) -> int:
+    folder = run_folder(told)
+    from lora_lab.run import chat
+
+    chat.chat(folder, told.overrides, told.words["prompt"])
+    return 0
 
 
-def _whole(text: str) -> str:
-    """The text of a terminal whose encoding could not hold it: bytes that Python kept as lone surrogates."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _typed() -> Iterator[str]:
-    console.say("chat", "type a message; an empty line or Ctrl-D ends")
-    while True:
-        try:
-            text = console.out.input("[bold green]> [/]")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"chat: what was typed is not {error.encoding} ({error.reason}). Set LC_ALL=C.UTF-8."
-            ) from error
-        if not text.strip():
-            return
-        yield text
+VERB = Verb(
+    summary="talk to a trained model",
+    examples=_EXAMPLES,
+    run=_run,
+    takes=takes.CHAT,
+    arguments=(RUN, Word("prompt", each=True)),
+    output_is_all=True,
+    others=("infer", "generate", "inference"),
+)

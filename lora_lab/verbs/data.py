@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_lab.config.run import RunConfig
-from lora_lab.data import build, check
-from lora_lab.data.dataset import Stream
-from lora_lab.report import data_report
-from lora_lab.run.prepared import find_base, say_template
-from lora_lab.runtime import console
+from lora_lab.verbs.base import Option, Told, Verb, quiet_libraries
+
+if TYPE_CHECKING:
+    from lora_lab.config.run import RunConfig
 
 _HTML_ROWS = 50
 
+_EXAMPLES = """\
+  lora-lab data recipe=demo                       rows as the model sees them, lengths, labels, checks; and as a page
+  lora-lab data recipe=demo data.train=my.jsonl   the same for your rows
+  lora-lab data recipe=demo --rows 10 --html look.html
 
-def data(config: RunConfig, rows: int, html: str | None) -> bool:
+Trained-on text is green (between brackets when piped). Exit code 1 if a check finds an error: rows that cannot be used,
+answers that do not end, prompts that differ between training and inference. lora-lab train makes the same checks first
+(data.check=error, warn or off).
+"""
+
+
+def _run(told: Told) -> int:
+    from lora_lab.config import compose
+
+    config = compose.compose(told.overrides, told.options.config_dir)
+    quiet_libraries()
+    return 0 if _look(config, told.options.rows, told.options.html) else 1
+
+
+def _look(config: RunConfig, rows: int, html: str | None) -> bool:
     """Show `rows` rows of each data set in the terminal and more in a page; True if no check found an error."""
+    from lora_lab.data import build, check
+    from lora_lab.data.dataset import Stream
+    from lora_lab.report import data_report
+    from lora_lab.run.prepared import find_base, say_template
+    from lora_lab.runtime import console
+
     found = find_base(config)
     say_template(found.encoder)
     built = build.build(config.data, found.encoder, refuse=False)
@@ -33,3 +56,17 @@ def data(config: RunConfig, rows: int, html: str | None) -> bool:
     errors = sum(finding.level == "error" for finding in findings)
     console.say("data", f"{errors} {'error' if errors == 1 else 'errors'}: see above" if errors else "no errors")
     return not errors
+
+
+VERB = Verb(
+    summary="show rows as the model sees them, and check them",
+    examples=_EXAMPLES,
+    run=_run,
+    arguments=(
+        Option("--rows", type=int, default=3, metavar="N", help="rows to print of each data set"),
+        Option("--html", metavar="FILE", help="where the page goes (default: data.html beside the runs)"),
+    ),
+    output_is_all=True,
+    exit_1="found errors",
+    others=("inspect",),
+)

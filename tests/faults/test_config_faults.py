@@ -16,6 +16,7 @@ from lora_lab.config import compose, hydra_app
 from lora_lab.config.origins import explain
 from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError
+from lora_lab.schema.sections import only_for
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 _HEAD = "# @package _global_\ndata: {train: a.jsonl}\n"
@@ -154,10 +155,12 @@ def test_an_absurd_override_is_a_sentence(override):
 @pytest.mark.parametrize("key", [key for key, info in all_keys().items() if info.annotation in (float, float | None)])
 def test_no_number_is_infinite(key):
     for value in ("inf", "-inf", "nan"):
+        tree = {"run_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}, **_nested(key, float(value))}
+        if key in only_for(RunConfig):
+            room = key.partition(".")[0]
+            tree[room] |= {{"task": "name", "adapter": "method"}[room]: only_for(RunConfig)[key][0]}
         with pytest.raises(ConfigError, match=rf"{key}={value}: must be a finite number"):
-            compose.parse(
-                {"run_dir": "x", "model": {"path": "m"}, "data": {"train": "t"}, **_nested(key, float(value))}
-            )
+            compose.parse(tree)
 
 
 def _nested(key: str, value: object) -> dict:

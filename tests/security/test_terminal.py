@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from lora_lab import cli
 from lora_lab.errors import ConfigError, LoraLabError
 from lora_lab.report import pages
 from lora_lab.runtime import console
+from lora_lab.verbs.base import Verb
 from tests.conftest import write_jsonl
 
 HOSTILE = "\x1b]0;owned\x07\x1b]52;c;cm0=\x07\x1b[2J\r\x9b31m\u202etxt.exe\u2066\u2028\x08\x7f[/red] :smile: <script>alert(1)</script>"
@@ -97,7 +99,7 @@ def test_answers_that_stream_are_safe(base, capsys):
     import torch
     from transformers import AutoTokenizer
 
-    from lora_lab.verbs.chat import _Shown
+    from lora_lab.run.chat import _Shown
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     streamer = _Shown(tokenizer, skip_special_tokens=True)
@@ -231,7 +233,7 @@ def test_an_argument_that_is_no_text_is_told(capsys):
 
 
 def test_what_is_typed_is_whole(monkeypatch):
-    from lora_lab.verbs import chat
+    from lora_lab.run import chat
 
     assert chat._whole("你好".encode().decode("ascii", "surrogateescape")) == "你好"
     assert chat._whole("plain é 😀") == "plain é 😀"
@@ -313,11 +315,11 @@ def test_chinese_rows_in_a_real_plain_process(setting, overrides, tmp_path):
 # -- what goes wrong otherwise ----------------------------------------------------------------------------------------------
 
 
-def _raising(error: Exception):
-    def verb(args):
+def _raising(error: Exception) -> Verb:
+    def run(told):
         raise error
 
-    return verb
+    return dataclasses.replace(cli.VERBS["config"], run=run)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def _raising(error: Exception):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_what_a_machine_or_a_file_can_cause_is_a_sentence(error, code, told, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_config", _raising(error))
+    monkeypatch.setitem(cli.VERBS, "config", _raising(error))
     assert cli.main(["config"]) == code
     message = capsys.readouterr().err
     assert told in message
@@ -344,7 +346,7 @@ def test_what_a_machine_or_a_file_can_cause_is_a_sentence(error, code, told, mon
 
 
 def test_a_bug_of_ours_is_told_with_a_trace(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_config", _raising(KeyError(HOSTILE)))
+    monkeypatch.setitem(cli.VERBS, "config", _raising(KeyError(HOSTILE)))
     assert cli.main(["config"]) == 1
     message = capsys.readouterr().err
     assert "Traceback" in message

@@ -29,7 +29,6 @@ class CausalLMConfig(Generating):
     )  # fmt: skip
     packed: ClassVar[bool] = True
     chat: ClassVar[bool] = True
-    answers: ClassVar[bool] = True
 
     @classmethod
     def load(cls) -> type[Task]:

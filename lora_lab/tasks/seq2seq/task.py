@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -120,6 +120,11 @@ class Seq2Seq(PaddedTask):
         answers = [Answer(row["source"], row["target"], text) for row, text in zip(rows, texts, strict=True)]
         scores = metrics.overlap(texts, [row["target"] for row in rows], self.config.language)
         return Measured(scores, answers)
+
+    def generate(self, model: PeftModel, sources: list[str], title: str | None = None, **options: Any) -> list[str]:
+        """Targets generated for sources (greedy or by beams, unless `options`, transformers' own, say otherwise)."""
+        ids = [self.encoder.source_ids(source) for source in sources]
+        return generate_all(model, self.tokenizer, ids, self.config, [self.tokenizer.eos_token_id], title, **options)
 
     def shots(self, train: Dataset, places: list[int]) -> str:
         """Training rows as text that can stand before a source."""

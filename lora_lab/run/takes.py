@@ -1,0 +1,45 @@
+"""What each piece of work may be told about a trained run: keys and whole sections. Imports nothing.
+
+Everything else is what the run's folder says, see `trained.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+_PLACE = (  # found to be the same base, wherever it lies and however it is computed
+    "model.path", "model.revision", "hardware", "quant.cache", "speed.fused_projections", "speed.fused_mlp", "speed.fused_norms",
+    "speed.block_attention", "speed.chunked_loss", "speed.last_layer_rows", "speed.dequantize",
+)  # fmt: skip
+_ROWS = (  # to measure on
+    "data.eval", "data.format", "data.columns", "data.label_names", "data.field", "data.sample_by", "data.max_tokens", "data.too_long",
+    "data.unusable", "data.duplicates", "data.check", "data.max_eval_rows",
+)  # fmt: skip
+_GENERATION = ("task.max_new_tokens", "task.num_beams")
+_ANSWERS = (*_GENERATION, "task.generate_rows", "task.answer_format", "task.language", "task.pseudo_perplexity_rows",
+            "task.max_answer_tokens")  # fmt: skip
+_MERGE = ("export.dtype", "export.max_shard_size", "merge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Takes:
+    """The keys that have an effect on a trained run, and how a refusal of any other key names the command."""
+
+    command: str  # as it is typed: 'evaluate', 'merge merge.adapters=...'
+    keys: tuple[str, ...]  # keys and sections
+    because: str = ""  # what to say instead of "no effect on a trained run"
+
+    def covers(self, key: str) -> bool:
+        """Whether a key, or the section that it is in, is taken."""
+        return any(f"{key}.".startswith(f"{taken}.") for taken in self.keys)
+
+
+RESUME = Takes(
+    "resume", ("tracker",), "resume takes no overrides but tracker, because it would not be the same run any more."
+)
+EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot"))
+MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
+COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", "hardware", *_MERGE))
+SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))
+EXPORT = Takes("export", (*_PLACE, *_ROWS, *_MERGE, "export"))
+CHAT = Takes("chat", (*_PLACE, *_GENERATION))

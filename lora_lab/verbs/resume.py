@@ -1,0 +1,49 @@
+"""`lora-lab resume`: go on with an interrupted run, or with a sweep."""
+
+from __future__ import annotations
+
+from lora_lab.errors import ConfigError
+from lora_lab.run import takes
+from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries, run_folder
+
+_EXAMPLES = """\
+  lora-lab resume run=runs/demo/2026-01-31_12-00-00
+  lora-lab resume sweep=runs/demo/sweep_2026-01-31_12-00-00
+
+Goes on from the newest valid checkpoint and ends with the same bytes as a run that was never interrupted. The run's own
+configuration holds; base and data must be unchanged.
+"""
+
+
+def _run(told: Told) -> int:
+    folder = told.word("sweep")
+    if folder is not None:
+        return _sweep(told, folder)
+    folder = run_folder(told)
+    from lora_lab.run import pipeline
+
+    pipeline.resume(folder, told.overrides)
+    return 0
+
+
+def _sweep(told: Told, folder: str) -> int:
+    told.refuse("run", "sweep names the runs already. Drop one of them.")
+    if told.overrides:
+        raise ConfigError(
+            f"{told.overrides[0]}: resume takes no overrides, because it would not be the same sweep any more."
+        )
+    quiet_libraries()
+    from lora_lab.sweep import sweep
+
+    members = told.word("members")
+    return sweep.resume(folder, None if members is None else members.split(","))
+
+
+VERB = Verb(
+    summary="go on with an interrupted run",
+    examples=_EXAMPLES,
+    run=_run,
+    takes=takes.RESUME,
+    arguments=(RUN, Word("sweep"), Word("members", beside="sweep")),
+    others=("continue",),
+)
