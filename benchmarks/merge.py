@@ -48,7 +48,7 @@ def merge(base, adapter, out):
 _OWN = """
 import torch
 from pathlib import Path
-from lora_lab import storage
+from lora_lab.runtime import storage
 from lora_lab.adapters import updates
 from lora_lab.base.load import ModelKind, skeleton
 from lora_lab.base.weights import Weights

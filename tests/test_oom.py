@@ -19,7 +19,7 @@ import json, resource, sys
 import torch
 from lora_lab.train.loop import fit
 from tests.test_invariants import member_of, prepared_and_model
-from lora_lab import compose
+from lora_lab.config import compose
 from safetensors.torch import save_file
 from tests.test_invariants import adapter_of
 

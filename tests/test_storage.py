@@ -91,7 +91,7 @@ def test_full_disk_keeps_the_old_folder(tmp_path, write):
     code = f"""
         import resource, signal
         from pathlib import Path
-        from lora_lab import storage
+        from lora_lab.runtime import storage
         from lora_lab.errors import RunError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

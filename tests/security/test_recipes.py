@@ -96,7 +96,8 @@ def test_a_hostile_recipe_is_refused_with_file_and_key(name, mine):
 
 _UNDER_AUDIT = """
 import json, sys
-from lora_lab import compose, explain, hydra_app
+from lora_lab.config import compose, hydra_app
+from lora_lab.config.origins import explain
 from lora_lab.errors import LoraLabError
 from lora_lab.sweep.jobs import Outcome
 
@@ -120,7 +121,7 @@ def launch(configs, nodes):
     said.append("launched")
     return [Outcome(None) for _ in configs]
 
-uses = (lambda given: compose.compose(given, folder), lambda given: explain.explain(given, folder),
+uses = (lambda given: compose.compose(given, folder), lambda given: explain(given, folder),
         lambda given: hydra_app.multirun([*given, "adapter.r=2,4"], folder, launch))
 sys.addaudithook(hook)
 for name in names:
