@@ -184,8 +184,12 @@ def share(
 
 
 def learn(shares: Sequence[Share], place: int, task: Task, accelerator: Accelerator) -> None:
-    """Forward and backward over a batch of each share, the one at `place`, in one pass. A step's loss is the weighted mean over all
-    that it learns from, however it is split."""
+    """Forward and backward over one batch of each share, in one pass. A step's loss is the weighted mean over all that it learns
+    from, however it is split.
+
+    Args:
+        place: which of its batches; shares that have no such batch have no part in the pass.
+    """
     shares = [one for one in shares if place < len(one.batches)]
     train, model = shares[0].member.config.train, shares[0].member.model
     batches = [one.batches.batches[place].to(model.device) for one in shares]
@@ -200,8 +204,13 @@ def learn(shares: Sequence[Share], place: int, task: Task, accelerator: Accelera
         accelerator.backward(sum(one.loss / part.weight for one, part in zip(found, shares, strict=True)))
         return found
 
-    with task.forward.roster.seated(seats):
+    if seats:
+        with task.forward.roster.seated(seats):
+            found = passed()
+    elif train.neftune_alpha or train.fgm_epsilon:
         found = regularize.learn(train, model, batches[0], passed)
+    else:
+        found = passed()
     for one, batch, part in zip(shares, batches, found, strict=True):
         one.add(batch.num_tokens, part)
 
