@@ -45,6 +45,11 @@ class Forward:
         self.wanted_rows = self.kept_prefix = self.chunked_head = False
         self.unshareable = unshareable
 
+    def share_model(self, other: Forward) -> None:
+        """Take over what is true of the model's modules from another task's, which goes through the same model."""
+        self.wanted_rows, self.kept_prefix, self.roster = other.wanted_rows, other.kept_prefix, other.roster
+        self.unshareable = other.unshareable
+
     def part_rows(self) -> None:
         """Give each row a forward pass of its own."""
         self.together = self.block_attention = False
