@@ -94,7 +94,7 @@ def _side(workload: str, more: list[str], folder: Path) -> Callable[[], tuple[fl
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.02)  # an adapter that does something
     model.train()
-    [batch] = ready.task.batches([[ready.train[i][0] for i in range(len(ready.train))]], np.random.default_rng(0))
+    batch = ready.task.collate([ready.train[i][0] for i in range(len(ready.train))], np.random.default_rng(0))
 
     def step() -> tuple[float, torch.Tensor]:
         model.zero_grad()

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from lora_lab.adapters.attach import trainable
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError
-from lora_lab.fast import apply, norm, prefix, rows
+from lora_lab.fast import norm, prefix
 from lora_lab.fast.attention import SegmentAttention
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
@@ -67,7 +67,7 @@ def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Ten
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.05)
     model.train()
-    [batch] = prepared.task.batches([first_examples(prepared.train, 4)], np.random.default_rng(seed))
+    batch = prepared.task.collate(first_examples(prepared.train, 4), np.random.default_rng(seed))
     torch.manual_seed(seed)
     with prepared.accelerator.autocast():
         loss = prepared.task.loss(model, batch).loss
@@ -93,8 +93,8 @@ def test_a_decoder_learns_what_its_plain_modules_learn(families, config_of, kind
     assert sum(name.endswith(".mlp") for name in fused) == 2
     assert sum(name.endswith("q_proj") for name in fused) == 2
     assert sum("norm" in name for name in fused) >= 5
-    assert fast[2].task.chunked_loss
-    assert rows.installed(fast[2].model.get_base_model()) == (kind != "gemma3_text")  # Gemma has other norms
+    assert fast[2].task.forward.chunked_head
+    assert fast[2].task.forward.wanted_rows == (kind != "gemma3_text")  # Gemma has other norms
 
 
 @pytest.mark.parametrize("option", ACCELERATIONS)
@@ -280,7 +280,8 @@ def test_plain_inside_a_block(families, config_of):
     *_, prepared = first_step(config_of(f"model.path={families['llama']}"))
     replaced = [module for module in prepared.model.modules() if "forward" in module.__dict__]
     assert replaced
-    with apply.plain(prepared.model):
+    with prepared.task.forward.plain(prepared.model):
+        assert not prepared.task.forward.wanted_rows
         assert not [module for module in prepared.model.modules() if "forward" in module.__dict__]
     assert [module for module in prepared.model.modules() if "forward" in module.__dict__] == replaced
 
@@ -309,7 +310,7 @@ def test_backward_stops_at_the_lowest_adapted_layer(families, config_of):
         layer.register_forward_hook(
             lambda _, inputs, output: needs.append((inputs[0].requires_grad, output.requires_grad))
         )
-    [batch] = prepared.task.batches([first_examples(prepared.train, 2)], np.random.default_rng(0))
+    batch = prepared.task.collate(first_examples(prepared.train, 2), np.random.default_rng(0))
     prepared.task.loss(model, batch).loss.backward()
     assert needs == [(False, False), (False, True)]
 

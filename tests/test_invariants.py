@@ -14,9 +14,10 @@ from lora_lab.base import load
 from lora_lab.config.model import QuantConfig
 from lora_lab.data.collate import pack
 from lora_lab.data.dataset import first_examples
+from lora_lab.fast import isolation, segments
+from lora_lab.fast.forward import Forward
 from lora_lab.run import prepared as stages
 from lora_lab.run import run_dir
-from lora_lab.train import packing
 from lora_lab.train.batches import plan_of
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit
@@ -57,7 +58,7 @@ def gradients(config) -> tuple[dict[str, torch.Tensor], float]:
     chosen = [[prepared.train[i][0] for i in part] for part in plan.step(0)]
     total = sum(int(example.supervised.sum()) for part in chosen for example in part)
     loss = 0.0
-    batches = prepared.task.batches(chosen, np.random.default_rng(0))
+    batches = prepared.task.step(model, chosen, np.random.default_rng(0)).batches
     assert len(batches) == (sum(map(len, chosen)) if config.train.packing is False else len(chosen))
     for batch in batches:
         out = prepared.task.loss(model, batch)
@@ -105,7 +106,7 @@ def test_supervised_logits_equal_full_logits(config_of):
     prepared, model = prepared_and_model(config_of())
     batch = pack(prepared.train[0])
     full = model(input_ids=batch.input_ids).logits[0, batch.logit_positions]
-    torch.testing.assert_close(packing.logits(model, batch), full, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(Forward().logits(model, batch), full, rtol=1e-6, atol=1e-6)
 
 
 def test_sliding_window_is_kept_when_packed(tmp_path):
@@ -119,7 +120,7 @@ def test_sliding_window_is_kept_when_packed(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     rows = [torch.randint(0, 100, (length,)) for length in (12, 3, 9)]
     alone = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
-    model.set_attn_implementation(packing.IMPLEMENTATION)
+    model.set_attn_implementation(segments.IMPLEMENTATION)
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
     together = model(
         input_ids=torch.cat(rows)[None],
@@ -136,14 +137,14 @@ def test_isolation_check_catches_a_leak(config_of, monkeypatch):
     from lora_lab.errors import TrainingError
 
     prepared, model = prepared_and_model(config_of())
-    packing.check_isolation(model, first_examples(prepared.train, 2))
+    isolation.check_isolation(model, first_examples(prepared.train, 2))
 
     def leaky(module, query, key, value, mask, segment_lengths, **kwargs):
-        return packing._segment_attention(module, query, key, value, mask, [sum(segment_lengths)], **kwargs)
+        return segments._segment_attention(module, query, key, value, mask, [sum(segment_lengths)], **kwargs)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, packing.IMPLEMENTATION, leaky)
+    monkeypatch.setitem(AttentionInterface._global_mapping, segments.IMPLEMENTATION, leaky)
     with pytest.raises(TrainingError, match="rows would see each other"):
-        packing.check_isolation(model, first_examples(prepared.train, 2))
+        isolation.check_isolation(model, first_examples(prepared.train, 2))
 
 
 def reference_losses(config, steps: int) -> list[float]:

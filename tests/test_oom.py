@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.train import oom
 from tests.conftest import make_rows, write_jsonl
 from tests.test_invariants import member_of, prepared_and_model, relative_gap
@@ -126,11 +127,11 @@ def test_a_resumed_member_keeps_what_was_changed(config_of, tmp_path):
 def test_what_is_and_is_not_a_lack_of_memory():
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**60)
-    assert oom.is_out_of_memory(found.value)
-    assert oom.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(found.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as other:
         torch.ones(2) @ torch.ones(3)
-    assert not oom.is_out_of_memory(other.value)
+    assert not is_out_of_memory(other.value)
 
 
 def test_saved_tensors_can_live_elsewhere(config_of):
@@ -142,7 +143,7 @@ def test_saved_tensors_can_live_elsewhere(config_of):
 
     config = config_of()
     prepared, model = prepared_and_model(config)
-    [batch] = prepared.task.batches([first_examples(prepared.train, 3)], np.random.default_rng(0))
+    batch = prepared.task.collate(first_examples(prepared.train, 3), np.random.default_rng(0))
     found = []
     for hooks in (torch.autograd.graph.save_on_cpu(), torch.enable_grad()):
         with hooks:

@@ -13,8 +13,9 @@ from lora_lab.base import load
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Shape
 from lora_lab.run import prepared as stages
+from lora_lab.tasks.base import StepBatches
 from lora_lab.tasks.causal_lm.task import CausalLM
-from lora_lab.train import regularize
+from lora_lab.train.cohort import Share, learn
 from lora_lab.train.optim import build_optimizer
 
 SHORT, LONG = Shape((20, 12), 10), Shape((20, 12, 40), 30)
@@ -64,9 +65,10 @@ def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     found, prepared = _estimate(config, device="cuda"), stages.prepare(config)
     member = SimpleNamespace(config=config, model=stages.load_adapted(prepared).train())
     batch, usage = memory.blank(LONG), memory._Usage(memory._MAPPED)
-    with usage, memory.packing.segment_attention(member.model):
+    share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
+    with usage, prepared.task.forward.segments(member.model):
         usage.ignore(memory._tensors(member.model))
-        regularize.learn(member, prepared.task, batch, batch.weight, prepared.accelerator)
+        learn([share], 0, prepared.task, prepared.accelerator)
     # a few tables that the real step makes, such as the positions of a rotary embedding, may or may not be cached
     assert found.activations == pytest.approx(usage.heap_peak, rel=0.01)
 

@@ -23,7 +23,7 @@ from lora_lab.run import pipeline
 from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, halving, jobs, nodes, ranking
 from lora_lab.sweep.budget import Budget
-from lora_lab.train import joint, loop
+from lora_lab.train import loop, sharing
 
 UNLIKE = [
     ["adapter.r=2", "optim.lr=0.02", "seed=3", "adapter.lora_alpha=4"],
@@ -127,15 +127,15 @@ def test_rows_that_reach_the_wrong_member_are_noticed(points, monkeypatch):
 
 
 def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys):
-    plain = joint.learn
+    plain = loop.learn
 
     def learn(shares, *more):
         plain(shares, *more)
         if len(shares) > 2:
             raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(joint, "check", lambda *_: None)
-    monkeypatch.setattr(joint, "learn", learn)
+    monkeypatch.setattr(sharing, "check", lambda *_: None)
+    monkeypatch.setattr(loop, "learn", learn)
     each = [[f"seed={i}", "adapter.lora_dropout=0.2"] for i in range(4)]
     found = trained(points(*each))
     assert [job.error for job in found] == [None] * 4
@@ -151,12 +151,12 @@ def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys
 def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execution, fault):
     plain = loop._update
 
-    def update(member, step, inside):
-        if member.run.path.name == "1" and member.state.step == 3:
+    def update(share):
+        if share.member.run.path.name == "1" and share.member.state.step == 3:
             if fault == "raises":
                 raise ValueError("a bug in an optimizer")
-            next(iter(member.parameters.values())).data.fill_(float("nan"))
-        plain(member, step, inside)
+            next(iter(share.member.parameters.values())).data.fill_(float("nan"))
+        return plain(share)
 
     each = [[f"adapter.r={r}", f"sweep.execution={execution}"] for r in (2, 4, 8)]
     alone = {place: pipeline.train(points(*each, name="alone")[place]) for place in (0, 2)}
@@ -169,7 +169,7 @@ def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execut
     assert not found[1].run.result.exists()
     left = json.loads((found[1].run.path / "failed.json").read_text())
     assert left["error"] == str(found[1].error)
-    assert "_update" in "".join(left["traceback"])
+    assert ("in update" if fault == "raises" else "in _check") in "".join(left["traceback"])
 
 
 def test_a_sweep_with_points_that_cannot_be_used_begins_none(overrides, eval_file, tmp_path, capsys):
@@ -234,10 +234,11 @@ from lora_lab import cli
 from lora_lab.train import loop
 plain, count, last = loop._update, [0], int(sys.argv[1])
 def update(*given):
-    plain(*given)
+    lr = plain(*given)
     count[0] += 1
     if count[0] == last:
         os.kill(os.getpid(), signal.SIGKILL)
+    return lr
 loop._update = update
 cli.main(sys.argv[2:])
 """

@@ -20,8 +20,9 @@ from lora_lab.data import store
 from lora_lab.errors import LoraLabError
 from lora_lab.run import pipeline, prepared, run_dir
 from lora_lab.tasks import TASKS, metrics
+from lora_lab.tasks.base import StepBatches
 from lora_lab.train import regularize
-from lora_lab.train.cohort import Member
+from lora_lab.train.cohort import Member, Share, learn
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
 
 # -- tiny models ----------------------------------------------------------------------------------------------------------
@@ -290,11 +291,9 @@ def gradients(task, model, parts) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of a step and its gradients, without dropout."""
     model.zero_grad()
     model.eval()
-    batches = task.batches(parts, np.random.default_rng(3))
-    total, loss = sum(batch.weight for batch in batches), 0.0
-    task.begin(model, batches)
-    for batch in batches:
-        part = task.loss(model, batch).loss / total
+    step, loss = task.step(model, parts, np.random.default_rng(3)), 0.0
+    for batch in step.batches:
+        part = task.loss(model, batch).loss / step.weight
         part.backward()
         loss += part.item()
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -331,7 +330,7 @@ def test_a_head_that_reads_some_places_only_says_the_same(case, start):
 
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
     model = prepared.load_adapted(ready).eval()
-    [batch] = ready.task.batches([[ready.train[i][0] for i in range(6)]], np.random.default_rng(0))
+    batch = ready.task.collate([ready.train[i][0] for i in range(6)], np.random.default_rng(0))
     found = []
     for logits in (ready.task.logits(model, batch), model(**batch.inputs).logits[batch.places]):
         model.zero_grad()
@@ -352,7 +351,7 @@ def test_losses_of_classes_are_torchs_own(start):
         compose.compose(start("classification", f"task.class_weights={weights}", "task.label_smoothing=0.1"))
     )
     model = prepared.load_adapted(ready)
-    [batch] = ready.task.batches([[ready.train[i][0] for i in range(9)]], np.random.default_rng(0))
+    batch = ready.task.collate([ready.train[i][0] for i in range(9)], np.random.default_rng(0))
     logits = ready.task.logits(model, batch)
     found = ready.task.loss(model.eval(), batch)  # measured without smoothing
     expected = cross_entropy(logits, batch.targets, weight=torch.tensor(weights))
@@ -362,7 +361,7 @@ def test_losses_of_classes_are_torchs_own(start):
 
     several = prepared.prepare(compose.compose(start("classification-several")))
     model = prepared.load_adapted(several)
-    [batch] = several.task.batches([[several.train[i][0] for i in range(9)]], np.random.default_rng(0))
+    batch = several.task.collate([several.train[i][0] for i in range(9)], np.random.default_rng(0))
     raw = model(**batch.inputs).logits
     found = several.task.loss(model.eval(), batch)
     expected = binary_cross_entropy_with_logits(raw, batch.targets.reshape(9, 3).float())
@@ -404,7 +403,7 @@ def test_masks_are_drawn_as_bert_draws_them(start):
 
     ready = prepared.prepare(compose.compose(start("masked_lm", "task.mask_probability=0.3")))
     examples = [ready.train[i][0] for i in range(40)] * 40
-    [batch] = ready.task.batches([examples], np.random.default_rng(0))
+    batch = ready.task.collate(examples, np.random.default_rng(0))
     rows, columns = batch.places
     seen, mask = batch.inputs["input_ids"][rows, columns], ready.encoder.tokenizer.mask_token_id
     shares = [(seen == mask).float().mean().item(), (seen == batch.targets).float().mean().item()]
@@ -417,7 +416,7 @@ def test_masks_are_drawn_as_bert_draws_them(start):
     assert counts.min() == 1
     special = set(ready.encoder.tokenizer.all_special_ids)
     assert not special & set(batch.targets.tolist())
-    [again] = ready.task.batches([examples], np.random.default_rng(1))
+    again = ready.task.collate(examples, np.random.default_rng(1))
     assert not torch.equal(again.inputs["input_ids"], batch.inputs["input_ids"])
 
 
@@ -506,12 +505,19 @@ def ready(start):
         member = Member(
             "default", ready.config, run_dir.create(ready.config), ready.base, model, ready.train, ready.task.learned
         )
-        [batch] = ready.task.batches([[e for i in range(6) for e in ready.train[i]]], np.random.default_rng(0))
-        ready.task.begin(model, [batch])
+        examples = [e for i in range(6) for e in ready.train[i]]
+        [batch] = ready.task.step(model, [examples], np.random.default_rng(0)).batches
         model.train()
         return ready, member, batch
 
     return make
+
+
+def learned(member, prepared_run, batch) -> Share:
+    """A pass over the batch as the loop makes it."""
+    share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
+    learn([share], 0, prepared_run.task, prepared_run.accelerator)
+    return share
 
 
 def grads_of(member) -> torch.Tensor:
@@ -539,9 +545,7 @@ def test_neftune_adds_noise_of_the_papers_size_in_training_only(case, ready):
     try:
         for _ in range(2):
             torch.manual_seed(0)
-            loss = regularize.learn(
-                member, prepared_run.task, batch, batch.weight, prepared_run.accelerator
-            ).loss.item()
+            loss = learned(member, prepared_run, batch).loss
             grads = grads_of(member)
     finally:
         regularize._noise = original
@@ -568,7 +572,7 @@ def test_fgm_is_the_gradient_here_and_at_the_worst_point_near(case, ready):
     plain = task.loss(model, batch).loss / batch.weight
     plain.backward()
     clean = grads_of(member)
-    regularize.learn(member, task, batch, batch.weight, prepared_run.accelerator)
+    learned(member, prepared_run, batch)
     both = grads_of(member)
     moved = both - clean  # the adversarial part alone
     assert moved.norm() > 0.1 * clean.norm()
@@ -599,7 +603,7 @@ def test_rdrop_is_two_passes_and_their_divergence(case, ready):
     prepared_run, member, batch = ready(case, "train.rdrop_alpha=2.0", "adapter.lora_dropout=0.3")
     task, model = prepared_run.task, member.model
     torch.manual_seed(7)
-    found = regularize.learn(member, task, batch, batch.weight, prepared_run.accelerator)
+    found = learned(member, prepared_run, batch)
     torch.manual_seed(7)
     p, q = task.logits(model, batch), task.logits(model, batch)
     assert not torch.equal(p, q)
@@ -609,7 +613,7 @@ def test_rdrop_is_two_passes_and_their_divergence(case, ready):
         (cross_entropy(p, batch.targets, reduction="none") + cross_entropy(q, batch.targets, reduction="none")) / 2
         + 2.0 * (kl(one, two) + kl(two, one)) / 2
     ).sum()
-    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_dropout_is_for_training_only(ready):

@@ -4,6 +4,8 @@ padded to the length of the longest."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,6 +88,25 @@ def pad(rows: list[np.ndarray], fill: int) -> torch.Tensor:
     for place, row in enumerate(rows):
         padded[place, : len(row)] = row
     return torch.from_numpy(padded)
+
+
+def join(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Batches end to end: what `pack` makes of all their examples."""
+    starts = itertools.accumulate((batch.num_tokens for batch in batches), initial=0)
+    weights = None
+    if any(batch.weights is not None for batch in batches):
+        weights = torch.cat(
+            [torch.ones_like(b.targets, dtype=torch.float32) if b.weights is None else b.weights for b in batches]
+        )
+    return PackedBatch(
+        input_ids=torch.cat([batch.input_ids for batch in batches], 1),
+        position_ids=torch.cat([batch.position_ids for batch in batches], 1),
+        lengths=[length for batch in batches for length in batch.lengths],
+        logit_positions=torch.cat([b.logit_positions + start for b, start in zip(batches, starts, strict=False)]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        weights=weights,
+        origins=[origin for batch in batches for origin in batch.origins],
+    )
 
 
 def pack(examples: list[Example], device: torch.device | str = "cpu") -> PackedBatch:

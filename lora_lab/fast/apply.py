@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +19,10 @@ from lora_lab.adapters.attach import trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.fast import mlp, norm, prefix, rows
+from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
-from lora_lab.fast.roster import Roster
-from lora_lab.train import oom
+from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,12 +37,11 @@ _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 class Applied:
     """What was replaced, and why the rest was not."""
 
+    forward: Forward  # what callers must know of it
     lines: list[str] = dataclasses.field(default_factory=list)
     modules: list[nn.Module] = dataclasses.field(default_factory=list)
     weights: list[FrozenWeight] = dataclasses.field(default_factory=list)
     kept_bytes: int = 0  # of dequantized weights
-    roster: Roster = dataclasses.field(default_factory=Roster)
-    alone: str = ""  # why several members cannot share a pass; empty if they can
 
     def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         module.forward = forward
@@ -54,18 +52,7 @@ class Applied:
         for module in self.modules:
             module.__dict__.pop("forward", None)
         self.modules, self.weights = [], []
-        self.alone = "the accelerations that it needs are not used"
-
-
-@contextlib.contextmanager
-def plain(model: PeftModel) -> Iterator[None]:
-    """Inside the block every module computes by itself."""
-    forwards = [(module, module.__dict__.pop("forward")) for module in model.modules() if "forward" in module.__dict__]
-    try:
-        yield
-    finally:
-        for module, forward in forwards:
-            module.forward = forward
+        self.forward.reset("the accelerations that it needs are not used")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -74,32 +61,38 @@ def free_bytes(device: torch.device) -> int:
 
 
 def accelerate(
-    model: PeftModel, speed: SpeedConfig, run: Callable[[], torch.Tensor], free: int, prove: bool = True
+    model: PeftModel,
+    forward: Forward,
+    speed: SpeedConfig,
+    run: Callable[[], torch.Tensor],
+    free: int,
+    prove: bool = True,
 ) -> Applied:
-    """Replace what `speed` allows and the model's modules permit.
+    """Replace what `speed` allows and the model's modules permit, and note in `forward` what its callers must know of it.
 
     All are tried together, forward and backward, on the model's own calls. If that fails or moves the numbers, each is tried on top
     of those that went well, and what does not is left out with its reason: an acceleration never stops a run.
 
     Args:
-        run: a forward pass of the model, in evaluation; gives a tensor that is compared before and after.
+        run: a pass of the model through `forward`, in evaluation; gives a tensor that is compared before and after.
         free: bytes of which dequantized weights may take a share.
         prove: whether results are compared; False for a model whose tensors have no content.
     """
+    forward.reset("")
     wanted = [name for name in _STEPS if getattr(speed, name)]
     with torch.enable_grad():
         plain = _unchanged(model, run) if prove else None
         calls = _watched(model, run)
-        applied, reason = _tried(model, speed, wanted, calls, free, plain, run)
+        applied, reason = _tried(model, forward, speed, wanted, calls, free, plain, run)
         if not reason:
             return applied
         kept: list[str] = []
         refused: list[str] = []
         for name in wanted:
-            _, reason = _tried(model, speed, [*kept, name], calls, free, plain, run, keep=False)
+            _, reason = _tried(model, forward, speed, [*kept, name], calls, free, plain, run, keep=False)
             kept += [] if reason else [name]
             refused += [f"no {name}: {reason}"] if reason else []
-        applied, reason = _tried(model, speed, kept, calls, free, plain, run)
+        applied, reason = _tried(model, forward, speed, kept, calls, free, plain, run)
     applied.lines = ([f"none: {reason}"] if reason else applied.lines) + refused
     return applied
 
@@ -115,7 +108,7 @@ def _unchanged(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
     except LoraLabError:
         raise
     except Exception as error:  # whatever a model of another make raises of what it is given
-        if oom.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise BaseModelError(
@@ -125,6 +118,7 @@ def _unchanged(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
 
 def _tried(
     model: PeftModel,
+    forward: Forward,
     speed: SpeedConfig,
     wanted: list[str],
     calls: _Calls,
@@ -134,12 +128,12 @@ def _tried(
     keep: bool = True,
 ) -> tuple[Applied, str]:
     """The model with these accelerations, and why they cannot be used; undone then, or where they are not to be kept."""
-    applied, reason = Applied(), ""
+    applied, reason = Applied(forward), ""
     try:
         _apply(model, speed, wanted, calls, free, applied, prove=plain is not None)
         reason = "" if plain is None else plain.differs_from(_outcome(model, run))
     except Exception as error:  # whatever a model of another make raises here is about the acceleration alone
-        if oom.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
     if reason or not keep:
@@ -158,12 +152,13 @@ def _apply(
         _fuse_projections(projections, calls.order, scratch, applied)
     if refused:
         applied.lines.append(f"plain: {refused}")
-    applied.alone = _alone(model, applied, refused)
+    applied.forward.unshareable = _alone(model, applied, refused)
     if "fused_norms" in wanted:
         _fuse_norms(model, calls, applied, prove)
     layer = rows.last_layer(model.get_base_model())
     if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
+        applied.forward.wanted_rows = True
         applied.lines.append("last layer only where there is a loss")
     _keep_weights(model, speed, free, applied)
     if "prefix_cache" in wanted:
@@ -312,7 +307,7 @@ def _fuse_mlps(
         if mlp.activation(module.act_fn) is None:
             other = f"activation {type(module.act_fn).__name__}"
             continue
-        fused = FusedMLP(module, [gate, up], down, scratch, applied.roster)
+        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.roster)
         if name not in calls.single:
             other = f"{type(module).__name__} is called with more than one tensor, or never"
             continue
@@ -346,7 +341,7 @@ def _fuse_projections(
         own = [projections[name] for name in names]
         if not any(one.adapted or isinstance(one.base, Linear4bit) for one in own):
             continue
-        group = Group(own, scratch, applied.roster)
+        group = Group(own, scratch, applied.forward.roster)
         for place, one in enumerate(own):
             applied.replace(one.module, group.forward(place))
         applied.weights.append(group.weight)
@@ -412,4 +407,5 @@ def _keep_prefix(model: PeftModel, free: int, applied: Applied) -> None:
         return
     for place, layer in enumerate(found.layers):
         applied.replace(layer, found.forward_of(place))
+    applied.forward.kept_prefix = True
     applied.lines.append(f"{len(found.layers)} frozen layers once for each row (up to {found.limit / 2**30:.1f} GiB)")

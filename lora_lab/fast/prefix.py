@@ -47,7 +47,6 @@ class Prefix:
                 self._keep(out.detach()[0], row_keys, kwargs["segment_lengths"])
             return out
 
-        forward.keeps_prefix = True
         return forward
 
     def _keep(self, hidden: torch.Tensor, keys: list[bytes], lengths: list[int]) -> None:
@@ -75,12 +74,6 @@ def find(model: PeftModel, free: int) -> Prefix | str:
 
 def _drops(module: nn.Module) -> bool:
     return bool(isinstance(module, nn.Dropout) and module.p) or bool(getattr(module, "attention_dropout", 0.0))
-
-
-def installed(model: nn.Module) -> bool:
-    """Whether the model's first layer can be told which rows it sees (`row_keys`)."""
-    layers = getattr(getattr(model, model.base_model_prefix, None), "layers", None)
-    return isinstance(layers, nn.ModuleList) and hasattr(layers[0].__dict__.get("forward"), "keeps_prefix")
 
 
 def row_keys(input_ids: torch.Tensor, lengths: list[int]) -> list[bytes]:

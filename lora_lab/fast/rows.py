@@ -32,14 +32,8 @@ def last_layer(model: PreTrainedModel) -> nn.Module | None:
     return layer if named == _PARTS and hasattr(layer.self_attn, "o_proj") and not drops else None
 
 
-def installed(model: PreTrainedModel) -> bool:
-    """Whether the last layer can be told which positions are wanted (`wanted_positions`, [S] int64)."""
-    layer = last_layer(model)
-    return layer is not None and hasattr(layer.__dict__.get("forward"), "keeps_rows")
-
-
 def forward_of(layer: nn.Module) -> Callable[..., torch.Tensor]:
-    """What replaces the layer's forward; without `wanted_positions` it is the layer's own."""
+    """What replaces the layer's forward; without `wanted_positions` ([S] int64) it is the layer's own."""
     plain = layer.forward
 
     def forward(
@@ -52,7 +46,6 @@ def forward_of(layer: nn.Module) -> Callable[..., torch.Tensor]:
         hidden = hidden_states[:, wanted_positions] + attended
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
-    forward.keeps_rows = True
     return forward
 
 

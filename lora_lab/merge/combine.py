@@ -191,6 +191,7 @@ def load_all(sources: list[Source], config: RunConfig) -> None:
     model = load_adapted(first, members).eval()
     for source in sources:
         source.prepared.model = model
+        source.prepared.task.forward.share_model(first.task.forward)
         decide_packing(source.prepared)
 
 

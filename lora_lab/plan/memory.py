@@ -8,7 +8,6 @@ CPU is measured, not simulated; see the constants.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
-from lora_lab.train import oom, packing
+from lora_lab.train import oom
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -145,7 +144,7 @@ def estimate(
     left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if on_cpu and quantizes else 0
     holes = left + round(_HOLES * step.heap_peak) if on_cpu else 0
     batches = config.train
-    several = not task.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
+    several = not task.forward.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
     fixed = libraries + kept + own + dequantized + adapter
     phases = {
         "load": libraries + (file if on_cpu else 0) + own + adapter + (max(left, _quantizing(model)) if on_cpu else 0),
@@ -363,12 +362,10 @@ def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: F
     usage = _Usage(_MAPPED)
     _set_mode(model, learn)
     autocast = _autocast(config)
-    attention = packing.segment_attention(model) if task.packed and task.together else contextlib.nullcontext()
     batch = _without_content(batch, mode)
-    with mode, usage, attention, torch.set_grad_enabled(learn):
+    with mode, usage, task.forward.segments(model), torch.set_grad_enabled(learn):
         usage.ignore(_tensors(model))
         with autocast:
-            task.begin(model, [batch])
             loss = task.loss(model, batch).loss
         if learn:
             loss.backward()
@@ -396,7 +393,9 @@ def _accelerate(
     batch = _without_content(batch, mode)
     _set_mode(model, learn=False)
     with mode, _autocast(config):
-        applied = apply.accelerate(model, config.speed, lambda: task.logits(model, batch), free, prove=False)
+        applied = apply.accelerate(
+            model, task.forward, config.speed, lambda: task.logits(model, batch), free, prove=False
+        )
         task.accelerate(model, batch, prove=False)
     # a layer's own weights are given back when they are joined, unless they are pages of the checkpoint
     return applied.kept_bytes + (sum(weight.joined_bytes for weight in applied.weights) if mapped else 0)
@@ -405,8 +404,7 @@ def _accelerate(
 def _without_content(batch: Batch, mode: FakeTensorMode) -> Batch:
     """The batch as tensors that have shapes only; its weights go, because their sum would need content."""
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)} | {"weights": None}
-    inner = {name: _without_content(value, mode) for name, value in fields.items() if isinstance(value, PackedBatch)}
-    return type(batch)(**tree_map_only(torch.Tensor, mode.from_tensor, fields) | inner)
+    return type(batch)(**tree_map_only(torch.Tensor, mode.from_tensor, fields))
 
 
 def blank(shape: Shape) -> PackedBatch:

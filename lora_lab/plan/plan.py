@@ -132,7 +132,7 @@ def foresee(config: RunConfig, task: Task, train: Dataset | Stream, held_out: Da
         largest, tokens = _stored(task, train, batches, steps)
     evaluation = None
     if held_out is not None:
-        evaluation = _largest(task, held_out, eval_batches(held_out.lengths, task.together))
+        evaluation = _largest(task, held_out, eval_batches(held_out.lengths, task.forward.together))
     return Work(steps, batches.steps_per_epoch, tokens, largest, evaluation)
 
 
@@ -141,7 +141,7 @@ def _stored(task: Task, train: Dataset, batches: BatchPlan, steps: int) -> tuple
     lengths = train.lengths
     parts = [part for step in range(steps) for part in batches.step(step)]
     tokens = sum(int(lengths[part].sum()) for part in parts)
-    passes = parts if task.together else [[place] for part in parts for place in part]
+    passes = parts if task.forward.together else [[place] for part in parts for place in part]
     return _largest(task, train, passes), tokens
 
 
@@ -157,7 +157,7 @@ def _largest(task: Task, data: Dataset, passes: Sequence[Sequence[int]]) -> Batc
 
 
 def _batch(task: Task, examples: list[Example]) -> Batch:
-    return task.batches([examples], np.random.default_rng(0))[0]
+    return task.collate(examples, np.random.default_rng(0))
 
 
 def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tuple[Batch, int]:
@@ -168,7 +168,7 @@ def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tupl
         for chosen in batches.step(int(step)):
             examples = [example for i in chosen for example in train[int(i)]]
             tokens += sum(example.num_tokens for example in examples)
-            passes += [examples] if task.together else [[example] for example in examples]
+            passes += [examples] if task.forward.together else [[example] for example in examples]
     largest = max(passes, key=lambda examples: sum(example.num_tokens for example in examples))
     return _batch(task, largest), tokens * steps // len(seen)
 

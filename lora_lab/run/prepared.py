@@ -40,13 +40,12 @@ from lora_lab.data import build, check
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import BaseModelError, ConfigError, DataError, TrainingError
-from lora_lab.fast import apply
-from lora_lab.fast.roster import Roster
+from lora_lab.fast import apply, isolation
 from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import console, tracking
+from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.tasks.base import Measured, Task
-from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,8 +83,6 @@ class Prepared:
     accelerator: Accelerator
     stages: Stages
     model: PeftModel | None = None
-    roster: Roster = dataclasses.field(default_factory=Roster)
-    alone: str = "no model is loaded"  # why several adapters cannot share a pass; empty if they can
 
     def data_hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every data file, by configuration key."""
@@ -412,26 +409,26 @@ def decide_packing(prepared: Prepared) -> None:
         ConfigError: it does, and the rows must lie so (`train.packing=true`, or a task that compares the rows of one pass).
     """
     task, data = prepared.task, prepared.held_out or prepared.train
-    if data is None or not task.together:
+    if data is None or not task.forward.together:
         return
     try:
         with prepared.accelerator.autocast():
             if task.packed:
-                packing.check_isolation(prepared.model.eval(), first_examples(data, 2))
+                isolation.check_isolation(prepared.model.eval(), first_examples(data, 2))
             else:
-                packing.check_padding(task, prepared.model.eval(), first_examples(data, _PADDED_ROWS))
+                isolation.check_padding(task, prepared.model.eval(), first_examples(data, _PADDED_ROWS))
         return
     except BaseModelError:
         raise
     except Exception as error:  # whatever a model of another make raises here is about packing alone
-        if oom.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
     reason = reason.strip().partition("\n")[0]
     if prepared.config.train.packing or task.compares_rows:
         way_out = "Choose another base" if task.compares_rows else "Set train.packing=false"
         raise ConfigError(f"train.packing: {reason} {way_out}.")
-    task.part_rows()
+    task.forward.part_rows()
     console.say("packing", f"rows one by one: {reason}")
 
 
@@ -439,16 +436,13 @@ def accelerate(prepared: Prepared) -> None:
     """Replace what the configuration allows, and say what was replaced."""
     task, model, data = prepared.task, prepared.model.eval(), prepared.held_out or prepared.train
     if data is None:  # nothing to try them on, and little to gain
-        prepared.alone = "there are no rows to prove it on"
+        task.forward.unshareable = "there are no rows to prove it on"
         return
     with prepared.accelerator.autocast():
-        [batch] = task.batches([first_examples(data, 1)], np.random.default_rng(0))
-        batch = batch.to(model.device)
-        applied = apply.accelerate(
-            model, prepared.config.speed, lambda: task.logits(model, batch), apply.free_bytes(model.device)
-        )
+        batch = task.collate(first_examples(data, 1), np.random.default_rng(0)).to(model.device)
+        speed, free = prepared.config.speed, apply.free_bytes(model.device)
+        applied = apply.accelerate(model, task.forward, speed, lambda: task.logits(model, batch), free)
         own = task.accelerate(model, batch)
-    prepared.roster, prepared.alone = applied.roster, applied.alone
     console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_lab.config.train import TrackerConfig
 from lora_lab.errors import ConfigError, RunError
-from lora_lab.runtime import console, reading, storage
+from lora_lab.runtime import console, ranks, reading, storage
 
 _MAX_BYTES = 2**30  # five million steps
 
@@ -32,6 +32,8 @@ class MetricsLog:
 
     def write(self, step: int, **values: float | int | None) -> None:
         """Append one line; `step` counts finished optimizer steps. What is not finite is written as null."""
+        if not ranks.main():
+            return
         self.unwritten.append(json.dumps(storage.finite({"step": step, **values}), allow_nan=False))
         self._append(durable=False)
         if self.tracker is not None:

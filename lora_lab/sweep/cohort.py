@@ -15,7 +15,6 @@ from lora_lab.base import load
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
-from lora_lab.fast.roster import Roster
 from lora_lab.run import run_dir
 from lora_lab.run.pipeline import finish, measure_base
 from lora_lab.run.prepared import Prepared, load_adapted, prepare
@@ -25,7 +24,7 @@ from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.sweep.jobs import Job, groups, why_apart
 from lora_lab.tasks.base import Measured
-from lora_lab.train import checkpoint, joint
+from lora_lab.train import checkpoint, sharing
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import Clock, fit
 
@@ -165,7 +164,7 @@ def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: 
     if not pairs:
         return
     sweep, members = pairs[0][0].config.sweep, [member for _, member in pairs]
-    roster, width = _execution(members, prepared, sweep)
+    width = _width(members, prepared, sweep)
     budget.members += members
     clock = Clock()
     with prepared.stages("train"):
@@ -173,7 +172,7 @@ def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: 
             alive = [member for member in rung.members if member.failure is None]
             if not alive:
                 break
-            clock = _fit(alive, prepared, roster, width, budget)
+            clock = _fit(alive, prepared, width, budget)
             rung.choose(alive)
     budget.settle()
     for job, member in pairs:
@@ -186,10 +185,10 @@ def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: 
             job.stopped_score = score if math.isfinite(score) else None
 
 
-def _fit(members: list[Member], prepared: Prepared, roster: Roster | None, width: int, budget: Budget) -> Clock:
+def _fit(members: list[Member], prepared: Prepared, width: int, budget: Budget) -> Clock:
     data, task = (prepared.train, prepared.held_out), prepared.task
     try:
-        return fit(members, *data, task, prepared.accelerator, roster, width, budget.used_up)
+        return fit(members, *data, task, prepared.accelerator, width, budget.used_up)
     except Exception as error:
         if len(members) > 1:
             raise
@@ -202,16 +201,16 @@ def _finish(job: Job, member: Member, prepared: Prepared, before: Measured, cloc
     storage.write_text(job.run.result, storage.dump_json(result))
 
 
-def _execution(members: list[Member], prepared: Prepared, sweep: SweepConfig) -> tuple[Roster | None, int]:
-    """The roster for shared passes and how many members fit into one; None for turns."""
+def _width(members: list[Member], prepared: Prepared, sweep: SweepConfig) -> int:
+    """How many members share a pass; 1: they take turns."""
     if len(members) == 1 or sweep.execution == "turns":
-        return None, 1
-    against = joint.reason_against(prepared.task, members, prepared.alone)
+        return 1
+    against = sharing.reason_against(prepared.task, members)
     if against and sweep.execution == "joint":
         raise ConfigError(f"sweep.execution=joint: {against}. Set sweep.execution=turns.")
     if against:
         console.say("cohort", f"{len(members)} runs take turns on one base: {against}")
-        return None, 1
+        return 1
     rows = first_examples(prepared.train, 64)
     tokens = (
         sum(len(row.input_ids) for row in rows) / len(rows) * max(member.plan.micro_batch_size for member in members)
@@ -221,6 +220,6 @@ def _execution(members: list[Member], prepared: Prepared, sweep: SweepConfig) ->
         console.say(
             "cohort", f"{len(members)} runs take turns: one micro-batch fills sweep.joint_tokens={sweep.joint_tokens}"
         )
-        return None, 1
+        return 1
     console.say("cohort", f"{len(members)} runs on one base, {width} in each pass")
-    return prepared.roster, width
+    return width

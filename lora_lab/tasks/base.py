@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from lora_lab.data.collate import Batch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
+from lora_lab.fast.forward import Forward
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.metrics import reported
 from lora_lab.tasks.section import TaskSection
@@ -40,9 +41,22 @@ class LossSum:
     weight: float  # sum of the weights
     num_items: int
     logits: torch.Tensor | None  # [S, C] float32, detached; of a loss in chunks the likeliest token alone, [S, 1] int64
+    # weighted sums beside the loss, such as of a reward, by the names under which the step's means are logged
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def without_logits(self) -> LossSum:
         return dataclasses.replace(self, logits=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatches:
+    """What one optimizer step learns from: a forward pass for each batch."""
+
+    batches: list[Batch]
+    weight: float  # what the sum of their losses is divided by
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +121,9 @@ class Task:
         self.tokenizer = encoder.tokenizer
         self.learned = learned
         self.model = model
-        self.together = config.train.packing is not False  # else a forward pass for each row
-
-    def part_rows(self) -> None:
-        """Give each row a forward pass of its own."""
-        self.together = False
+        self.forward = Forward(
+            self.packed, together=config.train.packing is not False
+        )  # of the model, once it is loaded
 
     # -- before training ------------------------------------------------------------------------------------------------
 
@@ -170,22 +182,30 @@ class Task:
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def batches(self, parts: Iterable[list[Example]], rng: np.random.Generator) -> list[Batch]:
-        """The batches of one optimizer step, a forward pass each.
+    def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches:
+        """What one optimizer step learns from. What a loss must know of the whole step is found out here, with the model as it
+        is before the step; to generate, inside `self.forward.generating(model)`.
 
         Args:
             parts: the examples of each micro-batch.
-            rng: of what is drawn anew in every step, in the order of the examples.
+            rng: of what is drawn anew in every step, in the order of the examples. torch's own generators are seeded as well.
         """
-        groups = parts if self.together else [[example] for part in parts for example in part]
-        return [self.collate(group, rng) for group in groups if group]
+        groups = parts if self.forward.together else [[example] for part in parts for example in part]
+        batches = [self.collate(group, rng) for group in groups if group]
+        return StepBatches(batches, sum(batch.weight for batch in batches))
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> Batch:
-        """Put examples into one batch, on the CPU."""
+        """Put examples into one batch, on the CPU, that the loss can be computed of."""
         raise NotImplementedError
 
-    def begin(self, model: PeftModel, batches: list[Batch]) -> None:
-        """What a loss must know of the whole step before its first batch."""
+    @property
+    def shares_passes(self) -> bool:
+        """Whether several adapters can learn in one pass over all their rows: `losses_of_members` gives each its own."""
+        return False
+
+    def losses_of_members(self, model: PeftModel, batches: Sequence[Batch]) -> list[LossSum]:
+        """The summed loss of each adapter's batch, from one pass over all of them end to end."""
+        raise NotImplementedError
 
     def logits(self, model: PeftModel, batch: Batch) -> torch.Tensor:
         """[S, C] float32: for each item of the batch a score for each class (or token)."""
@@ -227,12 +247,12 @@ class Task:
     def measure(self, model: PeftModel, data: Dataset) -> Measured:
         """The loss (weighted mean over all items) and what `metrics` makes of all predictions."""
         groups = [
-            [example for i in places for example in data[i]] for places in eval_batches(data.lengths, self.together)
+            [example for i in places for example in data[i]]
+            for places in eval_batches(data.lengths, self.forward.together)
         ]
-        if not self.together:  # a place may hold several short texts
+        if not self.forward.together:  # a place may hold several short texts
             groups = [[example] for group in groups for example in group]
-        batches = self.batches(groups, np.random.default_rng(0))
-        self.begin(model, batches)
+        batches = self.step(model, groups, np.random.default_rng(0)).batches
         loss, weight, seen = 0.0, 0.0, []
         for examples, batch in zip(groups, batches, strict=True):
             out = self.loss(model, batch.to(model.device))
@@ -244,8 +264,7 @@ class Task:
     @torch.no_grad()
     def losses_of(self, model: PeftModel, examples: list[Example]) -> np.ndarray:
         """[n, 2] the summed loss of each example and the weight by which the whole mean divides, as `measure` adds them up."""
-        batches = self.batches([[example] for example in examples], np.random.default_rng(0))
-        self.begin(model, batches)
+        batches = self.step(model, [[example] for example in examples], np.random.default_rng(0)).batches
         found = (self.loss(model, batch.to(model.device)) for batch in batches)
         return np.array([(one.loss.item(), one.weight) for one in found])
 

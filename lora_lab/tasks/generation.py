@@ -6,7 +6,6 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lora_lab.data.collate import pad
 from lora_lab.runtime import console
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 _ROWS = 32  # generated together
 
 
-@torch.no_grad()
 def generate_all(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,

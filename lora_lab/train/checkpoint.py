@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters import files
 from lora_lab.errors import CheckpointError, LoraLabError, RunError
-from lora_lab.runtime import console, reading, storage
+from lora_lab.runtime import console, ranks, reading, storage
 
 if TYPE_CHECKING:
     from lora_lab.train.cohort import Member
@@ -30,6 +30,8 @@ _LATER = {"best_lost"}  # fields that checkpoints of earlier versions do not hav
 def save(member: Member) -> Path:
     """Write `checkpoints/step-N/`, then drop older checkpoints beyond `train.keep_checkpoints` (never the best one)."""
     folder = _folder(member, member.state.step)
+    if not ranks.main():
+        return folder
     tensors, scalars = _flatten(member.optimizer.state_dict())
     state = {
         "member": dataclasses.asdict(member.state),

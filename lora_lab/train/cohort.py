@@ -1,26 +1,38 @@
-"""The members that train together on one frozen base. A single run is a cohort of one."""
+"""The members that train together on one frozen base, and what they learn in a step. A single run is a cohort of one.
+
+Several members may share a pass: all their rows go through each frozen weight at once, each adapter sees its own. A member's loss,
+and so its gradients, depend on its own rows only, and it learns from the same micro-batches, with the same dropout, as it would
+alone; what differs is the order in which products are summed up (float32: 1e-5 after many steps).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from lora_lab.adapters.attach import trainable
 from lora_lab.base.load import BaseFiles
 from lora_lab.config.run import RunConfig
+from lora_lab.data.collate import PackedBatch
 from lora_lab.data.dataset import Dataset, Stream
+from lora_lab.data.encode import Example
+from lora_lab.fast.roster import Seat
 from lora_lab.run.run_dir import RunDir
-from lora_lab.runtime import tracking
+from lora_lab.runtime import ranks, tracking
+from lora_lab.train import regularize
 from lora_lab.train.batches import plan_of
 from lora_lab.train.optim import build_optimizer, build_schedule
 
 if TYPE_CHECKING:
-    import torch
+    from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.base import Measured
+    from lora_lab.tasks.base import LossSum, Measured, StepBatches, Task
 
 
 @dataclasses.dataclass
@@ -110,3 +122,98 @@ class Member:
         if self.model.active_adapter != self.name or not trained:  # peft goes through every adapter of every layer
             self.model.set_adapter(self.name)
         yield
+
+
+@dataclasses.dataclass
+class Share:
+    """What one member brings into a step, and what it learned in it."""
+
+    member: Member
+    parts: list[list[Example]]  # of each micro-batch
+    batches: StepBatches
+    weight: float  # what the losses of all its batches are divided by
+    generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
+    loss: float = 0.0  # weighted sum
+    tokens: int = 0
+    supervised: int = 0
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)  # weighted sums
+
+    def add(self, tokens: int, found: LossSum) -> None:
+        """Count what a batch gave."""
+        self.loss += found.loss.item()
+        self.tokens += tokens
+        self.supervised += found.num_items
+        for name, value in found.figures.items():
+            self.figures[name] = self.figures.get(name, 0.0) + value
+
+    def mean_loss(self) -> float:
+        return ranks.sum(self.loss) / self.weight
+
+    def mean_figures(self) -> dict[str, float]:
+        return {name: ranks.sum(value) / self.weight for name, value in self.figures.items()}
+
+
+@contextlib.contextmanager
+def learning(members: Sequence[Member]) -> Iterator[None]:
+    """Inside the block the adapters of these members learn: the only one is active, several are told apart by their seats."""
+    if len(members) == 1:
+        with members[0].turn():
+            yield
+        return
+    for member in members:
+        for parameter in member.parameters.values():
+            parameter.requires_grad_()  # peft lets only the active adapter have gradients
+    yield
+
+
+def share(
+    member: Member, parts: list[list[Example]], seed: int, task: Task, accelerator: Accelerator, alone: bool
+) -> Share:
+    """What a member brings into a step.
+
+    Args:
+        seed: of everything random in the step.
+        alone: whether it has passes of its own.
+    """
+    torch.manual_seed(seed)
+    member.model.train()
+    with accelerator.autocast():
+        batches = task.step(member.model, parts, np.random.default_rng(seed))
+    generator = None if alone else torch.Generator(member.model.device).manual_seed(seed)
+    return Share(member, parts, batches, ranks.sum(batches.weight), generator)
+
+
+def learn(shares: Sequence[Share], place: int, task: Task, accelerator: Accelerator) -> None:
+    """Forward and backward over one batch of each share, in one pass. A step's loss is the weighted mean over all that it learns
+    from, however it is split.
+
+    Args:
+        place: which of its batches; shares that have no such batch have no part in the pass.
+    """
+    shares = [one for one in shares if place < len(one.batches)]
+    train, model = shares[0].member.config.train, shares[0].member.model
+    batches = [one.batches.batches[place].to(model.device) for one in shares]
+    seats = [_seat(*pair) for pair in zip(shares, batches, strict=True) if pair[0].generator is not None]
+
+    def passed() -> list[LossSum]:
+        with accelerator.autocast():
+            if seats:
+                found = task.losses_of_members(model, batches)
+            else:
+                found = [task.loss(model, batches[0], train.rdrop_alpha).without_logits()]  # gradients need the room
+        accelerator.backward(sum(one.loss / part.weight for one, part in zip(found, shares, strict=True)))
+        return found
+
+    if seats:
+        with task.forward.roster.seated(seats):
+            found = passed()
+    elif train.neftune_alpha or train.fgm_epsilon:
+        found = regularize.learn(train, model, batches[0], passed)
+    else:
+        found = passed()
+    for one, batch, part in zip(shares, batches, found, strict=True):
+        one.add(batch.num_tokens, part)
+
+
+def _seat(one: Share, batch: PackedBatch) -> Seat:
+    return Seat(one.member.name, batch.num_tokens, len(batch.targets), one.generator)

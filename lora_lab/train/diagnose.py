@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from lora_lab.data.encode import Example
-from lora_lab.fast.apply import plain
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,14 +26,13 @@ def first_non_finite(model: PeftModel, examples: list[Example], task: Task, acce
         for name, module in model.get_base_model().named_modules()
         if not any(module.children())
     ]
-    with plain(model), contextlib.ExitStack() as stack:
+    with task.forward.plain(model), contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.remove)
         for example in examples:
             with accelerator.autocast():
-                [batch] = task.batches([[example]], np.random.default_rng(0))
-                task.begin(model, [batch])
-                task.loss(model, batch.to(model.device))
+                for batch in task.step(model, [[example]], np.random.default_rng(0)).batches:
+                    task.loss(model, batch.to(model.device))
             if found:
                 return f"{found[0]} in {example.origin}"
     return None

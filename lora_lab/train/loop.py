@@ -1,6 +1,6 @@
 """The only training loop. It trains a cohort step by step on one frozen base: members share passes, or take turns.
 
-Order within a step: forward and backward over the micro-batches, check, clip, update, log, evaluate, save.
+`_step` is the step, whole: forward and backward over the micro-batches, check, clip, update, log, evaluate, save.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.errors import CheckpointError, Interrupted, RunError, TrainingError
-from lora_lab.runtime import console, signals
-from lora_lab.train import checkpoint, diagnose, joint, oom, packing, regularize
-from lora_lab.train.cohort import Member
+from lora_lab.runtime import console, ranks, signals
+from lora_lab.train import checkpoint, diagnose, oom, sharing
+from lora_lab.train.cohort import Member, Share, learn, learning, share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lora_lab.data.encode import Example
-    from lora_lab.fast.roster import Roster
     from lora_lab.tasks.base import Task
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
@@ -55,17 +54,6 @@ class Clock:
 
 
 @dataclasses.dataclass
-class Step:
-    """What a member learned in the step that it is in."""
-
-    parts: list[list[Example]]
-    loss: float  # weighted sum
-    weight: float  # what it is divided by
-    tokens: int
-    supervised: int
-
-
-@dataclasses.dataclass
 class Loop:
     """What all steps of a cohort share."""
 
@@ -76,8 +64,8 @@ class Loop:
     arrived: list[int]  # signals
     progress: console.Steps
     clock: Clock
-    roster: Roster | None  # None: members take turns
-    width: int  # members in one pass, at most
+    width: int  # members in one pass, at most; 1: they take turns
+    alone: bool  # whether there is one member only
 
 
 def fit(
@@ -86,7 +74,6 @@ def fit(
     held_out: Dataset | None,
     task: Task,
     accelerator: Accelerator,
-    roster: Roster | None = None,
     width: int = 1,
     used_up: Callable[[], bool] = lambda: False,
 ) -> Clock:
@@ -96,40 +83,44 @@ def fit(
     A member that fails leaves the others as they are: its error is in `member.failure`. The only member's error is raised.
 
     Args:
-        roster: of the model's modules, for members that share passes; None: they take turns.
-        width: how many members share a pass, at most.
+        width: how many members share a pass, at most; 1: they take turns.
         used_up: whether the members should rest where they are; asked after each of them made a step.
 
     Raises:
         TrainingError: a non-finite loss or gradient of the only member; the last good state is saved.
         Interrupted: Ctrl-C or SIGTERM; the last finished steps are saved.
     """
-    todo = sum(member.stop_at - member.state.step for member in members)
+    clock, alone = Clock(_WARM_UP_STEPS * len(members)), len(members) == 1
     with (
         signals.held() as arrived,
-        packing.segment_attention(members[0].model) if task.packed and task.together else contextlib.nullcontext(),
+        task.forward.segments(members[0].model),
         console.steps("train", sum(m.stop_at for m in members), sum(m.state.step for m in members)) as progress,
     ):
-        loop = Loop(
-            train, held_out, task, accelerator, arrived, progress, Clock(_WARM_UP_STEPS * len(members)), roster, width
-        )
-        if todo:
-            _prepare(members, loop)
-        while running := [member for member in members if not member.resting]:
-            width = loop.width if loop.roster else 1
-            for start in range(0, len(running), width):
-                _step_and_save(running[start : start + width], loop, alone=len(members) == 1)
-                if arrived:
-                    _save_all(members)
-                    raise _interruption(arrived[0], members)
-            if used_up():
-                _save_all(running)
-                break
+        _steps(members, Loop(train, held_out, task, accelerator, arrived, progress, clock, width, alone), used_up)
     for member in members:
         if member.done and member.failure is None:
             _load_best(member)
             member.log.close()
-    return loop.clock
+    return clock
+
+
+def _steps(members: list[Member], loop: Loop, used_up: Callable[[], bool]) -> None:
+    """Step after step of all members, until each of them rests."""
+    if any(member.state.step < member.stop_at for member in members):
+        for member in members:
+            oom.apply(member)
+        if loop.width > 1:
+            sharing.check(members, loop.train, loop.task, loop.accelerator)
+    while running := [member for member in members if not member.resting]:
+        width = loop.width
+        for start in range(0, len(running), width):
+            _step_or_fail(running[start : start + width], loop)
+            if ranks.agree(bool(loop.arrived)):
+                _save_all(members)
+                raise _interruption(loop.arrived[0], members)
+        if used_up():
+            _save_all(running)
+            break
 
 
 def _interruption(signum: int, members: list[Member]) -> Interrupted:
@@ -139,156 +130,42 @@ def _interruption(signum: int, members: list[Member]) -> Interrupted:
     return interrupted
 
 
-def _prepare(members: list[Member], loop: Loop) -> None:
-    for member in members:
-        oom.apply(member)
-    if loop.roster is not None:
-        joint.check(members, loop.train, loop.task, loop.roster, loop.accelerator)
+# -- the step -----------------------------------------------------------------------------------------------------------
 
 
-def _step_and_save(members: list[Member], loop: Loop, alone: bool) -> None:
-    """One optimizer step of each of these members, and what is due after it."""
-    started = time.perf_counter()
-    try:
-        learned = _learn_together(members, loop) if len(members) > 1 else _learn_in_memory(members[0], loop)
-    except Exception as error:
-        if len(members) == 1:
-            _fail(members[0], error, alone)
-            return
-        console.say("joint", f"a shared step failed ({error}); its members take it in turns")
-        for member in members:
-            member.optimizer.zero_grad()
-            _step_and_save([member], loop, alone)
-        return
-    if learned is None:  # a signal arrived: nothing has changed
-        return
-    shared = (time.perf_counter() - started) / len(members)
-    for member, step in zip(members, learned, strict=True):
-        started = time.perf_counter()
-        try:
-            _update(member, step, loop)
-            _log(member, step, loop, shared + time.perf_counter() - started)
-            _evaluate_and_save(member, loop.held_out, loop.task, loop.accelerator)
-            _stop_unlogged(member)
-        except Exception as error:
-            _fail(member, error, alone)
-
-
-def _fail(member: Member, error: Exception, alone: bool) -> None:
-    """Leave a member out from now on; the only one's error goes up."""
-    member.optimizer.zero_grad()
-    if alone:
-        raise error
-    member.failure = error
-    console.say("failed", f"{member.run.path}: {error}")
-
-
-def _learn_together(members: list[Member], loop: Loop) -> list[Step] | None:
-    """The gradients of each member's coming step, in shared passes of fewer members if they do not fit into memory."""
-    shares = [joint.share(member, _parts(member, loop.train, loop.task)) for member in members]
-    members[0].model.train()
-    while True:
-        try:
+def _step(members: list[Member], loop: Loop) -> None:
+    """One optimizer step of members that share its passes, from their rows to what is saved; mostly it is one member."""
+    started, alone = time.perf_counter(), len(members) == 1
+    for attempt in oom.attempts(lambda: _need_less(members, loop)):
+        with attempt, learning(members):
+            shares = [_share(member, loop, alone) for member in members]
             for start in range(0, len(shares), loop.width):
-                if loop.arrived:
-                    for member in members:
-                        member.optimizer.zero_grad()
-                    return None
-                joint.learn(shares[start : start + loop.width], loop.task, loop.roster, loop.accelerator)
-            return [Step(one.parts, one.loss, one.weight, one.tokens, one.supervised) for one in shares]
-        except (RuntimeError, MemoryError) as error:
-            if not oom.is_out_of_memory(error) or loop.width == 1:
-                raise
-            error.__traceback__ = None  # it holds the activations that did not fit
-            loop.width = (loop.width + 1) // 2
-            console.say("memory", f"passes of {loop.width} members from now on; the steps themselves stay the same")
-            for member in members:
-                member.optimizer.zero_grad()
+                together = shares[start : start + loop.width]
+                for place in range(max(len(one.batches) for one in together)):
+                    if ranks.agree(bool(loop.arrived)):
+                        _forget(members)
+                        return
+                    learn(together, place, loop.task, loop.accelerator)
+    passes = (time.perf_counter() - started) / len(members)
+    for one in shares:
+        with _left_out_if_it_fails(one.member, loop):
+            started = time.perf_counter()
+            norm = _gradient_norm(one)
+            _check(one, norm, loop)
+            _clip(one, norm)
+            lr = _update(one)
+            _log(one, norm, lr, passes + time.perf_counter() - started, loop)
+            better = _evaluate(one.member, loop)
+            _save(one.member, better)
 
 
-def _learn_in_memory(member: Member, loop: Loop) -> list[Step] | None:
-    """The gradients of the coming step, in smaller parts as long as it does not fit; None when a signal arrived."""
-    with member.turn():
-        while True:
-            parts = _parts(member, loop.train, loop.task)
-            try:
-                return _learn(member, parts, loop)
-            except (RuntimeError, MemoryError) as error:
-                member.optimizer.zero_grad()
-                _need_less(member, error)
+# -- its parts ----------------------------------------------------------------------------------------------------------
 
 
-def _learn(member: Member, parts: list[list[Example]], loop: Loop) -> list[Step] | None:
-    """Forward and backward: the step's loss is the weighted mean over all that it learns from, however it is split."""
-    seed, task = member.plan.dropout_seed(member.state.step), loop.task
-    batches = task.batches(parts, np.random.default_rng(seed))
-    step = Step(parts, 0.0, sum(batch.weight for batch in batches), 0, 0)
-    torch.manual_seed(seed)
-    member.model.train()
-    with loop.accelerator.autocast():
-        task.begin(member.model, batches)
-    for batch in batches:
-        if loop.arrived:
-            member.optimizer.zero_grad()
-            return None
-        out = regularize.learn(member, task, batch.to(member.model.device), step.weight, loop.accelerator)
-        step.loss, step.tokens = step.loss + out.loss.item(), step.tokens + batch.num_tokens
-        step.supervised += out.num_items
-    return [step]
-
-
-def _update(member: Member, step: Step, loop: Loop) -> None:
-    """Check, clip, update."""
-    state, config = member.state, member.config
-    if not step.tokens:  # nothing to learn from in this step
-        member.schedule.step()
-        state.step += 1
-        member.log.write(state.step, loss=None, tokens=state.tokens)
-        return
-    limit = math.inf if config.optim.max_grad_norm is None else config.optim.max_grad_norm
-    grad_norm = float(loop.accelerator.clip_grad_norm_(list(member.parameters.values()), limit))
-    if not (math.isfinite(step.loss) and math.isfinite(grad_norm)):
-        member.optimizer.zero_grad()
-        _stop_non_finite(member, step.loss / step.weight, grad_norm, step.parts, loop.task, loop.accelerator)
-    lr = member.schedule.get_last_lr()[0]
-    member.optimizer.step()
-    member.schedule.step()
-    member.optimizer.zero_grad()
-    state.step += 1
-    member.measured = None
-    state.tokens += step.tokens
-    state.supervised_tokens += step.supervised
-    member.log.write(state.step, loss=step.loss / step.weight, grad_norm=grad_norm, lr=lr, tokens=state.tokens)
-
-
-def _log(member: Member, step: Step, loop: Loop, seconds: float) -> None:
-    if not step.tokens:
-        loop.progress.advance(loss="no rows")
-        return
-    member.seconds += seconds
-    loop.clock.add(seconds, step.tokens)
-    speed = loop.clock.tokens_per_second or step.tokens / seconds
-    loop.progress.advance(
-        loss=f"{step.loss / step.weight:.4f}",
-        lr=f"{member.schedule.get_last_lr()[0]:.2e}",
-        **{"tok/s": f"{speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
-    )
-
-
-def _need_less(member: Member, error: Exception) -> None:
-    """After a failed allocation, make the member need less memory; other errors go on."""
-    if not oom.is_out_of_memory(error):
-        raise error
-    error.__traceback__ = None  # it holds the activations that did not fit
-    done = oom.step_down(member)
-    if done is None:
-        raise TrainingError(
-            f"Step {member.state.step + 1} does not fit into memory, one row at a time and checkpointed. Set a smaller "
-            "data.max_tokens, quant=nf4 or speed.dequantize=always; lora-lab plan shows what needs how much."
-        )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    console.say("memory", f"step {member.state.step + 1} does not fit: {done}; the step itself stays the same")
+def _share(member: Member, loop: Loop, alone: bool) -> Share:
+    """What a member brings into its coming step."""
+    parts, seed = _parts(member, loop.train, loop.task), member.plan.dropout_seed(member.state.step)
+    return share(member, parts, seed, loop.task, loop.accelerator, alone)
 
 
 def _parts(member: Member, train: Dataset | Stream, task: Task) -> list[list[Example]]:
@@ -314,44 +191,130 @@ def of_like_length(examples: list[Example], most: int, enough_tokens: int) -> li
     return parts
 
 
-def _stop_non_finite(
-    member: Member, loss: float, grad_norm: float, parts: list[list[Example]], task: Task, accelerator: Accelerator
-) -> None:
-    examples = [example for part in parts for example in part]
+def _forget(members: list[Member]) -> None:
+    """Drop what a step has gathered so far."""
+    for member in members:
+        member.optimizer.zero_grad()
+
+
+def _need_less(members: list[Member], loop: Loop) -> None:
+    """After a failed allocation: passes of fewer members, or less memory for the only one.
+
+    Raises:
+        TrainingError: nothing is left to do.
+    """
+    _forget(members)
+    if len(members) > 1:
+        if loop.width == 1:
+            raise TrainingError("one member's pass does not fit into memory")
+        loop.width = (loop.width + 1) // 2
+        console.say("memory", f"passes of {loop.width} members from now on; the steps themselves stay the same")
+        return
+    [member] = members
+    done = oom.step_down(member)
+    if done is None:
+        raise TrainingError(
+            f"Step {member.state.step + 1} does not fit into memory, one row at a time and checkpointed. Set a smaller "
+            "data.max_tokens, quant=nf4 or speed.dequantize=always; lora-lab plan shows what needs how much."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    console.say("memory", f"step {member.state.step + 1} does not fit: {done}; the step itself stays the same")
+
+
+def _gradient_norm(one: Share) -> torch.Tensor:
+    """The norm of all of a member's gradients together; of all processes' if there are several."""
+    ranks.sum_gradients(one.member.parameters.values())
+    return get_total_norm([p.grad for p in one.member.parameters.values() if p.grad is not None])
+
+
+def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
+    """Stop before the update if the numbers cannot be used; the state before the step is saved.
+
+    Raises:
+        TrainingError: naming the first module that is not finite, and the step's rows.
+    """
+    if math.isfinite(one.loss) and norm.isfinite():
+        return
+    member, examples = one.member, [example for part in one.parts for example in part]
+    member.optimizer.zero_grad()
     rows = ", ".join(example.origin for example in examples)
     with member.turn():
         saved = checkpoint.save(member)
-        where = diagnose.first_non_finite(member.model, examples, task, accelerator)
+        where = diagnose.first_non_finite(member.model, examples, loop.task, loop.accelerator)
     first = (
         f"First not finite: the output of {where}. " if where else "The forward pass is finite, the gradient is not. "
     )
     raise TrainingError(
-        f"Step {member.state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the update was not made. "
-        f"{first}Rows of the step: {rows}. Lower optim.lr, set optim.max_grad_norm, or look at the rows. The state before the "
-        f"step is in {saved}."
+        f"Step {member.state.step + 1}: loss {one.loss / one.weight}, gradient norm {norm.item()}: not finite, so the update was not "
+        f"made. {first}Rows of the step: {rows}. Lower optim.lr, set optim.max_grad_norm, or look at the rows. The state before "
+        f"the step is in {saved}."
     )
 
 
-def _evaluate_and_save(member: Member, held_out: Dataset | None, task: Task, accelerator: Accelerator) -> None:
-    state, config = member.state, member.config.train
-    measures, better = held_out is not None and member.due(config.eval_steps), False
-    if not (measures or member.due(config.save_steps)):
+def _clip(one: Share, norm: torch.Tensor) -> None:
+    most = one.member.config.optim.max_grad_norm
+    if most is not None:
+        clip_grads_with_norm_(one.member.parameters.values(), most, norm)
+
+
+def _update(one: Share) -> float:
+    """The optimizer's step, and the learning rate that it was made with; without rows nothing is learned."""
+    member, state = one.member, one.member.state
+    lr = member.schedule.get_last_lr()[0]
+    if one.tokens:
+        member.optimizer.step()
+        member.measured = None
+    member.schedule.step()
+    member.optimizer.zero_grad()
+    state.step += 1
+    state.tokens += one.tokens
+    state.supervised_tokens += one.supervised
+    return lr
+
+
+def _log(one: Share, norm: torch.Tensor, lr: float, seconds: float, loop: Loop) -> None:
+    member, state = one.member, one.member.state
+    if not one.tokens:
+        member.log.write(state.step, loss=None, tokens=state.tokens)
+        loop.progress.advance(loss="no rows")
         return
-    with member.turn():
-        if measures:
-            member.model.eval()
-            with accelerator.autocast():
-                member.measured = task.measure(member.model, held_out)
-            metrics = member.measured.metrics
-            member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
-            better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
-            if better:
-                state.best_loss, state.best_step, state.worse_evaluations = metrics["loss"], state.step, 0
-            else:
-                state.worse_evaluations += 1
-                state.stopped_early = state.worse_evaluations == config.early_stopping_patience
-        if better or member.due(config.save_steps):
+    loss, figures = one.mean_loss(), one.mean_figures()
+    member.log.write(state.step, loss=loss, grad_norm=norm.item(), lr=lr, tokens=state.tokens, **figures)
+    member.seconds += seconds
+    loop.clock.add(seconds, one.tokens)
+    speed = loop.clock.tokens_per_second or one.tokens / seconds
+    loop.progress.advance(
+        loss=f"{loss:.4f}",
+        lr=f"{member.schedule.get_last_lr()[0]:.2e}",
+        **{"tok/s": f"{speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
+    )
+
+
+def _evaluate(member: Member, loop: Loop) -> bool:
+    """Measure the held-out rows if that is due, and stop where it has not helped for long; whether it was the best so far."""
+    state, config = member.state, member.config.train
+    if loop.held_out is None or not member.due(config.eval_steps):
+        return False
+    with member.turn(), loop.accelerator.autocast():
+        member.measured = loop.task.measure(member.model.eval(), loop.held_out)
+    metrics = member.measured.metrics
+    member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
+    better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
+    if better:
+        state.best_loss, state.best_step, state.worse_evaluations = metrics["loss"], state.step, 0
+    else:
+        state.worse_evaluations += 1
+        state.stopped_early = state.worse_evaluations == config.early_stopping_patience
+    return better
+
+
+def _save(member: Member, better: bool) -> None:
+    """Write a checkpoint if it is due, or better than all before, and stop if metrics.jsonl cannot be written."""
+    if better or member.due(member.config.train.save_steps):
+        with member.turn():
             checkpoint.save(member)
+    _stop_unlogged(member)
 
 
 def _stop_unlogged(member: Member) -> None:
@@ -369,6 +332,44 @@ def _stop_unlogged(member: Member) -> None:
     except RunError as error:
         saved = f"Step {member.state.step} could not be saved either ({error})"
     raise RunError(f"{problem} {saved}; go on with: lora-lab resume run={member.run.path}")
+
+
+# -- members that fail --------------------------------------------------------------------------------------------------
+
+
+def _step_or_fail(members: list[Member], loop: Loop) -> None:
+    """A step of these members; if a shared one fails, each takes it by itself."""
+    try:
+        _step(members, loop)
+    except Exception as error:
+        if len(members) == 1:
+            _fail(members[0], error, loop)
+            return
+        console.say("joint", f"a shared step failed ({error}); its members take it in turns")
+        _forget(members)
+        for member in members:
+            _step_or_fail([member], loop)
+
+
+@contextlib.contextmanager
+def _left_out_if_it_fails(member: Member, loop: Loop) -> Iterator[None]:
+    """What goes wrong inside the block is of this member only."""
+    try:
+        yield
+    except Exception as error:
+        _fail(member, error, loop)
+
+
+def _fail(member: Member, error: Exception, loop: Loop) -> None:
+    """Leave a member out from now on; the only one's error goes up."""
+    member.optimizer.zero_grad()
+    if loop.alone:
+        raise error
+    member.failure = error
+    console.say("failed", f"{member.run.path}: {error}")
+
+
+# -- the end ------------------------------------------------------------------------------------------------------------
 
 
 def _save_all(members: list[Member]) -> None:

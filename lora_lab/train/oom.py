@@ -7,9 +7,10 @@ step's loss stay what they are. What was changed is part of the member's state, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
+from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,11 +18,34 @@ if TYPE_CHECKING:
     from lora_lab.train.cohort import Member
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+class Attempt:
+    """A block that a lack of memory ends quietly."""
+
+    fitted = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
+        self.fitted = error is None
+        if error is None or not is_out_of_memory(error):
+            return False
+        error.__traceback__ = None  # it holds the activations that did not fit
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def attempts(need_less: Callable[[], None]) -> Iterator[Attempt]:
+    """Attempts at a block, one after another until it fits into memory: `for attempt in attempts(...): with attempt: ...`.
+
+    Args:
+        need_less: called between two of them; raises if nothing is left to do.
+    """
+    while True:
+        attempt = Attempt()
+        yield attempt
+        if attempt.fitted:
+            return
+        need_less()
 
 
 def apply(member: Member) -> None:

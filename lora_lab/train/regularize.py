@@ -1,10 +1,10 @@
-"""One forward and backward pass, and what the field adds to it against overfitting: NEFTune, R-Drop, FGM."""
+"""What the field adds to a forward and backward pass against overfitting: NEFTune and FGM (R-Drop is part of a task's loss)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,30 +12,30 @@ from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.errors import TrainingError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.base import LossSum, Task
-    from lora_lab.train.cohort import Member
+    from lora_lab.config.train import TrainConfig
+
+T = TypeVar("T")
 
 
-def learn(member: Member, task: Task, batch: Batch, total: float, accelerator: Accelerator) -> LossSum:
-    """Add the gradients of a batch's share in the step's loss; `total` is the step's weight."""
-    config, model = member.config.train, member.model
+def learn(config: TrainConfig, model: PeftModel, batch: Batch, passed: Callable[[], T]) -> T:
+    """Make a pass, forward and backward, with what `train` adds to it.
+
+    Args:
+        batch: what the pass is over.
+        passed: makes it; what it gives is given back.
+    """
     noise = _changed(model, _noise(config.neftune_alpha, batch)) if config.neftune_alpha else contextlib.nullcontext()
     seen: list[torch.Tensor] = []
     watch = _changed(model, _keep(seen)) if config.fgm_epsilon else contextlib.nullcontext()
     with noise, watch:
-        with accelerator.autocast():
-            out = task.loss(model, batch, config.rdrop_alpha).without_logits()  # gradients need the room
-        accelerator.backward(out.loss / total)
+        found = passed()
     if config.fgm_epsilon:
         shifts = iter([_adversarial(embedded.grad, config.fgm_epsilon, batch) for embedded in seen])
         with _changed(model, lambda embedded: embedded + next(shifts)):
-            with accelerator.autocast():
-                moved = task.loss(model, batch, config.rdrop_alpha)
-            accelerator.backward(moved.loss / total)
-    return out
+            passed()
+    return found
 
 
 @contextlib.contextmanager

@@ -73,11 +73,11 @@ class Faults:
         self.folder, self.planned, self.kill_with = folder, planned, kill_with
         self.marks = folder / "faults"
         self.marks.mkdir(exist_ok=True)
-        self.plain = loop._update
+        self.plain = loop._check
 
-    def update(self, member, step, inside):
-        """In the place of `loop._update`."""
-        name = member.run.path.name
+    def check(self, share, *more):
+        """In the place of `loop._check`."""
+        member, name = share.member, share.member.run.path.name
         kind, at = self.planned.get(name, ("", 0))
         if member.state.step == at and kind in ("raise", "nan", "kill") and self._first(name, kind):
             if kind == "raise":
@@ -85,8 +85,8 @@ class Faults:
             if kind == "kill":
                 os.kill(os.getpid(), self.kill_with)
             else:
-                step.loss = float("nan")
-        self.plain(member, step, inside)
+                share.loss = float("nan")
+        self.plain(share, *more)
 
     def cut(self) -> int:
         """Cut the results that are to be cut; how many there were."""
@@ -139,7 +139,7 @@ def main(folder: Path, runs: int, group: int, seed: int) -> None:
             file.write(json.dumps([os.getpid(), psutil.Process().memory_info().rss >> 20]) + "\n")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_update", faults.update)
+        patch.setattr(loop, "_check", faults.check)
         patch.setattr(cohort, "_train_group", train_group)
         code = launch(folder, runs, group)
     faults.cut()

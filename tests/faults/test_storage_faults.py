@@ -536,7 +536,7 @@ def _losses(monkeypatch, losses) -> None:
     """Held-out losses in training, in order; the real ones afterwards."""
     from lora_lab.train import loop
 
-    real = loop._evaluate_and_save
+    real = loop._evaluate
 
     class Task:
         def __init__(self, task):
@@ -549,10 +549,10 @@ def _losses(monkeypatch, losses) -> None:
             found = self.task.measure(model, data)
             return dataclasses.replace(found, metrics={**found.metrics, "loss": next(losses)})
 
-    def evaluated(member, held_out, task, accelerator):
-        real(member, held_out, Task(task), accelerator)
+    def evaluated(member, inside):
+        return real(member, dataclasses.replace(inside, task=Task(inside.task)))
 
-    monkeypatch.setattr(loop, "_evaluate_and_save", evaluated)
+    monkeypatch.setattr(loop, "_evaluate", evaluated)
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_what_is_saved(config_of, tmp_path):

@@ -23,7 +23,7 @@ from lora_lab.run import pipeline
 from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, jobs, ranking, sweep
 from lora_lab.tasks import TASKS, metrics
-from lora_lab.train import joint, loop
+from lora_lab.train import loop
 from tests.conftest import write_jsonl
 from tests.faults import soak
 from tests.test_sweep import assert_same_run
@@ -402,28 +402,22 @@ def _failing(monkeypatch, fault: str, name: str) -> None:
     def is_it(member) -> bool:
         return member.run.path.name == name and member.state.step >= 1
 
-    plain, shared, alone = loop._update, joint.learn, loop._learn
+    plain, learned = loop._check, loop.learn
 
-    def update(member, step, inside):
-        if is_it(member) and fault == "raises":
+    def check(share, *more):
+        if is_it(share.member) and fault == "raises":
             raise ValueError("a bug in an optimizer")
-        if is_it(member) and fault == "diverges":
-            step.loss = float("nan")
-        plain(member, step, inside)
+        if is_it(share.member) and fault == "diverges":
+            share.loss = float("nan")
+        plain(share, *more)
 
-    def learn_together(shares, *more):
+    def learn(shares, *more):
         if fault == "does not fit" and any(is_it(one.member) for one in shares):
             raise torch.OutOfMemoryError("no room")
-        shared(shares, *more)
+        learned(shares, *more)
 
-    def learn_alone(member, *more):
-        if fault == "does not fit" and is_it(member):
-            raise torch.OutOfMemoryError("no room")
-        return alone(member, *more)
-
-    monkeypatch.setattr(loop, "_update", update)
-    monkeypatch.setattr(joint, "learn", learn_together)
-    monkeypatch.setattr(loop, "_learn", learn_alone)
+    monkeypatch.setattr(loop, "_check", check)
+    monkeypatch.setattr(loop, "learn", learn)
 
 
 @pytest.fixture

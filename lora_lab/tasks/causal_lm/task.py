@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,42 +11,30 @@ import torch
 
 from lora_lab.config.run import RunConfig
 from lora_lab.data.chat import ChatEncoder
-from lora_lab.data.collate import PackedBatch, pack
+from lora_lab.data.collate import PackedBatch, join, pack
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
-from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
-from lora_lab.train import oom, packing
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig
 
 
-_ROUNDING = {
-    torch.float32: 1e-5
-}  # how much the loss of a token may move where it is computed in chunks; elsewhere 1e-3
-
-
 class DecoderTask(Task):
     """A task of a language model: rows lie end to end, and each supervised token is an item."""
 
     packed = True
-    chunked_loss = False  # whether the model's output layer is one that `fast.loss` can stand for
 
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         super().__init__(config, encoder, learned, model)
         self.speed = config.speed
-        self.block_attention = config.speed.block_attention and self.together
-
-    def part_rows(self) -> None:
-        super().part_rows()
-        self.block_attention = False
+        self.forward.block_attention = config.speed.block_attention and self.forward.together
 
     @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
@@ -62,45 +51,22 @@ class DecoderTask(Task):
     def accelerate(self, model: PeftModel, batch: PackedBatch, prove: bool = True) -> str:
         if not self.speed.chunked_loss:
             return ""
-        if plain_head(model.get_base_model()) is None:
-            return "whole logits (the output layer is adapted)"
-        if getattr(model.get_base_model().config.get_text_config(), "final_logit_softcapping", None):
-            return "whole logits (the model caps them after its output layer)"  # small ones would not show it
-        before = self.token_losses(model, batch)[0] if prove else None
-        self.chunked_loss = True
-        if not prove:
-            return "loss in chunks"
-        try:
-            after, _ = self.token_losses(model, batch)
-            limit = _ROUNDING.get(model.get_base_model().dtype, 1e-3)
-            self.chunked_loss = torch.allclose(before, after, rtol=limit, atol=limit)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            if oom.is_out_of_memory(error):
-                raise
-            self.chunked_loss = False
-            return f"whole logits ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-        return "loss in chunks" if self.chunked_loss else "whole logits (the model changes them after its output layer)"
+        return self.forward.try_chunks(model, lambda: self.token_losses(model, batch)[0], prove)
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PackedBatch:
         return pack(examples)
 
     def logits(self, model: PeftModel, batch: PackedBatch) -> torch.Tensor:
-        return packing.logits(model, batch, self.block_attention).float()
+        return self.forward.logits(model, batch).float()
 
     def token_losses(
         self, model: PeftModel, batch: PackedBatch, smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each supervised token [S], and its logits [S, V] or, in chunks, the likeliest token alone [S, 1]."""
-        if not self.chunked_loss:
-            logits = self.logits(model, batch)
-            return self.item_losses(logits, batch, smoothing), logits.detach()
-        base = model.get_base_model()
-        with without_head(base):
-            hidden = packing.logits(model, batch, self.block_attention)
-        head = base.get_output_embeddings()
-        weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
-        losses, likeliest = TokenLosses.apply(hidden, weight, bias, batch.targets, smoothing)
-        return losses, likeliest[:, None]
+        if self.forward.chunked_head:
+            return self.forward.losses_in_chunks(model, batch, smoothing)
+        logits = self.logits(model, batch)
+        return self.item_losses(logits, batch, smoothing), logits.detach()
 
     def loss(self, model: PeftModel, batch: PackedBatch, rdrop_alpha: float | None = None) -> LossSum:
         if rdrop_alpha is not None:  # compares whole distributions
@@ -113,8 +79,19 @@ class DecoderTask(Task):
         losses, logits = self.token_losses(model, batch, self.config.smoothing if model.training else 0.0)
         return losses if batch.weights is None else losses * batch.weights, logits
 
+    @property
+    def shares_passes(self) -> bool:
+        """As long as its loss is a sum over tokens, each from its own row, and a step needs no model."""
+        own = type(self).loss is DecoderTask.loss and type(self).step is Task.step
+        return own and self.forward.together
+
+    def losses_of_members(self, model: PeftModel, batches: Sequence[PackedBatch]) -> list[LossSum]:
+        losses, _ = self.weighted_losses(model, join(batches))
+        parts = losses.split([len(batch.targets) for batch in batches])
+        return [LossSum(part.sum(), b.weight, len(part), None) for part, b in zip(parts, batches, strict=True)]
+
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: PackedBatch) -> Observed:
-        predicted = (logits[:, 0] if self.chunked_loss else logits.argmax(-1)).cpu()
+        predicted = (logits[:, 0] if self.forward.chunked_head else logits.argmax(-1)).cpu()
         return Observed(examples, predicted[:, None].float(), predicted.numpy(), batch.targets.cpu().numpy())
 
     @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
@@ -179,7 +156,8 @@ class CausalLM(DecoderTask):
     def generate(self, model: PeftModel, prompts: list[str], title: str | None = None, **options: Any) -> list[str]:
         """Answers to rendered prompts (greedy or by beams, unless `options`, transformers' own, say otherwise)."""
         ids = [self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
-        return generate_all(model, self.tokenizer, ids, self.config, self.encoder.end_tokens(), title, **options)
+        with self.forward.generating(model):
+            return generate_all(model, self.tokenizer, ids, self.config, self.encoder.end_tokens(), title, **options)
 
     def score(self, answers: list[Answer]) -> dict[str, float]:
         """How near the answers are to the references; for `answer_format=json`, equality as parsed JSON, and valid JSON."""

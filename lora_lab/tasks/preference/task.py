@@ -6,6 +6,7 @@ The reference model is the same base with its adapter off: no second model is lo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.encode import Encoded, Example
 from lora_lab.data.formats import Record, RowError
-from lora_lab.tasks.base import LossSum, Measured, Observed, Pass
+from lora_lab.tasks.base import LossSum, Measured, Observed, Pass, StepBatches
 from lora_lab.tasks.causal_lm.task import DecoderTask
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference import losses
@@ -80,7 +81,9 @@ class AnswersBatch(PackedBatch):
     owner: torch.Tensor  # [S] int64: the answer that each supervised token belongs to
     num_rows: int  # pairs, or for KTO answers: what the step's loss is the mean of
     good: torch.Tensor | None = None  # [num_rows] bool, KTO only
-    mismatched: AnswersBatch | None = None  # KTO: each prompt with the next row's answer
+    baseline: torch.Tensor | None = (
+        None  # scalar, KTO only: how far the policy is from the reference, over the whole step
+    )
 
     @property
     def weight(self) -> float:
@@ -98,35 +101,31 @@ class Preference(DecoderTask):
             worse = [dataclasses.replace(e, input_ids=e.second_ids, weights=e.second_weights) for e in examples]
             return _answers([*examples, *worse], len(examples))
         good = torch.tensor([example.labels == (_GOOD,) for example in examples])
-        return dataclasses.replace(_answers(examples, len(examples)), good=good)
+        return dataclasses.replace(_answers(examples, len(examples)), good=good, baseline=torch.zeros(()))
 
-    def batches(self, parts: list[list[Example]], rng: np.random.Generator) -> list[AnswersBatch]:
+    def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches:
         parts = [part for part in parts if part]
-        found = super().batches(parts, rng)
+        found = super().step(model, parts, rng)
         if self.config.loss != "kto":
             return found
+        baseline = self._baseline(model, parts)
+        return dataclasses.replace(found, batches=[dataclasses.replace(b, baseline=baseline) for b in found.batches])
+
+    def _baseline(self, model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
+        """KTO's: how far the policy is from the reference where each prompt has the next row's answer, over the whole step."""
         every = [example for part in parts for example in part]
         crossed = iter([_crossed(one, other) for one, other in zip(every, [*every[1:], *every[:1]], strict=True)])
-        return [
-            dataclasses.replace(batch, mismatched=_answers([next(crossed) for _ in part], len(part)))
-            for batch, part in zip(found, parts, strict=True)
-        ]
-
-    def begin(self, model: PeftModel, batches: list[AnswersBatch]) -> None:
-        """KTO's baseline: how far the policy is from the reference on answers to other prompts, over the whole step."""
-        if self.config.loss != "kto":
-            return
         training = model.training
         model.eval()
         policy, reference = [], []
         with torch.no_grad():
-            for batch in batches:
-                moved = batch.mismatched.to(model.device)
+            for part in parts:
+                moved = _answers([next(crossed) for _ in part], len(part)).to(model.device)
                 policy.append(self._log_probabilities(model, moved)[0])
                 with without_adapter(model):
                     reference.append(self._log_probabilities(model, moved)[0])
         model.train(training)
-        self.kl = losses.kto_kl(torch.cat(policy), torch.cat(reference))
+        return losses.kto_kl(torch.cat(policy), torch.cat(reference))
 
     def loss(self, model: PeftModel, batch: AnswersBatch, rdrop_alpha: float | None = None) -> LossSum:
         policy, tokens = self._log_probabilities(model, batch)
@@ -147,7 +146,7 @@ class Preference(DecoderTask):
         config = self.config
         if config.loss == "kto":
             weights = config.desirable_weight, config.undesirable_weight
-            return losses.kto(policy, reference, batch.good, self.kl, config.beta, *weights)
+            return losses.kto(policy, reference, batch.good, batch.baseline, config.beta, *weights)
         pair, counts = policy.chunk(2), tokens.chunk(2)
         if config.loss == "simpo":
             return losses.simpo(*pair, *counts, config.beta, config.gamma, smoothing)

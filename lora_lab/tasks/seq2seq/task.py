@@ -116,7 +116,8 @@ class Seq2Seq(PaddedTask):
             self.tokenizer(shots + self.config.prefix + row["source"], verbose=False)["input_ids"] for row in rows
         ]
         ends = [self.tokenizer.eos_token_id]
-        texts = generate_all(model, self.tokenizer, sources, self.config, ends, title)
+        with self.forward.generating(model):
+            texts = generate_all(model, self.tokenizer, sources, self.config, ends, title)
         answers = [Answer(row["source"], row["target"], text) for row, text in zip(rows, texts, strict=True)]
         scores = metrics.overlap(texts, [row["target"] for row in rows], self.config.language)
         return Measured(scores, answers)

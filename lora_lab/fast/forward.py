@@ -1,0 +1,157 @@
+"""How batches go through the model that is loaded: every answer that `apply.py` found about it, in one object."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_lab.data.collate import PackedBatch
+from lora_lab.errors import TrainingError
+from lora_lab.fast import prefix, segments
+from lora_lab.fast.loss import TokenLosses, plain_head, without_head
+from lora_lab.fast.roster import Roster
+from lora_lab.runtime.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# how much the loss of a token may move where it is computed in chunks; elsewhere 1e-3
+_ROUNDING = {torch.float32: 1e-5}
+
+
+@dataclasses.dataclass
+class Forward:
+    """A model's forward pass as a task calls it. A fresh one calls the model as it is; `apply.accelerate` sets the rest.
+
+    It holds no module, so it keeps no model in memory.
+    """
+
+    packed: bool = False  # rows lie end to end
+    together: bool = True  # rows share a pass; else each row has one of its own
+    block_attention: bool = False  # see `attention.py`
+    wanted_rows: bool = False  # the last layer can be told which positions are wanted, see `rows.py`
+    kept_prefix: bool = False  # the first layer can be told which rows it sees, see `prefix.py`
+    chunked_head: bool = False  # losses come from hidden states, see `loss.py`
+    roster: Roster = dataclasses.field(default_factory=Roster)  # whose rows are whose, where members share a pass
+    unshareable: str = "no model is loaded"  # why several members cannot share a pass; empty if they can
+    _own_attention: str | None = None  # the model's, while `segments` has put another in its place
+
+    def reset(self, unshareable: str) -> None:
+        """Say that no module is replaced, and so why members cannot share a pass."""
+        self.wanted_rows = self.kept_prefix = self.chunked_head = False
+        self.unshareable = unshareable
+
+    def share_model(self, other: Forward) -> None:
+        """Take over what is true of the model's modules from another task's, which goes through the same model."""
+        self.wanted_rows, self.kept_prefix, self.roster = other.wanted_rows, other.kept_prefix, other.roster
+        self.unshareable = other.unshareable
+
+    def part_rows(self) -> None:
+        """Give each row a forward pass of its own."""
+        self.together = self.block_attention = False
+
+    @contextlib.contextmanager
+    def segments(self, model: PeftModel) -> Iterator[None]:
+        """Set the attention that packed rows need once for all passes inside the block, rather than for each."""
+        if not (self.packed and self.together):
+            yield
+            return
+        self._own_attention = segments.implementation(model)
+        with segments.attending(model):
+            yield
+
+    @contextlib.contextmanager
+    def generating(self, model: PeftModel) -> Iterator[None]:
+        """Inside the block the model generates as it would anywhere: in evaluation, without gradients, and with its own attention,
+        because the one for packed rows takes neither a key cache nor a mask."""
+        training, own = model.training, segments.implementation(model)
+        if own == segments.IMPLEMENTATION:
+            own = self._own_attention
+        model.eval()
+        try:
+            with torch.no_grad(), segments.attending(model, own):
+                yield
+        finally:
+            model.train(training)
+
+    @contextlib.contextmanager
+    def plain(self, model: PeftModel) -> Iterator[None]:
+        """Inside the block every module computes by itself."""
+        flags = self.wanted_rows, self.kept_prefix
+        forwards = [(part, part.__dict__.pop("forward")) for part in model.modules() if "forward" in part.__dict__]
+        self.wanted_rows = self.kept_prefix = False
+        try:
+            yield
+        finally:
+            self.wanted_rows, self.kept_prefix = flags
+            for module, forward in forwards:
+                module.forward = forward
+
+    def logits(self, model: PeftModel, batch: PackedBatch) -> torch.Tensor:
+        """Logits [S, V] at the supervised positions of a packed batch, all other positions skipped in the output head.
+
+        Raises:
+            TrainingError: the model cannot be given several rows at once.
+        """
+        segmented = len(batch.lengths) > 1 or self.block_attention
+        extra: dict[str, Any] = {}  # of a row alone the model counts positions itself: some begin elsewhere than at 0
+        if segmented:
+            extra = {
+                "segment_lengths": batch.lengths,
+                "block_attention": self.block_attention,
+                "position_ids": batch.position_ids,
+            }
+        if segmented and self.kept_prefix:
+            extra["row_keys"] = prefix.row_keys(batch.input_ids, batch.lengths)
+        extra["wanted_positions" if self.wanted_rows else "logits_to_keep"] = batch.logit_positions
+        try:
+            with segments.attending(model) if segmented else contextlib.nullcontext():
+                found = model(input_ids=batch.input_ids, use_cache=False, **extra).logits[0]
+        except TypeError as error:  # a forward that passes nothing on to its attention
+            if segmented and "unexpected keyword argument" in str(error):
+                raise TrainingError(f"this model cannot be packed ({error}).") from error
+            raise
+        # A first token is never predicted, so that there are fewer wanted positions than tokens: some models give all of them.
+        return found[batch.logit_positions] if len(found) == batch.num_tokens else found
+
+    def losses_in_chunks(
+        self, model: PeftModel, batch: PackedBatch, smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each supervised token [S], and the likeliest token there [S, 1]; their logits never exist at once."""
+        base = model.get_base_model()
+        with without_head(base):
+            hidden = self.logits(model, batch)
+        head = base.get_output_embeddings()
+        weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
+        losses, likeliest = TokenLosses.apply(hidden, weight, bias, batch.targets, smoothing)
+        return losses, likeliest[:, None]
+
+    def try_chunks(self, model: PeftModel, losses: Callable[[], torch.Tensor], prove: bool) -> str:
+        """Let losses come in chunks if that changes nothing for this model; says what was done.
+
+        Args:
+            losses: the losses of some tokens [S], as they come now.
+            prove: whether results are compared; False for a model whose tensors have no content.
+        """
+        base = model.get_base_model()
+        if plain_head(base) is None:
+            return "whole logits (the output layer is adapted)"
+        if getattr(base.config.get_text_config(), "final_logit_softcapping", None):
+            return "whole logits (the model caps them after its output layer)"  # small ones would not show it
+        before = losses() if prove else None
+        self.chunked_head = True
+        if not prove:
+            return "loss in chunks"
+        try:
+            limit = _ROUNDING.get(base.dtype, 1e-3)
+            self.chunked_head = torch.allclose(before, losses(), rtol=limit, atol=limit)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            self.chunked_head = False
+            return f"whole logits ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
+        return "loss in chunks" if self.chunked_head else "whole logits (the model changes them after its output layer)"
