@@ -1,1 +1,8 @@
-"""Adapter families: one file each, a dataclass with peft's field names and a `peft_config()`."""
+"""Adapter methods: one file each, a section that answers for itself (see `base.py`). Nothing here imports torch."""
+
+from lora_lab.adapters.base import AdapterSection
+from lora_lab.adapters.lora import LoraAdapter
+
+ADAPTERS: dict[str, type[AdapterSection]] = {
+    "lora": LoraAdapter,
+}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +12,8 @@ from lora_lab.adapters import files
 from lora_lab.adapters.files import WEIGHTS
 from lora_lab.errors import AdapterError
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
 _PREFIX = "base_model.model."
+_WAY_OUT = "Merge it: lora-lab merge, or export hf, gguf or quantized."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,55 +97,48 @@ class Updates:
         return found
 
 
+def reason_against(folder: Path) -> str:
+    """Why the adapter in a verified folder cannot be read as updates; empty if it can."""
+    config = files.settings(folder)
+    experts = getattr(config, "target_parameters", None)
+    if experts:
+        return f"it reaches into experts ({', '.join(sorted(experts))}), whose updates are no single matrices"
+    return files.method_of(config).against_delta
+
+
 def read(folder: Path) -> Updates:
     """The adapter in a verified folder (peft's layout).
 
     Raises:
-        AdapterError: another method than LoRA, half an update, or another rank than the settings say.
+        AdapterError: a method without updates, half an update, or another rank than the settings say.
     """
     from safetensors.torch import load_file
 
+    against = reason_against(folder)
+    if against:
+        raise AdapterError(f"{folder}: {against}. {_WAY_OUT}")
     config = files.settings(folder)
-    if config.target_parameters:
-        raise AdapterError(
-            f"{folder}: reaches into experts ({', '.join(sorted(config.target_parameters))}), whose updates are no single matrices. "
-            "Merge it: lora-lab merge, or export hf, gguf or quantized."
-        )
+    try:
+        return files.method_of(config).delta(config, load_file(folder / WEIGHTS))
+    except AdapterError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def parts_of(
+    tensors: dict[str, torch.Tensor], kinds: Sequence[str]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The tensors of a saved adapter by layer and kind, in float32, and beside them what was trained whole, by its name in the base.
+
+    Args:
+        kinds: names of a layer's tensors, such as `lora_A`.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     whole = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        layer, kind = _split(name.removeprefix(_PREFIX))
-        if kind:
-            parts.setdefault(layer, {})[kind] = tensor.float()
+    for name, tensor in tensors.items():
+        name = name.removeprefix(_PREFIX)
+        kind = next((kind for kind in kinds if f".{kind}" in name), None)
+        if kind is None:
+            whole[name] = tensor
         else:
-            whole[layer] = tensor
-    layers = {}
-    for layer, part in parts.items():
-        if not {"lora_A", "lora_B"} <= part.keys():
-            raise AdapterError(f"{folder / WEIGHTS}: {layer} has {', '.join(sorted(part))} only. Copy it again.")
-        rank, scale = _rank_and_scale(config, layer)
-        if part["lora_A"].shape[0] != rank or part["lora_B"].shape[1] != rank:
-            found = part["lora_A"].shape[0]
-            raise AdapterError(
-                f"{folder / WEIGHTS}: {layer} has rank {found}, and adapter_config.json says {rank}. Restore the one that was changed."
-            )
-        layers[layer] = Update(part["lora_A"], scale * part["lora_B"], part.get("lora_magnitude_vector"))
-    return Updates(layers, whole)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Name of the layer and which part of the adapter it is; no part for what was trained whole."""
-    for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        layer, found, _ = name.partition(f".{kind}")
-        if found:
-            return layer, kind
-    return name, ""
-
-
-def _rank_and_scale(config: LoraConfig, layer: str) -> tuple[int, float]:
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = config.rank_pattern, config.alpha_pattern
-    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            parts.setdefault(name.partition(f".{kind}")[0], {})[kind] = tensor.float()
+    return parts, whole

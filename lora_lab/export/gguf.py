@@ -76,9 +76,6 @@ def check(job: Job, target: str) -> Iterator[str]:
     if job.kind.auto_class != "AutoModelForCausalLM":
         yield f"export.targets: {target} is for models that write; task={job.config.task.name} makes another. Drop it."
         return
-    if target == "gguf_lora" and job.config.adapter.use_dora:
-        yield "export.targets: gguf_lora: llama.cpp has no DoRA. Export gguf (merged), or train with adapter=lora."
-        return
     if target == "gguf_lora" and job.base.published is not None:
         yield (
             f"export.targets: gguf_lora: the base was published in {job.base.published.method}, which llama.cpp's conversion cannot read to "

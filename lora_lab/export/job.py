@@ -42,7 +42,7 @@ class Job:
     def experts(self) -> bool:
         """Whether the adapter reaches into the experts of a mixture, whose updates are no single matrices."""
         skeleton = load.skeleton(self.base.folder, self.kind)
-        return bool(fresh_settings(skeleton, self.config.adapter, self.kind).target_parameters)
+        return bool(getattr(fresh_settings(skeleton, self.config.adapter, self.kind), "target_parameters", None))
 
     @functools.cached_property
     def exact(self) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora_lab.adapters.attach import attach, coverage, linear_layers
+from lora_lab.adapters.attach import attach, coverage
+from lora_lab.adapters.layers import linear_layers
 from lora_lab.base import load, quantized
 from lora_lab.config.run import RunConfig
 from lora_lab.data.build import Data

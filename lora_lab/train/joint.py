@@ -58,7 +58,7 @@ def reason_against(task: Task, members: Sequence[Member], alone: str) -> str:
         alone: what the model's modules say, see `fast.apply`.
     """
     train = [member.config.train for member in members]
-    dropout = any(member.config.adapter.lora_dropout for member in members)
+    dropout = any(member.config.adapter.dropout for member in members)
     reasons = {
         f"task={members[0].config.task.name} is not trained on packed rows, each by itself": not (
             isinstance(task, DecoderTask) and type(task).loss is DecoderTask.loss and task.together
