@@ -1,4 +1,4 @@
-"""Adapter methods: one file each, a section that answers for itself (see `base.py`). Nothing here imports torch."""
+"""Adapter methods: one file each, a section of the configuration that answers for itself (see `base.py`). Nothing here imports torch."""
 
 from lora_lab.adapters.base import AdapterSection
 from lora_lab.adapters.lora import LoraAdapter

@@ -26,13 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.config import allowed, interpolation, quoting
-from lora_lab.config.groups import GROUPS, choices, conf_dir
 from lora_lab.config.run import SCHEMA_VERSION, RunConfig, all_keys, parse
 from lora_lab.errors import ConfigError, LoraLabError, nearest
 from lora_lab.runtime import environment
 from lora_lab.runtime.reading import read_yaml
 from lora_lab.schema import synonyms
-from lora_lab.schema.sections import MISSING
+from lora_lab.schema.groups import GROUPS, choices, conf_dir
+from lora_lab.schema.sections import MISSING, default_of, sorted_out, unreadable
 
 _MAX_OVERRIDE, _MAX_KEY = 100_000, 200  # characters
 
@@ -290,11 +290,12 @@ def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
     except ConfigError:  # told when the whole is read
         return {}
     now, before = dict(leaves(dataclasses.asdict(config))), dict(leaves(values))
-    return {
-        key: f"++{key}={quoting.written(info.get_default(call_default_factory=True))}"
-        for key, info in all_keys().items()
-        if key in before and not info.is_required() and now.get(key, before[key]) != before[key]
+    gone = {
+        key: f"++{key}={quoting.written(default_of(config, key))}"
+        for key, value in now.items()
+        if key in before and key in all_keys() and value != before[key]
     }
+    return gone | {key: f"~{key}" for key in sorted_out(RunConfig, values)[1]}
 
 
 def _tell(gone: Iterable[str]) -> None:
@@ -477,6 +478,19 @@ def chosen(override: Override) -> dict[str, Any]:
     return read_yaml(conf_dir() / group / f"{override.value()}.yaml", ConfigError) or {}
 
 
+def _of_version_1(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without the keys of other variants, all of which version 1 wrote: each had its default, or was refused."""
+    if unreadable(tree):
+        return tree  # told when it is read
+    foreign = sorted_out(RunConfig, tree)[1]
+    return {
+        name: {key: value for key, value in node.items() if f"{name}.{key}" not in foreign or key in ("name", "method")}
+        if isinstance(node, dict)
+        else node
+        for name, node in tree.items()
+    }
+
+
 def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's `config.yaml` and apply `key=value` and `group=choice` overrides to it.
 
@@ -485,11 +499,11 @@ def load(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = read_yaml(file, ConfigError)
     version = tree.pop("schema_version", None) if isinstance(tree, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         raise ConfigError(
             f"{file}: schema_version={version}, and this lora_lab reads {SCHEMA_VERSION}. Install the lora_lab that wrote it."
         )
-    node, problems = OmegaConf.create(tree), []
+    node, problems = OmegaConf.create(_of_version_1(tree) if version == 1 else tree), []
     for text in map(one_file, overrides):
         try:
             override = parse_override(text)

@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Sequence
 
-from lora_lab.config.groups import GROUPS, choices
 from lora_lab.config.quoting import full_width
 from lora_lab.schema import synonyms
+from lora_lab.schema.groups import GROUPS, choices
 from lora_lab.verbs import TAKES, VERBS
 
 _MAKING = ("train", "data", "plan", "config")  # verbs that compose a run; the others take one that is there

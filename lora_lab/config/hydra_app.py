@@ -21,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.config.compose import compose_prepared, composed, conf_dir, parse_override, to_run_config
-from lora_lab.config.groups import GROUPS
 from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError, LoraLabError, RunError
+from lora_lab.schema.groups import GROUPS
 from lora_lab.sweep.jobs import Nodes, Outcome
 
 _MAX_POINTS, _MAX_TOLD = 10_000, 20
@@ -161,7 +161,11 @@ def _is_light(text: str) -> bool:
     override = parse_override(text)
     key = override.key_or_group
     return (
-        key not in GROUPS and "/" not in key and not key.startswith("hydra") and not isinstance(override.value(), dict)
+        key not in GROUPS
+        and not override.is_delete()
+        and "/" not in key
+        and not key.startswith("hydra")
+        and not isinstance(override.value(), dict)
     )
 
 

@@ -17,7 +17,7 @@ from lora_lab.config.quoting import plain_keys
 from lora_lab.config.run import RunConfig, all_keys
 from lora_lab.errors import ConfigError
 from lora_lab.runtime.reading import read_yaml
-from lora_lab.schema.sections import rule
+from lora_lab.schema.sections import only_for, rule
 
 
 def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunConfig, dict[str, str]]:
@@ -42,7 +42,7 @@ def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[Ru
             )
     told = {parse_override(text).key_or_group for text in overrides}
     for text in prepared:
-        key = text.lstrip("+").partition("=")[0]
+        key = text.lstrip("+~").partition("=")[0]
         if key in all_keys() and key not in told:
             origins[key] = "default, because an override leaves it without effect"
     values = dict(leaves(dataclasses.asdict(config)))
@@ -62,12 +62,13 @@ def _under(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def key_rows() -> list[tuple[str, str, str, str]]:
     """Every key with its default, its type and limits, and its meaning, for `lora-lab config --keys`."""
+    knowing = only_for(RunConfig)
     return [
         (
             key,
             rule(info),
             "???" if info.is_required() else as_override(info.get_default(call_default_factory=True)),
-            info.description,
+            f"{', '.join(knowing[key])}: {info.description}" if key in knowing else info.description,
         )
         for key, info in all_keys().items()
     ]

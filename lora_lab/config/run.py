@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from lora_lab.adapters import ADAPTERS
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.config.data import DataConfig, Source
 from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
@@ -20,9 +21,20 @@ from lora_lab.config.sweep import SweepConfig
 from lora_lab.config.task import PACKED_TASKS, TASK_OPTIONS, TaskConfig
 from lora_lab.config.train import HardwareConfig, OptimConfig, SpeedConfig, TrackerConfig, TrainConfig
 from lora_lab.errors import ConfigError
-from lora_lab.schema.sections import adapter_of, describe, keys, repaired, section, unreadable, validate
+from lora_lab.schema.sections import (
+    adapter_of,
+    default_of,
+    describe,
+    keys,
+    one_of,
+    repaired,
+    section,
+    sorted_out,
+    unreadable,
+    validate,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @section
@@ -35,7 +47,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
-    adapter: LoraAdapter = dataclasses.field(default_factory=LoraAdapter)
+    adapter: one_of(ADAPTERS, by="method") = dataclasses.field(default_factory=LoraAdapter)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -69,12 +81,15 @@ def parse(tree: dict[str, Any], told: Iterable[str] = ()) -> RunConfig:
     problems = unreadable(tree)
     if problems:
         raise ConfigError(*problems)
+    told = set(told)
+    tree, foreign = sorted_out(RunConfig, tree)
+    problems = [sentence for key, sentence in foreign.items() if not _is_void(key, sentence, told)]
     config, errors = validate(_ADAPTER, tree)
     # Past the bad values, the good ones must still not contradict each other: name those problems as well.
     if config is not None and told:
         config = with_defaults(config, void(config, told))
     readable = config or validate(_ADAPTER, repaired(tree, errors, all_keys()))[0]
-    problems = describe(errors, all_keys()) + (contradictions(readable) if readable else [])
+    problems += describe(errors, all_keys()) + (contradictions(readable) if readable else [])
     if problems:
         raise ConfigError(*problems)
     return config
@@ -165,18 +180,23 @@ def _next_void(config: RunConfig, told: set[str]) -> dict[str, str]:
         key, why = re.match(r"([\w.]+)(?:=.*?)?: (.*)", sentence, re.DOTALL).groups()
         if key == "data.eval_ratio" and key in told and "data.eval" not in told and "already" in why:
             return {"data.eval": f"data.eval: data.eval_ratio={config.data.eval_ratio:g} holds rows out."}
-        own = key in told or key not in all_keys() or all_keys()[key].is_required()
-        by = any(re.search(rf"(?<![\w.]){re.escape(one)}(?![\w-])", why) for one in told)
-        if not own and by and any(words in why for words in _VOID):
+        if _is_void(key, why, told):
             found[key] = sentence
     return found
+
+
+def _is_void(key: str, why: str, told: set[str]) -> bool:
+    """Whether a sentence says of a key that was not told that what was told leaves it without effect."""
+    own = key in told or key not in all_keys() or all_keys()[key].is_required()
+    by = any(re.search(rf"(?<![\w.]){re.escape(one)}(?![\w-])", why) for one in told)
+    return not own and by and any(words in why for words in _VOID)
 
 
 def with_defaults(config: RunConfig, names: Iterable[str]) -> RunConfig:
     """The configuration with the defaults of these keys."""
     for key in names:
         *parents, last = key.split(".")
-        config = _replaced(config, parents, last, all_keys()[key].get_default(call_default_factory=True))
+        config = _replaced(config, parents, last, default_of(config, key))
     return config
 
 

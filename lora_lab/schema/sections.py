@@ -1,6 +1,9 @@
 """How a section of the configuration is declared, checked and described: strict, frozen pydantic dataclasses.
 
 Strict: an unknown key, a wrong type (also "3" for 3, or true for 1) or a value out of range is an error.
+
+A section may have variants, told apart by a name in it: `task.name=classification` has other keys than `task.name=causal_lm`. A key
+that only another variant knows has no effect, which is an error as well.
 """
 
 from __future__ import annotations
@@ -9,23 +12,25 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import typing
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lora_lab.config.groups import GROUPS
 from lora_lab.errors import nearest
 from lora_lab.schema import synonyms
+from lora_lab.schema.groups import GROUPS
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 _PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
@@ -56,6 +61,42 @@ def adapter_of(kind: type) -> TypeAdapter:
         return TypeAdapter(kind)
 
 
+def one_of(variants: Mapping[str, type], by: str) -> Any:
+    """The type of a field that is one of several sections, told apart by their field `by`, a `Literal` of one name."""
+    return Annotated[functools.reduce(operator.or_, variants.values()), Field(discriminator=by)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """The sections that a field can be."""
+
+    by: str  # the field that tells them apart
+    sections: dict[str, type]
+    default: str
+
+    @property
+    def tag(self) -> FieldInfo:
+        """The field that tells them apart, with all its values."""
+        own = self.sections[self.default].__pydantic_fields__[self.by]
+        return FieldInfo(annotation=Literal[tuple(self.sections)], default=self.default, description=own.description)
+
+    def knowing(self, name: str) -> list[str]:
+        """The variants that have a key."""
+        return [variant for variant, kind in self.sections.items() if name in keys(kind)]
+
+
+def variants_of(info: FieldInfo) -> Variants | None:
+    """The variants of a field; None if it is no such field."""
+    if info.discriminator is None:
+        return None
+    kinds = {
+        typing.get_args(kind.__pydantic_fields__[info.discriminator].annotation)[0]: kind
+        for kind in (typing.get_args(info.annotation) or (info.annotation,))
+    }
+    default = info.get_default(call_default_factory=True)
+    return Variants(info.discriminator, kinds, getattr(default, info.discriminator))
+
+
 MISSING = "???"  # Hydra's mark for "the user must say"
 _MAX_INTEGER, _MAX_NUMBER = 2**32, 1e9  # no key has a use for more; what computes with it would overflow somewhere
 _MAX_DEPTH = 30
@@ -64,14 +105,72 @@ _NUMBERS = (int, float, bool, int | None, float | None)
 
 
 def keys(of: type, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key below a section, with its pydantic description, in order."""
+    """Every key below a section, with its pydantic description, in order; of variants those of the first that has it."""
     found = {}
     for name, info in of.__pydantic_fields__.items():
-        if dataclasses.is_dataclass(info.annotation):
+        variants = variants_of(info)
+        if variants is not None:
+            found[f"{prefix}{name}.{variants.by}"] = variants.tag
+            for key, own in itertools.chain.from_iterable(keys(kind).items() for kind in variants.sections.values()):
+                found.setdefault(f"{prefix}{name}.{key}", own)
+        elif dataclasses.is_dataclass(info.annotation):
             found.update(keys(info.annotation, f"{prefix}{name}."))
         else:
             found[prefix + name] = info
     return found
+
+
+def only_for(of: type) -> dict[str, list[str]]:
+    """The keys that not all variants of a section have, each with the variants that do."""
+    found = {}
+    for name, info in of.__pydantic_fields__.items():
+        variants = variants_of(info)
+        for key in (
+            {} if variants is None else dict.fromkeys(k for kind in variants.sections.values() for k in keys(kind))
+        ):
+            knowing = variants.knowing(key)
+            if len(knowing) < len(variants.sections):
+                found[f"{name}.{key}"] = knowing
+    return found
+
+
+def default_of(section: Any, key: str) -> Any:
+    """What a section, or one within it, has where nothing is said of a key."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        section = getattr(section, parent)
+    return type(section).__pydantic_fields__[last].get_default(call_default_factory=True)
+
+
+def sorted_out(of: type, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A tree in which each section says which variant it is and has no key of another, and a sentence for each key that was taken out
+    for that."""
+    tree, refused = dict(tree), {}
+    for name, info in of.__pydantic_fields__.items():
+        variants, own = variants_of(info), tree.get(name)
+        if variants is None or not isinstance(own, dict):
+            continue
+        own = {variants.by: variants.default} | own
+        tag = own[variants.by]
+        if not isinstance(tag, str) or tag not in variants.sections:
+            refused[f"{name}.{variants.by}"] = _no_variant(name, variants, tag)
+            known = {key for kind in variants.sections.values() for key in kind.__pydantic_fields__}
+            own = {variants.by: variants.default} | {key: value for key, value in own.items() if key not in known}
+            tag = variants.default
+        for key in [key for key in own if key not in variants.sections[tag].__pydantic_fields__]:
+            knowing = variants.knowing(key)
+            if knowing:
+                refused[f"{name}.{key}"] = (
+                    f"{name}.{key}={shown(own.pop(key))}: no effect with {name}={tag}; it is for {', '.join(knowing)}. Drop it."
+                )
+        tree[name] = own
+    return tree, refused
+
+
+def _no_variant(name: str, variants: Variants, tag: Any) -> str:
+    key = f"{name}.{variants.by}"
+    known_as = synonyms.of_choice(key, tag) or nearest(tag, variants.sections)
+    return f"{key}={shown(tag)}: must be {' or '.join(variants.sections)}.{known_as}"
 
 
 def validate(adapter: TypeAdapter, tree: dict[str, Any]) -> tuple[Any, list[ErrorDetails]]:
@@ -79,7 +178,16 @@ def validate(adapter: TypeAdapter, tree: dict[str, Any]) -> tuple[Any, list[Erro
     try:
         return adapter.validate_json(json.dumps(tree)), []  # strict dataclasses are built from JSON, not from dicts
     except ValidationError as error:
-        return None, error.errors(include_url=False)
+        return None, [{**one, "loc": _without_variant(one["loc"], tree)} for one in error.errors(include_url=False)]
+
+
+def _without_variant(loc: tuple[int | str, ...], tree: dict[str, Any]) -> tuple[int | str, ...]:
+    """Where an error is, without the variant's name, which pydantic puts behind the section's."""
+    section = tree.get(loc[0]) if len(loc) > 1 else None
+    tagged = (
+        isinstance(section, dict) and loc[1] not in section and loc[1] in (section.get("name"), section.get("method"))
+    )
+    return (loc[0], *loc[2:]) if tagged else loc
 
 
 def unreadable(tree: Any) -> list[str]:
@@ -203,7 +311,7 @@ def _sentence(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo])
         rules = f"be {_KINDS[first['type']]}"
     if first["type"] == "string_type" and isinstance(first["input"], (bool, int, float)):
         rules = f"be text; in quotes it is: '{value}'"
-    if first["type"] == "dataclass_type":
+    if first["type"] in ("dataclass_type", "model_attributes_type"):
         rules = "be a section: keys and values"
     known_as = synonyms.of_choice(key, first["input"])
     return f"{name}={value}: must {rules}.{known_as or (nearest(first['input'], choices) if choices else '')}"
