@@ -122,12 +122,13 @@ class AdapterSection:
     # -- its change of each weight, where `against_delta` is empty --
 
     @classmethod
-    def delta(cls, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> Updates:
+    def delta(cls, config: PeftConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
         """What a saved adapter adds to each weight, as products of two matrices.
 
         Args:
             config: what was saved beside the tensors.
             tensors: as they were saved, by peft's names (see `updates.parts_of`).
+            model: the base without weights, which says how large its layers are.
 
         Raises:
             AdapterError: tensors are missing, or do not fit the settings.

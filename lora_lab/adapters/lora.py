@@ -118,7 +118,7 @@ class LoraAdapter(LayerAdapter):
         return max([self.r, *(self.rank_pattern or {}).values()])
 
     @classmethod
-    def delta(cls, config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> Updates:
+    def delta(cls, config: peft.LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
         from lora_lab.adapters.updates import Update, Updates, parts_of
 
         parts, whole = parts_of(tensors, ("lora_A", "lora_B", "lora_magnitude_vector"))

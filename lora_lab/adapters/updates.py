@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_lab.adapters import files
 from lora_lab.adapters.files import WEIGHTS
 from lora_lab.errors import AdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
 _WAY_OUT = "Merge it: lora-lab merge, or export hf, gguf or quantized."
@@ -55,12 +59,14 @@ class Update:
         """
         q_up, r_up = torch.linalg.qr(self.up.double())
         q_down, r_down = torch.linalg.qr(self.down.double().T)
-        u, s, v = torch.linalg.svd(r_up @ r_down.T)
+        u, s, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
         energy = s.square().sum()
         kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
         half = s[:rank].sqrt()
         down, up = half[:, None] * (v[:rank] @ q_down.T), q_up @ u[:, :rank] * half
-        return Update(down.float(), up.float(), self.magnitude), kept
+        return Update(down.float(), up.float(), self.magnitude).filled(
+            rank
+        ), kept  # a layer may be smaller than the rank
 
 
 def factored(dense: torch.Tensor, rank: int) -> tuple[Update, float]:
@@ -106,8 +112,11 @@ def reason_against(folder: Path) -> str:
     return files.method_of(config).against_delta
 
 
-def read(folder: Path) -> Updates:
+def read(folder: Path, model: PreTrainedModel) -> Updates:
     """The adapter in a verified folder (peft's layout).
+
+    Args:
+        model: its base, which may be on the meta device (see `base.load.skeleton`).
 
     Raises:
         AdapterError: a method without updates, half an update, or another rank than the settings say.
@@ -119,7 +128,7 @@ def read(folder: Path) -> Updates:
         raise AdapterError(f"{folder}: {against}. {_WAY_OUT}")
     config = files.settings(folder)
     try:
-        return files.method_of(config).delta(config, load_file(folder / WEIGHTS))
+        return files.method_of(config).delta(config, load_file(folder / WEIGHTS), model)
     except AdapterError as error:
         raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
 

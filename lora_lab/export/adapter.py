@@ -54,7 +54,7 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
 
 def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
     """The same update with one rank and scale 1 in every layer: vLLM reads neither patterns nor rsLoRA of all versions alike."""
-    adapter, config = updates.read(job.run.adapter), job.config
+    adapter, config = updates.read(job.run.adapter, job.skeleton), job.config
     plain = of_scale_one([config.adapter], adapter.rank, sorted(adapter.layers))
     if isinstance(plain.target_modules, str) or plain.exclude_modules or plain.layers_to_transform:
         names = sorted(adapter.layers)

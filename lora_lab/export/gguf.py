@@ -198,7 +198,7 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
     Raises:
         ExportError: as `make`.
     """
-    adapter = updates.read(job.run.adapter)
+    adapter = updates.read(job.run.adapter, job.skeleton)
     file = folder / f"{job.config.name}-lora.gguf".replace(" ", "_")
     with storage.scratch() as scratch:
         factors = {}

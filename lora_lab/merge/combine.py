@@ -19,6 +19,7 @@ from peft.utils import merge_utils
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.lora import LoraAdapter, of_scale_one
 from lora_lab.adapters.updates import Update, Updates, factored
+from lora_lab.base import load
 from lora_lab.base.weights import Weights
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
@@ -121,7 +122,8 @@ def open_source(path: str, place: int) -> Source:
     """A run made ready, but for its model."""
     run, config = open_trained(path, "combine", [])
     prepared = prepare(config, need_train=False, trained=run)
-    return Source(run, prepared, updates.read(run.adapter), f"source{place}")
+    adapter = updates.read(run.adapter, load.skeleton(prepared.base.folder, prepared.kind))
+    return Source(run, prepared, adapter, f"source{place}")
 
 
 def check_together(sources: list[Source]) -> None:

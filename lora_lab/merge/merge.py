@@ -118,7 +118,7 @@ def _write(
         reason = updates.reason_against(run.adapter)
     if not reason:
         skeleton, weights = load.skeleton(base.folder, kind), Weights(base.folder)
-        reason = stream.reason_against(skeleton, weights, found := updates.read(run.adapter))
+        reason = stream.reason_against(skeleton, weights, found := updates.read(run.adapter, skeleton))
         if not reason:
             if skeleton.can_generate():
                 skeleton.generation_config = model.get_base_model().generation_config

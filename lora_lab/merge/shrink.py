@@ -13,6 +13,7 @@ from scipy import stats
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.lora import of_scale_one
 from lora_lab.adapters.updates import Updates
+from lora_lab.base import load
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
@@ -46,7 +47,7 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
         raise ConfigError(
             "data.eval: ranks are compared on held-out rows. Name some: lora-lab shrink run=DIR data.eval=FILE"
         )
-    adapter = updates.read(run.adapter)
+    adapter = updates.read(run.adapter, load.skeleton(prepared.base.folder, prepared.kind))
     ranks = _ranks(config, adapter)
     figures = _figures(config, adapter, [adapter.rank, *ranks], prepared)
     console.show_table(
