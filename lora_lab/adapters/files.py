@@ -37,7 +37,7 @@ def write(
         learned: what the task took from the training rows, such as the names of its classes.
     """
 
-    state = _tensors(model, name)
+    state = tensors_of(model, name)
     write_tensors(folder, state, model.peft_config[name], config, base, learned)
 
 
@@ -215,7 +215,7 @@ def read_into(folder: Path, model: PeftModel, name: str) -> None:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}).") from error
-    expected = _tensors(model, name)
+    expected = tensors_of(model, name)
     wrong = sorted(set(state) ^ set(expected)) or [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         raise AdapterError(
@@ -238,14 +238,14 @@ def put(model: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
     """
     import torch
 
-    own = _tensors(model, name)
+    own = tensors_of(model, name)
     with torch.no_grad():
         for key, value in state.items():
             own[key].copy_(value)
 
 
-def _tensors(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """The adapter's own tensors, by the names that peft writes them under."""
+def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """What is saved of an adapter, by the names that peft writes it under."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
