@@ -2,7 +2,9 @@
 
 from lora_lab.adapters.base import AdapterSection
 from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.vera import VeraAdapter
 
 ADAPTERS: dict[str, type[AdapterSection]] = {
     "lora": LoraAdapter,
+    "vera": VeraAdapter,
 }
