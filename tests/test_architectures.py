@@ -12,7 +12,8 @@ from peft import get_peft_model_state_dict
 
 from lora_lab import cli
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, check_targets, coverage, linear_layers, towers
+from lora_lab.adapters.attach import attach, coverage
+from lora_lab.adapters.layers import linear_layers, towers
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.base.tokenizer import load_tokenizer
@@ -51,7 +52,7 @@ def test_towers_get_no_adapter(overrides, tmp_path, capsys):
     model = load.skeleton(base, load.ModelKind())
     assert towers(model) == ["model.vision_tower", "model.multi_modal_projector"]
     for named in ("all-linear", ["q_proj", "v_proj"]):
-        targeted = check_targets(model, LoraAdapter(target_modules=named))
+        targeted = LoraAdapter(target_modules=named).targets(model)
         assert targeted
         assert not [name for name in targeted if "vision" in name]
     assert any("vision_tower" in name for name in linear_layers(model))
@@ -67,7 +68,7 @@ def test_what_kernels_read_past_the_module_is_not_adapted(overrides, tmp_path, c
     base = tmp_path / "base"
     base.mkdir()
     families.make("completion", "mamba2", base)
-    targeted = check_targets(load.skeleton(base, load.ModelKind()), LoraAdapter(target_modules="all-linear"))
+    targeted = LoraAdapter(target_modules="all-linear").targets(load.skeleton(base, load.ModelKind()))
     assert {name.rpartition(".")[2] for name in targeted} == {"in_proj"}
     assert cli.main(["train", *overrides, f"model.path={base}", "adapter.target_modules=[out_proj]"]) == 2
     assert "read its weight past the module" in capsys.readouterr().err
@@ -80,7 +81,7 @@ def test_shared_weights_get_no_adapter(overrides, tmp_path, capsys):
     base.mkdir()
     families.make("masked_lm", "neomme", base)
     model = load.skeleton(base, load.ModelKind("AutoModelForMaskedLM", None, "missing"))
-    targeted = check_targets(model, LoraAdapter(target_modules="all-linear"))
+    targeted = LoraAdapter(target_modules="all-linear").targets(model)
     assert "unembedding_projection" not in targeted
     assert "model.layers.0.self_attn.q_proj" in targeted
     told = [f"model.path={base}", "task=masked_lm", "adapter.target_modules=[unembedding_projection]"]

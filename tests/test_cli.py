@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from lora_lab import cli
-from lora_lab.adapters.attach import check_targets
 from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.errors import AdapterError
@@ -106,7 +105,7 @@ def test_target_modules_as_one_text(base):
     model = load.skeleton(base, load.ModelKind())
 
     def found(names):
-        return check_targets(model, LoraAdapter(target_modules=names))
+        return LoraAdapter(target_modules=names).targets(model)
 
     ending = [f"model.layers.{number}.self_attn.q_proj" for number in range(4)]
     for names in ("q_proj", "self_attn.q_proj", ["self_attn.q_proj"], r".*\.q_proj", "model.layers...self_attn.q_proj"):

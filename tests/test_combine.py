@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lora_lab import cli
 from lora_lab.adapters import updates
 from lora_lab.adapters.updates import Update, Updates
+from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
@@ -42,7 +44,9 @@ def trained(config_of, tmp_path, rows_file):
 
 
 def adapter_of(folder: str) -> Updates:
-    return updates.read(run_dir.open_existing(folder).adapter)
+    run = run_dir.open_existing(folder)
+    base = Path(compose.load(run.config).model.path)
+    return updates.read(run.adapter, load.skeleton(base, load.ModelKind()))
 
 
 def dense(adapter: Updates) -> dict[str, torch.Tensor]:
@@ -55,6 +59,15 @@ UNLIKE = [
     ("adapter=rslora", "adapter.r=8", "adapter.alpha_pattern={q_proj: 7}", "adapter.rank_pattern={v_proj: 2}"),
     ("adapter.r=2", "adapter.target_modules=[q_proj,down_proj]", "seed=5"),
 ]
+
+
+@pytest.mark.parametrize("shape", [(10, 6, 4), (3, 6, 4), (6, 6, 4)])
+def test_a_rank_above_a_layers_smaller_side_is_filled_with_zeros(shape):
+    rank, read, given = shape
+    update = Update(torch.randn(rank, read), torch.randn(given, rank))
+    same, kept = update.truncated(rank)
+    assert (same.rank, kept) == (rank, pytest.approx(1))
+    torch.testing.assert_close(same.up @ same.down, update.up @ update.down, rtol=1e-5, atol=1e-5)
 
 
 def test_an_update_read_from_files_is_pefts_own(trained, base):
@@ -231,12 +244,12 @@ def test_what_cannot_be_combined_is_refused(trained, tmp_path, capsys):
     ("change", "says"),
     [
         (lambda config, tensors: config.update(r=8), "has rank 4, and adapter_config.json says 8"),
-        (lambda config, tensors: config.update(peft_type="LOHA"), "only LORA has updates"),
+        (lambda config, tensors: config.update(peft_type="NONE"), "lora_lab does not train it"),
         (lambda config, tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), "has lora_A only"),
     ],
     ids=["rank", "method", "half"],
 )
-def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, trained, change, says):
+def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, trained, base, change, says):
     from safetensors.torch import load_file, save_file
 
     adapter = run_dir.open_existing(trained("run", "train.max_steps=1")).adapter
@@ -246,7 +259,7 @@ def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, trained, change
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=says):
-        updates.read(adapter)
+        updates.read(adapter, load.skeleton(base, load.ModelKind()))
 
 
 def test_heads_cannot_be_summed(config_of, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_lab import cli
-from lora_lab.adapters.attach import expert_weights, linear_layers
+from lora_lab.adapters.layers import expert_weights, linear_layers
 from lora_lab.base import load
 from lora_lab.errors import Interrupted
 from lora_lab.run import pipeline

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_lab import cli
-from lora_lab.base import tokenizer
+from lora_lab.base import load, tokenizer
 from lora_lab.config import compose
 from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
 from lora_lab.export import gguf, ollama, targets, text
@@ -365,7 +365,7 @@ def test_compare_is_the_divergence_over_the_known_tokens():
     assert gguf.compare([reference], [untold], [targets_]).truth_known == 0
 
 
-def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
+def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained, base):
     from lora_lab.adapters import updates
 
     done = trained(
@@ -376,7 +376,8 @@ def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["rank_pattern"]) == (8, 8.0, False, {})
     assert config["modules_to_save"] is None
     assert config["bias"] == "none"
-    ours, theirs = updates.read(done.adapter), updates.read(folder)
+    model = load.skeleton(base, load.ModelKind())
+    ours, theirs = updates.read(done.adapter, model), updates.read(folder, model)
     assert set(ours.layers) == set(theirs.layers)
     for name, update in ours.layers.items():
         other = theirs.layers[name]

@@ -1,5 +1,10 @@
-"""Adapter methods: one file each, a section of the configuration with peft's field names that answers what the method can do."""
+"""Adapter methods: one file each, a section of the configuration that answers for itself (see `base.py`). Nothing here imports torch."""
 
+from lora_lab.adapters.base import AdapterSection
 from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.vera import VeraAdapter
 
-ADAPTERS = {"lora": LoraAdapter}
+ADAPTERS: dict[str, type[AdapterSection]] = {
+    "lora": LoraAdapter,
+    "vera": VeraAdapter,
+}

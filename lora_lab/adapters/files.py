@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__
+from lora_lab.adapters import ADAPTERS
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config.model import QuantConfig
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
 
+    from lora_lab.adapters.base import AdapterSection
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PROVENANCE = "lora_lab.json"
-# what, beside the tensors, decides what a trained adapter does
-_SETTINGS = "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora use_dora".split()
 
 
 def write(
@@ -36,7 +37,7 @@ def write(
         learned: what the task took from the training rows, such as the names of its classes.
     """
 
-    state = _tensors(model, name)
+    state = tensors_of(model, name)
     write_tensors(folder, state, model.peft_config[name], config, base, learned)
 
 
@@ -157,17 +158,24 @@ def settings(folder: Path) -> PeftConfig:
     tree = read_json(file, AdapterError)
     method, mapping = tree.pop("peft_type", None), tree.pop("auto_mapping", None)
     tree.pop("base_model_name_or_path", None)  # which base it is, its fingerprint says
-    if method != "LORA":
-        raise AdapterError(f"{file}: peft_type={method}; only LORA has updates that can be read.")
-    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    methods = sorted({section.peft_type for section in ADAPTERS.values()})
+    if method not in methods:
+        raise AdapterError(f"{file}: peft_type={method}: lora_lab does not train it. There are: {', '.join(methods)}.")
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(tree) - known)
     if mapping or unknown:
         raise AdapterError(
-            f"{file}: '{unknown[0] if unknown else 'auto_mapping'}' is nothing that peft {peft.__version__} knows of LORA. Install "
+            f"{file}: '{unknown[0] if unknown else 'auto_mapping'}' is nothing that peft {peft.__version__} knows of {method}. Install "
             "the version that wrote it."
         )
     with reading(file, AdapterError):
-        return peft.LoraConfig(**tree)
+        return kind(**tree)
+
+
+def method_of(config: PeftConfig) -> type[AdapterSection]:
+    """The method that a configuration of peft is of."""
+    return next(section for section in ADAPTERS.values() if section.peft_type == config.peft_type)
 
 
 def check_settings(folder: Path, told: PeftConfig) -> None:
@@ -180,13 +188,18 @@ def check_settings(folder: Path, told: PeftConfig) -> None:
         AdapterError: naming the keys with both values.
     """
     saved = settings(folder)
+    names = ("peft_type",) if saved.peft_type != told.peft_type else method_of(saved).settings()
     other = [
-        f"{name}={getattr(saved, name)}, and the run says {getattr(told, name)}"
-        for name in _SETTINGS
+        f"{name}={_shown(getattr(saved, name))}, and the run says {_shown(getattr(told, name))}"
+        for name in names
         if getattr(saved, name) != getattr(told, name)
     ]
     if other:
         raise AdapterError(f"{folder / CONFIG}: {'; '.join(other)}. Restore the one that was changed.")
+
+
+def _shown(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enum
 
 
 def read_into(folder: Path, model: PeftModel, name: str) -> None:
@@ -202,7 +215,7 @@ def read_into(folder: Path, model: PeftModel, name: str) -> None:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}).") from error
-    expected = _tensors(model, name)
+    expected = tensors_of(model, name)
     wrong = sorted(set(state) ^ set(expected)) or [key for key in state if state[key].shape != expected[key].shape]
     if wrong:
         raise AdapterError(
@@ -225,14 +238,14 @@ def put(model: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
     """
     import torch
 
-    own = _tensors(model, name)
+    own = tensors_of(model, name)
     with torch.no_grad():
         for key, value in state.items():
             own[key].copy_(value)
 
 
-def _tensors(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """The adapter's own tensors, by the names that peft writes them under."""
+def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """What is saved of an adapter, by the names that peft writes it under."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

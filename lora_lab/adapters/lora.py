@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from typing import TYPE_CHECKING, Annotated, Literal
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from lora_lab.adapters import layers
+from lora_lab.adapters.base import AdapterSection, LayerAdapter
+from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import peft
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from lora_lab.adapters.updates import Updates
 
 
 @section
-class LoraAdapter:
+class LoraAdapter(LayerAdapter):
     """The `adapter` section for `adapter=lora`. Every name is peft's own (`peft.LoraConfig`)."""
 
     method: Annotated[Literal["lora"], Field(description="adapter family")] = "lora"
@@ -36,23 +45,118 @@ class LoraAdapter:
         bool | Literal["gaussian"], Field(description="true or gaussian: the fresh adapter changes nothing")
     ] = True
 
-    @property
-    def targets(self) -> str | list[str]:
-        """`target_modules` as peft means it: one plain name (`self_attn.q_proj`) is a name ending, as in a list, not a regular
-        expression."""
-        names = self.target_modules
-        return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
+    peft_type: ClassVar[str] = "LORA"
+    dropout_key: ClassVar[str] = "lora_dropout"
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    against_delta: ClassVar[str] = ""
 
-    def peft_config(self, task_type: str | None) -> peft.LoraConfig:
-        """The peft configuration of this adapter; `task_type` is peft's `TaskType` name, or None."""
+    def peft_config(self, task_type: str | None, targets: Sequence[str] | None = None) -> peft.LoraConfig:
         import peft
 
-        not_pefts = (
-            "method",
-            "layers_to_transform",
-        )  # the latter is resolved to names: peft refuses it beside 'all-linear'
+        not_pefts = ("method", "layers_to_transform")  # layers are told by name: peft refuses them beside 'all-linear'
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in not_pefts}
-        fields["target_modules"] = self.targets
+        fields["target_modules"] = self.names
         fields["rank_pattern"] = fields["rank_pattern"] or {}
         fields["alpha_pattern"] = fields["alpha_pattern"] or {}
-        return peft.LoraConfig(task_type=task_type, **fields)
+        config = peft.LoraConfig(task_type=task_type, **fields)
+        if targets is not None:
+            config.target_modules, config.exclude_modules = list(targets), None
+        return config
+
+    def needs_names(self, model: nn.Module, new_modules: Sequence[str]) -> bool:
+        return bool(
+            new_modules
+            or self.layers_to_transform is not None
+            or any(map(layers.is_router, model.modules()))
+            or layers.towers(model)
+            or layers.bypassed(model)
+            or layers.tied(model)
+        )
+
+    @property
+    def undefined_for_experts(self) -> list[str]:
+        return [name for name in ("lora_dropout", "use_dora") if getattr(self, name)]
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        return ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+
+    @property
+    def label(self) -> str:
+        return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
+
+    def describe(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha:g}, {self.where}"
+
+    def warnings(self, model: PreTrainedModel, targets: Sequence[str]) -> dict[str, str]:
+        """A rank above a layer's smaller side costs memory and adds nothing that a lower one could not."""
+        sides = {name: min(model.get_submodule(name).weight.shape) for name in targets}
+        smaller = [name for name, side in sides.items() if side < self.r]
+        if not smaller:
+            return {}
+        return {
+            "rank": f"adapter.r={self.r} is above the smaller side of {len(smaller)} layers ({smaller[0]}: {sides[smaller[0]]}); "
+            f"{min(sides.values())} is all that the smallest of them can use"
+        }
+
+    def against_quant(self, method: str) -> str:
+        return ""
+
+    @property
+    def against_merging(self) -> str:
+        return ""
+
+    def against_target(self, target: str) -> str:
+        loaders = {"vllm": "loads no DoRA", "gguf_lora": "llama.cpp has no DoRA"}
+        return loaders.get(target, "") if self.use_dora else ""
+
+    def on_one_base(self) -> dict[str, Any]:
+        return {"method": self.method}
+
+    @property
+    def widest(self) -> int:
+        return max([self.r, *(self.rank_pattern or {}).values()])
+
+    @classmethod
+    def delta(cls, config: peft.LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
+        from lora_lab.adapters.updates import Update, Updates, parts_of
+
+        parts, whole = parts_of(tensors, ("lora_A", "lora_B", "lora_magnitude_vector"))
+        found = {}
+        for layer, part in parts.items():
+            if not {"lora_A", "lora_B"} <= part.keys():
+                raise AdapterError(f"{layer} has {', '.join(sorted(part))} only. Copy it again.")
+            rank, scale = _rank_and_scale(config, layer)
+            if part["lora_A"].shape[0] != rank or part["lora_B"].shape[1] != rank:
+                raise AdapterError(
+                    f"{layer} has rank {part['lora_A'].shape[0]}, and adapter_config.json says {rank}. Restore the one that was changed."
+                )
+            found[layer] = Update(part["lora_A"], scale * part["lora_B"], part.get("lora_magnitude_vector"))
+        return Updates(found, whole)
+
+
+def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]) -> LoraAdapter:
+    """LoRA of one rank and scale 1 in the place of other adapters: whatever has a `delta` can be written so.
+
+    Args:
+        like: if all are LoRA's with the same targets, these are kept, and the first's other settings.
+        names: of the adapted layers, where they are not.
+    """
+    first = like[0]
+    if not isinstance(first, LoraAdapter):
+        return LoraAdapter(r=rank, lora_alpha=float(rank), target_modules=list(names))
+    plain = dataclasses.replace(
+        first, r=rank, lora_alpha=float(rank), rank_pattern=None, alpha_pattern=None, use_rslora=False, lora_dropout=0.0
+    )
+    if all(isinstance(one, LoraAdapter) and one.place == first.place for one in like):
+        return plain
+    return dataclasses.replace(plain, target_modules=list(names), exclude_modules=None, layers_to_transform=None)
+
+
+def _rank_and_scale(config: peft.LoraConfig, layer: str) -> tuple[int, float]:
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)

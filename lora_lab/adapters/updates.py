@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,10 @@ from lora_lab.adapters.files import WEIGHTS
 from lora_lab.errors import AdapterError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
+_WAY_OUT = "Merge it: lora-lab merge, or export hf, gguf or quantized."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Update:
         """
         q_up, r_up = torch.linalg.qr(self.up.double())
         q_down, r_down = torch.linalg.qr(self.down.double().T)
-        u, s, v = torch.linalg.svd(r_up @ r_down.T)
+        u, s, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
         energy = s.square().sum()
         kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
         half = s[:rank].sqrt()
         down, up = half[:, None] * (v[:rank] @ q_down.T), q_up @ u[:, :rank] * half
-        return Update(down.float(), up.float(), self.magnitude), kept
+        return Update(down.float(), up.float(), self.magnitude).filled(
+            rank
+        ), kept  # a layer may be smaller than the rank
 
 
 def factored(dense: torch.Tensor, rank: int) -> tuple[Update, float]:
@@ -100,55 +103,51 @@ class Updates:
         return found
 
 
-def read(folder: Path) -> Updates:
+def reason_against(folder: Path) -> str:
+    """Why the adapter in a verified folder cannot be read as updates; empty if it can."""
+    config = files.settings(folder)
+    experts = getattr(config, "target_parameters", None)
+    if experts:
+        return f"it reaches into experts ({', '.join(sorted(experts))}), whose updates are no single matrices"
+    return files.method_of(config).against_delta
+
+
+def read(folder: Path, model: PreTrainedModel) -> Updates:
     """The adapter in a verified folder (peft's layout).
 
+    Args:
+        model: its base, which may be on the meta device (see `base.load.skeleton`).
+
     Raises:
-        AdapterError: another method than LoRA, half an update, or another rank than the settings say.
+        AdapterError: a method without updates, half an update, or another rank than the settings say.
     """
     from safetensors.torch import load_file
 
+    against = reason_against(folder)
+    if against:
+        raise AdapterError(f"{folder}: {against}. {_WAY_OUT}")
     config = files.settings(folder)
-    if config.target_parameters:
-        raise AdapterError(
-            f"{folder}: reaches into experts ({', '.join(sorted(config.target_parameters))}), whose updates are no single matrices. "
-            "Merge it: lora-lab merge, or export hf, gguf or quantized."
-        )
+    try:
+        return files.method_of(config).delta(config, load_file(folder / WEIGHTS), model)
+    except AdapterError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def parts_of(
+    tensors: dict[str, torch.Tensor], kinds: Sequence[str]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The tensors of a saved adapter by layer and kind, in float32, and beside them what was trained whole, by its name in the base.
+
+    Args:
+        kinds: names of a layer's tensors, such as `lora_A`.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     whole = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        layer, kind = _split(name.removeprefix(_PREFIX))
-        if kind:
-            parts.setdefault(layer, {})[kind] = tensor.float()
+    for name, tensor in tensors.items():
+        name = name.removeprefix(_PREFIX)
+        kind = next((kind for kind in kinds if f".{kind}" in name), None)
+        if kind is None:
+            whole[name] = tensor
         else:
-            whole[layer] = tensor
-    layers = {}
-    for layer, part in parts.items():
-        if not {"lora_A", "lora_B"} <= part.keys():
-            raise AdapterError(f"{folder / WEIGHTS}: {layer} has {', '.join(sorted(part))} only. Copy it again.")
-        rank, scale = _rank_and_scale(config, layer)
-        if part["lora_A"].shape[0] != rank or part["lora_B"].shape[1] != rank:
-            found = part["lora_A"].shape[0]
-            raise AdapterError(
-                f"{folder / WEIGHTS}: {layer} has rank {found}, and adapter_config.json says {rank}. Restore the one that was changed."
-            )
-        layers[layer] = Update(part["lora_A"], scale * part["lora_B"], part.get("lora_magnitude_vector"))
-    return Updates(layers, whole)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Name of the layer and which part of the adapter it is; no part for what was trained whole."""
-    for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        layer, found, _ = name.partition(f".{kind}")
-        if found:
-            return layer, kind
-    return name, ""
-
-
-def _rank_and_scale(config: LoraConfig, layer: str) -> tuple[int, float]:
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = config.rank_pattern, config.alpha_pattern
-    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            parts.setdefault(name.partition(f".{kind}")[0], {})[kind] = tensor.float()
+    return parts, whole

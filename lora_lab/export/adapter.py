@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters import files, updates
+from lora_lab.adapters.lora import of_scale_one
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ExportError
 from lora_lab.export import text
 from lora_lab.export.job import Job
-from lora_lab.merge import derived, merge
+from lora_lab.merge import merge
 from lora_lab.merge.merge import adapted
 from lora_lab.verify.parity import compare, disagreements, logits
 
@@ -32,16 +33,13 @@ def check(job: Job) -> Iterator[str]:
 
 def check_vllm(job: Job) -> Iterator[str]:
     """What vLLM and SGLang cannot load."""
-    adapter = job.config.adapter
     if job.kind.auto_class != "AutoModelForCausalLM":
         yield f"export.targets: vllm is for models that write; task={job.config.task.name} makes another. Drop it."
     if job.experts:
         yield "export.targets: vllm: the adapter reaches into experts. Export hf (merged), or name other adapter.target_modules."
-    if adapter.use_dora:
-        yield "export.targets: vllm: loads no DoRA. Export hf (merged), or train with adapter=lora."
     if job.kind.new_modules:
         yield f"export.targets: vllm: loads no whole modules beside LoRA ({', '.join(job.kind.new_modules)}). Export hf (merged)."
-    widest = max([adapter.r, *(adapter.rank_pattern or {}).values()])
+    widest = 0 if job.config.adapter.against_delta else job.config.adapter.widest
     if widest > _VLLM_RANKS[-1]:
         yield f"export.targets: vllm: loads ranks up to {_VLLM_RANKS[-1]}, not {widest}. Lower adapter.r, or export hf (merged)."
 
@@ -56,8 +54,8 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
 
 def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
     """The same update with one rank and scale 1 in every layer: vLLM reads neither patterns nor rsLoRA of all versions alike."""
-    adapter, config = updates.read(job.run.adapter), job.config
-    plain = derived.adapter_config(config.adapter, adapter.rank, config.adapter.target_modules)
+    adapter, config = updates.read(job.run.adapter, job.skeleton), job.config
+    plain = of_scale_one([config.adapter], adapter.rank, sorted(adapter.layers))
     if isinstance(plain.target_modules, str) or plain.exclude_modules or plain.layers_to_transform:
         names = sorted(adapter.layers)
         plain = dataclasses.replace(plain, target_modules=names, exclude_modules=None, layers_to_transform=None)

@@ -76,9 +76,6 @@ def check(job: Job, target: str) -> Iterator[str]:
     if job.kind.auto_class != "AutoModelForCausalLM":
         yield f"export.targets: {target} is for models that write; task={job.config.task.name} makes another. Drop it."
         return
-    if target == "gguf_lora" and job.config.adapter.use_dora:
-        yield "export.targets: gguf_lora: llama.cpp has no DoRA. Export gguf (merged), or train with adapter=lora."
-        return
     if target == "gguf_lora" and job.base.published is not None:
         yield (
             f"export.targets: gguf_lora: the base was published in {job.base.published.method}, which llama.cpp's conversion cannot read to "
@@ -201,7 +198,7 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
     Raises:
         ExportError: as `make`.
     """
-    adapter = updates.read(job.run.adapter)
+    adapter = updates.read(job.run.adapter, job.skeleton)
     file = folder / f"{job.config.name}-lora.gguf".replace(" ", "_")
     with storage.scratch() as scratch:
         factors = {}

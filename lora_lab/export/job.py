@@ -19,6 +19,8 @@ from lora_lab.data.encode import Encoder
 from lora_lab.run.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lora_lab.verify.parity import Probe
 
 
@@ -39,10 +41,14 @@ class Job:
         return self.run.merged
 
     @functools.cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The base without weights."""
+        return load.skeleton(self.base.folder, self.kind)
+
+    @functools.cached_property
     def experts(self) -> bool:
         """Whether the adapter reaches into the experts of a mixture, whose updates are no single matrices."""
-        skeleton = load.skeleton(self.base.folder, self.kind)
-        return bool(fresh_settings(skeleton, self.config.adapter, self.kind).target_parameters)
+        return bool(getattr(fresh_settings(self.skeleton, self.config.adapter, self.kind), "target_parameters", None))
 
     @functools.cached_property
     def exact(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lora_lab.adapters.base import AdapterSection
 from lora_lab.errors import ConfigError, ExportError, MergeError
 from lora_lab.export import adapter, gguf, hub, quantized
 from lora_lab.export.job import Job
@@ -22,23 +23,25 @@ POSITIONS = 256  # that llama.cpp is asked about, one by one
 class Target:
     """One thing that can be made of a trained adapter."""
 
-    make: Callable[[Job, Path], dict[str, Any]]
+    make: Callable[[Job, Path], dict[str, Any]] | None  # None: the merged checkpoint itself
     check: Callable[[Job], Iterable[str]]
-    of_merged: bool  # made of the merged checkpoint
+    of_merged: bool = False  # made of the merged checkpoint
+    of_updates: bool = False  # made of the adapter's updates, as LoRA's two matrices
 
 
 TARGETS = {
-    "adapter": Target(adapter.make, adapter.check, of_merged=False),
-    "vllm": Target(adapter.make_vllm, adapter.check_vllm, of_merged=False),
+    "hf": Target(None, lambda job: (), of_merged=True),
+    "adapter": Target(adapter.make, adapter.check),
+    "vllm": Target(adapter.make_vllm, adapter.check_vllm, of_updates=True),
     "gguf": Target(gguf.make, functools.partial(gguf.check, target="gguf"), of_merged=True),
     "ollama": Target(
         functools.partial(gguf.make, with_modelfile=True),
         functools.partial(gguf.check, target="ollama"),
         of_merged=True,
     ),
-    "gguf_lora": Target(gguf.make_lora, functools.partial(gguf.check, target="gguf_lora"), of_merged=False),
+    "gguf_lora": Target(gguf.make_lora, functools.partial(gguf.check, target="gguf_lora"), of_updates=True),
     "quantized": Target(quantized.make, quantized.check, of_merged=True),
-}  # hf is the merged checkpoint itself
+}
 
 
 def check(job: Job) -> None:
@@ -47,14 +50,29 @@ def check(job: Job) -> None:
     Raises:
         ConfigError: every reason.
     """
-    problems = [text for name in job.config.export.targets if name in TARGETS for text in TARGETS[name].check(job)]
+    problems = []
+    for name in job.config.export.targets:
+        against = reason_against(job.config.adapter, name)
+        problems += [f"export.targets: {name}: {against}"] if against else TARGETS[name].check(job)
     problems += hub.check(job.config.export)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
 
 
+def reason_against(adapter: AdapterSection, name: str) -> str:
+    """Why this target cannot be made of a method's adapters, and the way out; empty if it can."""
+    target = TARGETS[name]
+    needed = adapter.against_merging if target.of_merged else adapter.against_delta if target.of_updates else ""
+    against = f"cannot be made of {adapter.label}, because {needed}" if needed else adapter.against_target(name)
+    if not against:
+        return ""
+    if target.of_merged or adapter.against_merging:
+        return f"{against}. Export adapter, or train with adapter=lora."
+    return f"{against}. Export {'gguf' if 'gguf' in name else 'hf'} (merged), or train with adapter=lora."
+
+
 def needs_merged(targets: Iterable[str]) -> bool:
-    return any(name == "hf" or TARGETS[name].of_merged for name in targets)
+    return any(TARGETS[name].of_merged for name in targets)
 
 
 def make(job: Job, merged: bool = True) -> dict[str, dict[str, Any]]:
@@ -68,12 +86,13 @@ def make(job: Job, merged: bool = True) -> dict[str, dict[str, Any]]:
     """
     report: dict[str, dict[str, Any]] = {}
     for name in job.config.export.targets:
-        if name == "hf" or (TARGETS[name].of_merged and not merged):
+        target = TARGETS[name]
+        if target.make is None or (target.of_merged and not merged):
             continue
         folder = job.run.path / "export" / name
         try:
             with storage.new_folder(folder, {"base": job.base.fingerprint}) as temporary:
-                found = TARGETS[name].make(job, temporary)
+                found = target.make(job, temporary)
                 (temporary / "README.md").write_text(card.card(job.run, job.config, job.base, found), encoding="utf-8")
             report[name] = found | {"bytes": sum(file.stat().st_size for file in folder.iterdir())}
             console.say("export", f"{folder}: {_shown(report[name])}")

@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import Linear as LoraLayer
 from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_lab.adapters.attach import trainable
@@ -213,11 +214,10 @@ def _alone(model: PeftModel, applied: Applied, refused: str) -> str:
     if refused:
         return refused
     replaced = {id(inner) for module in applied.modules for inner in module.modules()}
-    lacking = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, AnyLoraLayer) and id(module) not in replaced
-    ]
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not adapted:
+        return "the adapter sits on no layer that knows whose rows it sees"
+    lacking = [name for name, module in adapted if id(module) not in replaced]
     return f"{len(lacking)} layers compute by themselves (the first: {lacking[0]})" if lacking else ""
 
 
@@ -230,7 +230,7 @@ def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        if isinstance(module, AnyLoraLayer):
+        if isinstance(module, BaseTunerLayer):
             inside = f"{name}."
             reason = _unfit(module)
             if reason:
@@ -250,6 +250,8 @@ def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
 
 def _unfit(module: nn.Module) -> str:
     """Why an adapted layer stays plain; empty if it need not."""
+    if not isinstance(module, AnyLoraLayer):
+        return f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"  # such as vera.Linear
     if type(module) not in (LoraLayer, LoraLayer4bit) or type(module.base_layer) not in _PLAIN:
         return type(module.base_layer).__name__
     if module.lora_variant:

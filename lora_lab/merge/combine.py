@@ -10,13 +10,16 @@ import dataclasses
 import datetime
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import merge_utils
 
 from lora_lab.adapters import files, updates
+from lora_lab.adapters.lora import LoraAdapter, of_scale_one
 from lora_lab.adapters.updates import Update, Updates, factored
+from lora_lab.base import load
 from lora_lab.base.weights import Weights
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
@@ -119,7 +122,8 @@ def open_source(path: str, place: int) -> Source:
     """A run made ready, but for its model."""
     run, config = open_trained(path, takes.COMBINE, [])
     prepared = prepare(config, need_train=False, trained=run)
-    return Source(run, prepared, updates.read(run.adapter), f"source{place}")
+    adapter = updates.read(run.adapter, load.skeleton(prepared.base.folder, prepared.kind))
+    return Source(run, prepared, adapter, f"source{place}")
 
 
 def check_together(sources: list[Source]) -> None:
@@ -165,22 +169,17 @@ def rank_of(merge: MergeConfig, sources: list[Source]) -> int:
     return max(ranks) if merge.method == "svd" else sum(ranks)
 
 
-def adapter_config(config: RunConfig, sources: list[Source], rank: int) -> Any:
+def adapter_config(config: RunConfig, sources: list[Source], rank: int) -> LoraAdapter:
     """The first's targets, if all have the same; else the layers' names."""
-    own = [source.prepared.config.adapter for source in sources]
-    told = {(str(a.target_modules), str(a.exclude_modules), str(a.layers_to_transform)) for a in own}
-    plain = dataclasses.replace(config.adapter, use_dora=False)
-    if len(told) == 1:
-        return derived.adapter_config(plain, rank, plain.target_modules)
     names = list(dict.fromkeys(name for source in sources for name in source.adapter.layers))
-    plain = dataclasses.replace(plain, exclude_modules=None, layers_to_transform=None)
-    return derived.adapter_config(plain, rank, names)
+    plain = of_scale_one([config.adapter, *(source.prepared.config.adapter for source in sources)], rank, names)
+    return dataclasses.replace(plain, use_dora=False)
 
 
 def load_all(sources: list[Source], config: RunConfig) -> None:
     """The first's base with every adapter on it, for all sources."""
     first = sources[0].prepared
-    members = {source.name: source.run.adapter for source in sources} | {COMBINED: config}
+    members = {source.name: _own(source) for source in sources} | {COMBINED: config}
     for source in sources[1:]:
         own = source.prepared.config
         if (own.quant, own.model.dtype) != (config.quant, config.model.dtype):
@@ -190,9 +189,20 @@ def load_all(sources: list[Source], config: RunConfig) -> None:
             )
     model = load_adapted(first, members).eval()
     for source in sources:
+        if isinstance(members[source.name], RunConfig):
+            files.put(model, source.name, source.adapter.tensors(source.adapter.rank))
         source.prepared.model = model
         source.prepared.task.forward.share_model(first.task.forward)
         decide_packing(source.prepared)
+
+
+def _own(source: Source) -> Path | RunConfig:
+    """A source's adapter as it is, or, of another method than LoRA's, the LoRA that does the same: one model holds one method."""
+    own = source.prepared.config.adapter
+    if isinstance(own, LoraAdapter):
+        return source.run.adapter
+    plain = of_scale_one([own], source.adapter.rank, list(source.adapter.layers))
+    return dataclasses.replace(source.prepared.config, adapter=plain)
 
 
 def put(sources: list[Source], found: Updates, rank: int) -> None:

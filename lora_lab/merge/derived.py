@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from lora_lab.adapters import files
-from lora_lab.adapters.lora import LoraAdapter
 from lora_lab.adapters.updates import Updates
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
@@ -14,16 +13,6 @@ from lora_lab.run import run_dir
 from lora_lab.run.prepared import Prepared
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
-
-
-def adapter_config(like: LoraAdapter, rank: int, targets: str | list[str]) -> LoraAdapter:
-    """Settings of an adapter of scale 1 and one rank.
-
-    Args:
-        targets: as `adapter.target_modules`.
-    """
-    plain = {"rank_pattern": None, "alpha_pattern": None, "use_rslora": False, "lora_dropout": 0.0}
-    return dataclasses.replace(like, r=rank, lora_alpha=float(rank), target_modules=targets, **plain)
 
 
 def make(
@@ -37,7 +26,7 @@ def make(
     """Make the run folder `config.run_dir` with an adapter in it, as if it had been trained.
 
     Args:
-        config: its `adapter` is the adapter's (see `adapter_config`).
+        config: its `adapter` is the adapter's (see `lora.of_scale_one`).
         adapter: of ranks up to `config.adapter.r`.
         prepared: the base, data and task that belong to it.
         made_of: which runs' adapters, and how; for `lora_lab.json` and `result.json`.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from lora_lab.adapters import files, updates
+from lora_lab.adapters import updates
 from lora_lab.adapters.attach import attach_trained, trainable
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
@@ -114,11 +114,11 @@ def _write(
         model: the adapter on the base of `policy`; it is merged, where the files alone do not do.
     """
     reason = f"merge.base={policy} is made in memory"
-    if files.settings(run.adapter).target_parameters:
-        reason = "the adapter reaches into experts"
-    elif policy == "full_precision":
+    if policy == "full_precision":
+        reason = updates.reason_against(run.adapter)
+    if not reason:
         skeleton, weights = load.skeleton(base.folder, kind), Weights(base.folder)
-        reason = stream.reason_against(skeleton, weights, found := updates.read(run.adapter))
+        reason = stream.reason_against(skeleton, weights, found := updates.read(run.adapter, skeleton))
         if not reason:
             if skeleton.can_generate():
                 skeleton.generation_config = model.get_base_model().generation_config

@@ -11,7 +11,9 @@ import numpy as np
 from scipy import stats
 
 from lora_lab.adapters import files, updates
+from lora_lab.adapters.lora import of_scale_one
 from lora_lab.adapters.updates import Updates
+from lora_lab.base import load
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
@@ -45,7 +47,7 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
         raise ConfigError(
             "data.eval: ranks are compared on held-out rows. Name some: lora-lab shrink run=DIR data.eval=FILE"
         )
-    adapter = updates.read(run.adapter)
+    adapter = updates.read(run.adapter, load.skeleton(prepared.base.folder, prepared.kind))
     ranks = _ranks(config, adapter)
     figures = _figures(config, adapter, [adapter.rank, *ranks], prepared)
     console.show_table(
@@ -87,8 +89,7 @@ def _none_saved(figures: list[dict[str, float]], tolerance: float) -> str:
 def _figures(config: RunConfig, adapter: Updates, ranks: Sequence[int], prepared: Prepared) -> list[dict[str, float]]:
     """For each rank the share of the updates that is kept, the adapter's size, what is measured, and how far the loss is above
     that of the first rank, as measured and at most."""
-    targets = config.adapter.target_modules
-    widest = dataclasses.replace(config, adapter=derived.adapter_config(config.adapter, adapter.rank, targets))
+    widest = dataclasses.replace(config, adapter=of_scale_one([config.adapter], adapter.rank, list(adapter.layers)))
     model, figures, whole = load_adapted(prepared, {_SHRUNK: widest}).eval(), [], None
     examples = _spread(prepared.held_out, _LOOK)
     for rank in ranks:
@@ -127,7 +128,7 @@ def _margin(losses: np.ndarray, whole: np.ndarray, examples: list[Example]) -> f
 def _save(run: RunDir, config: RunConfig, adapter: Updates, chosen: dict[str, float], prepared: Prepared) -> RunDir:
     """The run folder of the chosen rank."""
     rank = chosen["rank"]
-    lower = derived.adapter_config(config.adapter, rank, config.adapter.target_modules)
+    lower = of_scale_one([config.adapter], rank, list(adapter.layers))
     metrics = {name: value for name, value in chosen.items() if name not in _OWN}
     made_of = {"method": f"svd to rank {rank}", "adapters": [{"run": str(run.path), "weight": 1.0}]}
     cut, _ = _cut(adapter, rank)

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora_lab.adapters.attach import attach, coverage, linear_layers
+from lora_lab.adapters import files
+from lora_lab.adapters.attach import attach, coverage
+from lora_lab.adapters.layers import linear_layers
 from lora_lab.base import load, quantized
 from lora_lab.config.run import RunConfig
 from lora_lab.data.build import Data
@@ -87,10 +89,10 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     targets.check(Job(run_dir.RunDir(Path(config.run_dir)), config, found.base, found.kind, found.encoder, device))
     work = foresee(config, task, data.train, data.held_out)
     estimated, on_cuda = _memory(config, found, task, work, device.type)
-    matched, unmatched, trainable, base = _modules(config, found)
+    matched, unmatched, trainable, base, saved = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
-    disk = _disk(config, trainable, base, evaluated=data.held_out is not None)
+    disk = _disk(config, trainable, saved, base, evaluated=data.held_out is not None)
     cached = quantized.folder_of(found.base, found.kind, config.model.dtype, config.quant, device.type)
     if estimated is not None and cached is not None and not cached.exists():
         disk["quantized base (cache folder)"] = estimated.base
@@ -176,7 +178,7 @@ def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tupl
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------
 
 
-def _modules(config: RunConfig, found: Found) -> tuple[dict[str, int], dict[str, int], int, int]:
+def _modules(config: RunConfig, found: Found) -> tuple[dict[str, int], dict[str, int], int, int, int]:
     names = linear_layers(found.model)
     endings = [collections.Counter(name.rpartition(".")[2] for name in part) for part in (
         found.targets, [name for name in names if name not in set(found.targets)],
@@ -184,7 +186,8 @@ def _modules(config: RunConfig, found: Found) -> tuple[dict[str, int], dict[str,
     with torch.device("meta"):
         adapted = attach(found.model, config.adapter, ADAPTER, found.kind, config.seed)
     sits = coverage(adapted, ADAPTER)
-    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters
+    saved = sum(tensor.numel() for tensor in files.tensors_of(adapted, ADAPTER).values())
+    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters, saved
 
 
 def _rows(data: Dataset) -> dict[str, int]:
@@ -192,18 +195,22 @@ def _rows(data: Dataset) -> dict[str, int]:
     return {"read": data.rows_read, "used": data.rows_used, "prompts truncated": truncated, **data.rows_dropped}
 
 
-def _disk(config: RunConfig, trainable: int, base: int, evaluated: bool) -> dict[str, int]:
-    """Bytes that the run folder will hold: adapters in float32 with AdamW's two moments beside them, and the merge."""
+def _disk(config: RunConfig, trainable: int, saved: int, base: int, evaluated: bool) -> dict[str, int]:
+    """Bytes that the run folder will hold: adapters in float32 with AdamW's two moments beside them, and the merge.
+
+    Args:
+        saved: numbers of the adapter that are saved, some of which may not be trained.
+    """
     moments = 8 if config.optim.name == "adamw" else 2
     checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best and evaluated)  # one more while saving
-    disk = {"checkpoints": checkpoints * trainable * (4 + moments), "adapter": trainable * 4}
+    disk = {"checkpoints": checkpoints * (saved * 4 + trainable * moments), "adapter": saved * 4}
     export = config.export
     if targets.needs_merged(export.targets):
         disk["merged"] = base * getattr(torch, export.dtype).itemsize
     sizes = {"gguf": _GGUF_BYTES.get(export.gguf_type, 0.8), "quantized": 1.1 if "int8" in export.quantization else 0.7}
     sizes["ollama"] = sizes["gguf"]
     made = {
-        name: trainable * 4 if name in ("adapter", "vllm", "gguf_lora") else base * sizes[name]
+        name: saved * 4 if name in ("adapter", "vllm", "gguf_lora") else base * sizes[name]
         for name in export.targets
         if name != "hf"
     }

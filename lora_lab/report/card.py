@@ -83,8 +83,7 @@ def _data(manifest: dict[str, Any]) -> list[str]:
 def _training(config: RunConfig, result: dict[str, Any]) -> list[str]:
     adapter, optim = config.adapter, config.optim
     lines = [
-        f"- adapter: {'DoRA' if adapter.use_dora else 'rsLoRA' if adapter.use_rslora else 'LoRA'}, r={adapter.r}, "
-        f"lora_alpha={adapter.lora_alpha:g}, target_modules={adapter.target_modules if isinstance(adapter.target_modules, str) else f'{len(adapter.target_modules)} names'}",
+        f"- adapter: {adapter.label}, {adapter.describe()}",
         f"- {optim.name}, lr={optim.lr:g}, {optim.schedule}; {config.train.batch_size} rows a step; seed {config.seed}",
     ]
     if result.get("made_of"):

@@ -218,6 +218,11 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
 def merge(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab merge`: a verified, deployable checkpoint in `merged/`."""
     run, config = open_trained(path, takes.MERGE, overrides)
+    if config.adapter.against_merging:
+        raise ConfigError(
+            f"{path}: {config.adapter.label} cannot be merged, because {config.adapter.against_merging}. Use the adapter as it is: "
+            f"lora-lab chat run={path}, or lora-lab export run={path} export.targets=[adapter]"
+        )
     with run.locked():
         prepared = prepare(config, need_train=config.data.eval is None, trained=run)
         load_trained(run, prepared)

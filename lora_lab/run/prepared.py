@@ -15,19 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import (
-    attach,
-    attach_trained,
-    bypassed,
-    check_targets,
-    coverage,
-    expert_weights,
-    fresh_settings,
-    layer_number,
-    tied,
-    towers,
-    without_adapter,
-)
+from lora_lab.adapters.attach import attach, attach_trained, coverage, fresh_settings, without_adapter
+from lora_lab.adapters.layers import bypassed, expert_weights, layer_number, tied, towers
 from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.hard_texts import HARD_TEXTS
@@ -145,8 +134,10 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Foun
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
-    targets = check_targets(model, config.adapter, kind.new_modules)
-    _say_too_high_rank(model, targets, config.adapter.r)
+    targets = config.adapter.targets(model, kind.new_modules)
+    for title, sentence in config.adapter.warnings(model, targets).items():
+        console.say(title, sentence)
+    _check_quant(config, base)
     fresh_settings(model, config.adapter, kind)
     _say_experts(model, config, base)
     if unread := set(bypassed(model)) - set(targets):
@@ -160,7 +151,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Foun
         )
     if unseen := towers(model):
         console.say("towers", f"{', '.join(unseen)}: not adapted, because texts never reach them")
-    if config.speed.prefix_cache and min(layer_number(name) or 0 for name in targets) == 0:
+    if config.speed.prefix_cache and min((layer_number(name) or 0 for name in targets), default=0) == 0:
         raise ConfigError(
             "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
             "only (adapter.layers_to_transform), or drop it."
@@ -205,16 +196,14 @@ def with_task(config: RunConfig, found: Found, learned: dict[str, Any]) -> tuple
     return dataclasses.replace(found, kind=kind, model=model), task
 
 
-def _say_too_high_rank(model: PreTrainedModel, targets: list[str], r: int) -> None:
-    """A rank above a layer's smaller side costs memory and adds nothing that a lower one could not."""
-    sides = {name: min(model.get_submodule(name).weight.shape) for name in targets}
-    smaller = [name for name, side in sides.items() if side < r]
-    if smaller:
-        lowest = min(sides.values())
-        console.say(
-            "rank",
-            f"adapter.r={r} is above the smaller side of {len(smaller)} layers ({smaller[0]}: {sides[smaller[0]]}); "
-            f"{lowest} is all that the smallest of them can use",
+def _check_quant(config: RunConfig, base: BaseFiles) -> None:
+    """Refuse a method that cannot be trained on the base as it is stored."""
+    method = base.stored(config.quant).method
+    against = "" if method == "none" else config.adapter.against_quant(method)
+    if against:
+        how = "Take another base" if base.published else "Set quant=none"
+        raise ConfigError(
+            f"quant.method={method}: {config.adapter.label} is not trained on it, because {against}. {how}, or adapter=lora."
         )
 
 
@@ -274,14 +263,15 @@ def _check(data: build.Data, config: RunConfig, encoder: Encoder) -> None:
 
 def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
     """R-Drop compares what different dropout makes of a row."""
-    if config.train.rdrop_alpha is None or config.adapter.lora_dropout:
+    if config.train.rdrop_alpha is None or config.adapter.dropout:
         return
     settings = model.config.get_text_config().to_dict()
     rates = [value for name, value in settings.items() if "drop" in name and isinstance(value, float)]
     if not any(rates):
+        key = config.adapter.dropout_key
+        way_out = f"Set adapter.{key}=0.1." if key else f"Drop it: {config.adapter.label} has no dropout."
         raise ConfigError(
-            f"train.rdrop_alpha={config.train.rdrop_alpha:g}: nothing is dropped, so both passes are equal. Set "
-            "adapter.lora_dropout=0.1."
+            f"train.rdrop_alpha={config.train.rdrop_alpha:g}: nothing is dropped, so both passes are equal. {way_out}"
         )
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_lab.adapters.attach import check_targets
 from lora_lab.base import load
 from lora_lab.base.resolve import PACKAGE
 from lora_lab.config.run import RunConfig
@@ -44,10 +43,8 @@ def _unlike(configs: Sequence[RunConfig], *sections: str) -> list[RunConfig]:
 
 def _of_targets(config: RunConfig) -> list[str]:
     """A sentence for names that match no layer, as far as the base is a folder that is here."""
-    named = config.adapter.target_modules != "all-linear" or config.adapter.rank_pattern or config.adapter.alpha_pattern
-    named = named or config.adapter.exclude_modules or config.adapter.layers_to_transform
     place = config.model.path
-    if not named or not (place.startswith(PACKAGE) or Path(place).expanduser().exists()):
+    if not config.adapter.names_layers or not (place.startswith(PACKAGE) or Path(place).expanduser().exists()):
         return []
     try:
         folder, task = load.find(config.model).folder, config.task.load()
@@ -56,7 +53,7 @@ def _of_targets(config: RunConfig) -> list[str]:
     except LoraLabError:  # told by the runs themselves, with all that they know
         return []
     try:
-        check_targets(model, config.adapter, whole)
+        config.adapter.targets(model, whole)
     except AdapterError as error:
         return [str(error)]
     return []

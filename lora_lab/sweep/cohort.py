@@ -10,7 +10,6 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
-from lora_lab.adapters.attach import check_targets
 from lora_lab.base import load
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
@@ -107,7 +106,7 @@ def _train_together(jobs: list[Job], budget: Budget) -> None:
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
     prepared = prepare(jobs[0].config, begun=begun)
     skeleton = load.skeleton(prepared.base.folder, prepared.kind)
-    jobs = _those(jobs, lambda job: check_targets(skeleton, job.config.adapter, prepared.kind.new_modules))
+    jobs = _those(jobs, lambda job: job.config.adapter.targets(skeleton, prepared.kind.new_modules))
     if not jobs:
         return
     load_adapted(prepared, {_name(place): job.config for place, job in enumerate(jobs)})

@@ -26,7 +26,7 @@ _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 def reason_against(task: Task, members: Sequence[Member]) -> str:
     """Why these members cannot share passes; empty if they can."""
     train = [member.config.train for member in members]
-    dropout = any(member.config.adapter.lora_dropout for member in members)
+    dropout = any(member.config.adapter.dropout for member in members)
     reasons = {
         f"task={members[0].config.task.name} is not trained on packed rows, each by itself": not task.shares_passes,
         "train.neftune_alpha, train.fgm_epsilon or train.rdrop_alpha change the pass itself": any(

@@ -1,0 +1,189 @@
+"""What an adapter method answers for itself; the rest of lora_lab asks, and knows no method.
+
+A method is a section of the configuration (`@section`) that extends `AdapterSection`, or `LayerAdapter` where it sits on linear
+layers. Every answer has a default that promises nothing. A reason against something is a clause that a message can be made of,
+such as "it has no merged form"; empty means that nothing stands against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_lab.adapters import layers
+from lora_lab.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from lora_lab.adapters.updates import Updates
+
+_WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
+
+
+class AdapterSection:
+    """The `adapter` section of one method. Fields have the names of peft's configuration class."""
+
+    method: str
+    peft_type: ClassVar[str]  # peft's `PeftType` name
+    dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
+    against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
+
+    # -- its place and its settings --
+
+    def targets(self, model: PreTrainedModel, new_modules: Sequence[str] = ()) -> list[str]:
+        """Names of the layers that will be adapted, of a model that may be without weights.
+
+        Args:
+            new_modules: what is trained whole, and so gets no adapter.
+
+        Raises:
+            AdapterError: a name in the section that matches nothing.
+        """
+        raise NotImplementedError
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the section names layers, which a base may not have."""
+        return True
+
+    def peft_config(self, task_type: str | None, targets: Sequence[str] | None = None) -> PeftConfig:
+        """peft's configuration of this adapter.
+
+        Args:
+            task_type: peft's `TaskType` name, or None.
+            targets: names of the layers to adapt; None: as the section says them.
+        """
+        raise NotImplementedError
+
+    def needs_names(self, model: nn.Module, new_modules: Sequence[str]) -> bool:
+        """Whether peft has to be told the layers' names, because its own rules would find others on this base."""
+        return True
+
+    @property
+    def undefined_for_experts(self) -> list[str]:
+        """Fields that are set and have no meaning for the weights of a mixture's experts."""
+        return []
+
+    @classmethod
+    def settings(cls) -> tuple[str, ...]:
+        """peft's names of what, beside the tensors, decides what a trained adapter does."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("method", *_WHERE))
+
+    # -- what it is called, and what is to be said of it --
+
+    @property
+    def label(self) -> str:
+        """Its name in cards and tables."""
+        return self.method
+
+    def describe(self) -> str:
+        """Its most important settings in a few words."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self.settings()[:2])
+
+    def warnings(self, model: PreTrainedModel, targets: Sequence[str]) -> dict[str, str]:
+        """What the user should know of these settings on this base: a sentence by its catchword."""
+        return {}
+
+    @property
+    def dropout(self) -> float:
+        """Rate of the adapter's dropout."""
+        return getattr(self, self.dropout_key) if self.dropout_key else 0.0
+
+    # -- what can be done with it --
+
+    @property
+    def fresh_differs(self) -> str:
+        """Why a fresh adapter changes the base's outputs; empty if it does not."""
+        return ""
+
+    def against_quant(self, method: str) -> str:
+        """Why it cannot be trained on a base that is stored in this format (`quant.method`, but for none)."""
+        return "it has not been shown to train on quantized weights"
+
+    @property
+    def against_merging(self) -> str:
+        """Why it cannot be merged into its base."""
+        return "it has not been shown to merge"
+
+    def against_target(self, target: str) -> str:
+        """What stands against one of `export.targets`, beside what follows from merging and `delta`."""
+        return ""
+
+    def on_one_base(self) -> dict[str, Any]:
+        """Values that adapters must have in common to lie on one loaded base, by field."""
+        return dataclasses.asdict(self)
+
+    # -- its change of each weight, where `against_delta` is empty --
+
+    @classmethod
+    def delta(cls, config: PeftConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
+        """What a saved adapter adds to each weight, as products of two matrices.
+
+        Args:
+            config: what was saved beside the tensors.
+            tensors: as they were saved, by peft's names (see `updates.parts_of`).
+            model: the base without weights, which says how large its layers are.
+
+        Raises:
+            AdapterError: tensors are missing, or do not fit the settings.
+        """
+        raise AdapterError(f"{cls.peft_type}: {cls.against_delta}.")
+
+    @property
+    def widest(self) -> int:
+        """The largest rank of `delta`."""
+        raise NotImplementedError
+
+
+class LayerAdapter(AdapterSection):
+    """A method that sits on linear layers, which its section names as LoRA's does."""
+
+    target_modules: str | list[str]
+    exclude_modules: list[str] | None
+    layers_to_transform: list[int] | None
+    patterns: ClassVar[tuple[str, ...]] = ()  # fields whose keys are names among the targeted layers
+
+    @property
+    def names(self) -> str | list[str]:
+        """`target_modules` as peft means it: one plain name (`self_attn.q_proj`) is a name ending, as in a list, not a regular
+        expression."""
+        names = self.target_modules
+        return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
+
+    @property
+    def names_layers(self) -> bool:
+        told = [getattr(self, name) for name in ("exclude_modules", "layers_to_transform", *self.patterns)]
+        return self.target_modules != "all-linear" or any(told)
+
+    def targets(self, model: PreTrainedModel, new_modules: Sequence[str] = ()) -> list[str]:
+        """As in the base class.
+
+        Raises:
+            AdapterError: a name in `target_modules` that matches no layer (even if others match); a name in
+                `exclude_modules` or a pattern that matches no targeted layer; a layer number that does not exist; a tied output
+                head, a layer that is read past its module.
+        """
+        targeted = layers.targeted(model, self.target_modules, self.names, new_modules)
+        excluded = layers.matching("adapter.exclude_modules", self.exclude_modules or [], targeted)
+        targeted = [name for name in targeted if name not in excluded]
+        for key in self.patterns:
+            for name in getattr(self, key) or {}:
+                layers.matching(f"adapter.{key}", rf"(.*\.)?({name})", targeted, shown=name)
+        return layers.in_layers(model, targeted, self.layers_to_transform)
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """All that names layers, to be compared."""
+        return tuple(str(getattr(self, name)) for name in _WHERE)
+
+    @property
+    def where(self) -> str:
+        """`target_modules` in a few words."""
+        told = self.target_modules
+        return f"target_modules={told if isinstance(told, str) else f'{len(told)} names'}"

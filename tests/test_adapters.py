@@ -1,0 +1,272 @@
+"""Every adapter method, as it answers for itself: what it says is done or refused before training. Nothing here names a method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_lab import cli
+from lora_lab.adapters import ADAPTERS, files
+from lora_lab.adapters.attach import attach_trained, trainable, without_adapter
+from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.base import load
+from lora_lab.config import compose
+from lora_lab.config.run import all_keys
+from lora_lab.errors import ConfigError, Interrupted
+from lora_lab.export.targets import TARGETS, reason_against
+from lora_lab.run import pipeline, run_dir
+from lora_lab.run.prepared import load_adapted, prepare
+from lora_lab.sweep import cohort, jobs
+from lora_lab.train.cohort import Member
+from lora_lab.train.loop import fit
+from tests.conftest import fails
+from tests.test_export import llama_base, smollm2_tokenizer  # noqa: F401 - fixtures
+from tests.test_resume import stop_at
+from tests.test_sweep import assert_same_run
+
+CONF = Path(__file__).parents[1] / "conf/adapter"
+STEPS = 4
+CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
+
+
+@pytest.fixture(params=ADAPTERS)
+def method(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def told(method, overrides, eval_file):
+    """A small float32 run of the method with its own defaults; in a folder of this name."""
+    plain = [text for text in overrides if not text.startswith("adapter.")]
+    folder = Path(next(text for text in overrides if text.startswith("run_dir=")).partition("=")[2]).parent
+    shared = [*plain, f"adapter={method}", f"data.eval={eval_file}", f"train.max_steps={STEPS}", "train.save_steps=2"]
+
+    def overrides_of(name: str, *more: str) -> list[str]:
+        return [*shared, "export.dtype=float32", *more, f"run_dir={folder}/{name}"]
+
+    return overrides_of
+
+
+@pytest.fixture
+def config_for(told):
+    return lambda name, *more: compose.compose(told(name, *more))
+
+
+def adapter_bytes(run: run_dir.RunDir | Path) -> bytes:
+    return (getattr(run, "path", run) / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def logits(prepared, model) -> torch.Tensor:
+    [batch] = prepared.task.batches([[prepared.train[0][0], prepared.train[1][0]]], None)
+    with torch.no_grad():
+        return prepared.task.logits(model.eval(), batch)
+
+
+def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_saved(config_for, tmp_path):
+    config = config_for("run")
+    prepared = prepare(config)
+    model = load_adapted(prepared)
+    with without_adapter(model):
+        base = logits(prepared, model)
+    assert torch.equal(logits(prepared, model), base) != bool(config.adapter.fresh_differs)
+
+    frozen = {name: one.clone() for name, one in model.state_dict().items() if name not in trainable(model)}
+    before = {name: one.detach().clone() for name, one in trainable(model).items()}
+    member = Member(
+        "default", config, run_dir.create(config), prepared.base, model, prepared.train, prepared.task.learned
+    )
+    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    assert any(not torch.equal(one, before[name]) for name, one in trainable(model).items())
+    assert all(one.dtype == torch.float32 for one in trainable(model).values())
+    assert all(torch.equal(model.state_dict()[name], one) for name, one in frozen.items())
+    with without_adapter(model):
+        assert torch.equal(logits(prepared, model), base)
+
+    files.write(tmp_path, model, "default", config, prepared.base, {})
+    plain = load.load_model(prepared.base, prepared.kind, "float32", config.quant, prepared.device, 0)
+    again = attach_trained(plain, tmp_path, "default")
+    torch.testing.assert_close(logits(prepared, again), logits(prepared, model), rtol=1e-5, atol=1e-5)
+    assert all(
+        torch.equal(one, dict(model.named_parameters())[name])
+        for name, one in again.named_parameters()
+        if name in before
+    )
+
+
+def test_an_interrupted_run_and_a_member_of_a_sweep_are_the_run_alone(config_for, monkeypatch, capsys):
+    alone = pipeline.train(config_for("alone"))
+    cli.signals.install()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, STEPS - 1)
+        pipeline.train(config_for("stopped"))
+    stopped = alone.path.parent / "stopped"
+    assert not (stopped / "adapter").exists()
+    pipeline.resume(str(stopped), [])
+    assert adapter_bytes(stopped) == adapter_bytes(alone)
+
+    capsys.readouterr()
+    found = jobs.jobs_of([config_for("sweep/0"), config_for("sweep/1", "optim.lr=0.002")])
+    cohort.train(found)
+    said = capsys.readouterr().out
+    assert [job.error for job in found] == [None, None]
+    assert adapter_bytes(found[1].run) != adapter_bytes(alone)
+    assert_same_run(found[0].run.path, alone.path)
+    if "in each pass" not in said:
+        assert "2 runs take turns on one base: " in said
+        assert adapter_bytes(found[0].run) == adapter_bytes(alone)
+
+
+def test_it_is_merged_and_exported_or_refused_before_training(told, config_for, capsys, reload_here):
+    section, possible = ADAPTERS[method_of(config_for)](), []
+    for name in ("hf", *CHEAP):
+        reason = reason_against(section, name)
+        if not reason:
+            possible.append(name)
+            continue
+        assert reason in " ".join(fails(["train", *told("run", f"export.targets=[{name}]")], capsys).split())
+    run = pipeline.train(config_for("run", f"export.targets=[{','.join(possible)}]"))
+    assert {name for name in possible if name != "hf"} == {file.name for file in (run.path / "export").iterdir()}
+    for name in {*CHEAP} - {*possible}:
+        assert reason_against(section, name) in fails(["export", f"run={run.path}", f"export.targets=[{name}]"], capsys)
+    if section.against_merging:
+        assert section.against_merging in fails(["merge", f"run={run.path}"], capsys)
+    if "hf" in possible:
+        report = json.loads(run.merge_report.read_text())
+        assert report["merged_vs_base_and_adapter"]["max_logit_diff"] < 1e-4
+        assert report["written"] == (
+            f"from memory: {section.against_delta}" if section.against_delta else "file by file"
+        )
+    assert f"- adapter: {section.label}, {section.describe()}\n" in (run.path / "export/adapter/README.md").read_text()
+
+
+def method_of(config_for) -> str:
+    return config_for("run").adapter.method
+
+
+@pytest.mark.long
+def test_it_shrinks_and_is_combined_with_another_or_is_refused(config_for, method, tmp_path, capsys):
+    section = ADAPTERS[method]()
+    run = pipeline.train(config_for("run"))
+    other = pipeline.train(config_for("other", "adapter=lora", "adapter.r=2", "seed=3"))
+    verbs = (
+        ["shrink", f"run={run.path}", "shrink.tolerance=99", "shrink.ranks=[2]"],
+        ["merge", f"merge.adapters=[{run.path},{other.path}]", f"run_dir={tmp_path}/both", "merge.max_loss_increase=9"],
+    )
+    if section.against_delta:
+        assert all(section.against_delta in fails(verb, capsys) for verb in verbs)
+        return
+    assert [cli.main(verb) for verb in verbs] == [0, 0]
+    assert compose.load(run.path / "shrunk/config.yaml").adapter.r == 2
+    assert compose.load(tmp_path / "both/config.yaml").adapter.method == "lora"
+    assert cli.main(["merge", f"run={run.path}/shrunk"]) == 0
+    alone = json.loads((tmp_path / "both/combination.json").read_text())["held_out"][str(run.path)]["alone"]
+    assert alone["loss"] == pytest.approx(json.loads(run.result.read_text())["tuned"]["loss"], rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", sorted(TARGETS.keys() - {"hf", *CHEAP}))
+def test_every_other_target_is_made_or_refused_before_training(told, llama_base, target, capsys):  # noqa: F811
+    model = (
+        [] if target == "quantized" else [f"model.path={llama_base}"]
+    )  # that llama.cpp's conversion knows the tokenizer of
+    words = ["train", *told("run", *model, f"export={target}")]
+    reason = reason_against(compose.compose(words[1:]).adapter, target)
+    if reason:
+        assert reason in fails(words, capsys)
+        return
+    assert cli.main(words) == 0
+    folder = compose.compose(words[1:]).run_dir
+    assert (Path(folder) / "export" / target).is_dir()
+
+
+LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("fp4", "int8")]
+
+
+@pytest.mark.parametrize("quant", ["nf4", *LATER])
+def test_it_trains_on_a_quantized_base_or_is_refused_before_training(config_for, quant):
+    config = config_for("run", f"quant={quant}")
+    reason = config.adapter.against_quant(quant)
+    if reason:
+        with pytest.raises(ConfigError, match=f"quant.method={quant}: .*{reason}"):
+            pipeline.train(config)
+        assert not Path(config.run_dir).exists()
+        return
+    prepared = prepare(config)
+    fresh = {name: one.detach().clone() for name, one in trainable(load_adapted(prepared)).items()}
+    run = pipeline.train(config)
+    saved = load_file(run.adapter / files.WEIGHTS)
+    before = {name.replace(".default", ""): one for name, one in fresh.items()}
+    assert before.keys() <= saved.keys()
+    still = [name for name, one in before.items() if torch.equal(one, saved[name])]
+    assert not still
+
+
+def test_its_keys_are_described_known_and_corrected(told, method, capsys):
+    section = ADAPTERS[method]
+    for field in dataclasses.fields(section):
+        assert section.__pydantic_fields__[field.name].description
+        assert all_keys()[f"adapter.{field.name}"].description
+    assert all(name in {field.name for field in dataclasses.fields(section)} for name in section.settings())
+    for field in dataclasses.fields(section)[1:]:
+        message = fails(["config", *told("run", f"adapter.{field.name}z=3")], capsys)
+        assert f"unknown key. Did you mean 'adapter.{field.name}'?" in message
+    assert "Did you mean 'adapter.r'?" in fails(["config", *told("run", "adapter.rnak=3")], capsys)
+    assert cli.main(["config", *told("run")]) == 0
+    assert f"adapter.method={method}" in capsys.readouterr().out
+
+
+def test_every_method_has_a_group_and_every_group_a_method():
+    told = {file.stem: file.read_text(encoding="utf-8") for file in CONF.glob("*.yaml")}
+    assert ADAPTERS.keys() <= told.keys()
+    for name, section in ADAPTERS.items():
+        assert section().method == name
+        assert f"method: {name}" in told[name]
+    assert all(any(f"method: {name}\n" in text for name in ADAPTERS) for text in told.values())
+
+
+def test_methods_load_no_torch():
+    code = "import sys, lora_lab.adapters; sys.exit(bool({'torch', 'peft'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_method_says_against_something_is_asked_before_training(config_of, tmp_path, monkeypatch, capsys):
+    done = pipeline.train(config_of("train.max_steps=1", f"run_dir={tmp_path}/done"))
+    for name, answer in (
+        ("against_quant", lambda self, method: "it adds to whole weights"),
+        ("against_merging", property(lambda self: "it changes the input of a layer")),
+        ("against_delta", "its change is no sum"),
+        ("against_target", lambda self, target: "is not written by it" if target == "adapter" else ""),
+    ):
+        monkeypatch.setattr(LoraAdapter, name, answer)
+    for settings, said in (
+        (
+            ["quant=nf4"],
+            "quant.method=nf4: LoRA is not trained on it, because it adds to whole weights. Set quant=none",
+        ),
+        (["export=merged"], "hf: cannot be made of LoRA, because it changes the input of a layer. Export adapter"),
+        (["export=gguf"], "gguf: cannot be made of LoRA, because it changes the input of a layer"),
+        (["export=vllm"], "vllm: cannot be made of LoRA, because its change is no sum. Export adapter"),
+        (["export.targets=[adapter]"], "adapter: is not written by it"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            pipeline.train(config_of(*settings))
+        assert said in str(error.value)
+        assert not (tmp_path / "run").exists()
+    message = fails(["merge", f"run={done.path}"], capsys)
+    assert "LoRA cannot be merged, because it changes the input of a layer. Use the adapter as it is" in message
+
+
+def test_adapters_that_cannot_lie_on_one_base_are_groups_of_their_own(config_of, monkeypatch):
+    configs = [config_of(f"adapter.r={r}", f"run_dir=r{r}") for r in (2, 4)]
+    assert len(jobs.groups(jobs.jobs_of(configs))) == 1
+    monkeypatch.setattr(LoraAdapter, "on_one_base", dataclasses.asdict)
+    found = jobs.groups(jobs.jobs_of(configs))
+    assert len(found) == 2
+    assert jobs.why_apart(found[0][0], found[1][0]) == "adapter.r"
