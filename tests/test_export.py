@@ -146,6 +146,7 @@ def letters_with_a_beginning(folder: Path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 @pytest.mark.long
@@ -158,7 +159,7 @@ def test_llama_cpp_begins_texts_and_conversations_as_training_does(trained, tmp_
     done = trained(f"model.path={base}", "export=gguf", "export.dtype=float32", "data.check=warn", *LOOSE)
     assert json.loads((done.path / "export_report.json").read_text())["gguf"]["adds_bos"]
     told = " ".join(capsys.readouterr().out.split())
-    assert "put '<s>' before every text, and drops the one that the chat template writes" in told
+    assert "begin every text with '<s>'; where the chat template writes it too, it is not written twice" in told
     merged = AutoTokenizer.from_pretrained(done.path / "merged")
     messages = [{"role": "user", "content": "red cat"}]
     chat = merged.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -1,11 +1,11 @@
-"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [ADAPTER ADAPTER_OUT]]
+"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [BASE [ADAPTER ADAPTER_OUT]]]
 
 Started in a process of its own: the conversion that auto-round carries takes the module name `conversion` and a model's worth
 of memory.
 
-FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ENDS: ids of
-tokens that end answers, with commas. ADAPTER: safetensors with the factors
-`<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
+FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS`, `CHECK` and `RANDOM`. ENDS: ids of
+tokens that end answers, with commas. BASE: the folder whose `config.json` was published, see `completed`. ADAPTER: safetensors
+with the factors `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
 import importlib.metadata
@@ -20,6 +20,7 @@ TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "
 CHECK = (
     "check"  # a tiny Llama with the folder's tokenizer is written; fails where architecture or tokenizer are not known
 )
+RANDOM = "random"  # as f32, with a vocabulary of bytes in place of the folder's: of a model that tells nothing but how it computes
 K_QUANTS = (
     "q2_k",
     "q3_k_m",
@@ -32,15 +33,32 @@ K_QUANTS = (
 
 
 _CONTROL, _UNKNOWN, _NORMAL, _USER_DEFINED, _BYTE = 3, 2, 1, 4, 6  # SentencePiece's kinds of tokens
+_NOT_OF_THE_MODEL = ("quantization_config", "compression_config", "dtype", "torch_dtype", "auto_map")
+_MAY_DIFFER = (
+    *_NOT_OF_THE_MODEL,
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+)  # beside ids of tokens
+_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
+_LENGTHS = ("n_positions", "max_position_embeddings")
 
 
 def main(
-    folder: str, out: str, kind: str, ends: str = "", adapter: str | None = None, adapter_out: str | None = None
+    folder: str,
+    out: str,
+    kind: str,
+    ends: str = "",
+    base: str = "",
+    adapter: str | None = None,
+    adapter_out: str | None = None,
 ) -> None:
     os.environ["AUTO_ROUND_GGUF_AUTO_UPDATE"] = "0"  # it would fetch and run code
     os.environ.pop("LLAMA_CPP_ROOT", None)
     with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
-        _convert(_with_sentencepiece(Path(folder), Path(scratch)), out, kind, ends, adapter, adapter_out)
+        view = folder if kind == RANDOM else _with_sentencepiece(Path(folder), Path(scratch))
+        _convert(view, out, kind, ends, base or folder, adapter, adapter_out)
 
 
 def _with_sentencepiece(folder: Path, scratch: Path) -> str:
@@ -76,10 +94,75 @@ def _with_sentencepiece(folder: Path, scratch: Path) -> str:
     return str(view)
 
 
-def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, adapter_out: str | None) -> None:
-    if kind in K_QUANTS:
-        _write_k_quants(folder, out, kind)
-        return
+def completed(saved: dict, published: dict, read: dict, same: bool = False) -> dict:
+    """The settings of a saved `config.json`, and those of the published one that transformers does not write again.
+
+    llama.cpp's conversion asks for settings by the names that they were published under. What is saved wins: a setting that
+    transformers reads under another name (`rotary_pct`, now in `rope_parameters`) is taken from the published file only if both
+    files describe the same model, and what `rope_parameters` and the number of positions say stands for their older names.
+
+    Args:
+        saved: as transformers reads the folder.
+        published: the base's `config.json` as it is.
+        read: as transformers reads that.
+        same: the folder was made of the base in another size, so what the published file says holds for it.
+    """
+    if saved.get("model_type") != published.get("model_type"):
+        return _with_older_names(saved)
+    alike = same or all(
+        saved.get(key) == value
+        for key, value in read.items()
+        if key not in _MAY_DIFFER and not key.endswith(("token_id", "_config"))
+    )
+    own = {
+        key: value
+        for key, value in published.items()
+        if key not in saved and key not in _NOT_OF_THE_MODEL and (alike or key in read)
+    }
+    parts = {
+        key: completed(part, published[key], read[key], same)
+        for key, part in saved.items()
+        if key.endswith("_config") and all(isinstance(one.get(key), dict) for one in (saved, published, read))
+    }
+    return _with_older_names({**own, **saved, **parts}, saved)
+
+
+def _with_older_names(settings: dict, saved: dict | None = None) -> dict:
+    """Settings with what transformers 5 keeps of them under another name.
+
+    Args:
+        saved: those that decide; None: all of them.
+    """
+    saved = settings if saved is None else saved
+    found, rope = dict(settings), saved.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # else there are some for each kind of layer
+        share = rope.get("partial_rotary_factor", 1.0)
+        found |= {key: share for key in ("partial_rotary_factor", "rotary_pct") if key not in saved}
+    if saved.get("multi_query") and "num_kv_heads" in saved and not saved.get("new_decoder_architecture"):
+        found["num_kv_heads"] = 1  # transformers says the number of heads, which Falcon does not look at
+    if saved.get("model_type") == "granitemoehybrid" and saved.get("layer_types"):
+        found["layer_types"] = [_LAYERS.get(kind, kind) for kind in saved["layer_types"]]
+    length = next((saved[key] for key in _LENGTHS if key in saved), None)
+    if length is not None and "n_ctx" not in saved:
+        found["n_ctx"] = length
+    return found
+
+
+def _complete(conversion: object, base: str, same: bool) -> None:
+    """Have the conversion read `config.json` as `completed`."""
+    load = conversion.ModelBase.load_hparams
+    published, read = json.loads((Path(base) / "config.json").read_text(encoding="utf-8")), load(Path(base), False)
+
+    def both(folder: Path, is_mistral_format: bool) -> dict:
+        settings = load(folder, is_mistral_format)
+        return settings if is_mistral_format else completed(settings, published, read, same)
+
+    conversion.ModelBase.load_hparams = staticmethod(both)
+
+
+def _convert(
+    folder: str, out: str, kind: str, ends: str, base: str, adapter: str | None, adapter_out: str | None
+) -> None:
     import gguf
     from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
 
@@ -91,6 +174,10 @@ def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, a
         cause = error.__cause__  # that it is not in the list, or what its module fails with
         cause = "" if cause is None or isinstance(cause, NotImplementedError) else f" ({cause!r})"
         sys.exit(f"Error: {architecture} is not supported by {versions}{cause}")
+    _complete(conversion, base, same=kind == RANDOM)
+    if kind in K_QUANTS:
+        _write_k_quants(folder, out, kind)
+        return
     hparams = conversion.ModelBase.load_hparams(Path(folder), False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     model_class = conversion.get_model_class(architecture)
@@ -101,8 +188,13 @@ def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, a
         model.set_vocab()
         _write_tiny(model, out)
         return
-    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out))
-    _with_ends(model, ends)
+    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES["f32" if kind == RANDOM else kind]), Path(out))
+    if kind == RANDOM:
+        vocabulary = _bytes(hparams)
+        model.set_vocab = lambda: _write_vocabulary(model.gguf_writer, *vocabulary)
+        model._create_vocab_sentencepiece = lambda: vocabulary  # some cut the embedding to it
+    else:
+        _with_ends(model, ends)
     model.write()
     if adapter is not None:
         model = model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
@@ -154,6 +246,28 @@ def _write_tiny(model: object, out: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _bytes(hparams: dict) -> tuple[list, list, list]:
+    """A vocabulary of bytes and of names that mean nothing: tokens, scores and kinds."""
+    import gguf
+
+    size = {**hparams, **hparams.get("text_config", {})}["vocab_size"]
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*known, *(f"<{number}>" for number in range(len(known), size))][:size]
+    kinds = [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256, *[_NORMAL] * size][:size]
+    return tokens, [0.0] * size, [gguf.TokenType(one) for one in kinds]
+
+
+def _write_vocabulary(writer: object, tokens: list, scores: list, kinds: list) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def _write_k_quants(folder: str, out: str, kind: str) -> None:
