@@ -58,6 +58,7 @@ _AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what llama.cpp has built in of a
     "gemma3n_text": {"altup_num_inputs": 4},
     "gpt2": {"n_inner": None}, "gpt-sw3": {"n_inner": None}, "gpt_bigcode": {"n_inner": 256},
     "granitemoehybrid": {"num_experts_per_tok": 0},
+    "phi": {"num_key_value_heads": 4, "intermediate_size": 256},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_text": _LINEAR, "qwen3_5_moe": _LINEAR, "qwen3_5_moe_text": _LINEAR,
 }  # fmt: skip

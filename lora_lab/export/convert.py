@@ -8,6 +8,9 @@ tokens that end answers, with commas. BASE: the folder whose `config.json` was p
 with the factors `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
+from __future__ import annotations
+
+import copy
 import importlib.metadata
 import json
 import os
@@ -57,13 +60,28 @@ def main(
     os.environ["AUTO_ROUND_GGUF_AUTO_UPDATE"] = "0"  # it would fetch and run code
     os.environ.pop("LLAMA_CPP_ROOT", None)
     with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
-        view = folder if kind == RANDOM else _with_sentencepiece(Path(folder), Path(scratch))
-        _convert(view, out, kind, ends, base or folder, adapter, adapter_out)
+        settings = Settings(Path(folder), Path(base or folder), same=kind == RANDOM)
+        view = _view(Path(folder), Path(scratch), settings, with_tokenizer=kind != RANDOM)
+        _convert(str(view), out, kind, ends, settings, adapter, adapter_out)
 
 
-def _with_sentencepiece(folder: Path, scratch: Path) -> str:
-    """The folder, or where it lacks `tokenizer.model` and `tokenizer.json` is of its kind, a copy by links that has it: the
-    conversion takes such a tokenizer's scores from there.
+def _view(folder: Path, scratch: Path, settings: Settings, with_tokenizer: bool) -> Path:
+    """The folder by links, with what the conversion asks for beside: settings (`completed`), and SentencePiece's `tokenizer.model`."""
+    view = scratch / folder.name
+    view.mkdir()
+    for one in folder.iterdir():
+        (view / one.name).symlink_to(one.resolve())
+    (view / "config.json").unlink()
+    (view / "config.json").write_text(json.dumps(settings.written()), encoding="utf-8")
+    made = _sentencepiece(folder) if with_tokenizer else None
+    if made is not None:
+        (view / "tokenizer.model").write_bytes(made)
+    return view
+
+
+def _sentencepiece(folder: Path) -> bytes | None:
+    """`tokenizer.model` for a folder that lacks it and whose `tokenizer.json` is of its kind: the conversion takes such a
+    tokenizer's scores from there.
 
     A token's score is the place of the first merge that makes it, which is what such merges were sorted by.
     """
@@ -71,7 +89,7 @@ def _with_sentencepiece(folder: Path, scratch: Path) -> str:
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     model = tree.get("model", {})
     if (folder / "tokenizer.model").exists() or model.get("type") != "BPE" or not model.get("byte_fallback"):
-        return str(folder)
+        return None
     from sentencepiece import sentencepiece_model_pb2
 
     made: dict[str, int] = {}
@@ -86,12 +104,7 @@ def _with_sentencepiece(folder: Path, scratch: Path) -> str:
         kind = _BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else added.get(token, _NORMAL)
         kind = _UNKNOWN if token == model["unk_token"] else kind
         proto.pieces.add(piece=token, score=-float(made.get(token, len(made))), type=kind)
-    view = scratch / folder.name
-    view.mkdir()
-    for one in folder.iterdir():
-        (view / one.name).symlink_to(one.resolve())
-    (view / "tokenizer.model").write_bytes(proto.SerializeToString())
-    return str(view)
+    return proto.SerializeToString()
 
 
 def completed(saved: dict, published: dict, read: dict, same: bool = False) -> dict:
@@ -148,20 +161,55 @@ def _with_older_names(settings: dict, saved: dict | None = None) -> dict:
     return found
 
 
-def _complete(conversion: object, base: str, same: bool) -> None:
-    """Have the conversion read `config.json` as `completed`."""
-    load = conversion.ModelBase.load_hparams
-    published, read = json.loads((Path(base) / "config.json").read_text(encoding="utf-8")), load(Path(base), False)
+class Settings:
+    """What the conversion is told of a folder's `config.json`, see `completed`."""
 
-    def both(folder: Path, is_mistral_format: bool) -> dict:
-        settings = load(folder, is_mistral_format)
-        return settings if is_mistral_format else completed(settings, published, read, same)
+    def __init__(self, folder: Path, base: Path, same: bool) -> None:
+        self._published, self._read, self._same = _json(base), _read(base), same
+        self._folder, self._own = folder, self._of(folder)
 
-    conversion.ModelBase.load_hparams = staticmethod(both)
+    def _of(self, folder: Path) -> dict:
+        return completed(_read(folder), self._published, self._read, self._same)
+
+    def written(self) -> dict:
+        """As the folder's `config.json`, which a part of the conversion reads by itself."""
+        read = _read(self._folder)
+        changed = {key: value for key, value in self._own.items() if key not in read or read[key] != value}
+        return {**_json(self._folder), **changed}
+
+    def take_over(self, conversion: object, view: Path) -> None:
+        """Have the conversion read no other.
+
+        Args:
+            view: what stands for the folder.
+        """
+        load = conversion.ModelBase.load_hparams
+
+        def load_hparams(folder: Path, is_mistral_format: bool) -> dict:
+            found = load(folder, is_mistral_format)
+            if is_mistral_format:
+                return found
+            return found | copy.deepcopy(self._own if Path(folder) == view else self._of(Path(folder)))
+
+        conversion.ModelBase.load_hparams = staticmethod(load_hparams)
+
+
+def _json(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _read(folder: Path) -> dict:
+    """As transformers reads it, where it knows the architecture."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except Exception:
+        return _json(folder)
 
 
 def _convert(
-    folder: str, out: str, kind: str, ends: str, base: str, adapter: str | None, adapter_out: str | None
+    folder: str, out: str, kind: str, ends: str, settings: Settings, adapter: str | None, adapter_out: str | None
 ) -> None:
     import gguf
     from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
@@ -174,7 +222,7 @@ def _convert(
         cause = error.__cause__  # that it is not in the list, or what its module fails with
         cause = "" if cause is None or isinstance(cause, NotImplementedError) else f" ({cause!r})"
         sys.exit(f"Error: {architecture} is not supported by {versions}{cause}")
-    _complete(conversion, base, same=kind == RANDOM)
+    settings.take_over(conversion, Path(folder))
     if kind in K_QUANTS:
         _write_k_quants(folder, out, kind)
         return

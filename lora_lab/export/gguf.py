@@ -132,7 +132,7 @@ def _architecture_against(base: Path, max_kl: float) -> str:
     Half of the positions must agree within `max_kl`: in mixtures of random weights a single position may well choose other experts.
     """
     try:
-        made = tiny.model(base)
+        made, narrowed = tiny.model(base)
     except Exception as error:  # of transformers, on a size that a family does not take
         made, said = None, f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     else:
@@ -156,7 +156,7 @@ def _architecture_against(base: Path, max_kl: float) -> str:
             told = _told(file, rows, {"context": ids.shape[1] + 8, "letter": 3, "vocabulary": tiny.VOCABULARY})
         except ExportError as error:
             reason = str(error).partition(": ")[2].removesuffix(".")
-            if "FileNotFoundError" in reason:  # of a tokenizer's files, which the small model has not
+            if "FileNotFoundError" in reason or (narrowed and "wrong shape" in reason):  # of its own making
                 console.say("export", f"llama.cpp is not tried with a small model before training ({reason})")
                 return ""
             return f"llama.cpp cannot take a small model of this base's architecture ({reason})."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 320
-LARGE, TOO_LARGE = 2**26, 2**28  # parameters above which feed-forward parts are narrowed, and above which none is made
+LARGE, TOO_LARGE = 2**28, 2**29  # parameters above which feed-forward parts are narrowed, and above which none is made
 _WIDTH = 256  # of a feed-forward part that is narrowed
 _SPREAD = 3.0  # standard deviation of the logits: a trained model's are spread about so, and equal ones tell nothing
 _PER_LAYER = re.compile(r"layer|types|pattern")
@@ -28,8 +28,11 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
-def model(base: Path) -> PreTrainedModel | None:
+def model(base: Path) -> tuple[PreTrainedModel | None, bool]:
     """A small model in float32 of the base's architecture; None where its shape leaves none that is small.
+
+    Returns:
+        The model, and whether its feed-forward parts are narrower than the base's, which some families do not allow.
 
     Raises:
         BaseModelError: transformers builds none from the base's configuration.
@@ -40,10 +43,11 @@ def model(base: Path) -> PreTrainedModel | None:
     transformers.utils.logging.disable_progress_bar()
     whole = load.skeleton(base, ModelKind())
     config = _cut(load.model_config(base, ModelKind()), whole)
-    if _parameters(config) > LARGE:
+    narrowed = _parameters(config) > LARGE
+    if narrowed:
         _narrow(config)
     if _parameters(config) > TOO_LARGE:
-        return None
+        return None, narrowed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
@@ -51,7 +55,7 @@ def model(base: Path) -> PreTrainedModel | None:
             if one.dim() > 1 and not one.any():
                 torch.nn.init.normal_(one, std=0.1)
     _spread(made)
-    return made
+    return made, narrowed
 
 
 def ids(count: int = 24) -> torch.Tensor:
