@@ -88,11 +88,12 @@ and exported with `export.targets=[hf,gguf]` at f16. `make exports` makes this p
   `AutoTokenizer` and `tokenizers` alone, and gave the run's ids.
 - **KL**, **same token**: llama.cpp beside plain transformers on held-out positions.
 - **answers**: greedy answers of {new_tokens} tokens that are the same; *near ties* part where two tokens are as likely, within rounding.
-- Windowed layers get a window beyond the rows: llama.cpp has their places in each published model built in.
-- A family that keeps a vocabulary of a kind of its own (SentencePiece) refuses this tokenizer; with its own it may be taken.
+- What llama.cpp has built in of a family (which layers are windowed or linear, widths that follow from others) is as in its published
+  models, and windows go beyond the rows. Settings that transformers does not write again are in the base's `config.json`.
+- A family that knows SentencePiece alone gets such a tokenizer, of letters and bytes, without a chat template.
 
 Made with {versions}; code {digest}. {count} families exported and proved, {refused} refused before training, {after} refused after it,
-{not_built} that transformers does not build tiny from these settings.
+{not_built} that transformers does not build tiny from these settings; {left} of {shared} have not been run in this state of the code.
 """
 
 
@@ -126,7 +127,9 @@ def main() -> None:
         return
     results = known["families"] if all(known.get(name) == value for name, value in state.items()) else {}
     only = set(filter(None, told.only.split(",")))
-    for family, model in _shared().items():
+    shared = _shared()
+    state["shared"] = len(shared)
+    for family, model in shared.items():
         if (only and family not in only) or (not only and family in results):
             continue
         results[family] = dataclasses.asdict(_attempted(family, model))
@@ -269,6 +272,7 @@ def page(known: dict[str, Any]) -> str:
             transformers=versions["transformers"], auto_round=versions["auto-round"], gguf=versions["gguf"], new_tokens=NEW_TOKENS,
             versions=", ".join(f"{name} {version}" for name, version in versions.items()), digest=known["digest"],
             count=len(good), refused=len(before), after=len(after), not_built=len(not_built),
+            shared=known["shared"], left=known["shared"] - len(every),
         ),
         "| family | class | tokens | KL | same token | answers | near ties |",
         "|---|---|---|---|---|---|---|",

@@ -230,7 +230,7 @@ def test_llama_cpp_must_make_the_runs_tokens_of_messages(turns, tmp_path):
         tokenizer.save_tokenizer(encoder.tokenizer, scratch)
         for name in ("config.json", "model.safetensors"):
             (scratch / name).symlink_to(base / name)
-        gguf.convert(scratch, scratch / "endless.gguf", "check", [])
+        gguf.convert(scratch, scratch / "endless.gguf", "check", [], base)
         said = against(tmp_path, encoder, (scratch / "endless.gguf").read_bytes())
     assert "'<done>' ends the run's answers and not those of the file" in said
 

@@ -145,9 +145,7 @@ def _architecture_against(base: Path, max_kl: float) -> str:
     positions, targets = torch.arange(ids.shape[1] - 1), ids[0, 1:].clone()
     with storage.scratch() as scratch:
         made.save_pretrained(scratch / "folder")
-        some = {
-            f"<{number}>": number for number in range(tiny.VOCABULARY)
-        }  # of which the conversion may want the number
+        some = {f"<{number}>": number for number in range(tiny.VOCABULARY)}  # some conversions count them
         (scratch / "folder" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": some}, "added_tokens": []}))
         file = scratch / "random.gguf"
         rows = [({"input_ids": ids}, positions, targets)]
@@ -455,11 +453,12 @@ def _check_text(
     seen = [(one.get("text"), one["ids"] if "ids" in one else one["error"]) for one in told["prompts"]]
     by = "the Modelfile's template and llama.cpp's tokenizer make" if modelfile is not None else "llama.cpp makes"
     beside = [one.with_tools and not one.held_out for one in asked]  # tools that the rows do not have
-    pairs = [
-        ([one for one, b in zip(part, beside, strict=True) if b is kind] for part in (asked, seen))
-        for kind in (False, True)
-    ]
-    found, said = ([f"{by} {one}" for one in text.differences(encoder, *pair)] for pair in pairs)
+
+    def differing(kind: bool) -> list[str]:
+        own, theirs = ([one for one, b in zip(part, beside, strict=True) if b is kind] for part in (asked, seen))
+        return [f"{by} {one}" for one in text.differences(encoder, own, theirs)]
+
+    found, said = differing(False), differing(True)
     for one in said:
         console.say("export", f"{file.name}: of conversations with tools, which no row has, {one}")
     for one in told["prompts"]:
