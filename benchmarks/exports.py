@@ -66,6 +66,8 @@ for _family, _settings in _AS_PUBLISHED.items():
     families._OWN[_family] = {**families._OWN.get(_family, {}), **_settings}
 _PUBLISHED: dict[str, dict[str, Any]] = {  # settings that published models have in config.json and transformers does not write
     "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "dots1": {"scoring_func": "noaux_tc"},
     "falcon_h1": {"head_dim": 16},
     "hunyuan_v1_moe": {"moe_intermediate_size": [128, 128]},
     "kimi_linear": {

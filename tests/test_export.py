@@ -443,7 +443,7 @@ def test_families_whose_settings_transformers_renames_are_taken(tmp_path, monkey
     families.make("completion", family, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | expected
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert gguf._architecture_against(tmp_path, 0.02) == ""
+    assert gguf._architecture_against(tmp_path) == ""
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_architectures_that_llama_cpp_does_not_run_are_refused_before_training(t
     from tests import families
 
     families.make("completion", family, tmp_path)
-    assert sentence in gguf._architecture_against(tmp_path, 0.02)
+    assert sentence in gguf._architecture_against(tmp_path)
 
 
 def test_a_small_model_has_a_layer_of_each_kind(tmp_path):
