@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -33,14 +32,13 @@ os.environ |= {
 
 import torch
 
+from benchmarks.sources import ROOT, sources
 from lora_lab.runtime import storage
 from tests.families import TASKS, Outcome, attempt, families, preload
 
-_ROOT = Path(__file__).parents[1]
-_RESULTS = _ROOT / "benchmarks" / "results" / "architectures.json"
-_DOCUMENT = _ROOT / "docs" / "architectures.md"
+_RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+_DOCUMENT = ROOT / "docs" / "architectures.md"
 _PACKAGES = ("torch", "transformers", "peft")
-_SOURCES = ("lora_lab/**/*.py", "conf/**/*.yaml", "tests/families.py")  # what decides a result
 _SECONDS = 180  # for one family
 _HEAD = """# Architectures
 
@@ -91,14 +89,6 @@ def main() -> None:
         if not (only and other):
             storage.write_text(_RESULTS, storage.dump_json({**state, "families": results}))
     sys.exit(None if only and other else _written({**state, "families": results}) or None)
-
-
-def sources() -> str:
-    """A digest of everything of ours that decides a result."""
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in _SOURCES for file in _ROOT.glob(pattern)}):
-        digest.update(f"{file.relative_to(_ROOT)}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def _written(known: dict[str, Any]) -> str:

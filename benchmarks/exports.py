@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -28,6 +27,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from benchmarks.sources import ROOT, sources
 from lora_lab.config import compose
 from lora_lab.errors import LoraLabError
 from lora_lab.export import convert, llama
@@ -36,11 +36,10 @@ from lora_lab.runtime import children, storage
 from lora_lab.verify import reload
 from tests import families
 from tests.conftest import CHATML, make_rows, write_jsonl
-from tests.test_export import smollm2_tokenizer
+from tests.test_export import letters_with_a_beginning, smollm2_tokenizer
 
-_ROOT = Path(__file__).parents[1]
-_RESULTS = _ROOT / "benchmarks" / "results" / "exports.json"
-_DOCUMENT = _ROOT / "docs" / "exports.md"
+_RESULTS = ROOT / "benchmarks" / "results" / "exports.json"
+_DOCUMENT = ROOT / "docs" / "exports.md"
 _PACKAGES = ("torch", "transformers", "peft", "auto-round", "gguf", "xllamacpp")
 _SECONDS = 240  # for one family
 _CONVERSION = """
@@ -52,6 +51,37 @@ print("FOUND", json.dumps(sorted(conversion.TEXT_MODEL_MAP)))
 _SCRIPTS = {"reload.py": reload.main, "convert.py": convert.main, "llama.py": llama.main}
 # llama.cpp has the places of windowed layers of each published model built in, or has none; a window beyond the rows makes them alike
 families._SIZES["sliding_window"] = 4096
+_LINEAR = {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"]}
+_WINDOWED = {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]}
+_AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what llama.cpp has built in of a family, as its published models are made
+    "bamba": {"attn_rotary_emb": 8},
+    "dots1": {"num_key_value_heads": 4},
+    "gemma3_text": _WINDOWED,
+    "gemma3n_text": {"altup_num_inputs": 4},
+    "gpt2": {"n_inner": None}, "gpt-sw3": {"n_inner": None}, "gpt_bigcode": {"n_inner": 256},
+    "granitemoehybrid": {"num_experts_per_tok": 0},
+    "phi": {"num_key_value_heads": 4, "intermediate_size": 256},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_text": _LINEAR, "qwen3_5_moe": _LINEAR, "qwen3_5_moe_text": _LINEAR,
+}  # fmt: skip
+for _family, _settings in _AS_PUBLISHED.items():
+    families._OWN[_family] = {**families._OWN.get(_family, {}), **_settings}
+_PUBLISHED: dict[str, dict[str, Any]] = {  # settings that published models have in config.json and transformers does not write
+    "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "dots1": {"scoring_func": "noaux_tc"},
+    "falcon_h1": {"head_dim": 16},
+    "hunyuan_v1_moe": {"moe_intermediate_size": [128, 128]},
+    "kimi_linear": {
+        "linear_attn_config": {
+            "full_attn_layers": [2], "kda_layers": [1], "head_dim": 16, "num_heads": 4, "short_conv_kernel_size": 4,
+        },
+    },
+}  # fmt: skip
+_SENTENCEPIECE = ("ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "jamba", "minicpm3", "phi3")  # have no other tokenizer
+_NAMED_TOKENS = {  # that the conversion looks for
+    "glm": ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]", "<sop>"],
+}
 _HEAD = """# Exports by family
 
 Every causal family that transformers {transformers} and llama.cpp's conversion (auto-round {auto_round}, gguf {gguf}) share, built tiny
@@ -62,11 +92,12 @@ and exported with `export.targets=[hf,gguf]` at f16. `make exports` makes this p
   `AutoTokenizer` and `tokenizers` alone, and gave the run's ids.
 - **KL**, **same token**: llama.cpp beside plain transformers on held-out positions.
 - **answers**: greedy answers of {new_tokens} tokens that are the same; *near ties* part where two tokens are as likely, within rounding.
-- Windowed layers get a window beyond the rows: llama.cpp has their places in each published model built in.
-- A family that keeps a vocabulary of a kind of its own (SentencePiece) refuses this tokenizer; with its own it may be taken.
+- What llama.cpp has built in of a family (which layers are windowed or linear, widths that follow from others) is as in its published
+  models, and windows go beyond the rows. Settings that transformers does not write again are in the base's `config.json`.
+- A family that knows SentencePiece alone gets such a tokenizer, of letters and bytes, without a chat template.
 
 Made with {versions}; code {digest}. {count} families exported and proved, {refused} refused before training, {after} refused after it,
-{not_built} that transformers does not build tiny from these settings.
+{not_built} that transformers does not build tiny from these settings; {left} of {shared} have not been run in this state of the code.
 """
 
 
@@ -90,14 +121,19 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="only write the page from the results that there are")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
-    state = {"digest": _digest(), "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}}
+    state = {
+        "digest": sources("benchmarks/exports.py"),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
     known = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     if told.write:
         _DOCUMENT.write_text(page(known), encoding="utf-8")
         return
     results = known["families"] if all(known.get(name) == value for name, value in state.items()) else {}
     only = set(filter(None, told.only.split(",")))
-    for family, model in _shared().items():
+    shared = _shared()
+    state["shared"] = len(shared)
+    for family, model in shared.items():
         if (only and family not in only) or (not only and family in results):
             continue
         results[family] = dataclasses.asdict(_attempted(family, model))
@@ -107,16 +143,6 @@ def main() -> None:
     faults = [name for name, one in results.items() if one["fault"]]
     if faults:
         sys.exit(f"faults: {', '.join(faults)}")
-
-
-def _digest() -> str:
-    """Of everything that decides a result."""
-    files = [*sorted((_ROOT / "lora_lab").rglob("*.py")), *sorted((_ROOT / "conf").rglob("*.yaml")), Path(__file__)]
-    files.append(_ROOT / "tests" / "families.py")
-    content = hashlib.sha256()
-    for file in files:
-        content.update(f"{file.relative_to(_ROOT)}\0".encode() + file.read_bytes())
-    return content.hexdigest()[:16]
 
 
 def _shared() -> dict[str, str]:
@@ -158,9 +184,9 @@ def _attempt(found: Outcome, place: Path) -> None:
     quiet = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
     try:
         with quiet[0], quiet[1]:
-            tokenizer = smollm2_tokenizer()
-            tokenizer.chat_template = CHATML
-            found.model = families.make("completion", found.family, base, tokenizer)
+            found.model = families.make("completion", found.family, base, _tokenizer(found.family, base))
+            config = json.loads((base / "config.json").read_text()) | _PUBLISHED.get(found.family, {})
+            (base / "config.json").write_text(json.dumps(config))
     except Exception as error:
         found.not_built = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return
@@ -181,6 +207,16 @@ def _attempt(found: Outcome, place: Path) -> None:
     merged, report = run_dir / "merge_report.json", run_dir / "export_report.json"
     found.merged = json.loads(merged.read_text()) if merged.exists() else {}
     found.report = json.loads(report.read_text()).get("gguf", {}) if report.exists() else {}
+
+
+def _tokenizer(family: str, base: Path) -> Any:
+    if family in _SENTENCEPIECE:
+        return letters_with_a_beginning(base)
+    tokenizer = smollm2_tokenizer()
+    tokenizer.chat_template = CHATML
+    named = next((tokens for name, tokens in _NAMED_TOKENS.items() if family.startswith(name)), [])
+    tokenizer.add_special_tokens({"additional_special_tokens": named})
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -240,6 +276,7 @@ def page(known: dict[str, Any]) -> str:
             transformers=versions["transformers"], auto_round=versions["auto-round"], gguf=versions["gguf"], new_tokens=NEW_TOKENS,
             versions=", ".join(f"{name} {version}" for name, version in versions.items()), digest=known["digest"],
             count=len(good), refused=len(before), after=len(after), not_built=len(not_built),
+            shared=known["shared"], left=known["shared"] - len(every),
         ),
         "| family | class | tokens | KL | same token | answers | near ties |",
         "|---|---|---|---|---|---|---|",

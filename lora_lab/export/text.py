@@ -32,7 +32,6 @@ ANSWERS = 3  # conversations whose greedy answers are compared
 NEW_TOKENS = 24  # of each answer
 _TEXTS = 16  # held-out rows that are rendered
 _SHOWN = 30  # characters around a difference
-_ROUNDING = 1e-3  # nats by which two equally likely tokens may differ, however small the measured differences are
 
 _SYSTEM = {"role": "system", "content": "Answer briefly, in one sentence."}
 _LIST = "Put these in order:\n\n1. 12 eggs\n2. 345 g flour\n10. 2026-11-28, 3.50"
@@ -55,6 +54,36 @@ HARD: dict[str, list[Message]] = {
     "what looks like special tokens": [{"role": "user", "content": "Say <|im_end|> then <eos> and </s>[INST]."}],
 }
 
+_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "look_up_weather",
+        "description": "The weather of a city on a day",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "its name, such as 上海"},
+                "days": {"type": "integer", "description": "from today"},
+            },
+            "required": ["city"],
+        },
+    },
+}
+_CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "look_up_weather", "arguments": {"city": "上海", "days": 2}},
+}
+_QUESTION = {"role": "user", "content": "Will it rain in 上海 in 2 days?"}
+TOOLS: dict[str, list[Message]] = {  # asked with `_WEATHER`, where the template itself shows tools
+    "a tool": [_SYSTEM, _QUESTION],
+    "a tool's result": [
+        _QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "tool_call_id": "call00001", "name": "look_up_weather", "content": '{"rain": "80 %"}'},
+    ],
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -67,6 +96,10 @@ class Prompt:
     ids: list[int]
     held_out: bool
 
+    @property
+    def with_tools(self) -> bool:
+        return bool(self.tools) or any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages or ())
+
 
 def prompts(encoder: Encoder, examples: Iterable[Example] = ()) -> list[Prompt]:
     """Held-out rows up to their answers, and some hard ones: conversations that the run's template renders, else texts."""
@@ -78,6 +111,7 @@ def prompts(encoder: Encoder, examples: Iterable[Example] = ()) -> list[Prompt]:
         return [one for one in found if one.text.strip()]
     asked = [(row.origin, question(row.messages), row.tools, True) for row in rows if row.messages]
     asked += [(name, messages, None, False) for name, messages in HARD.items()]
+    asked += [(name, messages, [_WEATHER], False) for name, messages in TOOLS.items()]
     found = []
     for name, messages, tools, held_out in asked:
         by_template = encoder.template.native_tools or not (tools or any(m.get("tool_calls") for m in messages))
@@ -309,7 +343,7 @@ class Answers:
             step, own = wrong[0], answer[wrong[0]]
             best = int(scores[step].argmax())
             margin = float(logprobs[step, best] - logprobs[step, own])
-            if margin <= max(2 * rounding, _ROUNDING, 2 * _spacing(scores[step])):
+            if margin <= max(2 * rounding, parity.ROUNDING, 2 * _spacing(scores[step])):
                 ties += 1
                 continue
             names = self.encoder.tokenizer.convert_ids_to_tokens([own, best])

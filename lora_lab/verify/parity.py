@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_lab.tasks.base import Pass, Task
 
 _MAX_POSITIONS = 512  # logits of so many positions are held at once: 100 MB for a vocabulary of 50,000
+ROUNDING = 1e-3  # by which two logits that are the same may differ, however small they are
 _CHUNK = 64  # positions that are compared at once
 
 
@@ -41,7 +42,9 @@ class Gap:
 
     max_logit_diff: float
     kl: float  # mean over positions of KL(reference || model), in nats
-    top1_agreement: float  # share of positions with the same most likely token or class
+    top1_agreement: (
+        float  # share of positions with the same most likely token or class, near ties included (`as_likely`)
+    )
     reference_loss: float
     loss: float
 
@@ -153,13 +156,32 @@ def compare(reference: list[torch.Tensor], other: list[torch.Tensor], rows: Prob
         for p, q in zip(one.split(_CHUNK), two.split(_CHUNK), strict=True):  # copies of a few positions, not of all
             difference = max(difference, (p - q).abs().max().item(), key=lambda x: math.inf if math.isnan(x) else x)
             kl += kl_div(log_softmax(q, -1), log_softmax(p, -1), reduction="sum", log_target=True).item()
-        agreed += int((one.argmax(-1) == two.argmax(-1)).sum())
+        agreed += int(as_likely(one, two.argmax(-1)).sum())
         losses = [
             total + cross_entropy(side, goal, reduction="sum").item()
             for total, side in zip(losses, (one, two), strict=True)
         ]
     count = sum(map(len, targets))
     return Gap(difference, kl / count, agreed / count, losses[0] / count, losses[1] / count)
+
+
+def as_likely(reference: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Whether a reference finds a chosen token or class the likeliest, or as likely as that within the comparison's tolerance.
+
+    Where the two best logits are closer than rounding moves them, which of them comes first tells nothing: a choice between
+    such counts as the same. Rounding is that of 16 bits (float16's spacing at the position's largest logit, on both sides), and
+    `ROUNDING` at least; where a checkpoint computes something else it shows in the divergence and the loss all the same.
+
+    Args:
+        reference: logits [S, C].
+        chosen: [S] int64.
+
+    Returns:
+        [S] bool.
+    """
+    best = reference.max(-1).values
+    tolerance = (2 * torch.finfo(torch.float16).eps * reference.abs().amax(-1)).clamp_min(ROUNDING)
+    return best - reference.gather(-1, chosen[:, None])[:, 0] <= tolerance
 
 
 def _compare_numbers(reference: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> Gap:
