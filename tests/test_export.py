@@ -529,7 +529,7 @@ def test_conversations_with_tools_go_through_llama_cpps_template_too(config_of, 
     assert not any(one.with_tools for one in gguf._asked(encoder, with_modelfile=True))
 
 
-def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained):
+def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained, base):
     from lora_lab.adapters import updates
 
     done = trained(
