@@ -157,7 +157,7 @@ TEMPLATES = [
     (ENDLESS, ["was stopped after 1 s: it does not end"]),
     ("{{ 'a' * 10 ** 11 }}", ["the model's chat template cannot render it"]),
     ("{{ messages[5]['content'] }}", ["the model's chat template cannot render it"]),
-    ("nothing", ["shows message 2 otherwise than a model would be asked for it"]),
+    ("nothing", ["renders message 2 differently from the inference prompt"]),
     (CHATML.replace("message['content'] +", "(message['content'] if message['role'] == 'user' else '') +"), ["row 1"]),
 ]  # fmt: skip
 

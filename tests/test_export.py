@@ -102,7 +102,7 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
     # a file that says something else is refused, and what was there is kept
     assert cli.main(["export", f"run={done.path}", "export.targets=[ollama]", "merge.max_kl=1e-12"]) == 4
-    assert "llama.cpp says something else than transformers" in capsys.readouterr().err
+    assert "outputs differ between llama.cpp and transformers" in capsys.readouterr().err
     assert file.exists()
     report = pipeline.export(
         str(done.path), ["export.targets=[gguf]", "export.gguf_type=q8_0", "merge.max_loss_increase=9"]
@@ -501,7 +501,7 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
         tmp_path / "labels.jsonl", [{"text": f"red {i}", "label": "a" if i % 2 else "b"} for i in range(12)]
     )
     said = problems(config_of("task=classification", f"data.train={rows}", "export.targets=[gguf,vllm,adapter]"))
-    for part in ("gguf is for models that write", "vllm is for models that write", "with a head of its own"):
+    for part in ("gguf needs a causal LM", "vllm needs a causal LM", "with a head of its own"):
         assert part in said
     assert "HF_HUB_OFFLINE is set" in problems(config_of("export=vllm", "export.push_to_hub=me/model"))
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))

@@ -407,7 +407,7 @@ def test_separators(name, content, words, tmp_path):
 def test_the_separator_is_said(tokenizer, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("text;label\na;b\nc;d\n")
     load("classification", tokenizer, tmp_path / "a.csv")
-    assert "a.csv: its columns are parted by semicolons" in capsys.readouterr().out
+    assert "a.csv: its columns are separated by semicolons" in capsys.readouterr().out
 
 
 def test_rows_inside_an_object(tokenizer, tmp_path):

@@ -716,7 +716,7 @@ REFUSED = {
     "gamma": (["task=preference", "task.gamma=1"], "llama", "task.gamma: no effect with task.loss=dpo"),
     "rdrop": (["task=preference", "train.rdrop_alpha=1"], "llama", "train.rdrop_alpha: compares distributions"),
     "kto": (["task=preference", "task.loss=kto", "train.batch_size=1"], "llama", "so a step needs two"),
-    "augment": (["task=token_classification", "data.augment.methods=[swap]"], "bert", "would move the labels"),
+    "augment": (["task=token_classification", "data.augment.methods=[swap]"], "bert", "would invalidate the label positions"),
     "cut": (["task=question_answering", "data.too_long=truncate_prompt"], "bert", "are never cut"),
     "pieces": (["task=completion", "data.too_long=drop"], "llama", "cuts long texts into pieces"),
     "shots": (["task.few_shot=2"], "llama", "generated answers are compared, so set task.generate_rows"),

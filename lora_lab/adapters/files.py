@@ -127,7 +127,7 @@ def check_base(folder: Path, base: BaseFiles) -> None:
     if changed:
         raise AdapterError(
             f"{folder}: trained on {trained_on.get('name')}, and the {' and the '.join(changed)} in {base.folder} changed since: "
-            "the model would be asked otherwise than it was trained. Restore the files."
+            "prompts would reach the model in other tokens than in training. Restore the files."
         )
 
 

@@ -130,7 +130,7 @@ class HubData:
         except Exception as error:  # the hub client raises many kinds
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
-                f"{self.key}=hub:{self.path}: the hub did not give it ({type(error).__name__}: {reason}). Check owner/name, "
+                f"{self.key}=hub:{self.path}: the hub request failed ({type(error).__name__}: {reason}). Check owner/name, "
                 "subset and split, your HF_TOKEN and the connection, or name a local file."
             ) from error
 

@@ -121,7 +121,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
     """
     format_name = format_of(file, encoder)
     if separator := sources.separator_of(file):
-        console.say("data", f"{file.name}: its columns are parted by {separator}, and read so")
+        console.say("data", f"{file.name}: its columns are separated by {separator}")
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
     try:

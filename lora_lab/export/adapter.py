@@ -34,7 +34,7 @@ def check_vllm(job: Job) -> Iterator[str]:
     """What vLLM and SGLang cannot load."""
     adapter = job.config.adapter
     if job.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: vllm is for models that write; task={job.config.task.name} makes another. Drop it."
+        yield f"export.targets: vllm needs a causal LM; task={job.config.task.name} produces a different model type. Drop it."
     if job.experts:
         yield "export.targets: vllm: the adapter reaches into experts. Export hf (merged), or name other adapter.target_modules."
     if adapter.use_dora:
@@ -121,6 +121,6 @@ def _proved(job: Job, folder: Path) -> dict[str, Any]:
         wrong.append(f"greedy answers part: {agreed.parting}")
     if wrong:
         raise ExportError(
-            f"{folder.name}: peft says something else than the trained adapter: {'; '.join(wrong)}. Nothing is kept."
+            f"{folder.name}: outputs differ between peft and the trained adapter: {'; '.join(wrong)}. Nothing is kept."
         )
     return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap), **agreed.told()}

@@ -74,7 +74,7 @@ def check(job: Job, target: str) -> Iterator[str]:
         yield f"export.targets: {target} needs {', '.join(absent)}. pip install 'lora-lab[gguf]'"
         return
     if job.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: {target} is for models that write; task={job.config.task.name} makes another. Drop it."
+        yield f"export.targets: {target} needs a causal LM; task={job.config.task.name} produces a different model type. Drop it."
         return
     if target == "gguf_lora" and job.config.adapter.use_dora:
         yield "export.targets: gguf_lora: llama.cpp has no DoRA. Export gguf (merged), or train with adapter=lora."
@@ -119,7 +119,7 @@ def _reason_against(base: Path, encoder: Encoder) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _text_against(base: Path, encoder: Encoder, with_modelfile: bool) -> str:
-    """What llama.cpp, with the run's tokenizer as the conversion writes it, makes otherwise than the run; empty if nothing."""
+    """What llama.cpp, with the run's tokenizer as the conversion writes it, tokenizes differently from the run; empty if nothing."""
     with storage.scratch() as scratch:
         file = scratch / "tokenizer.gguf"
         file.write_bytes(_tiny(base, encoder))
@@ -158,7 +158,7 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     """Write the merged checkpoint as GGUF, and perhaps Ollama's Modelfile; what was proved of it.
 
     Raises:
-        ExportError: llama.cpp does not load it, or says something else than transformers does of the merged checkpoint.
+        ExportError: llama.cpp does not load it, or its outputs differ from those of the merged checkpoint in transformers.
     """
     kind = job.config.export.gguf_type
     file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
@@ -176,7 +176,7 @@ def _beginning(job: Job, file: Path) -> dict[str, bool]:
     """What llama.cpp will put before a text by itself, as the file says: it must be what the tokenizer puts there.
 
     Raises:
-        ExportError: it is something else, so prompts would begin otherwise than in training.
+        ExportError: it is something else, so prompts would begin differently than in training.
     """
     import gguf
 
@@ -277,7 +277,7 @@ def _proved(
         found.append(f"greedy answers part: {agreed.parting}")
     if found:
         raise ExportError(
-            f"{file.name}: llama.cpp says something else than transformers: {'; '.join(found)}. Nothing is kept."
+            f"{file.name}: outputs differ between llama.cpp and transformers: {'; '.join(found)}. Nothing is kept."
         )
     return {
         "loader": "llama.cpp (xllamacpp)",
@@ -348,7 +348,7 @@ def ask(
 def _check_text(
     file: Path, encoder: Encoder, asked: list[text.Prompt], told: dict[str, Any], modelfile: str | None
 ) -> None:
-    """Refuse a file that llama.cpp tokenizes otherwise than the run, or that would not stop where the run does.
+    """Refuse a file that llama.cpp tokenizes differently from the run, or that would not stop where the run does.
 
     Raises:
         ExportError: the first difference.

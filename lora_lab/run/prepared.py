@@ -272,7 +272,7 @@ def _check(data: build.Data, config: RunConfig, encoder: Encoder) -> None:
             console.say("check", finding)
     if errors and config.data.check == "error":
         more = f" ({len(errors) - 1} more errors: lora-lab data shows all.)" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0].key}: {errors[0].sentence}{more} To train nevertheless: data.check=warn.")
+        raise DataError(f"{errors[0].key}: {errors[0].sentence}{more} To train anyway: data.check=warn.")
 
 
 def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
@@ -304,7 +304,7 @@ def prepare(
     """Find the base, read and encode the data, and check all of it against the configuration; loads no weights.
 
     Args:
-        begun: the run that is gone on with, which keeps its tokens; `trained` does so too.
+        begun: the run that is resumed, which keeps its tokens; `trained` does so too.
         trained: the run whose adapter will be loaded; it remembers what the task learned of its rows.
     """
     stages = Stages()

@@ -102,8 +102,8 @@ def check_free(config: RunConfig) -> RunDir:
             run.path.lstat()
         if run.path.is_dir() and not _is_free(run.path):
             raise RunError(
-                f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "
-                f"with it{_how_far(run)}: lora-lab resume run={run.path}"
+                f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or resume "
+                f"it{_how_far(run)}: lora-lab resume run={run.path}"
             )
         if os.path.lexists(run.path) and not run.path.is_dir():
             raise RunError(f"run_dir={run.path}: a file of that name exists. Choose another run_dir.")
@@ -192,7 +192,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def check_same(run: RunDir, config: RunConfig) -> None:
-    """Refuse to go on with a run folder that was made for other values.
+    """Refuse to resume a run folder that was made for other values.
 
     Raises:
         RunError: naming the keys.
@@ -263,7 +263,7 @@ def read_manifest(run: RunDir) -> dict[str, Any] | None:
     """What was recorded when the run began; None if it was stopped before that.
 
     Raises:
-        RunError: the file is damaged, or it is gone although there is something to go on with.
+        RunError: the file is damaged, or it is gone although there is something to resume.
     """
     if not run.manifest.exists():
         if run.adapter.exists() or run.result.exists() or any(run.checkpoints.glob("step-*")):

@@ -181,5 +181,5 @@ def _start(name: str, folder: Path, config: TrackerConfig) -> Any:
         tracker.start()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RunError(f"tracker.name={name}: cannot start ({reason}). Mend that, or use tracker=none.") from error
+        raise RunError(f"tracker.name={name}: cannot start ({reason}). Fix that, or use tracker=none.") from error
     return tracker

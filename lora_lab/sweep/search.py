@@ -21,7 +21,7 @@ _ANEW = "Move the journal away to begin the search anew; finished runs with the 
 
 
 class Search:
-    """A study in a journal file; one that was interrupted goes on with the batch that was being trained."""
+    """A study in a journal file; an interrupted one resumes with the batch that was being trained."""
 
     def __init__(self, space: dict[str, dict[str, Any]], journal: Path, sampler: str, seed: int):
         """
@@ -64,7 +64,7 @@ class Search:
             if trial not in self._left:  # killed between the lines that say what is to be tried
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if self._left:
-            console.say("search", f"{len(self._left)} trials were interrupted and go on")
+            console.say("search", f"{len(self._left)} trials were interrupted and are resumed")
 
     def ask(self, batch: int, most: int) -> list[optuna.trial.Trial | optuna.trial.FrozenTrial]:
         """The next trials to train, of unlike points; none when there are enough.

@@ -155,7 +155,7 @@ def _step_and_save(members: list[Member], loop: Loop, alone: bool) -> None:
         if len(members) == 1:
             _fail(members[0], error, alone)
             return
-        console.say("joint", f"a shared step failed ({error}); its members take it in turns")
+        console.say("joint", f"a shared step failed ({error}); running its members one at a time")
         for member in members:
             member.optimizer.zero_grad()
             _step_and_save([member], loop, alone)
@@ -368,7 +368,7 @@ def _stop_unlogged(member: Member) -> None:
             saved = f"Step {member.state.step} is saved in {checkpoint.save(member)}"
     except RunError as error:
         saved = f"Step {member.state.step} could not be saved either ({error})"
-    raise RunError(f"{problem} {saved}; go on with: lora-lab resume run={member.run.path}")
+    raise RunError(f"{problem} {saved}; resume with: lora-lab resume run={member.run.path}")
 
 
 def _save_all(members: list[Member]) -> None:
@@ -386,7 +386,7 @@ def _load_best(member: Member) -> None:
             files.check_base(folder, member.base)  # it may have been written days ago
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} Go on with the next best one: lora-lab resume run={member.run.path}"
+                f"{error} Resume with the next best one: lora-lab resume run={member.run.path}"
             ) from error
         files.check_settings(folder, member.model.peft_config[member.name])
         files.read_into(folder, member.model, member.name)

@@ -470,7 +470,7 @@ def test_steps_survive_metrics_that_cannot_be_written_and_a_closed_terminal(
     with monkeypatch.context() as patch, pytest.raises(RunError, match="a regular file is due") as stopped:
         before_step(patch, 4, break_metrics)
         start("stopped")
-    assert f"Step 4 is saved in {folder}/checkpoints/step-4; go on with: lora-lab resume" in str(stopped.value)
+    assert f"Step 4 is saved in {folder}/checkpoints/step-4; resume with: lora-lab resume" in str(stopped.value)
     (folder / "metrics.jsonl").rmdir()
     (folder / "aside").rename(folder / "metrics.jsonl")
     signals.install()
