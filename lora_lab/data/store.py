@@ -113,7 +113,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
     """The encoded rows of a file, from the cache or encoded now.
 
     Args:
-        limit: read only the first so many rows.
+        limit: rows to read, from the first on; null: all.
         refuse: stop at the first rows that the policies call errors, without reading the rest.
 
     Raises:

@@ -64,7 +64,7 @@ class MetricsLog:
         try:
             action()
         except Exception as error:
-            console.say("tracker", f"failed ({type(error).__name__}: {error}); the run goes on without it")
+            console.say("tracker", f"failed ({type(error).__name__}: {error}); the run continues without it")
             self.tracker = None
 
     def read(self) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import optuna
 
 
-_ANEW = "Move the journal away to begin the search anew; finished runs with the same values stay as they are."
+_ANEW = "Move the journal away to begin the search anew; finished runs with the same values are kept."
 
 
 class Search:
@@ -140,7 +140,7 @@ def _mend(journal: Path) -> None:
     )
     storage.write_text(torn, lines[bad].decode("utf-8", "backslashreplace"))
     storage.write_text(journal, b"".join(lines[:bad]).decode("utf-8"))
-    console.say("search", f"{journal}: its last line is torn; it was moved to {torn.name}, and the search goes on")
+    console.say("search", f"{journal}: its last line is torn; it was moved to {torn.name}, and the search continues")
 
 
 def _is_entry(line: bytes) -> bool:

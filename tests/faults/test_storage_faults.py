@@ -362,7 +362,7 @@ def test_a_log_that_no_disk_takes_ends_and_the_run_goes_on(tmp_path):
     logged, _, heard_there = in_fork(heard).partition("--\n")
     assert logged.startswith("      one  first\n")
     assert "third" not in logged
-    assert heard_there.count("log.txt: cannot be written (File too large); the log ends here, the run goes on") == 1
+    assert heard_there.count("log.txt: cannot be written (File too large); the log ends here, the run continues") == 1
     assert "third" in heard_there
 
 
