@@ -18,7 +18,7 @@ from lora_lab import cli
 from lora_lab.base import tokenizer
 from lora_lab.config import compose
 from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
-from lora_lab.export import gguf, ollama, targets, text
+from lora_lab.export import adapter, gguf, ollama, targets, text
 from lora_lab.export.job import Job
 from lora_lab.report import card
 from lora_lab.run import pipeline
@@ -412,6 +412,15 @@ def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path,
     (tmp_path / "changed").rename(done.path / "adapter")
     with pytest.raises(AdapterError, match="lora_alpha=400, and the run says"):
         pipeline.export(str(done.path), ["export.targets=[adapter]"])
+
+
+def test_a_refusal_names_the_target(trained, monkeypatch, capsys):
+    """Not the folder in which it is made, which is gone by then."""
+    done = trained("adapter.r=4")
+    monkeypatch.setattr(adapter, "disagreements", lambda gap, limits: ["KL 1 > merge.max_kl=0.02"])
+    assert cli.main(["export", f"run={done.path}", "export.targets=[adapter]"]) == 4
+    assert "adapter: outputs differ between peft and the trained adapter: KL 1" in (told := capsys.readouterr().err)
+    assert ".tmp" not in told
 
 
 @pytest.mark.parametrize("method", ["nf4", pytest.param("int8", marks=pytest.mark.long)])

@@ -51,7 +51,7 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
     for file in job.run.adapter.iterdir():
         if file.name != "manifest.json":
             shutil.copy(file, folder)
-    return _proved(job, folder)
+    return _proved(job, folder, "adapter")
 
 
 def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {config.name}={final}"
     if _with_tokenizer(job, folder):
         serve += f" --tokenizer {final} --generation-config {final}"
-    return {"serve": serve, **_proved(job, folder)}
+    return {"serve": serve, **_proved(job, folder, "vllm")}
 
 
 def _with_tokenizer(job: Job, folder: Path) -> bool:
@@ -93,11 +93,11 @@ def _with_tokenizer(job: Job, folder: Path) -> bool:
     known.save_pretrained(folder)
     problems = text.folder_problems(folder, encoder, asked)
     if problems:
-        raise ExportError(f"{folder.name}: {'; '.join(problems)}. Nothing is kept.")
+        raise ExportError(f"vllm: {'; '.join(problems)}. Nothing is kept.")
     return True
 
 
-def _proved(job: Job, folder: Path) -> dict[str, Any]:
+def _proved(job: Job, folder: Path, target: str) -> dict[str, Any]:
     """Compare the folder, loaded by plain peft, with the adapter as lora_lab puts it on the unquantized base."""
     dtype = job.config.export.dtype
     model = adapted(
@@ -121,6 +121,6 @@ def _proved(job: Job, folder: Path) -> dict[str, Any]:
         wrong.append(f"greedy answers part: {agreed.parting}")
     if wrong:
         raise ExportError(
-            f"{folder.name}: outputs differ between peft and the trained adapter: {'; '.join(wrong)}. Nothing is kept."
+            f"{target}: outputs differ between peft and the trained adapter: {'; '.join(wrong)}. Nothing is kept."
         )
     return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap), **agreed.told()}
