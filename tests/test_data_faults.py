@@ -70,7 +70,7 @@ FAULTS = [
     ("one_class.jsonl", lines(LABELLED, {"text": "dog", "label": 1}), [], ["all labels are 1: there is nothing to tell apart"]),
     ("tags.jsonl", lines({"tokens": ["a", "b"], "tags": ["O"]}), ["task=token_classification"], ["2 tokens and 1 tags"]),
     ("words.jsonl", lines({"tokens": ["a"], "tags": ["O"]}), [], ["columns tokens, tags fit no format of this task"]),
-    ("span.jsonl", lines({"context": "red cat", "question": "what?", "answers": {"text": ["dog"], "answer_start": [0]}}), [], ["answer 'dog' does not stand at character 0"]),
+    ("span.jsonl", lines({"context": "red cat", "question": "what?", "answers": {"text": ["dog"], "answer_start": [0]}}), [], ["answer 'dog' is not at character 0"]),
     ("role.jsonl", lines({"messages": [{**USER, "role": "narrator"}, ANSWER]}), [], ["role 'narrator' is not one of"]),
     ("order.jsonl", lines({"messages": [USER, USER, ANSWER]}), [], ["message 2: a user message cannot stand after user"]),
     ("first.jsonl", lines({"messages": [ANSWER, USER, ANSWER]}), [], ["an assistant message cannot stand at the start"]),

@@ -101,7 +101,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     storage.verify(folder)
     found = read_json(folder / PROVENANCE, AdapterError)
     if not isinstance(found.get("base"), dict):
-        raise AdapterError(f"{folder / PROVENANCE}: says of no base what it is. Copy the adapter again.")
+        raise AdapterError(f"{folder / PROVENANCE}: does not say which base it was trained on. Copy the adapter again.")
     return found
 
 

@@ -78,14 +78,16 @@ class DataConfig:
         Field(description="what happens to rows that cannot be read or leave nothing to learn"),
     ] = "error"
     duplicates: Annotated[
-        Literal["keep", "drop"], Field(description="what happens to rows that an earlier row equals")
+        Literal["keep", "drop"], Field(description="what happens to rows equal to an earlier row")
     ] = "keep"
     shared: Annotated[
         Literal["keep", "drop"], Field(description="what happens to training rows that are held-out rows as well")
     ] = "keep"
     check: Annotated[
         Literal["error", "warn", "off"],
-        Field(description="checks of the whole data set before training: refuse errors, only say them, or skip them"),
+        Field(
+            description="checks of the whole data set before training: refuse errors, only report them, or skip the checks"
+        ),
     ] = "error"
     supervise: Annotated[
         Literal["answers", "last_answer", "all"],

@@ -69,7 +69,7 @@ class MergeConfig:
         int | None,
         Field(ge=1, description="all but cat: rank of the result; null: svd the largest rank, else the ranks' sum"),
     ] = None
-    density: Annotated[float, Field(gt=0, lt=1, description="pruning methods: share of the numbers that is kept")] = 0.5
+    density: Annotated[float, Field(gt=0, lt=1, description="pruning methods: share of the values to keep")] = 0.5
     search_trials: Annotated[
         int,
         Field(ge=0, description="weightings to try; the lowest mean held-out loss wins (needs Optuna); 0: none"),
@@ -97,7 +97,7 @@ class ShrinkConfig:
         float,
         Field(
             ge=0,
-            description="how much the held-out loss may rise, in its own unit and as sure as the rows allow; the lowest such rank "
+            description="how much the held-out loss may rise, by the upper end of the 95 % interval; the lowest such rank "
             "is saved",
         ),
     ] = 0.01

@@ -40,7 +40,7 @@ class TrainConfig:
         bool | None,
         Field(
             description="one padding-free row per micro-batch; false: a forward per row; null: packing where the task can, "
-            "else rows of like length padded together"
+            "else rows of similar length padded together"
         ),
     ] = None
     neftune_alpha: Annotated[
@@ -100,7 +100,7 @@ class SpeedConfig:
     ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[
-        bool, Field(description="packed rows: the last layer behind its attention only where there is a loss")
+        bool, Field(description="packed rows: the last layer, after its attention, only where there is a loss")
     ] = True
     prefix_cache: Annotated[
         bool,

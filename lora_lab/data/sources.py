@@ -641,7 +641,7 @@ def _read_conll(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
         first = number if not tokens else first
         if len(tokens) > MAX_ROW_CHARS:
             raise DataError(
-                f"{file.key}={file.path}: the sentence of line {first} does not end. Part sentences by blank lines."
+                f"{file.key}={file.path}: the sentence of line {first} does not end. Separate sentences by blank lines."
             )
         if problem or len(fields) < 2:
             fault = (

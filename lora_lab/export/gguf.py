@@ -82,7 +82,7 @@ def check(job: Job, target: str) -> Iterator[str]:
     if target == "gguf_lora" and job.base.published is not None:
         yield (
             f"export.targets: gguf_lora: the base was published in {job.base.published.method}, which llama.cpp's conversion cannot read to "
-            "prove the adapter over it. Export gguf (merged)."
+            "verify the adapter over it. Export gguf (merged)."
         )
         return
     if target == "gguf_lora" and job.experts:
@@ -270,7 +270,7 @@ def _proved(
     found = disagreements(gap, limits) if exact else []
     found += loss_increase(gap, limits, "against transformers")
     if gap.truth_known < 1:
-        found.append(f"it tells nothing of {1 - gap.truth_known:.1%} of the true tokens")
+        found.append(f"it gives no probability for {1 - gap.truth_known:.1%} of the true tokens")
     scores = [one["logits"] for one in outputs[len(outputs) - len(extra) :]]
     agreed = answers.agreement(scores, largest_difference(reference, told["rows"]))
     if exact and agreed.parting:

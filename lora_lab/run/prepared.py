@@ -439,7 +439,7 @@ def accelerate(prepared: Prepared) -> None:
     """Replace what the configuration allows, and say what was replaced."""
     task, model, data = prepared.task, prepared.model.eval(), prepared.held_out or prepared.train
     if data is None:  # nothing to try them on, and little to gain
-        prepared.alone = "there are no rows to prove it on"
+        prepared.alone = "there are no rows to verify it on"
         return
     with prepared.accelerator.autocast():
         [batch] = task.batches([first_examples(data, 1)], np.random.default_rng(0))

@@ -268,7 +268,7 @@ def read_manifest(run: RunDir) -> dict[str, Any] | None:
     if not run.manifest.exists():
         if run.adapter.exists() or run.result.exists() or any(run.checkpoints.glob("step-*")):
             raise RunError(
-                f"{run.manifest}: missing, so nothing tells what the run was made of. Restore it, or start anew."
+                f"{run.manifest}: missing, so it is unknown what the run was made of. Restore it, or start a new run."
             )
         return None
     saved = read_json(run.manifest, RunError)
@@ -312,7 +312,9 @@ def check_config(run: RunDir, config: RunConfig) -> None:
         if key in then and now[key] != then[key] and key not in moved
     ]
     if edited:
-        raise RunError(f"{run.config}: edited since the run began: {'; '.join(edited)}. Restore it, or start anew.")
+        raise RunError(
+            f"{run.config}: edited since the run began: {'; '.join(edited)}. Restore it, or start a new run."
+        )
 
 
 def check_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
@@ -328,11 +330,11 @@ def check_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]
     if changed:
         raise RunError(
             f"{run.path}: the base {base.name} has another {', '.join(changed)} than at the start. Restore what was changed, or "
-            "start anew."
+            "start a new run."
         )
     for key, files in data.items():
         if sorted(saved["data"].get(key, {}).values()) != sorted(files.values()):
-            raise RunError(f"{run.path}: the files of {key} changed since the start. Restore them, or start anew.")
+            raise RunError(f"{run.path}: the files of {key} changed since the start. Restore them, or start a new run.")
     tell_versions(saved)
 
 
