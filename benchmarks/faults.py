@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/faults.json"
 DOCUMENT = ROOT / "docs/reliability.md"
 _TRAINER = "benchmarks.faults:trainer"
-BY_HAND = "of these, gone on with after the newest checkpoint was removed by hand"
+BY_HAND = "of these, resumed after the newest checkpoint was removed by hand"
 
 
 # -- what is compared -------------------------------------------------------------------------------------------------

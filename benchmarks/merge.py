@@ -242,7 +242,7 @@ def _gguf(run: Path, folder: Path) -> dict[str, Any]:
     """Proofs at f16 and q8_0, and answers to 16 held-out orders by llama.cpp beside transformers: merged, and adapter on its base."""
     from lora_lab.config import compose
     from lora_lab.data.dataset import first_examples
-    from lora_lab.export import gguf
+    from lora_lab.export import gguf, text
     from lora_lab.run.prepared import prepare
 
     _lora_lab("export", f"run={run}", "export.targets=[gguf,gguf_lora]", "export.gguf_type=f16")
@@ -251,7 +251,7 @@ def _gguf(run: Path, folder: Path) -> dict[str, Any]:
     rows = [example.messages for example in first_examples(ready.held_out, 16)]
     asked, expected = [messages[:-1] for messages in rows], [messages[-1]["content"] for messages in rows]
     base = folder / "base.gguf"
-    gguf.convert(ready.base.folder, base, "f16")
+    gguf.convert(ready.base.folder, base, "f16", text.ends_of(ready.encoder))
     [merged], [adapter] = (list((run / "export" / name).glob("*.gguf")) for name in ("gguf", "gguf_lora"))
     systems = {
         "merged in llama.cpp": (_LLAMA, [str(merged), None, asked]),

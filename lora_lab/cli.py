@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, str(error), error.exit_code)
     except Interrupted as error:
         what = f"sweep={error.sweep}" if error.sweep else f"run={error.run}"
-        hint = f"; what was finished is saved. Go on with: lora-lab resume {what}" if error.sweep or error.run else ""
+        hint = f"; finished work is saved. Resume with: lora-lab resume {what}" if error.sweep or error.run else ""
         place = " at step {} of {}".format(*error.steps) if error.steps else ""
         _complain(f"lora-lab: stopped{place}{hint}")
         return error.exit_code

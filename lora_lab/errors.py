@@ -1,6 +1,6 @@
 """Every error that is meant for a user's eyes, and the exit code that each one ends the process with.
 
-    LoraLabError            2   something the user can mend: the message names key, value, rule and way out
+    LoraLabError            2   a user error: the message names key, value, rule and how to fix it
     ├── ConfigError         2   keys and values (all problems at once)
     ├── DataError           2   rows, columns, files of data
     ├── BaseModelError      2   finding, reading or quantizing the base model
@@ -9,6 +9,7 @@
     ├── CheckpointError     2   a checkpoint or artifact that fails its checksums
     ├── TrainingError       3   training stopped before a bad update (non-finite loss or gradient)
     └── MergeError          4   the merged checkpoint is not the model that was trained
+        └── ExportError     4   an exported file does not load in its target runtime, or its outputs differ there
     Interrupted             130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after the state was saved
 
 A disk that is full, a file that may not be read, memory that runs out: where nothing of ours says more, `cli.main` makes a
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 
 
 class LoraLabError(Exception):
-    """A problem that the user can mend; printed as one paragraph, without a stack trace."""
+    """A problem that the user can fix; printed as one paragraph, without a stack trace."""
 
     exit_code = 2
 
@@ -70,7 +71,7 @@ class MergeError(LoraLabError):
 
 
 class ExportError(MergeError):
-    """An exported file does not load where it should, or says something else there."""
+    """An exported file does not load in its target runtime, or its outputs differ there."""
 
 
 class Interrupted(BaseException):

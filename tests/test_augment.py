@@ -425,7 +425,7 @@ def refused_models(*names: str) -> str:
 
 def test_models_that_are_not_there(tmp_path, models):
     assert "data.augment.back_translation[1]=/no/such: no such file or folder" in refused_models(models[0], "/no/such")
-    assert "data.augment.back_translation[0]=nobody/nothing: no such folder here, and the hub did not give it" in (
+    assert "data.augment.back_translation[0]=nobody/nothing: no such folder here, and the hub request failed" in (
         refused_models("nobody/nothing", models[1])
     )
     file = table(tmp_path, "a")

@@ -92,7 +92,7 @@ def test_missing_files_suggest_what_is_there(overrides, rows_file, capsys):
     assert "no 'x.jsonl' in the package 'lora_lab'" in fails(
         ["train", *overrides, "data.train=package:lora_lab/x.jsonl"], capsys
     )
-    assert "the hub did not give it" in fails(["train", *overrides, "model.path=nobody/nothing"], capsys)
+    assert "the hub request failed" in fails(["train", *overrides, "model.path=nobody/nothing"], capsys)
 
 
 def test_named_format_with_missing_column(overrides, capsys):
@@ -160,9 +160,9 @@ def test_a_run_that_is_there_says_how_far_it_is(overrides, tmp_path, capsys):
     for step in (9, 10):
         (tmp_path / f"run/checkpoints/step-{step}").mkdir(parents=True)
     message = fails(["train", *overrides], capsys)
-    assert f"go on with it (step 10 is saved): lora-lab resume run={tmp_path}/run" in message
+    assert f"resume it (step 10 is saved): lora-lab resume run={tmp_path}/run" in message
     (tmp_path / "run/result.json").touch()
-    assert "go on with it (it is finished)" in fails(["train", *overrides], capsys)
+    assert "resume it (it is finished)" in fails(["train", *overrides], capsys)
 
 
 def test_folders_that_cannot_be_written(overrides, tmp_path, capsys):

@@ -70,7 +70,7 @@ FAULTS = [
     ("one_class.jsonl", lines(LABELLED, {"text": "dog", "label": 1}), [], ["all labels are 1: there is nothing to tell apart"]),
     ("tags.jsonl", lines({"tokens": ["a", "b"], "tags": ["O"]}), ["task=token_classification"], ["2 tokens and 1 tags"]),
     ("words.jsonl", lines({"tokens": ["a"], "tags": ["O"]}), [], ["columns tokens, tags fit no format of this task"]),
-    ("span.jsonl", lines({"context": "red cat", "question": "what?", "answers": {"text": ["dog"], "answer_start": [0]}}), [], ["answer 'dog' does not stand at character 0"]),
+    ("span.jsonl", lines({"context": "red cat", "question": "what?", "answers": {"text": ["dog"], "answer_start": [0]}}), [], ["answer 'dog' is not at character 0"]),
     ("role.jsonl", lines({"messages": [{**USER, "role": "narrator"}, ANSWER]}), [], ["role 'narrator' is not one of"]),
     ("order.jsonl", lines({"messages": [USER, USER, ANSWER]}), [], ["message 2: a user message cannot stand after user"]),
     ("first.jsonl", lines({"messages": [ANSWER, USER, ANSWER]}), [], ["an assistant message cannot stand at the start"]),
@@ -157,7 +157,7 @@ TEMPLATES = [
     (ENDLESS, ["was stopped after 1 s: it does not end"]),
     ("{{ 'a' * 10 ** 11 }}", ["the model's chat template cannot render it"]),
     ("{{ messages[5]['content'] }}", ["the model's chat template cannot render it"]),
-    ("nothing", ["shows message 2 otherwise than a model would be asked for it"]),
+    ("nothing", ["renders message 2 differently from the inference prompt"]),
     (CHATML.replace("message['content'] +", "(message['content'] if message['role'] == 'user' else '') +"), ["row 1"]),
 ]  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_archives_folders_and_patterns(tmp_path, tokenizer):
 
 
 def test_hub_data_that_cannot_be_reached(tokenizer):
-    with pytest.raises(DataError, match="hub:nobody/nothing: the hub did not give it"):
+    with pytest.raises(DataError, match="hub:nobody/nothing: the hub request failed"):
         load(tokenizer, "hub:nobody/nothing")
     with pytest.raises(DataError, match="subset=main has no effect on rows.jsonl"):
         load(tokenizer, [Source(path="rows.jsonl", subset="main")])
@@ -500,7 +500,7 @@ def test_the_data_verb_fails_when_no_row_is_left(overrides, tmp_path, capsys):
 def test_training_refuses_what_the_checks_find(overrides, tmp_path, capsys):
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "red", "label": 1}, {"text": "cat", "label": 1}])
     assert cli.main(["train", *overrides, f"data.train={file}"]) == 2
-    assert "To train nevertheless: data.check=warn." in capsys.readouterr().err
+    assert "To train anyway: data.check=warn." in capsys.readouterr().err
     assert cli.main(["train", *overrides, f"data.train={file}", "data.check=warn", "train.max_steps=1"]) == 0
     assert "error: data.train: all labels are 1" in capsys.readouterr().out
     assert (

@@ -20,7 +20,7 @@ from lora_lab import cli
 from lora_lab.base import load, tokenizer
 from lora_lab.config import compose
 from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
-from lora_lab.export import convert, gguf, ollama, targets, text, tiny
+from lora_lab.export import adapter, convert, gguf, ollama, targets, text, tiny
 from lora_lab.export.job import Job
 from lora_lab.report import card
 from lora_lab.run import pipeline
@@ -105,7 +105,7 @@ def test_gguf_says_what_transformers_says(trained, llama_base, capsys):
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
     # a file that says something else is refused, and what was there is kept
     assert cli.main(["export", f"run={done.path}", "export.targets=[ollama]", "merge.max_kl=1e-12"]) == 4
-    assert "llama.cpp says something else than transformers" in capsys.readouterr().err
+    assert "outputs differ between llama.cpp and transformers" in capsys.readouterr().err
     assert file.exists()
     report = pipeline.export(
         str(done.path), ["export.targets=[gguf]", "export.gguf_type=q8_0", "merge.max_loss_increase=9"]
@@ -579,6 +579,15 @@ def test_an_adapter_that_peft_would_load_otherwise_is_refused(trained, tmp_path,
         pipeline.export(str(done.path), ["export.targets=[adapter]"])
 
 
+def test_a_refusal_names_the_target(trained, monkeypatch, capsys):
+    """Not the folder in which it is made, which is gone by then."""
+    done = trained("adapter.r=4")
+    monkeypatch.setattr(adapter, "disagreements", lambda gap, limits: ["KL 1 > merge.max_kl=0.02"])
+    assert cli.main(["export", f"run={done.path}", "export.targets=[adapter]"]) == 4
+    assert "adapter: outputs differ between peft and the trained adapter: KL 1" in (told := capsys.readouterr().err)
+    assert ".tmp" not in told
+
+
 @pytest.mark.parametrize("method", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
 def test_fewer_bits_report_their_loss(trained, rows_file, method):
     """Of a model that has learned its rows by heart, so that rounding can only hurt."""
@@ -666,7 +675,7 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
         tmp_path / "labels.jsonl", [{"text": f"red {i}", "label": "a" if i % 2 else "b"} for i in range(12)]
     )
     said = problems(config_of("task=classification", f"data.train={rows}", "export.targets=[gguf,vllm,adapter]"))
-    for part in ("gguf is for models that write", "vllm is for models that write", "with a head of its own"):
+    for part in ("gguf needs a causal LM", "vllm needs a causal LM", "with a head of its own"):
         assert part in said
     assert "HF_HUB_OFFLINE is set" in problems(config_of("export=vllm", "export.push_to_hub=me/model"))
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))

@@ -94,7 +94,7 @@ def test_conversations_that_a_template_cannot_show(case):
     outcome = encode(case)
     assert outcome.problem in ("template", "role")
     if outcome.problem == "template":
-        assert re.search(case.get("error", r"shows message \d otherwise"), outcome.sentence)
+        assert re.search(case.get("error", r"renders message \d differently"), outcome.sentence)
 
 
 def test_every_family_is_in_the_table():

@@ -50,7 +50,7 @@ TOLD: list[tuple[list[str], str]] = [
     ([*_DEMO, "-m", "adapter.r=4"], "no key has several values"),
     ([*_DEMO, "-m", "adapter.rr=4,8"], "Did you mean 'adapter.r'?"),
     ([*_DEMO, "-m", "optim.lr=1e-3,abc"], "1 of 2 runs; none was begun"),
-    ([*_DEMO, "-m", "adapter.r=4,8", "data.train=a,b.jsonl"], "a name that has one stands in quotes"),
+    ([*_DEMO, "-m", "adapter.r=4,8", "data.train=a,b.jsonl"], "put a name that has one in quotes"),
     ([*_DEMO, "data.label_names=[好，坏]"], "Write data.label_names=[好,坏]"),
     ([*_DEMO, "adapter.r＝8"], "Write adapter.r=8"),
     (["merge", "merge.adapters=[A b(1),B"], "Put each path in quotes"),

@@ -284,5 +284,5 @@ def test_a_saved_tokenizer_that_becomes_another_is_refused(tmp_path, monkeypatch
 
     monkeypatch.setattr(overruled, "write", write)
     tokenizer.backend_tokenizer.pre_tokenizer = None
-    with pytest.raises(BaseModelError, match="becomes another when"):
+    with pytest.raises(BaseModelError, match="tokenizer changes when"):
         save_tokenizer(tokenizer, other)

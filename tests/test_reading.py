@@ -37,7 +37,7 @@ def test_json_that_cannot_be_used_is_a_sentence_that_names_the_file(tmp_path, co
     [
         ("a: 1\n b: 2\n", "line 2, column 3"),
         ("a:\tb: c\n", "line 1, column"),
-        ("a: 1\na: 2\n", "line 2, column 1: the key 'a' stands here twice"),
+        ("a: 1\na: 2\n", "line 2, column 1: the key 'a' appears twice"),
         ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4: not valid YAML"),
         (_BOMB, "more than 100,000 values"),
         ("a: &a [*a]\n", "contains it"),

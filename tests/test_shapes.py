@@ -305,7 +305,7 @@ def test_columns_that_streamed_rows_never_read_are_said(tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["image", "images", "audio", "videos"])
 def test_what_a_model_of_texts_cannot_see_is_refused(name):
     for row in ({"messages": [USER, GOOD], name: ["a.png"]}, {"messages": [{**USER, name: ["a.png"]}, GOOD]}):
-        with pytest.raises(RowError, match=f"holds {name}, which no model of texts sees"):
+        with pytest.raises(RowError, match=f"holds {name}, which a text model cannot see"):
             formats.read(row, "messages")
     assert formats.read({"messages": [USER, GOOD], name: []}, "messages").messages == [USER, GOOD]
 
@@ -407,7 +407,7 @@ def test_separators(name, content, words, tmp_path):
 def test_the_separator_is_said(tokenizer, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("text;label\na;b\nc;d\n")
     load("classification", tokenizer, tmp_path / "a.csv")
-    assert "a.csv: its columns are parted by semicolons" in capsys.readouterr().out
+    assert "a.csv: its columns are separated by semicolons" in capsys.readouterr().out
 
 
 def test_rows_inside_an_object(tokenizer, tmp_path):

@@ -382,7 +382,7 @@ def test_a_difference_beyond_the_noise_is_said():
 
 def test_one_seed_is_no_proof():
     words, take = ranking.judge([_place("4", [1.0]), _place("8", [1.1])], "loss", 1)
-    assert "chance is not known" in words
+    assert "the noise between seeds is unknown" in words
     assert take == "4"
     assert ranking.judge([_place("4", [])], "loss", 1)[1] is None
 

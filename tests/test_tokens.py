@@ -207,7 +207,7 @@ def test_a_question_and_its_context_have_the_tokenizers_marks_once(around, start
     if own.opening and starts:
         wrong = {**marked, "answers": {"text": [own.opening], "answer_start": [0]}}
         [outcome] = encoder.encode([Row(1, wrong)], "row", "question_answering")
-        assert "stands in the tokenizer's own marks" in outcome.sentence
+        assert "is inside the tokenizer's own marks" in outcome.sentence
 
 
 def test_judged_answers_begin_as_conversations_do(tmp_path):

@@ -228,7 +228,7 @@ def test_other_versions_are_told(copied, capsys):
 
 def test_without_its_manifest_a_begun_run_is_refused(copied):
     copied.manifest.unlink()
-    with pytest.raises(RunError, match=r"manifest\.json: missing, so nothing tells what the run was made of"):
+    with pytest.raises(RunError, match=r"manifest\.json: missing, so it is unknown what the run was made of"):
         run_dir.read_manifest(copied)
 
 

@@ -34,7 +34,7 @@ class UserFiles(ConfigSource):
         file = self._file(config_path)
         text = read_text(file, ConfigError, _MAX_BYTES)
         tree = parse_yaml(file, text, ConfigError)
-        with reading(file, ConfigError, "Mend the file."):
+        with reading(file, ConfigError, "Fix the file."):
             header = ConfigSource._get_header_dict(text[:512])
             check_file(file, tree, header["package"])
             config = OmegaConf.load(io.StringIO(text))

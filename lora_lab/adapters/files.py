@@ -102,7 +102,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     storage.verify(folder)
     found = read_json(folder / PROVENANCE, AdapterError)
     if not isinstance(found.get("base"), dict):
-        raise AdapterError(f"{folder / PROVENANCE}: says of no base what it is. Copy the adapter again.")
+        raise AdapterError(f"{folder / PROVENANCE}: does not say which base it was trained on. Copy the adapter again.")
     return found
 
 
@@ -128,7 +128,7 @@ def check_base(folder: Path, base: BaseFiles) -> None:
     if changed:
         raise AdapterError(
             f"{folder}: trained on {trained_on.get('name')}, and the {' and the '.join(changed)} in {base.folder} changed since: "
-            "the model would be asked otherwise than it was trained. Restore the files."
+            "prompts would reach the model in other tokens than in training. Restore the files."
         )
 
 

@@ -252,7 +252,7 @@ def _names(file: Path) -> set[str]:
 
 
 def _compare(index: Path, file: Path, listed: set[str]) -> None:
-    """Refuse an index that says otherwise than its shard: transformers loads whole shards, whatever the index leaves out."""
+    """Refuse an index that contradicts its shard: transformers loads whole shards, whatever the index leaves out."""
     there = _names(file)
     for names, sentence in (
         (listed - there, "names tensor {} of {}, which is not in it"),

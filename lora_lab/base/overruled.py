@@ -45,7 +45,7 @@ def as_written(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
         tokenizer: as transformers loads it.
 
     Raises:
-        BaseModelError: the file cannot be used as it is, or other files of the folder say something else.
+        BaseModelError: the file cannot be used as it is, or other files of the folder contradict it.
     """
     file = folder / FILE
     if not file.is_file() or not tokenizer.is_fast:
@@ -61,10 +61,12 @@ def as_written(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
             left = _otherwise(plain.backend_tokenizer, written, _flagged(folder))
             if left:
                 raise BaseModelError(
-                    f"{file}: transformers {' and '.join(left)} otherwise than this file says, however it is loaded. Save the tokenizer of the "
+                    f"{file}: transformers {' and '.join(left)} differently from this file, however it is loaded. Save the tokenizer of the "
                     "folder anew with the version of transformers that it was made with."
                 )
-            said = f"tokenizer.json is used as it is: transformers' {name} {' and '.join(found)} otherwise than the file says"
+            said = (
+                f"tokenizer.json is used as it is: transformers' {name} {' and '.join(found)} differently from the file"
+            )
             try:
                 check_saved_copy(folder, plain)
                 tokenizer = plain
@@ -74,7 +76,7 @@ def as_written(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
                 )
                 said = (
                     f"transformers takes its own {name} for this model_type whatever a folder says, so it is used, and saved with merges: it "
-                    f"{' and '.join(found)} otherwise than tokenizer.json says ({len(other)} of {len(HARD_TEXTS)} hard texts)"
+                    f"{' and '.join(found)} differently from tokenizer.json ({len(other)} of {len(HARD_TEXTS)} hard texts)"
                 )
     _check_added(folder, tokenizer)
     return tokenizer, said
@@ -114,8 +116,8 @@ def check_reloads(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         other = differing(lambda text: tokenizer(text)["input_ids"], encode, _with_added(tokenizer))
         if other:
             raise BaseModelError(
-                f"{folder}: what was saved of the tokenizer becomes another when {name} loads it: {shown(other)} become other tokens "
-                f"({len(other)} of {len(HARD_TEXTS)} texts), so whoever loads it would ask the model otherwise than it was trained. Nothing is "
+                f"{folder}: the saved tokenizer changes when {name} loads it: {shown(other)} become other tokens "
+                f"({len(other)} of {len(HARD_TEXTS)} texts), so prompts would reach the model in other tokens than in training. Nothing is "
                 "kept. Choose a base whose type of model (model_type in config.json) loads its own tokenizer.json."
             )
 
@@ -213,7 +215,7 @@ def _flagged(folder: Path) -> bool:
 
 
 def _otherwise(used: Tokenizer, written: Tokenizer, flagged: bool) -> list[str]:
-    """What `used` does otherwise than `written` says."""
+    """Where `used` departs from `written`."""
     used.no_padding()
     used.no_truncation()
     if used.to_str() == written.to_str():  # comparing their trees takes seconds for large vocabularies
@@ -262,7 +264,7 @@ def _check_added(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         if found != int(number):
             raise BaseModelError(
                 f"{folder / FILE}: the added token {text!r} is number {found} there, and {number} by {CONFIG}. One of the files lost or "
-                "moved it, so the model would be asked otherwise than it was trained. Copy or download the tokenizer's files again."
+                "moved it, so prompts would reach the model in other tokens than in training. Copy or download the tokenizer's files again."
             )
 
 

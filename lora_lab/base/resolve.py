@@ -33,7 +33,7 @@ def download(key: str, name: str, revision: str | None = None) -> Path:
         key: the configuration key with its value, for messages.
 
     Raises:
-        BaseModelError: the hub did not give it.
+        BaseModelError: the hub request failed.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -47,7 +47,7 @@ def download(key: str, name: str, revision: str | None = None) -> Path:
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BaseModelError(
-            f"{key}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason}). "
+            f"{key}: no such folder here, and the hub request failed ({type(error).__name__}: {reason}). "
             "Check the name and your HF_TOKEN, or give a local folder."
         ) from error
 

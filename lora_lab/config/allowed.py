@@ -160,7 +160,7 @@ def _check_default(file: Path, where: str, name: str, choice: Any) -> None:
     if not isinstance(name, str) or not isinstance(choice, (str, list, type(None))):
         raise ConfigError(f"{file}: {where}: must be the name of a group or a file.")
     if "${" in where:
-        raise ConfigError(f"{file}: {where}: a choice must stand there as it is, not as ${{...}}.")
+        raise ConfigError(f"{file}: {where}: a choice must be written literally, not as ${{...}}.")
     group, _, package = name.split(" ")[-1].partition("@")
     chosen = choice if isinstance(choice, list) else [choice]
     for part in (group.removeprefix("/"), *(one for one in chosen if isinstance(one, str))):

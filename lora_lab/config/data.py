@@ -60,7 +60,7 @@ class DataConfig:
         str | None,
         Field(
             min_length=1,
-            description="where the list of rows lies in .json files that are one object, such as data or a.b",
+            description="path of the list of rows in .json files that hold one object, such as data or a.b",
         ),
     ] = None
     sample_by: Annotated[
@@ -78,14 +78,16 @@ class DataConfig:
         Field(description="what happens to rows that cannot be read or leave nothing to learn"),
     ] = "error"
     duplicates: Annotated[
-        Literal["keep", "drop"], Field(description="what happens to rows that an earlier row equals")
+        Literal["keep", "drop"], Field(description="what happens to rows equal to an earlier row")
     ] = "keep"
     shared: Annotated[
         Literal["keep", "drop"], Field(description="what happens to training rows that are held-out rows as well")
     ] = "keep"
     check: Annotated[
         Literal["error", "warn", "off"],
-        Field(description="checks of the whole data set before training: refuse errors, only say them, or skip them"),
+        Field(
+            description="checks of the whole data set before training: refuse errors, only report them, or skip the checks"
+        ),
     ] = "error"
     supervise: Annotated[
         Literal["answers", "last_answer", "all"],
@@ -103,5 +105,7 @@ class DataConfig:
     ] = dataclasses.field(default_factory=list)
     clean_language: Annotated[Language, Field(description="language of stop words and stems")] = "en"
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    max_train_rows: Annotated[int | None, Field(ge=1, description="read only the first so many rows")] = None
-    max_eval_rows: Annotated[int | None, Field(ge=1, description="read only the first so many held-out rows")] = None
+    max_train_rows: Annotated[int | None, Field(ge=1, description="rows to read, from the first on; null: all")] = None
+    max_eval_rows: Annotated[
+        int | None, Field(ge=1, description="held-out rows to read, from the first on; null: all")
+    ] = None

@@ -91,7 +91,7 @@ def commas(overrides: Sequence[str], told: str) -> str:
         if re.fullmatch(r"[+-]?\d+,\d+", value):
             return f" The comma separates two values here; a decimal point is meant? {key}={value.replace(',', '.')}"
         if key in ("data.train", "data.eval", "model.path") and value[0] not in "[{'\"":
-            return f" The comma separates two runs here; a name that has one stands in quotes: \"{key}='{value}'\""
+            return f" The comma separates two runs here; put a name that has one in quotes: \"{key}='{value}'\""
     return ""
 
 
@@ -121,7 +121,7 @@ def _alone(word: str, before: str, after: str, verb: str, composes: bool) -> str
         return f"{word}: not an override. Write lora-lab {verb} {line}"
     if "=" in before:
         whole = f"{before} {word}"
-        return f"{word}: not an override. A value with blanks stands in quotes: lora-lab {verb} '{whole}'"
+        return f"{word}: not an override. Put a value with blanks in quotes: lora-lab {verb} '{whole}'"
     return f"{word}: not an override. Write key=value, such as {'adapter.r=8' if composes else 'run=runs/demo/...'}."
 
 

@@ -91,7 +91,7 @@ def _asked(path: _Path, node: Grammar.InterpolationResolverContext) -> Iterator[
 
 def _named(path: _Path, name: str) -> _Path:
     if "${" in name:
-        raise ConfigError(f"{_key(path)}: the name of a value inside ${{...}} must stand there as it is.")
+        raise ConfigError(f"{_key(path)}: the name of a value inside ${{...}} must be written literally.")
     dots = len(name) - len(name.lstrip("."))
     parts = tuple(part.strip("'\" ") for part in re.split(r"[.\[\]]+", name.lstrip(".")) if part)
     return path[: max(0, len(path) - dots)] + parts if dots else parts

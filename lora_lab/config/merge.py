@@ -31,7 +31,8 @@ class ExportConfig:
         Field(description="of target quantized: bitsandbytes', or torchao's"),
     ] = "nf4"
     push_to_hub: Annotated[
-        str | None, Field(description="owner/name: upload what was exported there, private; the token is HF_TOKEN's")
+        str | None,
+        Field(description="owner/name: upload the exports to this private repository, with the token in HF_TOKEN"),
     ] = None
     max_shard_size: Annotated[
         str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$", description="largest safetensors file, such as 500MB or 5GB")
@@ -68,10 +69,10 @@ class MergeConfig:
         int | None,
         Field(ge=1, description="all but cat: rank of the result; null: svd the largest rank, else the ranks' sum"),
     ] = None
-    density: Annotated[float, Field(gt=0, lt=1, description="pruning methods: share of the numbers that is kept")] = 0.5
+    density: Annotated[float, Field(gt=0, lt=1, description="pruning methods: share of the values to keep")] = 0.5
     search_trials: Annotated[
         int,
-        Field(ge=0, description="try so many weights and take the lowest mean held-out loss (needs Optuna); 0: none"),
+        Field(ge=0, description="weightings to try; the lowest mean held-out loss wins (needs Optuna); 0: none"),
     ] = 0
     parity_rows: Annotated[int, Field(ge=1, description="held-out rows to compare on")] = 32
     max_logit_diff: Annotated[
@@ -96,7 +97,7 @@ class ShrinkConfig:
         float,
         Field(
             ge=0,
-            description="how much the held-out loss may rise, in its own unit and as sure as the rows allow; the lowest such rank "
+            description="how much the held-out loss may rise, by the upper end of the 95 % interval; the lowest such rank "
             "is saved",
         ),
     ] = 0.01

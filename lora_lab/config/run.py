@@ -255,7 +255,7 @@ def _task_contradictions(config: RunConfig) -> list[str]:
             if getattr(data, name) != default_of(data, name)
         ]
     if data.augment.methods and not task.augments:
-        found.append(f"data.augment.methods: would move the labels of task={task.name}. Drop it.")
+        found.append(f"data.augment.methods: would invalidate the label positions of task={task.name}. Drop it.")
     if data.too_long != "error" and task.in_pieces:
         found.append(f"data.too_long: no effect with task={task.name}, which cuts long texts into pieces. Drop it.")
     if data.too_long == "truncate_prompt" and not task.cuts:

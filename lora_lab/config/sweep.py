@@ -17,9 +17,9 @@ class SweepConfig:
     ] = "auto"
     joint_tokens: Annotated[int, Field(ge=1, description="tokens of a shared pass, about and at most")] = 4096
     strategy: Annotated[
-        Literal["grid", "halving"], Field(description="train all to their end, or stop the worse ones early")
+        Literal["grid", "halving"], Field(description="train all runs to their end, or stop poor ones early")
     ] = "grid"
-    eta: Annotated[int, Field(ge=2, description="halving: one in so many runs goes on after each rung")] = 3
+    eta: Annotated[int, Field(ge=2, description="halving: after each rung one in this many runs continues")] = 3
     rungs: Annotated[
         int | None, Field(ge=2, description="halving: rungs, the last one's end included; null: until one run is left")
     ] = None

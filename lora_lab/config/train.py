@@ -40,7 +40,7 @@ class TrainConfig:
         bool | None,
         Field(
             description="one padding-free row per micro-batch; false: a forward per row; null: packing where the task can, "
-            "else rows of like length padded together"
+            "else rows of similar length padded together"
         ),
     ] = None
     neftune_alpha: Annotated[
@@ -58,23 +58,21 @@ class TrainConfig:
     ] = None
     gradient_checkpointing: Annotated[bool, Field(description="recompute activations: slower, far less memory")] = False
     recompute_every: Annotated[
-        int, Field(ge=1, description="with gradient_checkpointing: recompute every so-many-th layer only")
+        int, Field(ge=1, description="with gradient_checkpointing: recompute only every n-th layer")
     ] = 1
     offload_activations: Annotated[
-        bool, Field(description="with gradient_checkpointing: what is kept lies in the machine's memory (GPU)")
+        bool, Field(description="with gradient_checkpointing: offload kept activations to host RAM (GPU)")
     ] = False
     eval_steps: Annotated[
-        int | None, Field(ge=1, description="held-out loss every so many steps; null: each epoch")
+        int | None, Field(ge=1, description="steps between held-out evaluations; null: each epoch")
     ] = None
-    save_steps: Annotated[int | None, Field(ge=1, description="checkpoint every so many steps; null: each epoch")] = (
-        None
-    )
+    save_steps: Annotated[int | None, Field(ge=1, description="steps between checkpoints; null: each epoch")] = None
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep, beside the best")] = 2
     keep_best: Annotated[
         bool, Field(description="with held-out rows: end with the adapter of the lowest loss, not the last")
     ] = True
     early_stopping_patience: Annotated[
-        int | None, Field(ge=1, description="stop after so many evaluations without a better held-out loss")
+        int | None, Field(ge=1, description="stop after this many evaluations without a better held-out loss")
     ] = None
 
 
@@ -102,7 +100,7 @@ class SpeedConfig:
     ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[
-        bool, Field(description="packed rows: the last layer behind its attention only where there is a loss")
+        bool, Field(description="packed rows: the last layer, after its attention, only where there is a loss")
     ] = True
     prefix_cache: Annotated[
         bool,

@@ -97,7 +97,7 @@ def refuse_empty(data: Dataset) -> None:
     first = next((s for report in data.reports for kept in report.sentences.values() for s in kept), "")
     raise DataError(
         f"{data.key}: none of the {data.rows_read} rows is left: {dropped}. {f'The first: {first} ' if first else ''}"
-        "Mend the rows, or loosen the policy (data.max_tokens, data.too_long, data.unusable)."
+        "Fix the rows, or loosen the policy (data.max_tokens, data.too_long, data.unusable)."
     )
 
 

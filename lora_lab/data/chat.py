@@ -94,7 +94,7 @@ class ChatEncoder(Encoder):
         return found
 
     def _weighted(self, rendered: Rendered, ids: list[int], offsets: np.ndarray) -> list[_Tokens]:
-        """Give every token its weight. Where a prompt alone would be tokenized otherwise than within the text, prompt and
+        """Give every token its weight. Where a prompt tokenizes differently on its own, prompt and
         answer are tokenized apart, so that training sees the ids that inference sees; that can be done for one answer of a
         text only, so each has an example of its own."""
         if rendered.plain or not rendered.turns or not self._borders(rendered, ids, offsets):
@@ -125,7 +125,7 @@ class ChatEncoder(Encoder):
         whole = self.tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"]
         if self.tokenizer.decode(ids) != self.tokenizer.decode(whole):
             raise RowError(
-                "border", "prompt and answer share a token that cannot be parted as inference would part it."
+                "border", "prompt and answer share a token that cannot be split as inference would split it."
             )
         return self._tokens(rendered, ids, np.concatenate(offsets), apart=True)
 

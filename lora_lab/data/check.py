@@ -211,7 +211,7 @@ def _prompts(data: Dataset, encoder: Encoder) -> list[Finding]:
         return []
     sentence = (
         f"{wrong.sum()} of {len(places)} prompts differ between training and inference ({_named(data, wrong)}): the template "
-        "renders them otherwise when asked for an answer."
+        "renders them differently when an answer is generated."
     )
     return [Finding("error", data.key, sentence)]
 

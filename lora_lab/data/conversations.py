@@ -241,7 +241,7 @@ def refuse_media(fields: dict[str, Any], where: str) -> None:
         if fields.get(name):
             raise RowError(
                 "not text",
-                f"{where} holds {name}, which no model of texts sees, and the answer may be about it. Remove it from the data.",
+                f"{where} holds {name}, which a text model cannot see, and the answer may be about it. Remove it from the data.",
             )
 
 

@@ -215,7 +215,7 @@ def _question_answering(values: dict[str, Any], _: Any = None) -> Record:
         )
     for text, start in zip(texts, starts, strict=False):
         if start < 0 or context[start : start + len(text)] != text:
-            raise RowError("label", f"answer {shown(text)} does not stand at character {start} of the context.")
+            raise RowError("label", f"answer {shown(text)} is not at character {start} of the context.")
     record = _answered(f"{context}\n\n{question}", texts[0], {})
     spans = (
         [[text, start] for text, start in zip(texts, starts, strict=True)]

@@ -130,7 +130,7 @@ class HubData:
         except Exception as error:  # the hub client raises many kinds
             reason = str(error).strip().partition("\n")[0]
             raise DataError(
-                f"{self.key}=hub:{self.path}: the hub did not give it ({type(error).__name__}: {reason}). Check owner/name, "
+                f"{self.key}=hub:{self.path}: the hub request failed ({type(error).__name__}: {reason}). Check owner/name, "
                 "subset and split, your HF_TOKEN and the connection, or name a local file."
             ) from error
 
@@ -641,7 +641,7 @@ def _read_conll(stream: IO[bytes], file: DataFile) -> Iterator[Row]:
         first = number if not tokens else first
         if len(tokens) > MAX_ROW_CHARS:
             raise DataError(
-                f"{file.key}={file.path}: the sentence of line {first} does not end. Part sentences by blank lines."
+                f"{file.key}={file.path}: the sentence of line {first} does not end. Separate sentences by blank lines."
             )
         if problem or len(fields) < 2:
             fault = (

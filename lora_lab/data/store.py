@@ -113,7 +113,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
     """The encoded rows of a file, from the cache or encoded now.
 
     Args:
-        limit: read only the first so many rows.
+        limit: rows to read, from the first on; null: all.
         refuse: stop at the first rows that the policies call errors, without reading the rest.
 
     Raises:
@@ -121,7 +121,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
     """
     format_name = format_of(file, encoder)
     if separator := sources.separator_of(file):
-        console.say("data", f"{file.name}: its columns are parted by {separator}, and read so")
+        console.say("data", f"{file.name}: its columns are separated by {separator}")
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
     try:

@@ -219,7 +219,7 @@ class ChatTemplate:
             supervise: 'answers' (the assistant's turns, each with its end-of-turn token), 'last_answer' or 'all'.
 
         Raises:
-            RowError: the template cannot render the conversation, or shows an answer otherwise than it would be given.
+            RowError: the template cannot render the conversation, or shows an answer differently from how it would be generated.
         """
         with self._row():
             return self._examples(record.messages, record.tools, supervise)
@@ -254,7 +254,7 @@ class ChatTemplate:
                 return cut, held
         raise RowError(
             "template",
-            f"the chat template shows message {last + 1} otherwise than a model would be asked for it: some leave the system "
+            f"the chat template renders message {last + 1} differently from the inference prompt: some leave the system "
             "message out of answered turns, or contradict data.chat_template_kwargs. Write what is lost into the user's message.",
         )
 

@@ -34,7 +34,7 @@ def check(job: Job) -> Iterator[str]:
 def check_vllm(job: Job) -> Iterator[str]:
     """What vLLM and SGLang cannot load."""
     if job.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: vllm is for models that write; task={job.config.task.name} makes another. Drop it."
+        yield f"export.targets: vllm needs a causal LM; task={job.config.task.name} produces a different model type. Drop it."
     if job.experts:
         yield "export.targets: vllm: the adapter reaches into experts. Export hf (merged), or name other adapter.target_modules."
     if job.kind.new_modules:
@@ -49,7 +49,7 @@ def make(job: Job, folder: Path) -> dict[str, Any]:
     for file in job.run.adapter.iterdir():
         if file.name != "manifest.json":
             shutil.copy(file, folder)
-    return _proved(job, folder)
+    return _proved(job, folder, "adapter")
 
 
 def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def make_vllm(job: Job, folder: Path) -> dict[str, Any]:
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {config.name}={final}"
     if _with_tokenizer(job, folder):
         serve += f" --tokenizer {final} --generation-config {final}"
-    return {"serve": serve, **_proved(job, folder)}
+    return {"serve": serve, **_proved(job, folder, "vllm")}
 
 
 def _with_tokenizer(job: Job, folder: Path) -> bool:
@@ -91,11 +91,11 @@ def _with_tokenizer(job: Job, folder: Path) -> bool:
     known.save_pretrained(folder)
     problems = text.folder_problems(folder, encoder, asked)
     if problems:
-        raise ExportError(f"{folder.name}: {'; '.join(problems)}. Nothing is kept.")
+        raise ExportError(f"vllm: {'; '.join(problems)}. Nothing is kept.")
     return True
 
 
-def _proved(job: Job, folder: Path) -> dict[str, Any]:
+def _proved(job: Job, folder: Path, target: str) -> dict[str, Any]:
     """Compare the folder, loaded by plain peft, with the adapter as lora_lab puts it on the unquantized base."""
     dtype = job.config.export.dtype
     model = adapted(
@@ -119,6 +119,6 @@ def _proved(job: Job, folder: Path) -> dict[str, Any]:
         wrong.append(f"greedy answers part: {agreed.parting}")
     if wrong:
         raise ExportError(
-            f"{folder.name}: peft says something else than the trained adapter: {'; '.join(wrong)}. Nothing is kept."
+            f"{target}: outputs differ between peft and the trained adapter: {'; '.join(wrong)}. Nothing is kept."
         )
     return {"loader": "peft", "positions": job.rows.num_items, **dataclasses.asdict(gap), **agreed.told()}

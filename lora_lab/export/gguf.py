@@ -77,12 +77,12 @@ def check(job: Job, target: str) -> Iterator[str]:
         yield f"export.targets: {target} needs {', '.join(absent)}. pip install 'lora-lab[gguf]'"
         return
     if job.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: {target} is for models that write; task={job.config.task.name} makes another. Drop it."
+        yield f"export.targets: {target} needs a causal LM; task={job.config.task.name} produces a different model type. Drop it."
         return
     if target == "gguf_lora" and job.base.published is not None:
         yield (
             f"export.targets: gguf_lora: the base was published in {job.base.published.method}, which llama.cpp's conversion cannot read to "
-            "prove the adapter over it. Export gguf (merged)."
+            "verify the adapter over it. Export gguf (merged)."
         )
         return
     if target == "gguf_lora" and job.experts:
@@ -168,7 +168,7 @@ def _architecture_against(base: Path) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _text_against(base: Path, encoder: Encoder, with_modelfile: bool) -> str:
-    """What llama.cpp, with the run's tokenizer as the conversion writes it, makes otherwise than the run; empty if nothing."""
+    """What llama.cpp, with the run's tokenizer as the conversion writes it, tokenizes differently from the run; empty if nothing."""
     with storage.scratch() as scratch:
         file = scratch / "tokenizer.gguf"
         file.write_bytes(_tiny(base, encoder))
@@ -207,7 +207,7 @@ def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]
     """Write the merged checkpoint as GGUF, and perhaps Ollama's Modelfile; what was proved of it.
 
     Raises:
-        ExportError: llama.cpp does not load it, or says something else than transformers does of the merged checkpoint.
+        ExportError: llama.cpp does not load it, or its outputs differ from those of the merged checkpoint in transformers.
     """
     kind = job.config.export.gguf_type
     file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
@@ -225,7 +225,7 @@ def _beginning(job: Job, file: Path) -> dict[str, bool]:
     """What llama.cpp will put before a text by itself, as the file says: it must be what the tokenizer puts there.
 
     Raises:
-        ExportError: it is something else, so prompts would begin otherwise than in training.
+        ExportError: it is something else, so prompts would begin differently than in training.
     """
     import gguf
 
@@ -332,14 +332,14 @@ def _proved(
     found = disagreements(gap, limits) if exact else []
     found += loss_increase(gap, limits, "against transformers")
     if gap.truth_known < 1:
-        found.append(f"it tells nothing of {1 - gap.truth_known:.1%} of the true tokens")
+        found.append(f"it gives no probability for {1 - gap.truth_known:.1%} of the true tokens")
     scores = [one["logits"] for one in outputs[len(outputs) - len(extra) :]]
     agreed = answers.agreement(scores, largest_difference(reference, told["rows"]))
     if exact and agreed.parting:
         found.append(f"greedy answers part: {agreed.parting}")
     if found:
         raise ExportError(
-            f"{file.name}: llama.cpp says something else than transformers: {'; '.join(found)}. Nothing is kept."
+            f"{file.name}: outputs differ between llama.cpp and transformers: {'; '.join(found)}. Nothing is kept."
         )
     return {
         "loader": "llama.cpp (xllamacpp)",
@@ -442,7 +442,7 @@ def _asked(encoder: Encoder, with_modelfile: bool, examples: Iterable[Example] =
 def _check_text(
     file: Path, encoder: Encoder, asked: list[text.Prompt], told: dict[str, Any], modelfile: str | None
 ) -> None:
-    """Refuse a file that llama.cpp tokenizes otherwise than the run, or that would not stop where the run does.
+    """Refuse a file that llama.cpp tokenizes differently from the run, or that would not stop where the run does.
 
     Conversations with tools that no row has are told of only: nothing of what was trained depends on them.
 

@@ -251,7 +251,7 @@ def _missing_ends(folder: Path, encoder: Encoder) -> list[str]:
 def not_stopping(encoder: Encoder, ends: list[int], by: str) -> str:
     """The sentence about tokens that end the run's answers and not the target's."""
     names = ", ".join(repr(encoder.tokenizer.convert_ids_to_tokens(one)) for one in ends)
-    return f"{names} ends the run's answers and not those of {by}, which would go on and on"
+    return f"{names} ends the run's answers and not those of {by}, which would never stop"
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -
     if not apart <= _limit(model) * norm:
         raise TrainingError(
             f"padding changes this model's outputs by {apart:.1e}, their norm being {norm:.1e} (allowed: {_limit(model):.0e} of it), so "
-            "rows would be read otherwise than alone."
+            "rows would not be read as they are alone."
         )
 
 

@@ -35,7 +35,7 @@ def reason_against(skeleton: PreTrainedModel, weights: Weights, updates: Updates
         if name in weights and not weights.floating[name]:
             return f"{name} holds no floating numbers"
     turned = [name for name in updates.layers if isinstance(skeleton.get_submodule(name), Conv1D)]
-    return f"{turned[0]} keeps its weight the other way round" if turned else ""
+    return f"{turned[0]} stores its weight transposed" if turned else ""
 
 
 def _needed(skeleton: PreTrainedModel) -> list[str]:

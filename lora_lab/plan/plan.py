@@ -74,7 +74,7 @@ class Plan:
     base_parameters: int
     rows: dict[str, dict[str, int]]  # data key -> rows read, used, truncated, and dropped by kind
     work: Work
-    memory: Memory | None  # None: it cannot be foreseen for this model
+    memory: Memory | None  # None: it cannot be estimated for this model
     disk: dict[str, int]  # bytes by what they hold
     free_disk: int
 
@@ -115,7 +115,7 @@ def _memory(
     except Exception as error:  # of whatever torch or a model of another make does with such tensors
         reason = str(error).strip().partition("\n")[0][:160]
         console.say(
-            "memory", f"cannot be foreseen for this model ({type(error).__name__}: {reason}); probe=true measures it"
+            "memory", f"cannot be estimated for this model ({type(error).__name__}: {reason}); probe=true measures it"
         )
         return None, None
     return here, on_cuda

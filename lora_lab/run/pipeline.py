@@ -1,6 +1,6 @@
 """What a run is, from top to bottom. Each stage is one call; each verb walks some of them.
 
-find base -> build data -> load base -> attach adapter -> fit -> evaluate -> merge
+find base -> build data -> load base -> attach adapter -> fit -> evaluate -> merge, export
 """
 
 from __future__ import annotations

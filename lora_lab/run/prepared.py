@@ -258,7 +258,7 @@ def _check(data: build.Data, config: RunConfig, encoder: Encoder) -> None:
             console.say("check", finding)
     if errors and config.data.check == "error":
         more = f" ({len(errors) - 1} more errors: lora-lab data shows all.)" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0].key}: {errors[0].sentence}{more} To train nevertheless: data.check=warn.")
+        raise DataError(f"{errors[0].key}: {errors[0].sentence}{more} To train anyway: data.check=warn.")
 
 
 def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
@@ -291,7 +291,7 @@ def prepare(
     """Find the base, read and encode the data, and check all of it against the configuration; loads no weights.
 
     Args:
-        begun: the run that is gone on with, which keeps its tokens; `trained` does so too.
+        begun: the run that is resumed, which keeps its tokens; `trained` does so too.
         trained: the run whose adapter will be loaded; it remembers what the task learned of its rows.
     """
     stages = Stages()
@@ -426,7 +426,7 @@ def accelerate(prepared: Prepared) -> None:
     """Replace what the configuration allows, and say what was replaced."""
     task, model, data = prepared.task, prepared.model.eval(), prepared.held_out or prepared.train
     if data is None:  # nothing to try them on, and little to gain
-        task.forward.unshareable = "there are no rows to prove it on"
+        task.forward.unshareable = "there are no rows to verify it on"
         return
     with prepared.accelerator.autocast():
         batch = task.collate(first_examples(data, 1), np.random.default_rng(0)).to(model.device)

@@ -102,8 +102,8 @@ def check_free(config: RunConfig) -> RunDir:
             run.path.lstat()
         if run.path.is_dir() and not _is_free(run.path):
             raise RunError(
-                f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or go on "
-                f"with it{_how_far(run)}: lora-lab resume run={run.path}"
+                f"run_dir={run.path}: exists and is not empty; nothing in it was touched. Choose another run_dir, or resume "
+                f"it{_how_far(run)}: lora-lab resume run={run.path}"
             )
         if os.path.lexists(run.path) and not run.path.is_dir():
             raise RunError(f"run_dir={run.path}: a file of that name exists. Choose another run_dir.")
@@ -192,7 +192,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def check_same(run: RunDir, config: RunConfig) -> None:
-    """Refuse to go on with a run folder that was made for other values.
+    """Refuse to resume a run folder that was made for other values.
 
     Raises:
         RunError: naming the keys.
@@ -263,12 +263,12 @@ def read_manifest(run: RunDir) -> dict[str, Any] | None:
     """What was recorded when the run began; None if it was stopped before that.
 
     Raises:
-        RunError: the file is damaged, or it is gone although there is something to go on with.
+        RunError: the file is damaged, or it is gone although there is something to resume.
     """
     if not run.manifest.exists():
         if run.adapter.exists() or run.result.exists() or any(run.checkpoints.glob("step-*")):
             raise RunError(
-                f"{run.manifest}: missing, so nothing tells what the run was made of. Restore it, or start anew."
+                f"{run.manifest}: missing, so it is unknown what the run was made of. Restore it, or start a new run."
             )
         return None
     saved = read_json(run.manifest, RunError)
@@ -312,7 +312,9 @@ def check_config(run: RunDir, config: RunConfig) -> None:
         if key in then and now[key] != then[key] and key not in moved
     ]
     if edited:
-        raise RunError(f"{run.config}: edited since the run began: {'; '.join(edited)}. Restore it, or start anew.")
+        raise RunError(
+            f"{run.config}: edited since the run began: {'; '.join(edited)}. Restore it, or start a new run."
+        )
 
 
 def check_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]) -> None:
@@ -328,11 +330,11 @@ def check_manifest(run: RunDir, base: BaseFiles, data: dict[str, dict[str, str]]
     if changed:
         raise RunError(
             f"{run.path}: the base {base.name} has another {', '.join(changed)} than at the start. Restore what was changed, or "
-            "start anew."
+            "start a new run."
         )
     for key, files in data.items():
         if sorted(saved["data"].get(key, {}).values()) != sorted(files.values()):
-            raise RunError(f"{run.path}: the files of {key} changed since the start. Restore them, or start anew.")
+            raise RunError(f"{run.path}: the files of {key} changed since the start. Restore them, or start a new run.")
     tell_versions(saved)
 
 

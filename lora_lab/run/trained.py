@@ -122,4 +122,4 @@ def tell_uploads(run: RunDir, config: RunConfig) -> None:
         console.say("hub", f"nothing is uploaded because a folder says so; to upload: {hint}")
     if own.tracker.name != config.tracker.name:
         hint = f"lora-lab resume run={run.path} tracker={own.tracker.name}"
-        console.say("tracker", f"curves go into metrics.jsonl alone; to go on in {own.tracker.name} too: {hint}")
+        console.say("tracker", f"curves go into metrics.jsonl only; to continue in {own.tracker.name} too: {hint}")

@@ -177,7 +177,7 @@ class _LogFile(io.TextIOBase):
             storage.write_all(self.descriptor, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             self.ended = True
-            _say(out, "log", f"{self.file}: cannot be written ({error.strerror}); the log ends here, the run goes on")
+            _say(out, "log", f"{self.file}: cannot be written ({error.strerror}); the log ends here, the run continues")
         return len(text)
 
 

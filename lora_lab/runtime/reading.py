@@ -180,7 +180,7 @@ def _refuse_twice(file: Path, node: yaml.MappingNode, error: type[LoraLabError])
     seen = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.value in seen:
-            raise error(f"{file}{_place(key.start_mark)}: the key '{key.value}' stands here twice. Remove one.")
+            raise error(f"{file}{_place(key.start_mark)}: the key '{key.value}' appears twice. Remove one.")
         seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
 
 

@@ -47,10 +47,10 @@ _WAYS_OUT = {
     errno.EPERM: "Allow writing there, or choose another folder.",
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.EISDIR: "A folder stands where a file is due: move it away.",
-    errno.ENOTDIR: "A file stands where a folder is due: move it away.",
-    errno.EEXIST: "A file stands where a folder is due: move it away.",
-    errno.ELOOP: "A link stands there: replace it by what it names.",
+    errno.EISDIR: "A folder is where a file is expected: move it away.",
+    errno.ENOTDIR: "A file is where a folder is expected: move it away.",
+    errno.EEXIST: "A file is where a folder is expected: move it away.",
+    errno.ELOOP: "A link is there: replace it by what it names.",
     errno.EBUSY: "Another file system is mounted there: mount it one folder higher.",
     errno.EXDEV: "Another file system is mounted there: mount it one folder higher.",
 }
@@ -107,7 +107,9 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def _not_regular(path: Path) -> RunError:
-    return RunError(f"{path}: a link, a folder or a device where a regular file is due; it was not touched. Remove it.")
+    return RunError(
+        f"{path}: a link, a folder or a device where a regular file is expected; it was not touched. Remove it."
+    )
 
 
 def write_all(descriptor: int, content: bytes) -> None:
@@ -332,7 +334,7 @@ def _recover_one(path: Path, place: Path, kind: str) -> list[str]:
             if kind != "gone" and not os.path.lexists(place) and _sealed(path):
                 os.rename(path, place)
                 _fsync(place.parent)
-                return [f"{place}: whole, but a process died before it had its name; put back"]
+                return [f"{place}: complete, but a process died before renaming it; restored"]
             _discard(path)
     except OSError:  # it has a living owner, or locks and renames fail here: it stays
         return []
@@ -446,7 +448,9 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             )
         size = file.stat().st_size
         if size != expected["size"]:
-            raise CheckpointError(f"{file}: {size} bytes where {MANIFEST} says {expected['size']}: the file is cut.")
+            raise CheckpointError(
+                f"{file}: {size} bytes where {MANIFEST} says {expected['size']}: the file is truncated."
+            )
         if sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: its SHA-256 differs from {MANIFEST}: the file was changed or damaged.")
 

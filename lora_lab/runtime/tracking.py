@@ -66,7 +66,7 @@ class MetricsLog:
         try:
             action()
         except Exception as error:
-            console.say("tracker", f"failed ({type(error).__name__}: {error}); the run goes on without it")
+            console.say("tracker", f"failed ({type(error).__name__}: {error}); the run continues without it")
             self.tracker = None
 
     def read(self) -> list[dict[str, Any]]:
@@ -183,5 +183,5 @@ def _start(name: str, folder: Path, config: TrackerConfig) -> Any:
         tracker.start()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RunError(f"tracker.name={name}: cannot start ({reason}). Mend that, or use tracker=none.") from error
+        raise RunError(f"tracker.name={name}: cannot start ({reason}). Fix that, or use tracker=none.") from error
     return tracker

@@ -50,7 +50,7 @@ def opened(jobs: list[Job]) -> list[Job]:
         _those([job], _open)
         if job.damage:
             console.say(
-                "damaged", f"{job.title} is not finished after all, and goes on from its checkpoint: {job.damage}"
+                "damaged", f"{job.title} is not finished after all, and resumes from its checkpoint: {job.damage}"
             )
     waiting = [job for job in jobs if job.error is None and job.result is None]
     finished = sum(job.result is not None for job in jobs)
@@ -60,7 +60,7 @@ def opened(jobs: list[Job]) -> list[Job]:
 
 
 def _open(job: Job) -> None:
-    """Make the job's run folder; one that it has made before is gone on with."""
+    """Make the job's run folder; an existing one is resumed."""
     if job.result is None:
         ranking.check(job.config)
     if job.from_folder:
@@ -143,7 +143,7 @@ def _check_metric(sweep: SweepConfig, before: Measured) -> None:
 
 
 def _member(name: str, job: Job, prepared: Prepared) -> Member:
-    """The job's member, gone on with from its newest valid checkpoint."""
+    """The job's member, resumed from its newest valid checkpoint."""
     prepared.model.set_adapter(name)
     member = Member(name, job.config, job.run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
     run_dir.check_manifest(job.run, prepared.base, prepared.data_hashes())

@@ -53,7 +53,9 @@ def rungs(members: list[Member], sweep: SweepConfig) -> Iterator[Rung]:
         rung = Rung(members, len(members) if last else max(1, len(members) // eta))
         yield rung
         if not last:
-            console.say("halving", f"{len(rung.kept)} of {len(members)} runs go on after rung {number + 1} of {count}")
+            console.say(
+                "halving", f"{len(rung.kept)} of {len(members)} runs continue after rung {number + 1} of {count}"
+            )
             members = rung.kept
 
 

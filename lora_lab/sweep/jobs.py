@@ -226,7 +226,7 @@ def _config_in(path: Path) -> RunConfig:
     """The configuration of a run in a sweep's folder.
 
     Raises:
-        LoraLabError: it is none that can be gone on with.
+        LoraLabError: it cannot be resumed.
     """
     file = path / "config.yaml"
     if path.is_symlink() or file.is_symlink():

@@ -52,7 +52,7 @@ def _collect(part: list[Job], task: Any) -> None:
     for job in part:
         if job.result is None:
             job.error = job.failure() or RunError(
-                f"{job.run.path}: node {task.job_id} ended without it; see {task.paths.stderr}. Go on with: lora-lab resume "
+                f"{job.run.path}: node {task.job_id} ended without it; see {task.paths.stderr}. Resume with: lora-lab resume "
                 f"sweep={job.run.path.parent}"
             )
 

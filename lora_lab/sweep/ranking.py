@@ -183,8 +183,8 @@ def judge(places: Sequence[Place], name: str, sign: int) -> tuple[str, str | Non
     if len(first.metrics) < 2:
         second = finished[1]
         return (
-            f"{_title(first)} has the best {name} ({first.metric:.4f}, then {second.metric:.4f}), by one seed each, so chance is not "
-            "known. sweep.seeds=3 repeats the best.",
+            f"{_title(first)} has the best {name} ({first.metric:.4f}, then {second.metric:.4f}), with one seed each, so the noise "
+            "between seeds is unknown. sweep.seeds=3 repeats the best.",
             first.name,
         )
     alike = [place for place in finished[1:] if len(place.metrics) > 1 and not _differ(first, place)]

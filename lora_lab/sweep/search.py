@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import optuna
 
 
-_ANEW = "Move the journal away to begin the search anew; finished runs with the same values stay as they are."
+_ANEW = "Move the journal away to begin the search anew; finished runs with the same values are kept."
 
 
 class Search:
-    """A study in a journal file; one that was interrupted goes on with the batch that was being trained."""
+    """A study in a journal file; an interrupted one resumes with the batch that was being trained."""
 
     def __init__(self, space: dict[str, dict[str, Any]], journal: Path, sampler: str, seed: int):
         """
@@ -64,7 +64,7 @@ class Search:
             if trial not in self._left:  # killed between the lines that say what is to be tried
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if self._left:
-            console.say("search", f"{len(self._left)} trials were interrupted and go on")
+            console.say("search", f"{len(self._left)} trials were interrupted and are resumed")
 
     def ask(self, batch: int, most: int) -> list[optuna.trial.Trial | optuna.trial.FrozenTrial]:
         """The next trials to train, of unlike points; none when there are enough.
@@ -140,7 +140,7 @@ def _mend(journal: Path) -> None:
     )
     storage.write_text(torn, lines[bad].decode("utf-8", "backslashreplace"))
     storage.write_text(journal, b"".join(lines[:bad]).decode("utf-8"))
-    console.say("search", f"{journal}: its last line is torn; it was moved to {torn.name}, and the search goes on")
+    console.say("search", f"{journal}: its last line is torn; it was moved to {torn.name}, and the search continues")
 
 
 def _is_entry(line: bytes) -> bool:

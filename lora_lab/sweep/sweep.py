@@ -44,7 +44,7 @@ class Sweep:
             self.jobs = jobs_of([job.config for job in self.jobs], self.jobs)
             again = repeats(ranking.best(self.jobs), self.jobs)
             if again:
-                console.say("seeds", f"{len(again)} runs more, to tell the best from chance")
+                console.say("seeds", f"{len(again)} more runs, to separate the best from chance")
                 _train(again, self.nodes)
             ranking.rank(self.folder, self.jobs, again, refused)
         failed = [(job.run.path, job.error) for job in self.jobs if job.error is not None] + refused

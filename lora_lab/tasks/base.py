@@ -1,4 +1,4 @@
-"""What every objective has in common. A new one is a file in this folder with an `Encoder` and a `Task`, named in `TASKS`."""
+"""What every objective has in common. A new one is a folder with an `Encoder` and a `Task` in its `task.py`."""
 
 from __future__ import annotations
 

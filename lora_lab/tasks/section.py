@@ -78,7 +78,7 @@ class Generating(TaskSection):
     max_new_tokens: Annotated[int, Field(ge=1, description="longest generated answer, in tokens")] = 128
     num_beams: Annotated[int, Field(ge=1, le=64, description="beams of the search; 1: greedy")] = 1
     few_shot: Annotated[
-        int, Field(ge=0, le=64, description="evaluate the base with so many training rows in the prompt too")
+        int, Field(ge=0, le=64, description="evaluate the base also with this many training rows in the prompt")
     ] = 0
     language: AnswerLanguage = "en"
     label_smoothing: LabelSmoothing = 0.0

@@ -176,7 +176,7 @@ def _replace_lost_best(member: Member) -> None:
     state.best_step = min(losses, key=losses.__getitem__, default=None)
     state.best_loss = losses.get(state.best_step)
     if state.best_step is None:
-        console.say("best", "no other was measured and is whole: the run goes on with what it measures from now on")
+        console.say("best", "no other measured checkpoint is intact: the run selects among those that follow")
         return
     console.say("best", f"step {state.best_step} takes its place (held-out loss {state.best_loss:.4f})")
 

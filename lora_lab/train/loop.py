@@ -331,7 +331,7 @@ def _stop_unlogged(member: Member) -> None:
             saved = f"Step {member.state.step} is saved in {checkpoint.save(member)}"
     except RunError as error:
         saved = f"Step {member.state.step} could not be saved either ({error})"
-    raise RunError(f"{problem} {saved}; go on with: lora-lab resume run={member.run.path}")
+    raise RunError(f"{problem} {saved}; resume with: lora-lab resume run={member.run.path}")
 
 
 # -- members that fail --------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def _step_or_fail(members: list[Member], loop: Loop) -> None:
         if len(members) == 1:
             _fail(members[0], error, loop)
             return
-        console.say("joint", f"a shared step failed ({error}); its members take it in turns")
+        console.say("joint", f"a shared step failed ({error}); running its members one at a time")
         _forget(members)
         for member in members:
             _step_or_fail([member], loop)
@@ -387,7 +387,7 @@ def _load_best(member: Member) -> None:
             files.check_base(folder, member.base)  # it may have been written days ago
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} Go on with the next best one: lora-lab resume run={member.run.path}"
+                f"{error} Resume with the next best one: lora-lab resume run={member.run.path}"
             ) from error
         files.check_settings(folder, member.model.peft_config[member.name])
         files.read_into(folder, member.model, member.name)

@@ -1,6 +1,6 @@
 """When a step does not fit into memory: the same step again, in a way that needs less.
 
-Smaller micro-batches first, then checkpointing, then, on a GPU, checkpoints kept in the machine's memory. Rows, their order and the
+Smaller micro-batches first, then checkpointing, then, on a GPU, kept activations offloaded to host RAM. Rows, their order and the
 step's loss stay what they are. What was changed is part of the member's state, so that a resumed run goes on in the same way.
 """
 
@@ -76,11 +76,11 @@ def step_down(member: Member) -> str | None:
     if not _checkpointed(member) or (not state.checkpointing and member.config.train.recompute_every > 1):
         state.checkpointing = True
         apply(member)
-        return "activations are computed again in the backward pass (train.gradient_checkpointing=true)"
+        return "activations are recomputed in the backward pass (train.gradient_checkpointing=true)"
     if member.model.device.type == "cuda" and not _offloaded(member):
         state.offloading = True
         apply(member)
-        return "what the backward pass needs is kept in the machine's memory (train.offload_activations=true)"
+        return "kept activations are offloaded to host RAM (train.offload_activations=true)"
     return None
 
 

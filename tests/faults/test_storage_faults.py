@@ -60,7 +60,7 @@ def test_a_run_is_tidied_up_when_it_is_opened(tmp_path, capsys):
         (temporary / "a").write_text("a")
     with run.locked():
         pass
-    assert "adapter: whole, but a process died before it had its name; put back" in capsys.readouterr().out
+    assert "adapter: complete, but a process died before renaming it; restored" in capsys.readouterr().out
     left = sorted(str(p.relative_to(run.path)) for p in run.path.rglob("*"))
     assert left == [
         ".lock",
@@ -143,7 +143,7 @@ def test_home_folders_of_nobody(capsys):
 @pytest.mark.parametrize("where", ["f", "f/below"])
 def test_a_file_where_a_folder_is_due(tmp_path, where):
     (tmp_path / "f").write_text("stays")
-    with pytest.raises(RunError, match="A file stands where a folder is due"), storage.new_folder(tmp_path / where):
+    with pytest.raises(RunError, match="A file is where a folder is expected"), storage.new_folder(tmp_path / where):
         pass
     assert (tmp_path / "f").read_text() == "stays"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -151,7 +151,7 @@ def test_a_file_where_a_folder_is_due(tmp_path, where):
 
 def test_a_folder_where_a_file_is_due(tmp_path):
     (tmp_path / "result.json").mkdir()
-    with pytest.raises(RunError, match="A folder stands where a file is due"):
+    with pytest.raises(RunError, match="A folder is where a file is expected"):
         storage.write_text(tmp_path / "result.json", "{}")
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
@@ -362,7 +362,7 @@ def test_a_log_that_no_disk_takes_ends_and_the_run_goes_on(tmp_path):
     logged, _, heard_there = in_fork(heard).partition("--\n")
     assert logged.startswith("      one  first\n")
     assert "third" not in logged
-    assert heard_there.count("log.txt: cannot be written (File too large); the log ends here, the run goes on") == 1
+    assert heard_there.count("log.txt: cannot be written (File too large); the log ends here, the run continues") == 1
     assert "third" in heard_there
 
 
@@ -467,10 +467,10 @@ def test_steps_survive_metrics_that_cannot_be_written_and_a_closed_terminal(
         (folder / "metrics.jsonl").rename(folder / "aside")
         (folder / "metrics.jsonl").mkdir()
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="a regular file is due") as stopped:
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="a regular file is expected") as stopped:
         before_step(patch, 4, break_metrics)
         start("stopped")
-    assert f"Step 4 is saved in {folder}/checkpoints/step-4; go on with: lora-lab resume" in str(stopped.value)
+    assert f"Step 4 is saved in {folder}/checkpoints/step-4; resume with: lora-lab resume" in str(stopped.value)
     (folder / "metrics.jsonl").rmdir()
     (folder / "aside").rename(folder / "metrics.jsonl")
     signals.install()

@@ -83,9 +83,9 @@ def test_only_regular_files_are_written(received, name, kind):
     if name == "metrics.jsonl":
         log = MetricsLog(place)
         log.write(1, loss=1.0)
-        assert "a regular file is due" in str(log.problem)
+        assert "a regular file is expected" in str(log.problem)
     else:
-        with pytest.raises(RunError, match="a regular file is due"), RunDir(received).locked():
+        with pytest.raises(RunError, match="a regular file is expected"), RunDir(received).locked():
             pass
     assert (received / "config.yaml").read_bytes() == config
 

@@ -209,7 +209,7 @@ def check_labels(data: Dataset, labels: list[str]) -> None:
         if label not in labels:
             raise DataError(
                 f"{data.key}: {data.origin_of(label)}: label {label!r} is in no training row. The classes are "
-                f"{', '.join(labels[:20])}.{nearest(label, labels)} Mend the row, or name all classes with data.label_names."
+                f"{', '.join(labels[:20])}.{nearest(label, labels)} Fix the row, or name all classes with data.label_names."
             )
 
 

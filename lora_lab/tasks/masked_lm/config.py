@@ -18,9 +18,7 @@ class MaskedLMConfig(TaskSection):
     """Plain texts with some tokens masked, which are guessed."""
 
     name: Annotated[Literal["masked_lm"], Field(description="objective")] = "masked_lm"
-    mask_probability: Annotated[float, Field(gt=0, lt=1, description="share of the tokens that is to be guessed")] = (
-        0.15
-    )
+    mask_probability: Annotated[float, Field(gt=0, lt=1, description="share of the tokens to mask")] = 0.15
     whole_words: Annotated[bool, Field(description="mask all tokens of a word together")] = False
     pseudo_perplexity_rows: Annotated[
         int, Field(ge=0, description="held-out rows whose tokens are masked one by one; 0: none")

@@ -28,7 +28,7 @@ class PreferenceConfig(TaskSection):
     name: Annotated[Literal["preference"], Field(description="objective")] = "preference"
     loss: Annotated[Literal["dpo", "ipo", "simpo", "orpo", "kto"], Field(description="the loss")] = "dpo"
     beta: Annotated[float, Field(gt=0, description="strength of the reference; orpo: weight of the odds ratio")] = 0.1
-    gamma: Annotated[float, Field(ge=0, description="simpo: the reward margin that is asked for")] = 0.5
+    gamma: Annotated[float, Field(ge=0, description="simpo: target reward margin")] = 0.5
     desirable_weight: Annotated[float, Field(gt=0, description="kto: weight of good answers")] = 1.0
     undesirable_weight: Annotated[float, Field(gt=0, description="kto: weight of bad answers")] = 1.0
     label_smoothing: LabelSmoothing = 0.0

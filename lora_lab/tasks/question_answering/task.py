@@ -40,7 +40,7 @@ class SpanEncoder(Encoder):
         spans = [[text, None if start is None else start - shift] for text, start in record.label]
         for text, start in spans:
             if start is not None and not 0 <= start <= len(context) - len(text):
-                raise RowError("label", f"answer {text!r} stands in the tokenizer's own marks. Mend or remove the row.")
+                raise RowError("label", f"answer {text!r} is inside the tokenizer's own marks. Fix or remove the row.")
         return dataclasses.replace(record, text=question, pair=context, label=spans)
 
     def example(self, record: Record, origin: str) -> Encoded:
@@ -48,7 +48,7 @@ class SpanEncoder(Encoder):
         if start is None:
             start = record.pair.find(text)
         if start < 0 or not text.strip():
-            raise RowError("label", f"answer {text!r} does not stand in the context. Mend or remove the row.")
+            raise RowError("label", f"answer {text!r} is not in the context. Fix or remove the row.")
         question = len(self.tokenizer(record.text, verbose=False)["input_ids"])
         if question + self.task.stride + 8 > self.config.max_tokens:
             raise self.too_long(

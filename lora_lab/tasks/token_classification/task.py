@@ -41,7 +41,7 @@ class TagEncoder(Encoder):
         found = self.tokenizer(text.rstrip(), return_offsets_mapping=True, verbose=False)
         ids = np.asarray(found["input_ids"], dtype=np.int64)
         if len(ids) > self.config.max_tokens:
-            raise self.too_long(len(ids), "Raise data.max_tokens, part the sentence, or choose data.too_long=drop.")
+            raise self.too_long(len(ids), "Raise data.max_tokens, split the sentence, or choose data.too_long=drop.")
         ends = [start + len(word) for start, word in zip(starts, record.tokens, strict=True)]
         firsts = _first_tokens(np.asarray(found["offset_mapping"]), starts, ends)
         # the tokenizer may drop a word that is nothing but, say, a control character: it is counted as O when measuring
@@ -83,7 +83,7 @@ class TokenClassification(ClassTask):
         if odd and isinstance(train, Dataset) and any("-" in label for label in labels if label not in odd):
             raise DataError(
                 f"{train.key}: {train.origin_of(odd[0])}: tag {odd[0]!r} is neither O nor begins with B-, I-, E-, S- or M-, as "
-                "other tags do. Mend the row."
+                "other tags do. Fix the row."
             )
         return learned
 
