@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -64,7 +65,7 @@ def adapter_bytes(run: run_dir.RunDir | Path) -> bytes:
 
 
 def logits(prepared, model) -> torch.Tensor:
-    [batch] = prepared.task.batches([[prepared.train[0][0], prepared.train[1][0]]], None)
+    batch = prepared.task.collate([prepared.train[0][0], prepared.train[1][0]], np.random.default_rng(0))
     with torch.no_grad():
         return prepared.task.logits(model.eval(), batch)
 
@@ -92,7 +93,7 @@ def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_sav
     files.write(tmp_path, model, "default", config, prepared.base, {})
     plain = load.load_model(prepared.base, prepared.kind, "float32", config.quant, prepared.device, 0)
     again = attach_trained(plain, tmp_path, "default")
-    torch.testing.assert_close(logits(prepared, again), logits(prepared, model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(prepare(config), again), logits(prepared, model), rtol=1e-5, atol=1e-5)
     assert all(
         torch.equal(one, dict(model.named_parameters())[name])
         for name, one in again.named_parameters()
