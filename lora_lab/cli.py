@@ -18,10 +18,10 @@ from lora_lab.verbs import VERBS
 from lora_lab.verbs.base import Told, Verb
 
 _EXIT_CODES = """
-exit codes: 0 done; 1 {found} (elsewhere: a bug in lora-lab); 2 something to mend (the message says what); 3 training stopped before a
+exit codes: 0 done; 1 {found} (elsewhere: a bug in lora-lab); 2 a user error (the message says how to fix it); 3 training stopped before a
 non-finite update; 4 a merge or an export refused; 130 Ctrl-C, 143 SIGTERM
 and 129 a closed terminal, after saving. A reader that closes its pipe (| head) changes nothing;
-where stdout cannot be written (disk full) a run still goes on to its end, and {printing} end with 2."""
+where stdout cannot be written (disk full) a run continues to its end, and {printing} end with 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lora-lab",
         formatter_class=text,
-        description="Fine-tune a frozen, quantized base model with small adapters, and merge them back with proof.",
+        description="Fine-tune a frozen, quantized base model with small adapters, and merge them into a verified checkpoint.",
         epilog="start here: lora-lab train recipe=demo\n"
         'tab completion: eval "$(lora-lab -sc install=bash)" (also zsh, fish)\n' + codes,
     )
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=verb.examples + _keys(verb) + codes,
             formatter_class=text,
         )
-        one.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the defaults")
+        one.add_argument("overrides", nargs="*", metavar="key=value", help="overrides")
         one.add_argument("--debug", action="store_true", help="show stack traces")
         for option in verb.options:
             one.add_argument(*option.flags, **option.settings)

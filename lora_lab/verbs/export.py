@@ -1,4 +1,4 @@
-"""`lora-lab export`: make what other programs load."""
+"""`lora-lab export`: write formats for other runtimes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EXAMPLES = """\
   lora-lab export run=DIR 'export.targets=[vllm,gguf_lora]'  the adapter alone
   lora-lab export run=DIR export=quantized export.quantization=int8
 
-Each is loaded where it is meant to be loaded and compared on held-out rows with what it was made of; what disagrees is not
+Each is loaded in its target runtime and compared with the source on held-out rows; one that disagrees is not
 kept. The same keys with lora-lab train are checked before training.
 """
 
@@ -25,7 +25,7 @@ def _run(told: Told) -> int:
 
 
 VERB = Verb(
-    summary="make what other programs load: GGUF, Ollama, vLLM, fewer bits",
+    summary="write formats for other runtimes: GGUF, Ollama, vLLM, fewer bits",
     examples=_EXAMPLES,
     run=_run,
     takes=takes.EXPORT,

@@ -11,13 +11,13 @@ from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries, run_fold
 _EXAMPLES = """\
   lora-lab merge run=DIR
   lora-lab merge run=DIR export.dtype=float32
-  lora-lab merge sweep=DIR                                the run that the ranking says to take; or member=3
+  lora-lab merge sweep=DIR                                the recommended run; or member=3
   lora-lab merge 'merge.adapters=[A,B,C]'                   one adapter of several, in a run folder of its own, and that merged
   lora-lab merge 'merge.adapters=[A,B]' 'merge.weights=[0.7,0.3]' merge.method=ties run_dir=DIR
 
 Adds the adapter to the base, saves DIR/merged, loads that in a fresh process with plain transformers, compares it with the
 trained model on held-out rows, and keeps it only if it agrees (limits: the merge section). After training on a quantized
-base, what to merge into is measured (merge.base).
+base, the better of two targets is chosen by measurement (merge.base).
 """
 
 
@@ -84,7 +84,7 @@ def _named(text: str, value: object) -> list[str]:
 
 
 VERB = Verb(
-    summary="fold the adapter, or several, into the base, and prove it",
+    summary="merge one adapter or several into the base, and verify the result",
     examples=_EXAMPLES,
     run=_run,
     takes=takes.MERGE,

@@ -1,4 +1,4 @@
-"""`lora-lab plan`: what a run would train, and in how much memory, disk and time."""
+"""`lora-lab plan`: estimate layers, steps, memory, disk and time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _run(told: Told) -> int:
 
 
 VERB = Verb(
-    summary="what a run would train, and in how much memory, disk and time",
+    summary="estimate layers, steps, memory, disk and time",
     examples=_EXAMPLES,
     run=_run,
     arguments=(Word("probe"),),

@@ -1,4 +1,4 @@
-"""`lora-lab resume`: go on with an interrupted run, or with a sweep."""
+"""`lora-lab resume`: resume an interrupted run, or a sweep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EXAMPLES = """\
   lora-lab resume run=runs/demo/2026-01-31_12-00-00
   lora-lab resume sweep=runs/demo/sweep_2026-01-31_12-00-00
 
-Goes on from the newest valid checkpoint and ends with the same bytes as a run that was never interrupted. The run's own
+Resumes from the newest valid checkpoint; the result is bit-identical to an uninterrupted run. The run's own
 configuration holds; base and data must be unchanged.
 """
 
@@ -40,7 +40,7 @@ def _sweep(told: Told, folder: str) -> int:
 
 
 VERB = Verb(
-    summary="go on with an interrupted run",
+    summary="resume an interrupted run",
     examples=_EXAMPLES,
     run=_run,
     takes=takes.RESUME,

@@ -1,4 +1,4 @@
-"""`lora-lab shrink`: lower the rank of a trained adapter as far as its quality holds."""
+"""`lora-lab shrink`: lower the rank of a trained adapter with equivalent loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _EXAMPLES = """\
   lora-lab shrink run=DIR                                  ranks 1, 2, 4, ... below the adapter's, each measured
   lora-lab shrink run=DIR 'shrink.ranks=[8,4]' shrink.tolerance=0.02 run_dir=OUT
 
-The lowest rank whose held-out loss rises by no more than shrink.tolerance, as sure as the rows allow (95 %), is saved as a run
+The lowest rank whose held-out loss rises by no more than shrink.tolerance, with 95 % confidence, is saved as a run
 folder (DIR/shrunk), which can be evaluated, merged and exported like any other.
 """
 
@@ -23,7 +23,7 @@ def _run(told: Told) -> int:
 
 
 VERB = Verb(
-    summary="lower the rank of a trained adapter as far as its quality holds",
+    summary="lower the rank of a trained adapter with equivalent loss",
     examples=_EXAMPLES,
     run=_run,
     takes=takes.SHRINK,
