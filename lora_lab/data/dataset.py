@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from lora_lab.data import store
-from lora_lab.data.chunks import SCHEMA, Report, columns_of, encode_chunk
+from lora_lab.data.chunks import Report, columns_of, encode_chunk, schema_of
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, Row, checked, parse_json_line, renamed
 from lora_lab.errors import DataError
@@ -66,8 +66,7 @@ class Dataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that a model reads at once."""
-        columns = (self.table.column(name).take(pa.array(self.chosen)) for name in ("input_ids", "second_ids"))
-        return max(pyarrow.compute.max(pa.compute.list_value_length(column)).as_py() or 0 for column in columns)
+        return int(self.table.column("longest").to_numpy()[self.chosen].max(initial=0))
 
     @property
     def supervised(self) -> np.ndarray:
@@ -81,7 +80,7 @@ class Dataset:
 
     @property
     def labels(self) -> list[str]:
-        """All labels of the rows, sorted."""
+        """All labels of the rows, sorted; of a task that has a column of them."""
         return sorted(self.label_counts)
 
     @property
@@ -265,7 +264,7 @@ class Stream:
             reports[part].absorb(report)
             batches.append(batch)
             parts += [part] * len(batch)
-        table = pa.Table.from_batches(batches, schema=SCHEMA)
+        table = pa.Table.from_batches(batches, schema=schema_of(self.encoder))
         rows = table.column("row").to_numpy() + (np.asarray(parts, dtype=np.int64) << 40)
         return Dataset(
             self.key, table, np.arange(len(table)), np.asarray(parts, dtype=np.int64), rows, reports, self.files
