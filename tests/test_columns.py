@@ -181,7 +181,7 @@ def test_a_value_of_each_type_comes_back_as_it_was(kind, value, tmp_path):
         writer.write_batch(pa.RecordBatch.from_pylist(lines, schema=schema))
     table = pa.ipc.open_file(pa.memory_map(file)).read_all()
     for index, one in enumerate(given):
-        own = columns.Own(table, index, ("one",))
+        own = columns.Own({"one": columns.Column(table.column("one"))}, index)
         assert same(own["one"], one)
         assert (list(own), len(own), own.get("two"), "two" in own) == (["one"], 1, None, False)
 

@@ -36,34 +36,38 @@ def kept(value: Any, kind: pa.DataType) -> Any:
     return json.dumps(value, ensure_ascii=False) if kind == JSON and value is not None else value
 
 
+class Column:
+    """A column of a table whose values are read one at a time, as `typed` gave them."""
+
+    __slots__ = ("_column", "_json", "_numbers")
+
+    def __init__(self, column: pa.ChunkedArray):
+        self._column, self._json, self._numbers = column, column.type == JSON, _numbers(column.type)
+
+    def __getitem__(self, index: int) -> Any:
+        scalar = self._column[index]
+        if self._numbers is not None and scalar.is_valid:
+            return scalar.values.to_numpy().astype(self._numbers)
+        value = scalar.as_py()
+        return json.loads(value) if self._json and value is not None else value
+
+
 class Own(Mapping[str, Any]):
     """The own values of one line of a table, each read when it is asked for."""
 
-    __slots__ = ("_index", "_names", "_table")
+    __slots__ = ("_columns", "_index")
 
-    def __init__(self, table: pa.Table, index: int, names: tuple[str, ...]):
-        self._table, self._index, self._names = table, index, names
+    def __init__(self, columns: dict[str, Column], index: int):
+        self._columns, self._index = columns, index
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            raise KeyError(name)
-        return _read(self._table.column(name)[self._index])
+        return self._columns[name][self._index]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._columns)
 
     def __len__(self) -> int:
-        return len(self._names)
-
-
-def _read(scalar: pa.Scalar) -> Any:
-    """What `typed` gave, of a table."""
-    if not scalar.is_valid:
-        return None
-    if scalar.type == JSON:
-        return json.loads(scalar.as_py())
-    numbers = _numbers(scalar.type)
-    return scalar.as_py() if numbers is None else scalar.values.to_numpy().astype(numbers)
+        return len(self._columns)
 
 
 def _numbers(kind: pa.DataType) -> np.dtype | None:

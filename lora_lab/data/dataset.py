@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,11 @@ class Dataset:
     def __getitem__(self, index: int) -> list[Example]:
         """The examples of item `index`: one, unless it is a block of several."""
         first, last = (index, index + 1) if self.starts is None else self.starts[index : index + 2]
-        return [store.example(self.table, int(line)) for line in self.chosen[first:last]]
+        return [self._examples[int(line)] for line in self.chosen[first:last]]
+
+    @functools.cached_property
+    def _examples(self) -> store.Examples:
+        return store.Examples(self.table)
 
     def __iter__(self) -> Iterator[Example]:
         return (example for i in range(len(self)) for example in self[i])

@@ -26,7 +26,7 @@ from lora_lab.base.resolve import cache_dir
 from lora_lab.config.data import DataConfig
 from lora_lab.data import chunks, formats, hints, sources
 from lora_lab.data.chunks import Report, columns_of
-from lora_lab.data.columns import Own
+from lora_lab.data.columns import Column, Own
 from lora_lab.data.encode import TOO_LONG, Encoder, Example
 from lora_lab.data.sources import DataFile, HubData
 from lora_lab.errors import CheckpointError, DataError
@@ -233,25 +233,23 @@ def _read(folder: Path) -> tuple[pa.Table, Report]:
     return table, Report(**json.loads((folder / _REPORT).read_text(encoding="utf-8")))
 
 
-def example(table: pa.Table, index: int) -> Example:
-    """One line of a table of examples. The task's own values stay in the table until they are asked for."""
-    ids, spans, origin, tokens, items, copy = (table.column(name)[index] for name in _FIELDS)
-    numbers = ids.values.to_numpy().astype(np.int64)
-    return Example(
-        input_ids=numbers,
-        weights=_weights(spans, len(numbers)),
-        origin=origin.as_py(),
-        own=Own(table, index, chunks.own_names(table)),
-        own_tokens=tokens.as_py(),
-        own_items=items.as_py(),
-        copy=copy.as_py(),
-    )
+class Examples:
+    """The lines of a table as examples. A task's own values stay in the table until they are asked for."""
+
+    def __init__(self, table: pa.Table):
+        self._common = [Column(table.column(name)) for name in _FIELDS]
+        self._own = {name: Column(table.column(name)) for name in chunks.own_names(table)}
+
+    def __getitem__(self, line: int) -> Example:
+        ids, spans, origin, own_tokens, own_items, copy = (column[line] for column in self._common)
+        own = Own(self._own, line)
+        return Example(ids, _weights(spans, len(ids)), origin, own, own_tokens, own_items, copy)
 
 
-def _weights(spans: pa.ListScalar, length: int) -> np.ndarray:
+def _weights(spans: np.ndarray, length: int) -> np.ndarray:
     """[length] float32: the weight of each token, from runs of equal weight."""
     weights = np.zeros(length, dtype=np.float32)
-    for start, end, weight in spans.values.to_numpy().reshape(-1, 3):
+    for start, end, weight in spans.reshape(-1, 3):
         weights[int(start) : int(end)] = weight
     return weights
 
