@@ -63,6 +63,9 @@ class Own(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._columns[name][self._index]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
 
