@@ -13,7 +13,7 @@ from lora_lab.data.collate import join, pack
 from lora_lab.data.encode import Example
 from lora_lab.fast import segments
 from lora_lab.run import pipeline
-from lora_lab.tasks import TASKS
+from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.causal_lm.task import CausalLM
 from lora_lab.train.batches import plan_of
 from tests.test_invariants import prepared_and_model
@@ -85,7 +85,7 @@ def metrics_of(run) -> list[dict[str, float]]:
 def test_a_task_generates_inside_its_step(config_of, tmp_path, monkeypatch, more):
     """The attention that packed rows share for the whole of training takes no key cache: it steps aside, and is there again."""
     monkeypatch.setattr(Sampled, "seen", [], raising=False)
-    monkeypatch.setitem(TASKS, "causal_lm", Sampled)
+    monkeypatch.setattr(CausalLMConfig, "load", classmethod(lambda cls: Sampled))
     common = ["train.max_steps=3", "train.micro_batch_size=2", *more]
     runs = [pipeline.train(config_of(*common, f"run_dir={tmp_path}/{name}")) for name in "ab"]
     weights = [(run.adapter / "adapter_model.safetensors").read_bytes() for run in runs]
@@ -101,7 +101,7 @@ def test_what_is_generated_inside_a_step_is_what_the_model_says(config_of, monke
     """A batch of prompts of unlike lengths, padded on the left, against each alone outside training."""
     config = config_of("train.max_steps=1", "train.batch_size=6")
     monkeypatch.setattr(Greedy, "said", [], raising=False)
-    monkeypatch.setitem(TASKS, "causal_lm", Greedy)
+    monkeypatch.setattr(CausalLMConfig, "load", classmethod(lambda cls: Greedy))
     prepared, model = prepared_and_model(config)
     task, rows = prepared.task, [prepared.train[i][0] for i in range(6)]
     with task.forward.segments(model):
@@ -124,7 +124,7 @@ def test_what_is_generated_inside_a_step_is_what_the_model_says(config_of, monke
 @pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_figures_are_means_over_the_step_however_it_is_split(config_of, tmp_path, monkeypatch, micro):
     plain = pipeline.train(config_of("train.max_steps=2", f"train.micro_batch_size={micro}", f"run_dir={tmp_path}/p"))
-    monkeypatch.setitem(TASKS, "causal_lm", Figured)
+    monkeypatch.setattr(CausalLMConfig, "load", classmethod(lambda cls: Figured))
     config = config_of("train.max_steps=2", f"train.micro_batch_size={micro}", f"run_dir={tmp_path}/r")
     lines = metrics_of(pipeline.train(config))
     prepared, _ = prepared_and_model(config)

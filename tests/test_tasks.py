@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -885,3 +887,71 @@ def test_padded_rows_are_put_together_by_length():
     assert found(8, 30) == [[10, 11, 12, 13], [40, 41], [90, 100]]
     assert found(8, 10_000) == [sorted(lengths)]
     assert found(3, 10_000) == [[10, 11, 12], [13, 40, 41], [90, 100]]
+
+
+# -- a task that is added ---------------------------------------------------------------------------------------------------
+
+_ADDED = """
+import dataclasses, sys
+from typing import Annotated, ClassVar, Literal
+from pydantic import Field
+from lora_lab.schema.sections import section
+from lora_lab.tasks import TASKS
+from lora_lab.tasks.section import TaskSection
+
+@section
+class LengthConfig(TaskSection):
+    name: Annotated[Literal["length"], Field(description="objective")] = "length"
+    unit: Annotated[int, Field(ge=1, description="characters that count as one")] = 10
+    formats: ClassVar = ("text",)
+    numbers: ClassVar = True
+
+    @classmethod
+    def load(cls):
+        from lora_lab.data.encode import Encoded, Example
+        from lora_lab.tasks.regression.task import NumberEncoder, Regression
+
+        class LengthEncoder(NumberEncoder):
+            task_options = ("unit",)
+
+            def example(self, record, origin):
+                return super().example(dataclasses.replace(record, label=len(record.text) / self.task.unit), origin)
+
+        class Length(Regression):
+            encoder_class = LengthEncoder
+
+        return Length
+
+TASKS["length"] = LengthConfig  # the dict line; a folder of the project would hold the rest
+from lora_lab import cli
+codes = [cli.main(words.split("|")) for words in sys.argv[1:]]
+print("CODES", codes)
+"""
+
+
+def test_a_task_is_a_section_a_class_and_a_line(models, tmp_path):
+    """Trained, resumed (nothing to do), evaluated, merged, explained, and refused what is another's: nothing else knows its name."""
+    (tmp_path / "mine/task").mkdir(parents=True)
+    (tmp_path / "mine/task/length.yaml").write_text("name: length\n")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": " ".join(WORDS[: n % 7 + 2])} for n in range(24)])
+    told = [
+        "--config-dir", f"{tmp_path}/mine", "task=length", "model=hub", f"model.path={models['bert']}",
+        f"data.train={rows}", f"data.eval={rows}", "model.dtype=float32", "train.max_steps=2", "export=merged", "export.dtype=float32",
+        "hardware=cpu", "tracker=none", f"run_dir={tmp_path}/run",
+    ]  # fmt: skip
+    script = tmp_path / "length.py"
+    script.write_text(_ADDED)
+    lines = [
+        ["config", *told, "task.unit=5"],
+        ["train", *told, "task.unit=5"],
+        ["evaluate", f"run={tmp_path}/run"],
+        ["merge", f"run={tmp_path}/run"],
+        ["train", *told, "task.stride=3"],
+        ["train", *told[:-1], f"run_dir={tmp_path}/other", "task=classification", "task.unit=2"],
+        ["config", "--keys"],
+    ]
+    done = subprocess.run([sys.executable, script, *map("|".join, lines)], capture_output=True, text=True, cwd=tmp_path)
+    assert "CODES [0, 0, 0, 0, 2, 2, 0]" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "task.stride=3: no effect with task=length; it is for question_answering." in done.stderr
+    assert "task.unit=2: no effect with task=classification; it is for length." in done.stderr
+    assert "length: characters that count as one" in done.stdout
