@@ -193,28 +193,32 @@ class Encoder:
     def _completed(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         """`examples`, each as it will come back from a file: rows that are read as they are needed give the same."""
         found: list[Encoded | RowError] = []
+        kinds = self.columns
         for one in self.examples(records, origins):
             try:
                 if isinstance(one, RowError):
                     raise one
-                found.append(dataclasses.replace(one, examples=[self._whole(example) for example in one.examples]))
+                found.append(
+                    dataclasses.replace(one, examples=[self._whole(example, kinds) for example in one.examples])
+                )
             except RowError as error:
                 found.append(error)
         return found
 
-    def _whole(self, example: Example) -> Example:
+    def _whole(self, example: Example, kinds: dict[str, pa.DataType]) -> Example:
         """The example with its own values typed, and its own tokens counted.
 
         Raises:
             RowError: a token is none of the model's.
         """
-        kinds = self.columns
         assert example.own.keys() == kinds.keys(), f"{type(self).__name__}: {[*example.own]} are not {[*kinds]}"
         own = {name: typed(example[name], kind) for name, kind in kinds.items()}
         example = dataclasses.replace(example, own=own)
-        ids, *further = self.sequences(example)
-        self._check_vocabulary([ids, *further])
-        return dataclasses.replace(example, own_tokens=sum(map(len, further))) if further else example
+        sequences = self.sequences(example)
+        self._check_vocabulary(sequences)
+        if len(sequences) == 1:
+            return example
+        return dataclasses.replace(example, own_tokens=sum(map(len, sequences[1:])))
 
     def _check_vocabulary(self, sequences: list[np.ndarray]) -> None:
         highest = max((int(ids.max()) for ids in sequences if len(ids)), default=0)
