@@ -62,6 +62,14 @@ class Probe:
         return sum(len(self.task.compared_targets(example)) for example in self.examples)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a model says of the rows that another is compared with it on."""
+
+    rows: Probe
+    logits: list[torch.Tensor]  # [S, C] float32 of each row
+
+
 def probe(examples: Iterable[Example], rows: int, task: Task, most: int = _MAX_POSITIONS) -> Probe:
     """The first `rows` examples, as long as their supervised positions are at most `most` (but for a single row)."""
     chosen, positions = [], 0
