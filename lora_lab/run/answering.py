@@ -67,17 +67,20 @@ class Answering:
             DataError: a prompt that the model cannot be given.
         """
         given = [self._given(prompt, number) for number, prompt in enumerate(prompts, start=1)]
+        task: Any = self._live.setup.task  # one that generates
         with self._live.autocast():
-            return self._live.setup.task.generate(self._live.model, given, **options)
+            found: list[str] = task.generate(self._live.model, given, **options)
+        return found
 
     def _given(self, prompt: str | list[Message], number: int) -> str:
         """What the model is given for a prompt."""
-        encoder = self._live.setup.encoder
+        encoder: Any = self._live.setup.encoder  # of a task that answers: of chats, or of texts
         try:
             if encoder.chat:
-                return encoder.prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+                messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                return str(encoder.prompt(messages))
             if not isinstance(prompt, str):
                 raise RowError("not text", "this run turns one text into another. Give a text, not messages.")
-            return encoder.cleaned(prompt)
+            return str(encoder.cleaned(prompt))
         except RowError as error:
             raise DataError(f"prompt {number}: {error}") from error

@@ -259,7 +259,7 @@ def say_base(config: RunConfig, base: BaseFiles, device: torch.device) -> None:
 
 def say_template(encoder: Encoder) -> None:
     """Tell of a template that is not the base's own, or not as it was."""
-    rendering = encoder if encoder.chat else getattr(encoder, "rendering", None)
+    rendering: Any = encoder if encoder.chat else getattr(encoder, "rendering", None)
     if rendering is None:
         return
     put = rendering.template.put_before

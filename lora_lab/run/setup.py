@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from lora_lab.tasks.base import Measured, Task
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from lora_lab.tasks.base import PaddedTask
 
 _PADDED_ROWS = 32  # of which some are padded to see what it changes
 ADAPTER = "default"  # peft's name for the adapter of a single run
@@ -91,6 +93,11 @@ class Setup:
         assert self.train is not None, "made with need_train=False"
         return self.train
 
+    def held_out_rows(self) -> Dataset:
+        """As `held_out`, of a setup that has some."""
+        assert self.held_out is not None, "made without data.eval"
+        return self.held_out
+
     def data_hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every data file, by configuration key."""
         return {data.key: data.files for data in (self.train, self.held_out) if data is not None}
@@ -117,15 +124,17 @@ class Setup:
         """
         config, members = self.config, members or {ADAPTER: self.config}
         with self.stages("load_base"):
-            model = load.load_model(self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed)
+            model: PreTrainedModel | PeftModel = load.load_model(
+                self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed
+            )
             for name, own in members.items():
                 if isinstance(own, Path):
                     model = attach_trained(model, own, name)
                 else:
                     model = attach(model, own.adapter, name, self.kind, own.seed)
-        live = Live(self, model)
+        live = Live(self, cast("PeftModel", model))
         more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
-        console.say("adapter", f"{coverage(model, name)}{more}")
+        console.say("adapter", f"{coverage(live.model, name)}{more}")
         live.decide_packing()
         live.accelerate()
         if self.kind.new_modules:
@@ -175,7 +184,8 @@ class Live:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The precision that the run computes in."""
-        return self.setup.accelerator.autocast()
+        block: contextlib.AbstractContextManager[None] = self.setup.accelerator.autocast()
+        return block
 
     def measure(self, title: str, known: Measured | None = None, **options: Any) -> Measured:
         """Measure the model with its active adapter on the held-out rows.
@@ -185,10 +195,10 @@ class Live:
             known: what the task's `measure` has just said of it.
             options: of the task's `examine`.
         """
-        model, task = self.model.eval(), self.setup.task
+        model, task, rows = self.model.eval(), self.setup.task, self.setup.held_out_rows()
         with self.autocast():
-            found = known or task.measure(model, self.setup.held_out)
-            return found.with_also(task.examine(model, self.setup.held_out, title, **options))
+            found = known or task.measure(model, rows)
+            return found.with_also(task.examine(model, rows, title, **options))
 
     def measure_base(self) -> Measured:
         """The same with the adapter switched off."""
@@ -199,9 +209,11 @@ class Live:
         """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""
         setup, rows = self.setup, self.setup.training_rows()
         places = np.random.default_rng(setup.config.seed).permutation(len(rows))[: setup.config.task.shots]
-        shots = setup.task.shots(rows, [int(place) for place in places])
+        task: Any = setup.task  # one whose section has shots
+        shots = task.shots(rows, [int(place) for place in places])
         with without_adapter(self.model), self.autocast():
-            return setup.task.examine(self.model.eval(), setup.held_out, "few-shot", shots=shots)
+            found: Measured = task.examine(self.model.eval(), setup.held_out_rows(), "few-shot", shots=shots)
+        return found
 
     def decide_packing(self) -> None:
         """Let rows share a pass, end to end or padded, only where two of them prove that it changes nothing for this model; decided
@@ -218,7 +230,9 @@ class Live:
                 if task.packed:
                     isolation.check_isolation(self.model.eval(), first_examples(data, 2))
                 else:
-                    isolation.check_padding(task, self.model.eval(), first_examples(data, _PADDED_ROWS))
+                    isolation.check_padding(
+                        cast("PaddedTask", task), self.model.eval(), first_examples(data, _PADDED_ROWS)
+                    )
             return
         except BaseModelError:
             raise
