@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import speed
 from benchmarks.tasks import _machine, _versions
@@ -68,6 +68,10 @@ merge(*sys.argv[1:4])
 seconds = time.perf_counter() - started
 print(json.dumps({"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "imports_gib": before / 2**20}))
 """
+
+if TYPE_CHECKING:
+    from lora_lab.merge import combine
+    from lora_lab.run.setup import Live
 
 
 def main() -> None:
@@ -173,29 +177,31 @@ def _bases(run: Path) -> dict[str, Any]:
 def _combine(runs: dict[str, Path]) -> list[dict[str, Any]]:
     """Each task's metrics by the base, by its own adapter, and by what each method makes of all three."""
     from lora_lab.config import compose
-    from lora_lab.config.merge import MergeConfig
     from lora_lab.merge import combine
-    from lora_lab.run import run_dir
 
-    sources = [combine.open_source(run_dir.open_existing(str(run)), place) for place, run in enumerate(runs.values())]
+    sources = [combine.open_source(str(run), place) for place, run in enumerate(runs.values())]
     combine.check_together(sources)
     config = compose.load(sources[0].run.config)
     widest = sum(source.adapter.rank for source in sources)
     config = dataclasses.replace(config, adapter=combine.adapter_config(config, sources, widest))
-    combine.load_all(sources, config)
+    with combine.load_all(sources, config) as live:
+        return _combined(live, dict(zip(runs, sources, strict=True)), widest)
+
+
+def _combined(live: Live, sources: dict[str, combine.Source], widest: int) -> list[dict[str, Any]]:
+    from lora_lab.config.merge import MergeConfig
+    from lora_lab.merge import combine
+
     lines = [
-        {"system": "base", **{name: s.prepared.measure_base().metrics for name, s in zip(runs, sources, strict=True)}},
-        {
-            "system": "alone",
-            **{name: combine.measure(s, s.name).metrics for name, s in zip(runs, sources, strict=True)},
-        },
+        {"system": "base", **{name: live.seen_by(s.setup).measure_base().metrics for name, s in sources.items()}},
+        {"system": "alone", **{name: combine.measure(live, s, s.name).metrics for name, s in sources.items()}},
     ]
     for method, weight in (("cat", 1 / 3), ("cat", 1.0), *((method, 1.0) for method in _METHODS[1:])):
         merge = MergeConfig(method=method)
-        rank = combine.rank_of(merge, sources)
-        found, kept = combine.combined([s.adapter for s in sources], [weight] * len(sources), merge, rank)
-        combine.put(sources, found, widest)
-        line = {name: combine.measure(s, combine.COMBINED).metrics for name, s in zip(runs, sources, strict=True)}
+        rank = combine.rank_of(merge, list(sources.values()))
+        found, kept = combine.combined([s.adapter for s in sources.values()], [weight] * len(sources), merge, rank)
+        combine.put(live, found, widest)
+        line = {name: combine.measure(live, s, combine.COMBINED).metrics for name, s in sources.items()}
         lines.append({"system": method, "weight": weight, "rank": rank, "kept": kept, **line})
         print(lines[-1], flush=True)
     return lines

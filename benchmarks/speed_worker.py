@@ -51,7 +51,7 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
     watch = Watch()
     config = compose.compose(spec["overrides"])
     ready = prepared.prepare(config)
-    model = prepared.load_adapted(ready)
+    model = ready.loaded().model
     watch.loaded = time.time()
     parameters = trainable(model)
     if Path(spec["adapter"]).exists():

@@ -89,7 +89,7 @@ def _side(workload: str, more: list[str], folder: Path) -> Callable[[], tuple[fl
     rows = speed._rows(work.rows, work.batch_size)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ready = prepared.prepare(compose.compose([*work.overrides(folder), *more, f"run_dir={folder}/run"]))
-    model = prepared.load_adapted(ready)
+    model = ready.loaded().model
     torch.manual_seed(1)
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.02)  # an adapter that does something

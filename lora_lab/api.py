@@ -12,7 +12,6 @@ Importing this module loads neither torch nor Hydra. What the user can mend is a
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,5 +195,5 @@ class Run:
     def unload(self) -> None:
         """Give the memory back that `generate` holds."""
         if self._answering is not None:
+            self._answering[1].close()
             self._answering = None
-            gc.collect()  # a model's modules refer to each other, so it would stay until Python looks for such circles

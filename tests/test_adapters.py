@@ -23,7 +23,7 @@ from lora_lab.config.run import all_keys
 from lora_lab.errors import ConfigError, Interrupted
 from lora_lab.export.targets import TARGETS, reason_against
 from lora_lab.run import pipeline, run_dir
-from lora_lab.run.prepared import load_adapted, prepare
+from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit
@@ -73,7 +73,7 @@ def logits(prepared, model) -> torch.Tensor:
 def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_saved(config_for, tmp_path):
     config = config_for("run")
     prepared = prepare(config)
-    model = load_adapted(prepared)
+    model = prepared.loaded().model
     with without_adapter(model):
         base = logits(prepared, model)
     assert torch.equal(logits(prepared, model), base) != bool(config.adapter.fresh_differs)
@@ -200,7 +200,7 @@ def test_it_trains_on_a_quantized_base_or_is_refused_before_training(config_for,
         assert not Path(config.run_dir).exists()
         return
     prepared = prepare(config)
-    fresh = {name: one.detach().clone() for name, one in trainable(load_adapted(prepared)).items()}
+    fresh = {name: one.detach().clone() for name, one in trainable(prepared.loaded().model).items()}
     run = pipeline.train(config)
     saved = load_file(run.adapter / files.WEIGHTS)
     before = {name.replace(".default", ""): one for name, one in fresh.items()}

@@ -110,7 +110,7 @@ def test_answers_are_those_of_chat(run, capsys):
     shorter = run.generate(prompts, "task.max_new_tokens=1")
     assert run._answering is not model
     assert all(answer.startswith(short) for short, answer in zip(shorter, answers, strict=True))
-    alive = weakref.ref(run._answering[1]._prepared.model)
+    alive = weakref.ref(run._answering[1]._live.model)
     run.unload()
     assert alive() is None
     with pytest.raises(ConfigError, match=r"run\.generate\(\[prompt\]\)"):

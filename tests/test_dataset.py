@@ -540,7 +540,7 @@ def test_half_weight_halves_the_pull(config_of, tmp_path):
     def loss(rows: list[dict]) -> float:
         file = write_jsonl(tmp_path / f"{hashlib.sha256(json.dumps(rows).encode()).hexdigest()}.jsonl", rows)
         prepared = stages.prepare(config_of(f"data.train={file}"))
-        model = stages.load_adapted(prepared)
+        model = prepared.loaded().model
         with torch.no_grad():
             out = prepared.task.loss(model, pack(list(prepared.train)))
         return out.loss.item() / out.weight

@@ -18,8 +18,8 @@ from lora_lab.config import compose
 from lora_lab.data.dataset import first_examples
 from lora_lab.export import text
 from lora_lab.run import pipeline, takes
-from lora_lab.run.prepared import Prepared, prepare
-from lora_lab.run.trained import open_trained
+from lora_lab.run.prepared import Trained
+from lora_lab.run.setup import Setup
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
@@ -54,9 +54,8 @@ def asked(done) -> list[text.Prompt]:
     return (found + [_several(ready.encoder, one) for one in found[len(hard) :]])[:CONVERSATIONS]
 
 
-def _ready(done: Path) -> Prepared:
-    opened, config = open_trained(str(done), takes.EVALUATE, [])
-    return prepare(config, need_train=config.data.eval is None, trained=opened)
+def _ready(done: Path) -> Setup:
+    return Trained.open(str(done), takes.EVALUATE, need_train=True).setup
 
 
 def transformers_answers(done: Path, asked: list[text.Prompt], adapter: Path | None = None) -> list[str]:

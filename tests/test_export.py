@@ -21,11 +21,9 @@ from lora_lab.base import load, tokenizer
 from lora_lab.config import compose
 from lora_lab.errors import AdapterError, ConfigError, ExportError, MergeError
 from lora_lab.export import adapter, convert, gguf, ollama, targets, text, tiny
-from lora_lab.export.job import Job
 from lora_lab.report import card
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
-from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
 from lora_lab.verify import parity
 from tests.conftest import CHATML, WORDS, make_base, make_tokenizer, write_jsonl
@@ -273,10 +271,9 @@ def test_a_beginning_that_llama_cpp_would_add_is_refused(config_of, turns, tmp_p
     at = right.index(key) + len(key) + 4  # behind the type
     file = tmp_path / "planted.gguf"
     file.write_bytes(right[:at] + b"\0" + right[at + 1 :])
-    ready = prepare(config_of(f"model.path={base}"))
-    job = Job(RunDir(tmp_path), ready.config, ready.base, ready.kind, ready.encoder, ready.device)
+    encoder = prepare(config_of(f"model.path={base}")).encoder
     with pytest.raises(ExportError, match="llama.cpp would not put '<s>' before every text"):
-        gguf._beginning(job, file)
+        gguf._beginning(encoder, file)
 
 
 def test_a_folder_must_make_the_runs_tokens_and_stop(config_of, tmp_path):
@@ -659,10 +656,9 @@ def test_a_template_that_ollama_cannot_write_is_refused_before_training(config_o
 
 
 def problems(config) -> str:
-    ready = prepare(config)
-    job = Job(RunDir(Path(config.run_dir)), config, ready.base, ready.kind, ready.encoder, ready.device)
+    setup = prepare(config)
     with pytest.raises(ConfigError) as error:
-        targets.check(job)
+        targets.check(setup)
     return str(error.value)
 
 

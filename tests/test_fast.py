@@ -19,6 +19,7 @@ from lora_lab.fast.linear import Layout, LoraLinear
 from lora_lab.fast.loss import TokenLosses
 from lora_lab.run import pipeline
 from lora_lab.run import prepared as stages
+from lora_lab.run.setup import Live
 from lora_lab.runtime import tracking
 from lora_lab.train.loop import fit
 from tests.conftest import make_tokenizer, write_jsonl
@@ -59,10 +60,11 @@ def families(tmp_path_factory) -> dict[str, Path]:
     return found | {"bert": make_bert(folder / "bert"), "t5": make_t5(folder / "t5")}
 
 
-def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor], stages.Prepared]:
+def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor], Live]:
     """Loss, and gradients by name, of the first rows, from an adapter that does something."""
     prepared = stages.prepare(config)
-    model = stages.load_adapted(prepared)
+    live = prepared.loaded()
+    model = live.model
     torch.manual_seed(seed)
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.05)
@@ -72,7 +74,7 @@ def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Ten
     with prepared.accelerator.autocast():
         loss = prepared.task.loss(model, batch).loss
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in trainable(model).items()}, prepared
+    return loss.detach(), {name: p.grad for name, p in trainable(model).items()}, live
 
 
 def assert_same(one, other) -> None:
@@ -153,8 +155,8 @@ def test_a_model_is_measured_and_answers_alike(families, config_of, eval_file):
     ]
     found = []
     for speed in ("fast", "plain"):
-        *_, prepared = first_step(config_of(*common, f"speed={speed}"))
-        found.append((prepared.measure_base(), prepared.measure("tuned")))
+        *_, live = first_step(config_of(*common, f"speed={speed}"))
+        found.append((live.measure_base(), live.measure("tuned")))
     for one, other in zip(*found, strict=True):
         assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
         assert one.answers == other.answers
@@ -277,18 +279,18 @@ def test_accelerations_that_change_the_outputs_are_taken_back(families, config_o
 
 
 def test_plain_inside_a_block(families, config_of):
-    *_, prepared = first_step(config_of(f"model.path={families['llama']}"))
-    replaced = [module for module in prepared.model.modules() if "forward" in module.__dict__]
+    *_, live = first_step(config_of(f"model.path={families['llama']}"))
+    replaced = [module for module in live.model.modules() if "forward" in module.__dict__]
     assert replaced
-    with prepared.task.forward.plain(prepared.model):
-        assert not prepared.task.forward.wanted_rows
-        assert not [module for module in prepared.model.modules() if "forward" in module.__dict__]
-    assert [module for module in prepared.model.modules() if "forward" in module.__dict__] == replaced
+    with live.setup.task.forward.plain(live.model):
+        assert not live.setup.task.forward.wanted_rows
+        assert not [module for module in live.model.modules() if "forward" in module.__dict__]
+    assert [module for module in live.model.modules() if "forward" in module.__dict__] == replaced
 
 
 def test_unquantized_weights_are_not_held_twice(families, config_of):
-    *_, prepared = first_step(config_of(f"model.path={families['llama']}"))
-    layer = prepared.model.get_base_model().model.layers[0]
+    *_, live = first_step(config_of(f"model.path={families['llama']}"))
+    layer = live.model.get_base_model().model.layers[0]
     q, k = (getattr(layer.self_attn, name).base_layer.weight for name in ("q_proj", "k_proj"))
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     gate, up = (getattr(layer.mlp, name).base_layer.weight for name in ("gate_proj", "up_proj"))
@@ -304,7 +306,7 @@ def test_backward_stops_at_the_lowest_adapted_layer(families, config_of):
             "adapter.layers_to_transform=[1]",
         )
     )
-    model = stages.load_adapted(prepared).train()
+    model = prepared.loaded().model.train()
     needs = []
     for layer in model.get_base_model().model.layers:
         layer.register_forward_hook(

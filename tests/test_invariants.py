@@ -18,6 +18,7 @@ from lora_lab.fast import isolation, segments
 from lora_lab.fast.forward import Forward
 from lora_lab.run import prepared as stages
 from lora_lab.run import run_dir
+from lora_lab.run.setup import Live
 from lora_lab.train.batches import plan_of
 from lora_lab.train.cohort import Member
 from lora_lab.train.loop import fit
@@ -26,13 +27,13 @@ from tests.conftest import make_base
 
 def prepared_and_model(config):
     prepared = stages.prepare(config)
-    return prepared, stages.load_adapted(prepared)
+    return prepared, prepared.loaded().model
 
 
-def member_of(prepared, config, run: run_dir.RunDir | None = None) -> Member:
+def member_of(prepared, model, config, run: run_dir.RunDir | None = None) -> Member:
     """The model's only member, in a fresh folder unless `run` is given."""
     run, task = run or run_dir.create(config), prepared.task
-    return Member("default", config, run, prepared.base, prepared.model, prepared.train, task.learned)
+    return Member("default", config, run, prepared.base, model, prepared.train, task.learned)
 
 
 def adapter_of(model) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ def train_once(config, tmp_path):
     """Train in a fresh folder; the adapter and the losses of each step."""
     config = dataclasses.replace(config, run_dir=str(tmp_path))
     prepared, model = prepared_and_model(config)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     return adapter_of(model), [line["loss"] for line in member.log.read() if "loss" in line]
 
@@ -221,7 +222,7 @@ def test_quantized_base_is_frozen_to_the_byte(config_of, tmp_path, eval_file, me
     before = {name: tensor.clone() for name, tensor in frozen.items()}
     assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in frozen.values())
     start = adapter_of(model)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     after = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     assert before.keys() == after.keys()
@@ -245,8 +246,7 @@ def test_members_of_a_cohort_train_as_if_alone(config_of, tmp_path, eval_file):
         model = attach(model, config.adapter, f"member{i}", prepared.kind, config.seed)
         run, learned = run_dir.create(config), prepared.task.learned
         members.append(Member(f"member{i}", config, run, prepared.base, model, prepared.train, learned))
-    prepared.model = model
-    stages.accelerate(prepared)
+    Live(prepared, model).accelerate()
     fit(members, prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     for i, (config, member) in enumerate(zip(configs, members, strict=True)):
         alone, losses = train_once(config, tmp_path / f"solo{i}")
@@ -263,7 +263,7 @@ def test_early_stopping_and_best_adapter(config_of, tmp_path, eval_file):
         "optim.lr=0.1", "optim.schedule=constant", "optim.max_grad_norm=null", f"run_dir={tmp_path}/r", "optim.warmup_steps=0",
     )  # fmt: skip
     prepared, model = prepared_and_model(config)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     evals = {line["step"]: line["eval_loss"] for line in member.log.read() if "eval_loss" in line}
     assert member.state.stopped_early
@@ -279,8 +279,8 @@ def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file)
     from lora_lab.train.loop import _load_best
 
     config = config_of(f"data.eval={eval_file}", "train.max_steps=3", "train.eval_steps=1", f"run_dir={tmp_path}/r")
-    prepared, _ = prepared_and_model(config)
-    member = member_of(prepared, config)
+    prepared, model = prepared_and_model(config)
+    member = member_of(prepared, model, config)
     fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
     member.state.best_step, member.state.step = member.state.step, 99
     weights = member.run.checkpoints / f"step-{member.state.best_step}" / "adapter_model.safetensors"
@@ -295,7 +295,7 @@ def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatc
 
     config = config_of(f"run_dir={tmp_path}/r", "train.max_steps=4")
     prepared, model = prepared_and_model(config)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     real, seen = prepared.task.loss, []
 
     def poisoned(model, batch, *more):
@@ -319,7 +319,7 @@ def test_the_first_module_that_is_not_finite_is_named(config_of, tmp_path):
     )
     prepared, model = prepared_and_model(config)
     model.get_base_model().model.layers[2].mlp.up_proj.weight.data.fill_(1e38)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     with pytest.raises(
         TrainingError, match=r"First not finite: the output of model\.layers\.2\.mlp\.\w+ \(float32\) in train"
     ):
@@ -335,11 +335,11 @@ def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
         f"optim={name}", "train.max_steps=5", f"run_dir={tmp_path}/r", "train.save_steps=2", "adapter.r=64"
     )
     prepared, model = prepared_and_model(config)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     fit([member], prepared.train, None, prepared.task, prepared.accelerator)
     finished = adapter_of(model)
     prepared, model = prepared_and_model(config)
-    again = member_of(prepared, config, member.run)
+    again = member_of(prepared, model, config, member.run)
     checkpoint.restore(again, member.run.checkpoints / "step-4")
     fit([again], prepared.train, None, prepared.task, prepared.accelerator)
     assert relative_gap(adapter_of(model), finished) == 0

@@ -20,7 +20,7 @@ from lora_lab.config.merge import MergeConfig
 from lora_lab.errors import ConfigError, MergeError
 from lora_lab.merge import stream
 from lora_lab.run import pipeline, run_dir
-from lora_lab.run.prepared import load_trained, prepare
+from lora_lab.run.prepared import Trained, prepare
 from lora_lab.runtime import storage
 from lora_lab.verify import parity
 from tests.conftest import make_tokenizer, write_jsonl
@@ -165,7 +165,7 @@ def test_adapter_folder_is_plain_peft(trained, base, eval_file):
     from transformers import AutoModelForCausalLM
 
     folder = trained().path
-    mine = load_trained(run_dir.open_existing(str(folder)), prepare(compose.load(folder / "config.yaml")))
+    mine = Trained(run_dir.open_existing(str(folder)), prepare(compose.load(folder / "config.yaml"))).loaded().model
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "adapter"
     ).eval()
@@ -217,8 +217,7 @@ def test_a_correction_goes_towards_what_training_saw(config_of):
     def weights(policy: str, rank: int = 1) -> dict[str, torch.Tensor]:
         given = [f"merge.correction_rank={rank}"] if policy == "corrected" else []
         config = config_of("quant=nf4", f"merge.base={policy}", "export.dtype=float32", *given)
-        ready = prepare(config)
-        return bases.load(policy, ready.base, ready.kind, config, ready.device).state_dict()
+        return bases.load(policy, prepare(config)).state_dict()
 
     seen, published = weights("dequantized"), weights("full_precision")
     errors = {0: published, **{rank: weights("corrected", rank) for rank in (4, 16, 64)}}

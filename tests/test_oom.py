@@ -26,7 +26,7 @@ from tests.test_invariants import adapter_of
 
 overrides, limit, out = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 prepared, model = prepared_and_model(compose.compose(overrides))
-member = member_of(prepared, compose.compose(overrides))
+member = member_of(prepared, model, compose.compose(overrides))
 model(torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()  # threads and code are there
 member.optimizer.zero_grad()
 if limit:
@@ -72,8 +72,8 @@ def test_a_step_that_does_not_fit_is_made_smaller(overrides, tmp_path):
 
 def test_the_steps_down_and_what_they_leave_the_same(config_of):
     config = config_of("train.batch_size=8")
-    prepared, _ = prepared_and_model(config)
-    member = member_of(prepared, config)
+    prepared, model = prepared_and_model(config)
+    member = member_of(prepared, model, config)
     said = []
     while (line := oom.step_down(member)) is not None:
         said.append(line)
@@ -86,7 +86,7 @@ def test_the_steps_down_and_what_they_leave_the_same(config_of):
 def test_selective_checkpointing_gives_way_to_full(config_of):
     config = config_of("train.batch_size=1", "train.gradient_checkpointing=true", "train.recompute_every=2")
     prepared, model = prepared_and_model(config)
-    member = member_of(prepared, config)
+    member = member_of(prepared, model, config)
     layers = model.get_base_model().model.layers
     oom.apply(member)
     assert [layer.gradient_checkpointing for layer in layers] == [i % 2 == 0 for i in range(len(layers))]
@@ -98,7 +98,7 @@ def test_selective_checkpointing_gives_way_to_full(config_of):
 def test_backward_ends_at_the_lowest_adapted_layer(config_of):
     config = config_of("train.gradient_checkpointing=true", "adapter.layers_to_transform=[1]")
     prepared, model = prepared_and_model(config)
-    oom.apply(member_of(prepared, config))
+    oom.apply(member_of(prepared, model, config))
     seen = []
     for layer in model.get_base_model().model.layers:
         layer.register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
@@ -112,12 +112,12 @@ def test_a_resumed_member_keeps_what_was_changed(config_of, tmp_path):
     from lora_lab.train import checkpoint
 
     config = config_of("train.batch_size=8")
-    prepared, _ = prepared_and_model(config)
-    member = member_of(prepared, config)
+    prepared, model = prepared_and_model(config)
+    member = member_of(prepared, model, config)
     for _ in range(4):
         oom.step_down(member)
     saved = checkpoint.save(member)
-    again = member_of(prepared, config, member.run)
+    again = member_of(prepared, model, config, member.run)
     checkpoint.restore(again, saved)
     oom.apply(again)
     assert again.plan.micro_batch_size == 1

@@ -18,7 +18,7 @@ import pytest
 from lora_lab import cli
 from lora_lab.errors import CheckpointError, Interrupted, RunError
 from lora_lab.run import pipeline
-from lora_lab.run.prepared import load_adapted, prepare
+from lora_lab.run.prepared import prepare
 from lora_lab.runtime.tracking import MetricsLog
 from lora_lab.tasks.causal_lm.task import CausalLM
 from lora_lab.train import checkpoint
@@ -175,8 +175,8 @@ def test_tensors_that_do_not_fit_are_refused(whole, tmp_path, config_of):
     folder = tmp_path / "whole/adapter"
     prepared = prepare(config_of("adapter.r=8"))
     with pytest.raises(AdapterError, match="does not fit the adapter's settings"):
-        files.read_into(folder, load_adapted(prepared), "default")
-    model = load_adapted(prepare(config_of(*HARD)))
+        files.read_into(folder, prepared.loaded().model, "default")
+    model = prepare(config_of(*HARD)).loaded().model
     next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
     with storage.new_folder(tmp_path / "nan") as temporary:
         files.write(temporary, model, "default", config_of(), find(config_of().model), {})

@@ -309,7 +309,7 @@ def test_any_split_of_a_step_is_the_same_step(case, start):
     from lora_lab.config import compose
 
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
-    model = prepared.load_adapted(ready)
+    model = ready.loaded().model
     for parameter in model.parameters():  # away from the fresh adapter, whose gradients are half zero
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -332,7 +332,7 @@ def test_a_head_that_reads_some_places_only_says_the_same(case, start):
     from lora_lab.config import compose
 
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
-    model = prepared.load_adapted(ready).eval()
+    model = ready.loaded().model.eval()
     batch = ready.task.collate([ready.train[i][0] for i in range(6)], np.random.default_rng(0))
     found = []
     for logits in (ready.task.logits(model, batch), model(**batch.inputs).logits[batch.places]):
@@ -353,7 +353,7 @@ def test_losses_of_classes_are_torchs_own(start):
     ready = prepared.prepare(
         compose.compose(start("classification", f"task.class_weights={weights}", "task.label_smoothing=0.1"))
     )
-    model = prepared.load_adapted(ready)
+    model = ready.loaded().model
     batch = ready.task.collate([ready.train[i][0] for i in range(9)], np.random.default_rng(0))
     logits = ready.task.logits(model, batch)
     found = ready.task.loss(model.eval(), batch)  # measured without smoothing
@@ -363,7 +363,7 @@ def test_losses_of_classes_are_torchs_own(start):
     assert torch.allclose(smoothed, cross_entropy(logits, batch.targets, label_smoothing=0.1, reduction="none"))
 
     several = prepared.prepare(compose.compose(start("classification-several")))
-    model = prepared.load_adapted(several)
+    model = several.loaded().model
     batch = several.task.collate([several.train[i][0] for i in range(9)], np.random.default_rng(0))
     raw = model(**batch.inputs).logits
     found = several.task.loss(model.eval(), batch)
@@ -498,7 +498,7 @@ def ready(start):
 
     def make(case: str, *more: str):
         ready = prepared.prepare(compose.compose(start(case, *more, rows=8)))
-        model = prepared.load_adapted(ready)
+        model = ready.loaded().model
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -805,7 +805,7 @@ def test_a_head_that_the_base_has_is_trained_on(models, start, tmp_path):
         from lora_lab.config import compose
 
         ready = prepared.prepare(compose.compose(start("classification", f"model.path={folder}")))
-        loaded = prepared.load_adapted(ready).get_base_model().classifier.original_module.weight
+        loaded = ready.loaded().model.get_base_model().classifier.original_module.weight
         assert loaded.shape == (3, 64)
         assert torch.equal(loaded, model.classifier.weight) is (count == 3)
 

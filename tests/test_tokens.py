@@ -487,8 +487,7 @@ def test_gemmas_loss_on_instructions_is_plain_transformers(config_of, tmp_path):
         f"model.path={folder}", f"data.train={file}", f"data.eval={file}", "data.shared=keep", "task.generate_rows=0"
     )  # fmt: skip
     ready = prepared.prepare(config, need_train=False)
-    prepared.load_adapted(ready)
-    ours = ready.measure_base().metrics["loss"]
+    ours = ready.loaded().measure_base().metrics["loss"]
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

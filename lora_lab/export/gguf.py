@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
@@ -24,10 +25,12 @@ from lora_lab.base import load
 from lora_lab.base.load import ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
+from lora_lab.base.weights import Weights
 from lora_lab.errors import ConfigError, ExportError
 from lora_lab.export import ollama, text, tiny
 from lora_lab.export.convert import CHECK, K_QUANTS, RANDOM
-from lora_lab.export.job import Job
+from lora_lab.run.prepared import Trained
+from lora_lab.run.setup import Setup
 from lora_lab.runtime import children, console, storage
 from lora_lab.runtime.reading import read_json
 from lora_lab.verify.parity import as_likely, disagreements, loss_increase, outputs_of_rows, reloaded_outputs
@@ -70,43 +73,43 @@ class Told:
     truth: torch.Tensor  # [S], of the true tokens
 
 
-def check(job: Job, target: str) -> Iterator[str]:
+def check(setup: Setup, target: str) -> Iterator[str]:
     """What stands against this target, before anything is trained."""
     absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         yield f"export.targets: {target} needs {', '.join(absent)}. pip install 'lora-lab[gguf]'"
         return
-    if job.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: {target} needs a causal LM; task={job.config.task.name} produces a different model type. Drop it."
+    if setup.kind.auto_class != "AutoModelForCausalLM":
+        yield f"export.targets: {target} is for models that write; task={setup.config.task.name} makes another. Drop it."
         return
-    if target == "gguf_lora" and job.base.published is not None:
+    if target == "gguf_lora" and setup.base.published is not None:
         yield (
-            f"export.targets: gguf_lora: the base was published in {job.base.published.method}, which llama.cpp's conversion cannot read to "
+            f"export.targets: gguf_lora: the base was published in {setup.base.published.method}, which llama.cpp's conversion cannot read to "
             "verify the adapter over it. Export gguf (merged)."
         )
         return
-    if target == "gguf_lora" and job.experts:
+    if target == "gguf_lora" and setup.experts:
         yield "export.targets: gguf_lora: the adapter reaches into experts. Export gguf (merged), or name other adapter.target_modules."
         return
-    if target == "ollama" and job.encoder.chat:
+    if target == "ollama" and setup.encoder.chat:
         try:
-            ollama.turns(job.encoder)
+            ollama.turns(setup.encoder)
         except ConfigError as error:
             yield str(error)
             return
-    reason = _reason_against(job.base.folder, job.encoder)
+    reason = _reason_against(setup.base.folder, setup.encoder)
     if reason:
         yield (
             f"export.targets: {target}: llama.cpp's conversion cannot take this base ({reason}). Drop the target; hf and adapter always "
             "load."
         )
         return
-    reason = _architecture_against(job.base.folder)
+    reason = _architecture_against(setup.base.folder)
     if reason:
         yield f"export.targets: {target}: {reason} Drop the target; hf and adapter always load."
         return
     if target != "gguf_lora":
-        said = _text_against(job.base.folder, job.encoder, target == "ollama")
+        said = _text_against(setup.base.folder, setup.encoder, target == "ollama")
         if said:
             yield f"export.targets: {target}: {said} {_WAY_OUT}"
 
@@ -203,25 +206,26 @@ def _tiny(base: Path, encoder: Encoder) -> bytes:
         return (scratch / "tiny.gguf").read_bytes()
 
 
-def make(job: Job, folder: Path, with_modelfile: bool = False) -> dict[str, Any]:
+def make(trained: Trained, rows: Probe, folder: Path, with_modelfile: bool = False) -> dict[str, Any]:
     """Write the merged checkpoint as GGUF, and perhaps Ollama's Modelfile; what was proved of it.
 
     Raises:
         ExportError: llama.cpp does not load it, or its outputs differ from those of the merged checkpoint in transformers.
     """
-    kind = job.config.export.gguf_type
-    file = folder / f"{job.config.name}-{kind}.gguf".replace(" ", "_")
-    convert(job.merged, file, kind, text.ends_of(job.encoder), job.base.folder)
+    setup = trained.setup
+    kind, encoder = setup.config.export.gguf_type, setup.encoder
+    file = folder / f"{setup.config.name}-{kind}.gguf".replace(" ", "_")
+    convert(trained.run.merged, file, kind, text.ends_of(encoder), setup.base.folder)
     written = None
     if with_modelfile:
-        written = ollama.modelfile(file.name, job.encoder)
+        written = ollama.modelfile(file.name, encoder)
         (folder / "Modelfile").write_text(written, encoding="utf-8")
-    beginning = _beginning(job, file)
-    proved = _proved(job, file, exact=kind in ("f32", "f16", "bf16"), modelfile=written)
+    beginning = _beginning(encoder, file)
+    proved = _proved(trained, rows, file, exact=kind in ("f32", "f16", "bf16"), modelfile=written)
     return {"type": kind, **beginning, **proved}
 
 
-def _beginning(job: Job, file: Path) -> dict[str, bool]:
+def _beginning(encoder: Encoder, file: Path) -> dict[str, bool]:
     """What llama.cpp will put before a text by itself, as the file says: it must be what the tokenizer puts there.
 
     Raises:
@@ -232,26 +236,27 @@ def _beginning(job: Job, file: Path) -> dict[str, bool]:
     field = gguf.GGUFReader(file).get_field(gguf.Keys.Tokenizer.ADD_BOS)
     if field is None:
         return {}
-    tokenizer, adds = job.encoder.tokenizer, bool(field.contents())
-    if adds != (tokenizer.bos_token_id in job.encoder.marks.before):
+    tokenizer, adds = encoder.tokenizer, bool(field.contents())
+    if adds != (tokenizer.bos_token_id in encoder.marks.before):
         raise ExportError(
             f"{file.name}: llama.cpp would {'put' if adds else 'not put'} {tokenizer.bos_token!r} before every text, and the tokenizer "
             f"does{' not' if adds else ''}. Nothing is kept. Set add_bos_token in the base's tokenizer_config.json to what is right."
         )
     if adds:
-        again = "; where the chat template writes it too, it is not written twice" if job.encoder.chat else ""
+        again = "; where the chat template writes it too, it is not written twice" if encoder.chat else ""
         console.say("export", f"{file.name}: llama.cpp and Ollama begin every text with {tokenizer.bos_token!r}{again}")
     return {"adds_bos": adds}
 
 
-def make_lora(job: Job, folder: Path) -> dict[str, Any]:
+def make_lora(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
     """Write the adapter as GGUF, for any GGUF of its base; proved over the base at f16.
 
     Raises:
         ExportError: as `make`.
     """
-    adapter = updates.read(job.run.adapter, job.skeleton)
-    file = folder / f"{job.config.name}-lora.gguf".replace(" ", "_")
+    setup = trained.setup
+    adapter = updates.read(trained.run.adapter, setup.skeleton())
+    file = folder / f"{setup.config.name}-lora.gguf".replace(" ", "_")
     with storage.scratch() as scratch:
         factors = {}
         for name, update in adapter.layers.items():
@@ -259,14 +264,14 @@ def make_lora(job: Job, folder: Path) -> dict[str, Any]:
             factors |= {f"{name}.a": same.down.contiguous(), f"{name}.b": same.up.contiguous()}
         save_file(factors, f"{scratch}/factors.safetensors")
         base = scratch / "base.gguf"
-        own = job.base.folder
-        convert(own, base, "f16", text.ends_of(job.encoder), own, f"{scratch}/factors.safetensors", str(file))
+        own = setup.base.folder
+        convert(own, base, "f16", text.ends_of(setup.encoder), own, f"{scratch}/factors.safetensors", str(file))
         serve = f"llama-server -m GGUF_OF_THE_BASE --lora {file.name}"
-        if job.encoder.chat:  # the base's own file may have another, or none
-            template = job.encoder.tokenizer.chat_template
+        if setup.encoder.chat:  # the base's own file may have another, or none
+            template = setup.encoder.tokenizer.chat_template
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             serve += " --jinja --chat-template-file chat_template.jinja"
-        return {"serve": serve, **_proved(job, base, exact=True, adapter=file)}
+        return {"serve": serve, **_proved(trained, rows, base, exact=True, adapter=file)}
 
 
 def convert(folder: Path, file: Path, kind: str, ends: list[int], base: Path, *adapter: str) -> None:
@@ -302,9 +307,9 @@ def _reason(said: str) -> str:
 
 
 def _proved(
-    job: Job, file: Path, exact: bool, adapter: Path | None = None, modelfile: str | None = None
+    trained: Trained, rows: Probe, file: Path, exact: bool, adapter: Path | None = None, modelfile: str | None = None
 ) -> dict[str, Any]:
-    """Compare llama.cpp with transformers: what it makes of texts, what it says of the job's rows, and what it answers.
+    """Compare llama.cpp with transformers: what it makes of texts, what it says of some rows, and what it answers.
 
     Args:
         exact: whether the file holds the same numbers, so that distributions must agree; else the loss alone may rise a little.
@@ -314,21 +319,21 @@ def _proved(
     Raises:
         ExportError: something differs.
     """
-    began = time.monotonic()
-    asked = _asked(job.encoder, modelfile is not None, job.rows.examples)
+    setup, encoder, began = trained.setup, trained.setup.encoder, time.monotonic()
+    asked = _asked(encoder, modelfile is not None, rows.examples)
     answered = text.answered(asked)
-    template = job.encoder.tokenizer.chat_template if adapter is not None and job.encoder.chat else None
-    told = ask(file, job.encoder, asked, answered, job.rows, adapter, template, modelfile)
-    _check_text(file, job.encoder, asked, told, modelfile)
+    template = encoder.tokenizer.chat_template if adapter is not None and encoder.chat else None
+    told = ask(file, encoder, asked, answered, rows, adapter, template, modelfile)
+    _check_text(file, encoder, asked, told, modelfile)
     seconds = time.monotonic() - began
-    answers = text.Answers(job.encoder, asked, answered, told["answers"])
+    answers = text.Answers(encoder, asked, answered, told["answers"])
     extra = answers.passes
-    weights, own = (job.merged, None) if adapter is None else (job.base.folder, job.run.adapter)
-    passes = [one for row in job.rows.passes for one in row] + extra
-    outputs = reloaded_outputs(weights, job.kind.auto_class, passes, job.device, job.exact, own)
-    reference = outputs_of_rows(job.rows, outputs[: len(outputs) - len(extra)])
-    gap = compare(reference, told["rows"], [job.rows.task.compared_targets(one) for one in job.rows.examples])
-    limits = job.config.merge
+    weights, own = (trained.run.merged, None) if adapter is None else (setup.base.folder, trained.run.adapter)
+    passes = [one for passes in rows.passes for one in passes] + extra
+    outputs = reloaded_outputs(weights, setup.kind.auto_class, passes, setup.device, _exact(setup), own)
+    reference = outputs_of_rows(rows, outputs[: len(outputs) - len(extra)])
+    gap = compare(reference, told["rows"], [rows.task.compared_targets(one) for one in rows.examples])
+    limits = setup.config.merge
     found = disagreements(gap, limits) if exact else []
     found += loss_increase(gap, limits, "against transformers")
     if gap.truth_known < 1:
@@ -348,6 +353,15 @@ def _proved(
         **agreed.told(),
         "llama_cpp_seconds": round(seconds, 1),
     }
+
+
+def _exact(setup: Setup) -> str:
+    """The type that a reference is computed in: float32 where that fits into the machine's memory, not to mistake rounding for a
+    fault."""
+    if setup.device.type != "cpu":
+        return "auto"
+    size = 4 * sum(shape.numel() for shape in Weights(setup.base.folder).shapes.values())
+    return "float32" if size < 0.7 * psutil.virtual_memory().available else "auto"
 
 
 def ask(

@@ -11,10 +11,12 @@ from typing import Any
 from lora_lab.adapters.base import AdapterSection
 from lora_lab.errors import ConfigError, ExportError, MergeError
 from lora_lab.export import adapter, gguf, hub, quantized
-from lora_lab.export.job import Job
 from lora_lab.report import card
+from lora_lab.run.prepared import Trained
+from lora_lab.run.setup import Setup
 from lora_lab.runtime import console, storage
 from lora_lab.runtime.reading import read_json
+from lora_lab.verify.parity import Probe
 
 POSITIONS = 256  # that llama.cpp is asked about, one by one
 
@@ -23,14 +25,14 @@ POSITIONS = 256  # that llama.cpp is asked about, one by one
 class Target:
     """One thing that can be made of a trained adapter."""
 
-    make: Callable[[Job, Path], dict[str, Any]] | None  # None: the merged checkpoint itself
-    check: Callable[[Job], Iterable[str]]
+    make: Callable[[Trained, Probe, Path], dict[str, Any]] | None  # None: the merged checkpoint itself
+    check: Callable[[Setup], Iterable[str]]
     of_merged: bool = False  # made of the merged checkpoint
     of_updates: bool = False  # made of the adapter's updates, as LoRA's two matrices
 
 
 TARGETS = {
-    "hf": Target(None, lambda job: (), of_merged=True),
+    "hf": Target(None, lambda setup: (), of_merged=True),
     "adapter": Target(adapter.make, adapter.check),
     "vllm": Target(adapter.make_vllm, adapter.check_vllm, of_updates=True),
     "gguf": Target(gguf.make, functools.partial(gguf.check, target="gguf"), of_merged=True),
@@ -44,17 +46,17 @@ TARGETS = {
 }
 
 
-def check(job: Job) -> None:
+def check(setup: Setup) -> None:
     """Refuse, before any long work, targets that could not load what will be made.
 
     Raises:
         ConfigError: every reason.
     """
     problems = []
-    for name in job.config.export.targets:
-        against = reason_against(job.config.adapter, name)
-        problems += [f"export.targets: {name}: {against}"] if against else TARGETS[name].check(job)
-    problems += hub.check(job.config.export)
+    for name in setup.config.export.targets:
+        against = reason_against(setup.config.adapter, name)
+        problems += [f"export.targets: {name}: {against}"] if against else TARGETS[name].check(setup)
+    problems += hub.check(setup.config.export)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
 
@@ -75,37 +77,39 @@ def needs_merged(targets: Iterable[str]) -> bool:
     return any(TARGETS[name].of_merged for name in targets)
 
 
-def make(job: Job, merged: bool = True) -> dict[str, dict[str, Any]]:
+def make(trained: Trained, rows: Probe, merged: bool = True) -> dict[str, dict[str, Any]]:
     """Make every target but hf in `export/<target>/` of the run, each published only if it was proved.
 
     Args:
+        rows: what is compared on.
         merged: whether there is a merged checkpoint; without one, only what is made of the adapter alone.
 
     Returns:
         Of each target what was proved, or under `refused` why it was not kept; also in `export_report.json`.
     """
+    run, export = trained.run, trained.setup.config.export
     report: dict[str, dict[str, Any]] = {}
-    for name in job.config.export.targets:
+    for name in export.targets:
         target = TARGETS[name]
         if target.make is None or (target.of_merged and not merged):
             continue
-        folder = job.run.path / "export" / name
+        folder = run.path / "export" / name
         try:
-            with storage.new_folder(folder, {"base": job.base.fingerprint}) as temporary:
-                found = target.make(job, temporary)
-                (temporary / "README.md").write_text(card.card(job.run, job.config, job.base, found), encoding="utf-8")
+            with storage.new_folder(folder, {"base": trained.setup.base.fingerprint}) as temporary:
+                found = target.make(trained, rows, temporary)
+                (temporary / "README.md").write_text(card.card(trained, found), encoding="utf-8")
             report[name] = found | {"bytes": sum(file.stat().st_size for file in folder.iterdir())}
             console.say("export", f"{folder}: {_shown(report[name])}")
         except MergeError as error:
             report[name] = {"refused": [str(error)]}
             console.say("refused", error)
     if report:
-        _write(job.run.path / "export_report.json", report)
-    published = {name: job.run.path / "export" / name for name, found in report.items() if "refused" not in found}
-    if "hf" in job.config.export.targets and merged:
-        published["hf"] = job.run.merged
-    if job.config.export.push_to_hub and published:
-        hub.push(published, job.config.export)
+        _write(run.path / "export_report.json", report)
+    published = {name: run.path / "export" / name for name, found in report.items() if "refused" not in found}
+    if "hf" in export.targets and merged:
+        published["hf"] = run.merged
+    if export.push_to_hub and published:
+        hub.push(published, export)
     return report
 
 

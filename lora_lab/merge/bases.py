@@ -14,10 +14,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab.adapters.updates import factored
-from lora_lab.base.load import BaseFiles, ModelKind, load_model
-from lora_lab.base.load import skeleton as load_skeleton
+from lora_lab.base.load import BaseFiles, load_model
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
+from lora_lab.run.setup import Setup
 
 _READING = "transformers.integrations.bitsandbytes"  # where the conversions of its published weights are defined
 
@@ -34,8 +34,9 @@ def policies(config: RunConfig, base: BaseFiles) -> tuple[str, ...]:
     return ("dequantized", "full_precision") if config.merge.base == "auto" else (config.merge.base,)
 
 
-def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, device: torch.device) -> PreTrainedModel:
+def load(policy: str, setup: Setup) -> PreTrainedModel:
     """The base that a policy names, at `export.dtype`, every parameter frozen."""
+    config, base, kind, device = setup.config, setup.base, setup.kind, setup.device
     if policy == "full_precision":
         return load_model(base, kind, config.export.dtype, QuantConfig(), device, config.seed)
     dtype = getattr(torch, config.export.dtype)
@@ -43,7 +44,7 @@ def load(policy: str, base: BaseFiles, kind: ModelKind, config: RunConfig, devic
     quantized = load_model(base, kind, config.model.dtype, anew, device, config.seed)
     as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
     _forget_reading(as_trained)
-    _turn_back(as_trained, load_skeleton(base.folder, kind))
+    _turn_back(as_trained, setup.skeleton())
     if policy == "dequantized":
         return as_trained
     model = load_model(base, kind, config.export.dtype, QuantConfig(), device, config.seed)

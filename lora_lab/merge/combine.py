@@ -19,15 +19,15 @@ from peft.utils import merge_utils
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.lora import LoraAdapter, of_scale_one
 from lora_lab.adapters.updates import Update, Updates, factored
-from lora_lab.base import load
 from lora_lab.base.weights import Weights
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import derived
 from lora_lab.run import run_dir, takes
-from lora_lab.run.prepared import Prepared, decide_packing, load_adapted, prepare
+from lora_lab.run.prepared import Trained
 from lora_lab.run.run_dir import RunDir
+from lora_lab.run.setup import Live, Setup
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, storage
 from lora_lab.tasks.base import Measured
@@ -35,14 +35,21 @@ from lora_lab.tasks.base import Measured
 COMBINED = "combined"  # name of the new adapter in the model
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A trained run whose adapter goes into the new one."""
 
-    run: RunDir
-    prepared: Prepared
+    trained: Trained
     adapter: Updates
     name: str  # of its adapter in the model
+
+    @property
+    def run(self) -> RunDir:
+        return self.trained.run
+
+    @property
+    def setup(self) -> Setup:
+        return self.trained.setup
 
     @property
     def title(self) -> str:
@@ -71,19 +78,19 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
     _check_search(config.merge, sources)
     rank = rank_of(config.merge, sources)
     config = dataclasses.replace(config, adapter=adapter_config(config, sources, rank))
-    load_all(sources, config)
-    weights = _weights(config, sources, rank)
-    found, kept = combined([source.adapter for source in sources], weights, config.merge, rank, config.seed)
-    lost = "" if config.merge.method == "cat" else f"; {kept:.1%} of the updates' squared norm fit into that rank"
-    console.say("combine", f"{len(sources)} adapters by {config.merge.method} into one of rank {rank}{lost}")
-    measured = _compare(sources, found, rank)
+    with load_all(sources, config) as live:
+        weights = _weights(live, config, sources, rank)
+        found, kept = combined([source.adapter for source in sources], weights, config.merge, rank, config.seed)
+        lost = "" if config.merge.method == "cat" else f"; {kept:.1%} of the updates' squared norm fit into that rank"
+        console.say("combine", f"{len(sources)} adapters by {config.merge.method} into one of rank {rank}{lost}")
+        measured = _compare(live, sources, found, rank)
     first = sources[0]
     made_of = {
         "method": config.merge.method,
         "adapters": [{"run": source.title, "weight": w} for source, w in zip(sources, weights, strict=True)],
     }
     own = measured.get(first.title, {})
-    run = derived.make(config, found, first.prepared, made_of, own.get("base"), own.get("combined"))
+    run = derived.make(config, found, first.setup, made_of, own.get("base"), own.get("combined"))
     report = made_of | {"rank": rank, "kept": kept, "held_out": measured}
     storage.write_text(run.path / "combination.json", storage.dump_json(report))
     return run
@@ -120,10 +127,9 @@ def _combined_layer(pairs: list[tuple[float, Update]], merge: MergeConfig, rank:
 
 def open_source(path: str, place: int) -> Source:
     """A run made ready, but for its model."""
-    run, config = open_trained(path, takes.COMBINE, [])
-    prepared = prepare(config, need_train=False, trained=run)
-    adapter = updates.read(run.adapter, load.skeleton(prepared.base.folder, prepared.kind))
-    return Source(run, prepared, adapter, f"source{place}")
+    trained = Trained.open(path, takes.COMBINE)
+    adapter = updates.read(trained.run.adapter, trained.setup.skeleton())
+    return Source(trained, adapter, f"source{place}")
 
 
 def check_together(sources: list[Source]) -> None:
@@ -131,13 +137,13 @@ def check_together(sources: list[Source]) -> None:
     first = sources[0]
     for source in sources:
         try:
-            files.check_base(source.run.adapter, first.prepared.base)
+            files.check_base(source.run.adapter, first.setup.base)
         except AdapterError as error:
             raise AdapterError(f"merge.adapters: {error}") from error
-        if source.prepared.kind.auto_class != first.prepared.kind.auto_class:
+        if source.setup.kind.auto_class != first.setup.kind.auto_class:
             raise AdapterError(
-                f"merge.adapters: {source.title} is {source.prepared.kind.auto_class}'s and {first.title} is "
-                f"{first.prepared.kind.auto_class}'s. Combine adapters of one kind of model."
+                f"merge.adapters: {source.title} is {source.setup.kind.auto_class}'s and {first.title} is "
+                f"{first.setup.kind.auto_class}'s. Combine adapters of one kind of model."
             )
         if source.adapter.whole:
             raise AdapterError(
@@ -150,7 +156,7 @@ def as_lora(source: Source) -> Source:
     """DoRA scales rows of the base, so its update is no product of factors: it is brought to twice its rank."""
     if all(update.magnitude is None for update in source.adapter.layers.values()):
         return source
-    weights, layers, shares = Weights(source.prepared.base.folder), {}, []
+    weights, layers, shares = Weights(source.setup.base.folder), {}, []
     for name, update in source.adapter.layers.items():
         weight = weights[f"{name}.weight"].float()
         layers[name], share = factored(update.added_to(weight) - weight, 2 * update.rank)
@@ -172,61 +178,64 @@ def rank_of(merge: MergeConfig, sources: list[Source]) -> int:
 def adapter_config(config: RunConfig, sources: list[Source], rank: int) -> LoraAdapter:
     """The first's targets, if all have the same; else the layers' names."""
     names = list(dict.fromkeys(name for source in sources for name in source.adapter.layers))
-    plain = of_scale_one([config.adapter, *(source.prepared.config.adapter for source in sources)], rank, names)
+    plain = of_scale_one([config.adapter, *(source.setup.config.adapter for source in sources)], rank, names)
     return dataclasses.replace(plain, use_dora=False)
 
 
-def load_all(sources: list[Source], config: RunConfig) -> None:
-    """The first's base with every adapter on it, for all sources."""
-    first = sources[0].prepared
+def load_all(sources: list[Source], config: RunConfig) -> Live:
+    """The first's base with every adapter on it, for all sources and for a `with` block."""
+    first = sources[0].setup
     members = {source.name: _own(source) for source in sources} | {COMBINED: config}
     for source in sources[1:]:
-        own = source.prepared.config
+        own = source.setup.config
         if (own.quant, own.model.dtype) != (config.quant, config.model.dtype):
             console.say(
                 "base",
                 f"{source.title} was trained on quant.method={own.quant.method}, {own.model.dtype}; here it is the first's",
             )
-    model = load_adapted(first, members).eval()
+    live = first.loaded(members)
+    model = live.model.eval()
     for source in sources:
         if isinstance(members[source.name], RunConfig):
             files.put(model, source.name, source.adapter.tensors(source.adapter.rank))
-        source.prepared.model = model
-        source.prepared.task.forward.share_model(first.task.forward)
-        decide_packing(source.prepared)
+        source.setup.task.forward.share_model(first.task.forward)
+        live.seen_by(source.setup).decide_packing()
+    return live
 
 
 def _own(source: Source) -> Path | RunConfig:
     """A source's adapter as it is, or, of another method than LoRA's, the LoRA that does the same: one model holds one method."""
-    own = source.prepared.config.adapter
+    own = source.setup.config.adapter
     if isinstance(own, LoraAdapter):
         return source.run.adapter
     plain = of_scale_one([own], source.adapter.rank, list(source.adapter.layers))
-    return dataclasses.replace(source.prepared.config, adapter=plain)
+    return dataclasses.replace(source.setup.config, adapter=plain)
 
 
-def put(sources: list[Source], found: Updates, rank: int) -> None:
+def put(live: Live, found: Updates, rank: int) -> None:
     """Give the combined adapter its weights."""
-    files.put(sources[0].prepared.model, COMBINED, found.tensors(rank))
+    files.put(live.model, COMBINED, found.tensors(rank))
 
 
-def measure(source: Source, name: str) -> Measured:
+def measure(live: Live, source: Source, name: str) -> Measured:
     """A source's held-out rows by an adapter: its own (`source.name`) or the combined one (`COMBINED`)."""
-    source.prepared.model.set_adapter(name)
-    return source.prepared.measure(f"{source.run.path.name}, {name}")
+    live.model.set_adapter(name)
+    return live.seen_by(source.setup).measure(f"{source.run.path.name}, {name}")
 
 
-def _compare(sources: list[Source], found: Updates, rank: int) -> dict[str, Any]:
+def _compare(live: Live, sources: list[Source], found: Updates, rank: int) -> dict[str, Any]:
     """Each source's held-out rows by its own adapter and by the combined one."""
-    put(sources, found, rank)
+    put(live, found, rank)
     result = {}
     for source in sources:
-        if source.prepared.held_out is None:
+        if source.setup.held_out is None:
             console.say("held out", f"{source.title} has no held-out rows; its task is not measured")
             continue
-        own = {"base": source.prepared.measure_base().metrics}
-        own |= {name: measure(source, key).metrics for name, key in (("alone", source.name), ("combined", COMBINED))}
-        console.metrics_table(f"{source.title}: {len(source.prepared.held_out)} held-out rows", own)
+        own = {"base": live.seen_by(source.setup).measure_base().metrics}
+        own |= {
+            name: measure(live, source, key).metrics for name, key in (("alone", source.name), ("combined", COMBINED))
+        }
+        console.metrics_table(f"{source.title}: {len(source.setup.held_out)} held-out rows", own)
         result[source.title] = own
     return result
 
@@ -236,20 +245,20 @@ def _check_search(merge: MergeConfig, sources: list[Source]) -> None:
         return
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("merge.search_trials: needs Optuna. pip install 'lora-lab[hpo]'")
-    blind = [source.title for source in sources if source.prepared.held_out is None]
+    blind = [source.title for source in sources if source.setup.held_out is None]
     if blind:
         raise ConfigError(
             f"merge.search_trials: weights are compared on held-out rows (data.eval), and {blind[0]} has none."
         )
 
 
-def _weights(config: RunConfig, sources: list[Source], rank: int) -> list[float]:
+def _weights(live: Live, config: RunConfig, sources: list[Source], rank: int) -> list[float]:
     if config.merge.search_trials:
-        return _searched(config, sources, rank)
+        return _searched(live, config, sources, rank)
     return config.merge.weights or [1 / len(sources)] * len(sources)
 
 
-def _searched(config: RunConfig, sources: list[Source], rank: int) -> list[float]:
+def _searched(live: Live, config: RunConfig, sources: list[Source], rank: int) -> list[float]:
     """The weights of the lowest mean held-out loss that so many trials find, equal ones among them."""
     import optuna
 
@@ -261,13 +270,13 @@ def _searched(config: RunConfig, sources: list[Source], rank: int) -> list[float
 
     def loss(trial: optuna.Trial) -> float:
         weights = [trial.suggest_float(name, 0.0, 1.5) for name in names]
-        put(sources, combined([source.adapter for source in sources], weights, merge, rank, config.seed)[0], rank)
-        model = sources[0].prepared.model
+        put(live, combined([source.adapter for source in sources], weights, merge, rank, config.seed)[0], rank)
+        model = live.model
         model.set_adapter(COMBINED)
         losses = []
         for source in sources:
-            with source.prepared.accelerator.autocast():
-                losses.append(source.prepared.task.measure(model.eval(), source.prepared.held_out).metrics["loss"])
+            with source.setup.accelerator.autocast():
+                losses.append(source.setup.task.measure(model.eval(), source.setup.held_out).metrics["loss"])
         return sum(losses) / len(losses)
 
     with console.steps("weights", merge.search_trials) as progress:

@@ -12,8 +12,6 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters import updates
 from lora_lab.adapters.attach import attach_trained, trainable
-from lora_lab.base import load
-from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.base.weights import Weights
@@ -23,7 +21,8 @@ from lora_lab.errors import MergeError
 from lora_lab.export import text
 from lora_lab.merge import bases, stream
 from lora_lab.report import card
-from lora_lab.run.run_dir import RunDir
+from lora_lab.run.prepared import Trained
+from lora_lab.run.setup import Setup
 from lora_lab.runtime import console, storage
 from lora_lab.verify import parity
 
@@ -32,21 +31,12 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
-def merge(
-    run: RunDir,
-    config: RunConfig,
-    base: BaseFiles,
-    kind: ModelKind,
-    encoder: Encoder,
-    rows: parity.Probe,
-    trained_logits: list[torch.Tensor],
-    device: torch.device,
-) -> dict[str, Any]:
+def merge(trained: Trained, as_trained: parity.Reference) -> dict[str, Any]:
     """Merge the run's adapter at `export.dtype` into `merged/`, which appears only if it passes.
 
     Args:
-        rows: what to compare on.
-        trained_logits: logits [S, C] of the model as trained (its own base, quantized or not) on each of those rows.
+        as_trained: the rows to compare on, and what the model as trained (on its own base, quantized or not) says of them; it must not
+            be loaded any more.
 
     Returns:
         The report, which is also in `merge_report.json`.
@@ -54,34 +44,37 @@ def merge(
     Raises:
         MergeError: the merged checkpoint differs by more than the `merge` section allows; nothing is published.
     """
+    run, setup, rows = trained.run, trained.setup, as_trained.rows
+    config, base = setup.config, setup.base
     names, measured = bases.policies(config, base), {}
     for name in names:
         model = None
         clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
-        model = adapted(name, run, config, base, kind, device)
-        reference = parity.logits(model, rows)
-        measured[name] = parity.compare(trained_logits, reference, rows)
+        model = adapted(name, trained)
+        merging = parity.Reference(rows, parity.logits(model, rows))
+        measured[name] = parity.compare(as_trained.logits, merging.logits, rows)
     chosen = min(measured, key=lambda name: measured[name].loss)
     if chosen != names[-1]:
         model = None
         clear_device_cache(garbage_collection=True)
-        model = adapted(chosen, run, config, base, kind, device)
-        reference = parity.logits(model, rows)
-    answers = text.Answers.of(encoder, rows.examples, model if kind.auto_class == "AutoModelForCausalLM" else None)
+        model = adapted(chosen, trained)
+        merging = parity.Reference(rows, parity.logits(model, rows))
+    writes = setup.kind.auto_class == "AutoModelForCausalLM"
+    answers = text.Answers.of(setup.encoder, rows.examples, model if writes else None)
     with storage.new_folder(run.merged, {"base": base.fingerprint, "made_with": settings(config)}) as temporary:
-        how = _write(temporary, model, chosen, run, config, base, kind, encoder)
-        save_tokenizer(encoder.tokenizer, temporary)
+        how = _write(temporary, model, chosen, trained)
+        save_tokenizer(setup.encoder.tokenizer, temporary)
         if (base.folder / SENTENCEPIECE).is_file():
             shutil.copy(base.folder / SENTENCEPIECE, temporary)
         del model
         clear_device_cache(garbage_collection=True)
-        report = _verify(temporary, config, base, kind, rows, reference, trained_logits, device, answers)
+        report = _verify(temporary, setup, merging, as_trained, answers)
         report |= {
             "base": chosen,
             "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()},
             "written": how,
         }
-        (temporary / "README.md").write_text(_card(run, config, base, report), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(trained, report), encoding="utf-8")
         storage.write_text(run.merge_report, storage.dump_json(report))
         _show(report)
         if report["refused"]:
@@ -98,53 +91,44 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return {"dtype": config.export.dtype, "base": merge.base, "correction_rank": merge.correction_rank}
 
 
-def _write(
-    folder: Path,
-    model: PeftModel,
-    policy: str,
-    run: RunDir,
-    config: RunConfig,
-    base: BaseFiles,
-    kind: ModelKind,
-    encoder: Encoder,
-) -> str:
+def _write(folder: Path, model: PeftModel, policy: str, trained: Trained) -> str:
     """Write the merged checkpoint, file by file where that can be done; how it was written.
 
     Args:
         model: the adapter on the base of `policy`; it is merged, where the files alone do not do.
     """
+    setup, adapter = trained.setup, trained.run.adapter
+    export = setup.config.export
     reason = f"merge.base={policy} is made in memory"
     if policy == "full_precision":
-        reason = updates.reason_against(run.adapter)
+        reason = updates.reason_against(adapter)
     if not reason:
-        skeleton, weights = load.skeleton(base.folder, kind), Weights(base.folder)
-        reason = stream.reason_against(skeleton, weights, found := updates.read(run.adapter, skeleton))
+        skeleton, weights = setup.skeleton(), Weights(setup.base.folder)
+        reason = stream.reason_against(skeleton, weights, found := updates.read(adapter, skeleton))
         if not reason:
             if skeleton.can_generate():
                 skeleton.generation_config = model.get_base_model().generation_config
-            _carry_along(skeleton, encoder)
-            dtype = getattr(torch, config.export.dtype)
-            stream.write(skeleton, weights, found, dtype, config.export.max_shard_size, folder)
+            _carry_along(skeleton, setup.encoder)
+            stream.write(skeleton, weights, found, getattr(torch, export.dtype), export.max_shard_size, folder)
             return "file by file"
     merged = model.merge_and_unload(safe_merge=True)
-    _carry_along(merged, encoder)
-    merged.save_pretrained(folder, max_shard_size=config.export.max_shard_size)
+    _carry_along(merged, setup.encoder)
+    merged.save_pretrained(folder, max_shard_size=export.max_shard_size)
     return f"from memory: {reason}"
 
 
-def adapted(
-    policy: str, run: RunDir, config: RunConfig, base: BaseFiles, kind: ModelKind, device: torch.device
-) -> PeftModel:
+def adapted(policy: str, trained: Trained) -> PeftModel:
     """The run's adapter on the base that a policy names."""
-    model = bases.load(policy, base, kind, config, device)
-    model = attach_trained(model, run.adapter, "default").eval()
+    setup = trained.setup
+    model = bases.load(policy, setup)
+    model = attach_trained(model, trained.run.adapter, "default").eval()
     for name, parameter in trainable(model).items():
         if ".modules_to_save." in name:  # heads are trained in float32 and stored like the rest of the checkpoint
-            parameter.data = parameter.data.to(getattr(torch, config.export.dtype))
+            parameter.data = parameter.data.to(getattr(torch, setup.config.export.dtype))
     return model
 
 
-def _card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]) -> str:
+def _card(trained: Trained, report: dict[str, Any]) -> str:
     gap = report["merged_vs_model_as_trained"]
     proved = {
         "merged into": report["base"],
@@ -153,7 +137,7 @@ def _card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any
         "loss of the model as trained": gap["reference_loss"],
         "top-1 agreement with it": gap["top1_agreement"],
     }
-    return card.card(run, config, base, proved)
+    return card.card(trained, proved)
 
 
 def _carry_along(merged: torch.nn.Module, encoder: Encoder) -> None:
@@ -173,31 +157,30 @@ def add_ends(generation: GenerationConfig, encoder: Encoder) -> None:
 
 
 def _verify(
-    folder: Path,
-    config: RunConfig,
-    base: BaseFiles,
-    kind: ModelKind,
-    rows: parity.Probe,
-    reference: list[torch.Tensor],
-    trained: list[torch.Tensor],
-    device: torch.device,
-    answers: text.Answers,
+    folder: Path, setup: Setup, merging: parity.Reference, as_trained: parity.Reference, answers: text.Answers
 ) -> dict[str, Any]:
-    reloaded, agreed = answers.compared(folder, kind.auto_class, rows, reference, device)
+    """Load the checkpoint elsewhere, and compare it.
+
+    Args:
+        merging: what the model that was merged said.
+    """
+    rows, config = merging.rows, setup.config
+    reloaded, agreed = answers.compared(folder, setup.kind.auto_class, rows, merging.logits, setup.device)
     refused = text.folder_problems(folder, answers.encoder, answers.asked)
     if agreed.parting:
         refused.append(f"greedy answers part: {agreed.parting}")
-    arithmetic, as_trained = parity.compare(reference, reloaded, rows), parity.compare(trained, reloaded, rows)
+    arithmetic = parity.compare(merging.logits, reloaded, rows)
+    gap = parity.compare(as_trained.logits, reloaded, rows)
     return {
         "dtype": config.export.dtype,
-        "trained_on": base.stored(config.quant).method,
+        "trained_on": setup.base.stored(config.quant).method,
         "rows": len(rows.examples),
         "positions": rows.num_items,
         "merged_vs_base_and_adapter": dataclasses.asdict(arithmetic),
-        "merged_vs_model_as_trained": dataclasses.asdict(as_trained),
+        "merged_vs_model_as_trained": dataclasses.asdict(gap),
         "texts": len(answers.asked),
         **agreed.told(),
-        "refused": parity.judge(arithmetic, as_trained, config.merge, config.export.dtype) + refused,
+        "refused": parity.judge(arithmetic, gap, config.merge, config.export.dtype) + refused,
     }
 
 

@@ -13,15 +13,15 @@ from scipy import stats
 from lora_lab.adapters import files, updates
 from lora_lab.adapters.lora import of_scale_one
 from lora_lab.adapters.updates import Updates
-from lora_lab.base import load
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
 from lora_lab.run import run_dir, takes
-from lora_lab.run.prepared import Prepared, load_adapted, prepare
+from lora_lab.run.prepared import Trained
 from lora_lab.run.run_dir import RunDir
+from lora_lab.run.setup import Live
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, storage
 
@@ -42,16 +42,19 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     """
     run, config = open_trained(path, takes.SHRINK, [f"run_dir={Path(path) / _SHRUNK}", *overrides])
     run_dir.check_free(config)
-    prepared = prepare(config, need_train=False, trained=run)
-    if prepared.held_out is None:
+    trained = Trained.of(run, config)
+    setup, held_out = trained.setup, trained.setup.held_out
+    if held_out is None:
         raise ConfigError(
             "data.eval: ranks are compared on held-out rows. Name some: lora-lab shrink run=DIR data.eval=FILE"
         )
-    adapter = updates.read(run.adapter, load.skeleton(prepared.base.folder, prepared.kind))
+    adapter = updates.read(run.adapter, setup.skeleton())
     ranks = _ranks(config, adapter)
-    figures = _figures(config, adapter, [adapter.rank, *ranks], prepared)
+    widest = dataclasses.replace(config, adapter=of_scale_one([config.adapter], adapter.rank, list(adapter.layers)))
+    with setup.loaded({_SHRUNK: widest}) as live:
+        figures = _figures(live, held_out, adapter, [adapter.rank, *ranks])
     console.show_table(
-        f"{run.path}: ranks on {len(prepared.held_out)} held-out rows",
+        f"{run.path}: ranks on {len(held_out)} held-out rows",
         list(figures[0]),
         [list(row.values()) for row in figures],
         slice(0, None),
@@ -62,7 +65,7 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     if chosen is None:
         console.say("shrink", _none_saved(figures, config.shrink.tolerance))
     else:
-        new = _save(run, config, adapter, chosen, prepared)
+        new = _save(trained, adapter, chosen)
     report = {
         "run": str(run.path),
         "tolerance": config.shrink.tolerance,
@@ -86,22 +89,21 @@ def _none_saved(figures: list[dict[str, float]], tolerance: float) -> str:
     )
 
 
-def _figures(config: RunConfig, adapter: Updates, ranks: Sequence[int], prepared: Prepared) -> list[dict[str, float]]:
+def _figures(live: Live, held_out: Dataset, adapter: Updates, ranks: Sequence[int]) -> list[dict[str, float]]:
     """For each rank the share of the updates that is kept, the adapter's size, what is measured, and how far the loss is above
     that of the first rank, as measured and at most."""
-    widest = dataclasses.replace(config, adapter=of_scale_one([config.adapter], adapter.rank, list(adapter.layers)))
-    model, figures, whole = load_adapted(prepared, {_SHRUNK: widest}).eval(), [], None
-    examples = _spread(prepared.held_out, _LOOK)
+    model, figures, whole = live.model.eval(), [], None
+    examples = _spread(held_out, _LOOK)
     for rank in ranks:
         cut, kept = _cut(adapter, rank)
         files.put(model, _SHRUNK, cut.tensors(adapter.rank))
         size = sum(tensor.numel() for tensor in cut.tensors(rank).values())
-        metrics = prepared.measure(f"rank {rank}").metrics
-        with prepared.accelerator.autocast():
-            losses = prepared.task.losses_of(model, examples)
+        metrics = live.measure(f"rank {rank}").metrics
+        with live.autocast():
+            losses = live.setup.task.losses_of(model, examples)
         whole = losses if whole is None else whole
         rise = metrics["loss"] - (figures[0]["loss"] if figures else metrics["loss"])
-        most = rise + _margin(losses, whole, examples) * math.sqrt(min(1, _LOOK / len(prepared.held_out)))
+        most = rise + _margin(losses, whole, examples) * math.sqrt(min(1, _LOOK / len(held_out)))
         figures.append({"rank": rank, "kept": kept, "parameters": size, **metrics, "rise": rise, "rise_at_most": most})
     return figures
 
@@ -125,14 +127,14 @@ def _margin(losses: np.ndarray, whole: np.ndarray, examples: list[Example]) -> f
     return float(stats.t.ppf(_CONFIDENCE, count - 1)) * error
 
 
-def _save(run: RunDir, config: RunConfig, adapter: Updates, chosen: dict[str, float], prepared: Prepared) -> RunDir:
+def _save(trained: Trained, adapter: Updates, chosen: dict[str, float]) -> RunDir:
     """The run folder of the chosen rank."""
-    rank = chosen["rank"]
+    config, rank = trained.setup.config, chosen["rank"]
     lower = of_scale_one([config.adapter], rank, list(adapter.layers))
     metrics = {name: value for name, value in chosen.items() if name not in _OWN}
-    made_of = {"method": f"svd to rank {rank}", "adapters": [{"run": str(run.path), "weight": 1.0}]}
+    made_of = {"method": f"svd to rank {rank}", "adapters": [{"run": str(trained.run.path), "weight": 1.0}]}
     cut, _ = _cut(adapter, rank)
-    new = derived.make(dataclasses.replace(config, adapter=lower), cut, prepared, made_of, None, metrics)
+    new = derived.make(dataclasses.replace(config, adapter=lower), cut, trained.setup, made_of, None, metrics)
     console.say("shrink", f"rank {rank} instead of {adapter.rank}: {new.path}; merge it: lora-lab merge run={new.path}")
     return new
 

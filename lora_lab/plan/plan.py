@@ -17,22 +17,21 @@ from lora_lab.adapters.attach import attach, coverage
 from lora_lab.adapters.layers import linear_layers
 from lora_lab.base import load, quantized
 from lora_lab.config.run import RunConfig
-from lora_lab.data.build import Data
 from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.export import targets
-from lora_lab.export.job import Job
 from lora_lab.plan import memory
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.run import prepared, run_dir
-from lora_lab.run.prepared import ADAPTER, Found
+from lora_lab.run.prepared import ResolvedBase
+from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.runtime import console
 from lora_lab.tasks.base import Task, eval_batches
 from lora_lab.tasks.preference.task import Preference
 from lora_lab.train.batches import BatchPlan, plan_of
 from lora_lab.train.cohort import Member
-from lora_lab.train.loop import fit, peak_memory_gib
+from lora_lab.train.loop import Clock, fit, peak_memory_gib
 
 _CARDS_GIB = (8, 12, 16, 24)
 _MEANINGS = {
@@ -86,9 +85,10 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     found = prepared.find_base(config)
     prepared.say_base(config, found.base, device)
     data, found, task = prepared.build_data(config, found)
-    targets.check(Job(run_dir.RunDir(Path(config.run_dir)), config, found.base, found.kind, found.encoder, device))
+    setup = prepared.assemble(config, found, data, task, device, Stages())
+    targets.check(setup)
     work = foresee(config, task, data.train, data.held_out)
-    estimated, on_cuda = _memory(config, found, task, work, device.type)
+    estimated, on_cuda = _memory(setup, work)
     matched, unmatched, trainable, base, saved = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
@@ -99,18 +99,16 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
     show(result, config, device.type, on_cuda)
     if probe:
-        _probe(config, found, task, data, work)
+        _probe(setup, work)
     return result
 
 
-def _memory(
-    config: RunConfig, found: Found, task: Task, work: Work, device: str
-) -> tuple[Memory, Memory] | tuple[None, None]:
+def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:
     """What training needs on this device and on a GPU; None, aloud, for models that cannot be run on tensors without content."""
     try:
         here, on_cuda = (
-            memory.estimate(config, found.base, found.kind, task, work.largest, work.evaluation, kind)
-            for kind in (device, "cuda")
+            memory.estimate(setup.config, setup.base, setup.kind, setup.task, work.largest, work.evaluation, kind)
+            for kind in (setup.device.type, "cuda")
         )
     except Exception as error:  # of whatever torch or a model of another make does with such tensors
         reason = str(error).strip().partition("\n")[0][:160]
@@ -178,7 +176,7 @@ def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tupl
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------
 
 
-def _modules(config: RunConfig, found: Found) -> tuple[dict[str, int], dict[str, int], int, int, int]:
+def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], dict[str, int], int, int, int]:
     names = linear_layers(found.model)
     endings = [collections.Counter(name.rpartition(".")[2] for name in part) for part in (
         found.targets, [name for name in names if name not in set(found.targets)],
@@ -224,9 +222,9 @@ def _existing(folder: Path) -> Path:
 # -- time ---------------------------------------------------------------------------------------------------------------
 
 
-def _probe(config: RunConfig, found: Found, task: Task, data: Data, work: Work) -> None:
+def _probe(setup: Setup, work: Work) -> None:
     """Train some steps of the run in a temporary folder, and say how long all of them would take."""
-    device = load.torch_device(config.hardware)
+    config = setup.config
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     with tempfile.TemporaryDirectory(prefix="lora_lab_") as folder:
@@ -237,13 +235,9 @@ def _probe(config: RunConfig, found: Found, task: Task, data: Data, work: Work) 
             optim=dataclasses.replace(config.optim, schedule="constant", warmup_steps=0),
             tracker=dataclasses.replace(config.tracker, name="none"),
         )
-        ready = prepared.assemble(
-            short, found, dataclasses.replace(data, held_out=None), task, device, prepared.Stages()
-        )
-        prepared.load_adapted(ready)
-        run = run_dir.create(short)
-        member = Member(ADAPTER, short, run, ready.base, ready.model, ready.train, task.learned)
-        clock = fit([member], ready.train, None, ready.task, ready.accelerator)
+        rows = dataclasses.replace(setup.data, held_out=None)
+        with dataclasses.replace(setup, config=short, data=rows, stages=Stages()).loaded() as live:
+            clock = _timed(live)
     if clock.tokens_per_second is None:
         console.say("probe", f"only {work.steps} steps: train them")
         return
@@ -252,6 +246,14 @@ def _probe(config: RunConfig, found: Found, task: Task, data: Data, work: Work) 
         "probe", f"{clock.tokens_per_second:.0f} tokens/s: about {_duration(seconds)} for the {work.steps} steps"
     )
     console.say("probe", f"peak memory {peak_memory_gib():.2f} GiB, imports included")
+
+
+def _timed(live: Live) -> Clock:
+    """Train a run of a few steps."""
+    setup = live.setup
+    run, rows = run_dir.create(setup.config), setup.training_rows()
+    member = Member(ADAPTER, setup.config, run, setup.base, live.model, rows, setup.task.learned)
+    return fit([member], rows, None, setup.task, setup.accelerator)
 
 
 def _duration(seconds: float) -> str:

@@ -9,23 +9,23 @@ from typing import Any
 import yaml
 
 from lora_lab import __version__
-from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config.run import RunConfig
 from lora_lab.errors import BaseModelError
 from lora_lab.run import run_dir
-from lora_lab.run.run_dir import RunDir
+from lora_lab.run.prepared import Trained
 from lora_lab.runtime.reading import read_bytes
 
 _FRONT_CHARS = 2**16  # of a model card, in which its front matter stands
 
 
-def card(run: RunDir, config: RunConfig, base: BaseFiles, report: dict[str, Any]) -> str:
+def card(trained: Trained, report: dict[str, Any]) -> str:
     """Text of the card.
 
     Args:
         report: what was proved of the published files, each figure by its name.
     """
+    run, config, base = trained.run, trained.setup.config, trained.setup.base
     result, manifest = run_dir.read_result(run)[0] or {}, run_dir.read_manifest(run) or {}
     front: dict[str, Any] = {"tags": ["lora_lab", config.task.name]}
     if is_hub_id(base.name):

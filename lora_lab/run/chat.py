@@ -21,13 +21,13 @@ class _Shown(TextStreamer):
 
 def chat(path: str, overrides: list[str], prompts: list[str]) -> None:
     """`lora-lab chat`: talk to the base with its trained adapter, in turns; `prompts` are said first, and if there are any, alone."""
-    model = Answering.open(path, overrides, chat=True)
-    streamer = _Shown(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages: list[dict[str, str]] = []
-    for text in prompts or _typed():
-        messages.append({"role": "user", "content": _whole(text)})
-        [answer] = model.answers([messages], streamer=streamer)
-        messages.append({"role": "assistant", "content": answer})
+    with Answering.open(path, overrides, chat=True) as model:
+        streamer = _Shown(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        messages: list[dict[str, str]] = []
+        for text in prompts or _typed():
+            messages.append({"role": "user", "content": _whole(text)})
+            [answer] = model.answers([messages], streamer=streamer)
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _whole(text: str) -> str:

@@ -11,22 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.errors import ConfigError, ExportError, Interrupted, MergeError
 from lora_lab.export import targets
-from lora_lab.export.job import Job
 from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.report import summary
 from lora_lab.run import run_dir, takes
-from lora_lab.run.prepared import ADAPTER, Prepared, load_adapted, load_trained, prepare
+from lora_lab.run.prepared import Trained, prepare
 from lora_lab.run.run_dir import RunDir
+from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
 from lora_lab.runtime import console, storage
 from lora_lab.tasks.base import Measured
@@ -43,13 +41,13 @@ def train(config: RunConfig) -> RunDir:
             "merge.adapters: no effect in training. Train first, then: lora-lab merge merge.adapters=[A,B]"
         )
     run_dir.check_free(config)
-    prepared = prepare(config)
-    _check_targets(RunDir(Path(config.run_dir)), prepared)
-    load_adapted(prepared)
+    setup = prepare(config)
+    targets.check(setup)
+    live = setup.loaded()  # before there is a folder: a base that does not load leaves none
     with _stoppable(RunDir(Path(config.run_dir).expanduser())), run_dir.created(config) as run:
-        run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
+        run_dir.write_manifest(run, config, setup.base, setup.data_hashes())
         console.say("run", run.path)
-        _walk(run, prepared, resume_from=None)
+        _walk(run, live, resume_from=None)
     return run
 
 
@@ -65,16 +63,15 @@ def resume(path: str, overrides: list[str]) -> RunDir:
             console.say("result", f"{damage} It is made again.")
         run_dir.refuse_derived(run)
         tell_uploads(run, config)
-        prepared = prepare(config, begun=run)
-        run_dir.check_manifest(run, prepared.base, prepared.data_hashes())
+        setup = prepare(config, begun=run)
+        run_dir.check_manifest(run, setup.base, setup.data_hashes())
         if run_dir.read_manifest(run) is None:  # stopped before it was written
-            run_dir.write_manifest(run, config, prepared.base, prepared.data_hashes())
+            run_dir.write_manifest(run, config, setup.base, setup.data_hashes())
         found, skipped = checkpoint.newest_valid(run.checkpoints)
         for line in skipped:
             console.say("skipped", line)
         console.say("resume", f"from {found}" if found else "no valid checkpoint: from the first step")
-        load_adapted(prepared)
-        _walk(run, prepared, resume_from=found)
+        _walk(run, setup.loaded(), resume_from=found)
     return run
 
 
@@ -88,79 +85,91 @@ def _stoppable(run: RunDir) -> Iterator[None]:
         raise
 
 
-def _walk(run: RunDir, prepared: Prepared, resume_from: Path | None) -> None:
-    """evaluate the base -> fit -> evaluate -> merge -> result.json"""
-    config = prepared.config
-    member = Member(ADAPTER, config, run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
-    console.say("steps", summary.describe_steps(member, config))
-    if resume_from is not None:
-        checkpoint.restore(member, resume_from)
-    member.log.rewind(member.state.step)
-    before = measure_base(prepared)
-    with prepared.stages("train"):
-        clock = fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
-    result = finish(member, prepared, before, clock, show=True)
+def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:
+    """evaluate the base -> fit -> evaluate -> merge -> result.json
 
+    Args:
+        live: ends with the training, which makes room for the unquantized base.
+    """
+    trained, config, stages = Trained(run, live.setup), live.setup.config, live.setup.stages
     refused: list[MergeError] = []  # told at the end: the training itself is complete
+    with live:
+        result, as_trained = _fit(run, live, resume_from), None
+        if targets.needs_merged(config.export.targets):
+            with stages("export"):
+                as_trained = _as_trained(live)
     if config.export.targets:
-        with prepared.stages("export"):
-            result |= _make_targets(run, prepared, member, refused)
-    result |= {"peak_memory_with_merge_gib": round(peak_memory_gib(), 3), "seconds": prepared.stages.seconds}
+        with stages("export"):
+            result |= _make_targets(trained, as_trained, refused)
+    result |= {"peak_memory_with_merge_gib": round(peak_memory_gib(), 3), "seconds": stages.seconds}
     storage.write_text(run.result, storage.dump_json(result))
     summary.show_end(run, result, config.task)
     if refused:
         raise refused[0]
 
 
-def _make_targets(run: RunDir, prepared: Prepared, member: Member, refused: list[MergeError]) -> dict[str, Any]:
+def _fit(run: RunDir, live: Live, resume_from: Path | None) -> dict[str, Any]:
+    """evaluate the base -> fit -> evaluate; what `result.json` says of it."""
+    setup = live.setup
+    member = Member(ADAPTER, setup.config, run, setup.base, live.model, setup.training_rows(), setup.task.learned)
+    console.say("steps", summary.describe_steps(member, setup.config))
+    if resume_from is not None:
+        checkpoint.restore(member, resume_from)
+    member.log.rewind(member.state.step)
+    before = measure_base(live)
+    with setup.stages("train"):
+        clock = fit([member], setup.training_rows(), setup.held_out, setup.task, setup.accelerator)
+    return finish(member, live, before, clock, show=True)
+
+
+def _make_targets(trained: Trained, as_trained: parity.Reference | None, refused: list[MergeError]) -> dict[str, Any]:
     """`export.targets` of a run that has just been trained; what `result.json` says of them.
 
     Args:
+        as_trained: see `_as_trained`; None: no target needs a merge.
         refused: gets the errors of what was not kept.
     """
-    rows, trained_logits = _probe(prepared)
-    prepared.model = member.model = member.optimizer = member.parameters = None  # room for the unquantized base
     found: dict[str, Any] = {}
-    if targets.needs_merged(prepared.config.export.targets):
+    if as_trained is not None:
         try:
-            found["merge"] = _merge(run, prepared, rows, trained_logits)
+            found["merge"] = merge_adapter(trained, as_trained)
         except MergeError as error:
             refused.append(error)
             found["merge"] = {"refused": [str(error)]}
-    return found | {"export": _export(run, prepared, refused)}
+    return found | {"export": _export(trained, refused)}
 
 
-def measure_base(prepared: Prepared) -> Measured:
+def measure_base(live: Live) -> Measured:
     """The base on the held-out rows, if there are any."""
-    if prepared.held_out is None:
+    if live.setup.held_out is None:
         return Measured({})
-    with prepared.stages("evaluate_base"):
-        return prepared.measure_base()
+    with live.setup.stages("evaluate_base"):
+        return live.measure_base()
 
 
-def finish(member: Member, prepared: Prepared, before: Measured, clock: Clock, show: bool) -> dict[str, Any]:
+def finish(member: Member, live: Live, before: Measured, clock: Clock, show: bool) -> dict[str, Any]:
     """Write a trained member's adapter and measure it; what its `result.json` says.
 
     Args:
         before: the base's metrics.
         show: whether metrics and answers are shown.
     """
-    run, state, after = member.run, member.state, Measured({})
+    run, state, after, setup = member.run, member.state, Measured({}), live.setup
     with member.turn():
         with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
             files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
         result = _training_result(member, clock)
-        if prepared.held_out is not None:
-            with prepared.stages("evaluate"):
-                after = prepared.measure("tuned", member.measured)
-    if show and prepared.held_out is not None:
-        _show_measured(prepared.held_out, {"base": before, "tuned": after})
+        if setup.held_out is not None:
+            with setup.stages("evaluate"):
+                after = live.measure("tuned", member.measured)
+    if show and setup.held_out is not None:
+        _show_measured(setup.held_out, {"base": before, "tuned": after})
     return result | {
         "base": before.metrics or None,
         "tuned": after.metrics or None,
         "details": after.details or None,
         "merge": None,
-        "seconds": prepared.stages.seconds,
+        "seconds": setup.stages.seconds,
         "versions": run_dir.versions(),
     }
 
@@ -194,20 +203,21 @@ def _show_measured(held_out: Dataset, found: dict[str, Measured]) -> None:
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
     run, config = open_trained(path, takes.EVALUATE, overrides)
-    prepared = prepare(config, need_train=config.task.shots > 0, trained=run)
-    if prepared.held_out is None:
+    trained, shots = Trained.of(run, config, need_train=config.task.shots > 0), config.task.shots
+    held_out = trained.setup.held_out
+    if held_out is None:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
-    load_trained(run, prepared)
-    found = {"base": prepared.measure_base()}
-    if config.task.shots:
-        found[f"{config.task.shots}-shot"] = prepared.measure_few_shot()
-    found["tuned"] = prepared.measure("tuned")
-    _show_measured(prepared.held_out, found)
+    with trained.loaded() as live:
+        found = {"base": live.measure_base()}
+        if shots:
+            found[f"{shots}-shot"] = live.measure_few_shot()
+        found["tuned"] = live.measure("tuned")
+    _show_measured(held_out, found)
     result = {
-        "data": prepared.held_out.files,
-        "rows": len(prepared.held_out),
+        "data": held_out.files,
+        "rows": len(held_out),
         **{name: one.metrics for name, one in found.items()},
         "details": found["tuned"].details or None,
     }
@@ -224,12 +234,10 @@ def merge(path: str, overrides: list[str]) -> dict[str, Any]:
             f"lora-lab chat run={path}, or lora-lab export run={path} export.targets=[adapter]"
         )
     with run.locked():
-        prepared = prepare(config, need_train=config.data.eval is None, trained=run)
-        load_trained(run, prepared)
-        rows, trained_logits = _probe(prepared)
-        prepared.model = None  # room for the unquantized base
-        report = _merge(run, prepared, rows, trained_logits)
-    console.say("merged", f"{run.merged}: {prepared.kind.auto_class}.from_pretrained({str(run.merged)!r})")
+        trained = Trained.of(run, config, need_train=config.data.eval is None)
+        report = _merge(trained)
+    kind = trained.setup.kind.auto_class
+    console.say("merged", f"{run.merged}: {kind}.from_pretrained({str(run.merged)!r})")
     return report
 
 
@@ -247,43 +255,17 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
         )
     refused: list[MergeError] = []
     with run.locked():
-        prepared = prepare(config, need_train=config.data.eval is None, trained=run)
-        _check_targets(run, prepared)
-        if targets.needs_merged(config.export.targets) and not _is_merged(run, config):
-            load_trained(run, prepared)
-            rows, trained_logits = _probe(prepared)
-            prepared.model = None
+        trained = Trained.of(run, config, need_train=config.data.eval is None)
+        targets.check(trained.setup)
+        if targets.needs_merged(config.export.targets) and not _is_merged(trained):
             try:
-                _merge(run, prepared, rows, trained_logits)
+                _merge(trained)
             except MergeError as error:
                 refused.append(error)
-        report = _export(run, prepared, refused)
+        report = _export(trained, refused)
     if refused:
         raise refused[0]
     return report
-
-
-def _is_merged(run: RunDir, config: RunConfig) -> bool:
-    """Whether the merged checkpoint is there, whole, and made as the configuration says."""
-    return run.merged.is_dir() and storage.verify(run.merged).get("made_with") == merge_settings(config)
-
-
-def _export(run: RunDir, prepared: Prepared, refused: list[MergeError]) -> dict[str, dict[str, Any]]:
-    """Make the targets; `refused` says whether the merge was, and gets the errors of what was not kept."""
-    data = prepared.held_out or prepared.train
-    rows = parity.probe(first_examples(data, 64), 64, prepared.task, targets.POSITIONS)
-    report = targets.make(dataclasses.replace(_job(run, prepared), rows=rows), merged=not refused)
-    refused += [ExportError(text) for one in report.values() for text in one.get("refused", ())]
-    return report
-
-
-def _check_targets(run: RunDir, prepared: Prepared) -> None:
-    if prepared.config.export.targets or prepared.config.export.push_to_hub:
-        targets.check(_job(run, prepared))
-
-
-def _job(run: RunDir, prepared: Prepared) -> Job:
-    return Job(run, prepared.config, prepared.base, prepared.kind, prepared.encoder, prepared.device)
 
 
 def combine(named: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
@@ -291,15 +273,31 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
     return merge(str(combine_adapters(named, overrides).path), [])
 
 
-def _probe(prepared: Prepared) -> tuple[parity.Probe, list[torch.Tensor]]:
-    """The rows that a merge is judged on, and the trained model's logits there."""
-    data, count = prepared.held_out or prepared.train, prepared.config.merge.parity_rows
-    rows = parity.probe(first_examples(data, count), count, prepared.task)
-    with prepared.accelerator.autocast():
-        return rows, parity.logits(prepared.model.eval(), rows)
+def _merge(trained: Trained) -> dict[str, Any]:
+    with trained.loaded() as live:
+        as_trained = _as_trained(live)
+    return merge_adapter(trained, as_trained)
 
 
-def _merge(run: RunDir, prepared: Prepared, rows: parity.Probe, trained_logits: list[torch.Tensor]) -> dict[str, Any]:
-    return merge_adapter(
-        run, prepared.config, prepared.base, prepared.kind, prepared.encoder, rows, trained_logits, prepared.device
-    )
+def _as_trained(live: Live) -> parity.Reference:
+    """What the trained model says of the rows that a merge is judged on."""
+    setup = live.setup
+    count = setup.config.merge.parity_rows
+    rows = parity.probe(first_examples(setup.some_rows(), count), count, setup.task)
+    with live.autocast():
+        return parity.Reference(rows, parity.logits(live.model.eval(), rows))
+
+
+def _is_merged(trained: Trained) -> bool:
+    """Whether the merged checkpoint is there, whole, and made as the configuration says."""
+    merged, settings = trained.run.merged, merge_settings(trained.setup.config)
+    return merged.is_dir() and storage.verify(merged).get("made_with") == settings
+
+
+def _export(trained: Trained, refused: list[MergeError]) -> dict[str, dict[str, Any]]:
+    """Make the targets; `refused` says whether the merge was, and gets the errors of what was not kept."""
+    setup = trained.setup
+    rows = parity.probe(first_examples(setup.some_rows(), 64), 64, setup.task, targets.POSITIONS)
+    report = targets.make(trained, rows, merged=not refused)
+    refused += [ExportError(text) for one in report.values() for text in one.get("refused", ())]
+    return report

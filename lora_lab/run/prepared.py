@@ -1,21 +1,18 @@
-"""A run made ready: everything that can be checked is checked before any weight is loaded, then its model is loaded."""
+"""Setups are made here, of a configuration (`prepare`) or of a trained run (`Trained`): everything that can be checked is checked before
+any weight is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import attach, attach_trained, coverage, fresh_settings, without_adapter
+from lora_lab.adapters.attach import fresh_settings
 from lora_lab.adapters.layers import bypassed, expert_weights, layer_number, tied, towers
 from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
@@ -26,85 +23,23 @@ from lora_lab.base.positions import check_lengths, embedded, usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, load_tokenizer, pad_within
 from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check
-from lora_lab.data.dataset import Dataset, Stream, first_examples
+from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
-from lora_lab.errors import BaseModelError, ConfigError, DataError, TrainingError
-from lora_lab.fast import apply, isolation
+from lora_lab.errors import BaseModelError, ConfigError, DataError
 from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
+from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
+from lora_lab.run.takes import Takes
+from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, tracking
-from lora_lab.runtime.memory import is_out_of_memory
-from lora_lab.tasks.base import Measured, Task
+from lora_lab.tasks.base import Task
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_PADDED_ROWS = 32  # of which some are padded to see what it changes
-ADAPTER = "default"  # peft's name for the adapter of a single run
-
-
-class Stages:
-    """Seconds spent in each stage, for `result.json`."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 2)
-
-
-@dataclasses.dataclass
-class Prepared:
-    """A run after everything that can be checked without loading weights; then its model, as long as it is needed."""
-
-    config: RunConfig
-    base: BaseFiles
-    kind: ModelKind
-    encoder: Encoder
-    task: Task
-    train: Dataset | Stream | None
-    held_out: Dataset | None
-    device: torch.device
-    accelerator: Accelerator
-    stages: Stages
-    model: PeftModel | None = None
-
-    def data_hashes(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every data file, by configuration key."""
-        return {data.key: data.files for data in (self.train, self.held_out) if data is not None}
-
-    def measure(self, title: str, known: Measured | None = None, **options: Any) -> Measured:
-        """Measure the model with its adapter on the held-out rows.
-
-        Args:
-            title: for the progress bar.
-            known: what the task's `measure` has just said of it.
-            options: of the task's `examine`.
-        """
-        model = self.model.eval()
-        with self.accelerator.autocast():
-            found = known or self.task.measure(model, self.held_out)
-            return found.with_also(self.task.examine(model, self.held_out, title, **options))
-
-    def measure_base(self) -> Measured:
-        """The same with the adapter switched off."""
-        with without_adapter(self.model):
-            return self.measure("base")
-
-    def measure_few_shot(self) -> Measured:
-        """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""
-        places = np.random.default_rng(self.config.seed).permutation(len(self.train))[: self.config.task.shots]
-        shots = self.task.shots(self.train, [int(place) for place in places])
-        with without_adapter(self.model), self.accelerator.autocast():
-            return self.task.examine(self.model.eval(), self.held_out, "few-shot", shots=shots)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ResolvedBase:
     """The base model as far as it is known without its weights, and what encodes rows for it."""
 
     base: BaseFiles
@@ -114,7 +49,7 @@ class Found:
     encoder: Encoder
 
 
-def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Found:
+def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> ResolvedBase:
     """Find the base, check its files and the adapter's target names, and load its tokenizer.
 
     Args:
@@ -163,7 +98,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Foun
     if encoder.chat:
         encoder.template.check_variables()
     base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))
-    return Found(base, kind, model, targets, encoder)
+    return ResolvedBase(base, kind, model, targets, encoder)
 
 
 def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -187,7 +122,7 @@ def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedT
         )
 
 
-def with_task(config: RunConfig, found: Found, learned: dict[str, Any]) -> tuple[Found, Task]:
+def with_task(config: RunConfig, found: ResolvedBase, learned: dict[str, Any]) -> tuple[ResolvedBase, Task]:
     """The base as the task needs it, now that it is known what the training rows hold."""
     kind = config.task.load().kind(config, found.encoder.tokenizer, learned)
     kind = dataclasses.replace(kind, new_modules=found.kind.new_modules)
@@ -222,8 +157,8 @@ def _say_experts(model: PreTrainedModel, config: RunConfig, base: BaseFiles) -> 
 
 
 def build_data(
-    config: RunConfig, found: Found, need_train: bool = True, learned: dict[str, Any] | None = None
-) -> tuple[build.Data, Found, Task]:
+    config: RunConfig, found: ResolvedBase, need_train: bool = True, learned: dict[str, Any] | None = None
+) -> tuple[build.Data, ResolvedBase, Task]:
     """Read, encode and check the rows of a run, and make the task of what they hold.
 
     Args:
@@ -287,7 +222,7 @@ def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
 
 def prepare(
     config: RunConfig, need_train: bool = True, trained: RunDir | None = None, begun: RunDir | None = None
-) -> Prepared:
+) -> Setup:
     """Find the base, read and encode the data, and check all of it against the configuration; loads no weights.
 
     Args:
@@ -324,7 +259,7 @@ def say_base(config: RunConfig, base: BaseFiles, device: torch.device) -> None:
 
 def say_template(encoder: Encoder) -> None:
     """Tell of a template that is not the base's own, or not as it was."""
-    rendering = encoder if encoder.chat else getattr(encoder, "rendering", None)
+    rendering: Any = encoder if encoder.chat else getattr(encoder, "rendering", None)
     if rendering is None:
         return
     put = rendering.template.put_before
@@ -341,7 +276,7 @@ def say_template(encoder: Encoder) -> None:
         )
 
 
-def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
+def _check_trained(run: RunDir, config: RunConfig, found: ResolvedBase) -> None:
     """Refuse an adapter that was trained on another base, or has other settings than its run; tell other versions."""
     files.check_base(run.adapter, found.base)
     files.check_quant(run.adapter, found.base.stored(config.quant))
@@ -352,90 +287,42 @@ def _check_trained(run: RunDir, config: RunConfig, found: Found) -> None:
 
 
 def assemble(
-    config: RunConfig, found: Found, data: build.Data, task: Task, device: torch.device, stages: Stages
-) -> Prepared:
+    config: RunConfig, found: ResolvedBase, data: build.Data, task: Task, device: torch.device, stages: Stages
+) -> Setup:
     """Put together what was found."""
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no"
     )
-    return Prepared(
-        config, found.base, found.kind, found.encoder, task, data.train, data.held_out, device, accelerator, stages
-    )
+    return Setup(config, found.base, found.kind, found.encoder, task, data, device, accelerator, stages)
 
 
-def load_adapted(prepared: Prepared, members: dict[str, RunConfig | Path] | None = None) -> PeftModel:
-    """Load the (quantized) base and put adapters on it, of which the last is active; `prepared.model` holds it.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained run: its folder, and its setup as it is now."""
 
-    Args:
-        members: for each adapter the configuration that a fresh one is made by, or the folder of a trained one, verified; None: the
-            run's own fresh adapter alone.
-    """
-    config, members = prepared.config, members or {ADAPTER: prepared.config}
-    with prepared.stages("load_base"):
-        model = load.load_model(
-            prepared.base, prepared.kind, config.model.dtype, config.quant, prepared.device, config.seed
-        )
-        for name, own in members.items():
-            if isinstance(own, Path):
-                model = attach_trained(model, own, name)
-            else:
-                model = attach(model, own.adapter, name, prepared.kind, own.seed)
-        prepared.model = model
-    more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
-    console.say("adapter", f"{coverage(model, name)}{more}")
-    decide_packing(prepared)
-    accelerate(prepared)
-    if prepared.kind.new_modules:
-        console.say("head", f"{', '.join(prepared.kind.new_modules)}: trained whole, in float32")
-    return prepared.model
+    run: RunDir
+    setup: Setup
 
+    @classmethod
+    def open(cls, path: str, takes: Takes, overrides: Sequence[str] = (), need_train: bool = False) -> Self:
+        """The run that `run=DIR` names, with what was told about it; see `open_trained` and `of`."""
+        return cls.of(*open_trained(path, takes, overrides), need_train)
 
-def decide_packing(prepared: Prepared) -> None:
-    """Let rows share a pass, end to end or padded, only where two of them prove that it changes nothing for this model; decided before
-    anything is measured.
+    @classmethod
+    def of(cls, run: RunDir, config: RunConfig, need_train: bool = False) -> Self:
+        """What `open_trained` opened, made ready.
 
-    Raises:
-        ConfigError: it does, and the rows must lie so (`train.packing=true`, or a task that compares the rows of one pass).
-    """
-    task, data = prepared.task, prepared.held_out or prepared.train
-    if data is None or not task.forward.together:
-        return
-    try:
-        with prepared.accelerator.autocast():
-            if task.packed:
-                isolation.check_isolation(prepared.model.eval(), first_examples(data, 2))
-            else:
-                isolation.check_padding(task, prepared.model.eval(), first_examples(data, _PADDED_ROWS))
-        return
-    except BaseModelError:
-        raise
-    except Exception as error:  # whatever a model of another make raises here is about packing alone
-        if is_out_of_memory(error):
-            raise
-        reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-    reason = reason.strip().partition("\n")[0]
-    if prepared.config.train.packing or task.compares_rows:
-        way_out = "Choose another base" if task.compares_rows else "Set train.packing=false"
-        raise ConfigError(f"train.packing: {reason} {way_out}.")
-    task.forward.part_rows()
-    console.say("packing", f"rows one by one: {reason}")
+        Args:
+            need_train: the training rows are wanted too.
 
+        Raises:
+            AdapterError: the adapter was trained on another base, or has other settings than its run.
+        """
+        return cls(run, prepare(config, need_train, trained=run))
 
-def accelerate(prepared: Prepared) -> None:
-    """Replace what the configuration allows, and say what was replaced."""
-    task, model, data = prepared.task, prepared.model.eval(), prepared.held_out or prepared.train
-    if data is None:  # nothing to try them on, and little to gain
-        task.forward.unshareable = "there are no rows to verify it on"
-        return
-    with prepared.accelerator.autocast():
-        batch = task.collate(first_examples(data, 1), np.random.default_rng(0)).to(model.device)
-        speed, free = prepared.config.speed, apply.free_bytes(model.device)
-        applied = apply.accelerate(model, task.forward, speed, lambda: task.logits(model, batch), free)
-        own = task.accelerate(model, batch)
-    console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
-
-
-def load_trained(run: RunDir, prepared: Prepared) -> PeftModel:
-    """The base with the trained adapter of the run that was prepared."""
-    return load_adapted(prepared, {ADAPTER: run.adapter}).eval()
+    def loaded(self) -> Live:
+        """The base with the trained adapter, for a `with` block."""
+        live = self.setup.loaded({ADAPTER: self.run.adapter})
+        live.model.eval()
+        return live

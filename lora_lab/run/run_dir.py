@@ -271,7 +271,7 @@ def read_manifest(run: RunDir) -> dict[str, Any] | None:
                 f"{run.manifest}: missing, so it is unknown what the run was made of. Restore it, or start a new run."
             )
         return None
-    saved = read_json(run.manifest, RunError)
+    saved: dict[str, Any] = read_json(run.manifest, RunError)
     shapes = {"base": dict, "data": dict, "versions": dict}
     wrong = [key for key, kind in shapes.items() if not isinstance(saved.get(key), kind)]
     if wrong or not all(isinstance(files, dict) for files in saved["data"].values()):

@@ -18,6 +18,7 @@ from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.takes import Takes
 from lora_lab.runtime import console
+from lora_lab.schema.groups import GROUPS
 
 _LOCAL_TRACKERS = ("auto", "none", "tensorboard")
 
@@ -33,7 +34,7 @@ def open_trained(path: str, takes: Takes, overrides: Sequence[str]) -> tuple[Run
     overrides = _without_implied(overrides)
     _refuse([text for text in overrides if _is_key(text) and not takes.covers(_key(text))], takes, path)
     own = read(run)
-    groups = [text for text in overrides if _key(text) in compose.GROUPS]
+    groups = [text for text in overrides if _key(text) in GROUPS]
     _refuse([text for text in groups if not _only_changes(text, takes, own)], takes, path)
     config = compose.load(run.config, overrides)
     return run, without_uploads(config, [_key(text) for text in overrides])
@@ -70,7 +71,7 @@ def _key(text: str) -> str:
 def _is_key(text: str) -> bool:
     """Whether an override sets a key, a part of one, or a whole section; unknown keys are told with the nearest one elsewhere."""
     key = _key(text)
-    return key not in compose.GROUPS and any(
+    return key not in GROUPS and any(
         f"{known}.".startswith(f"{key}.") or f"{key}.".startswith(f"{known}.") for known in all_keys()
     )
 

@@ -10,13 +10,13 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
-from lora_lab.base import load
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.run import run_dir
 from lora_lab.run.pipeline import finish, measure_base
-from lora_lab.run.prepared import Prepared, load_adapted, prepare
+from lora_lab.run.prepared import prepare
+from lora_lab.run.setup import Live, Setup
 from lora_lab.runtime import console, storage
 from lora_lab.runtime.reading import reading
 from lora_lab.sweep import halving, ranking
@@ -104,18 +104,22 @@ def _allow_files(members: int) -> None:
 
 def _train_together(jobs: list[Job], budget: Budget) -> None:
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
-    prepared = prepare(jobs[0].config, begun=begun)
-    skeleton = load.skeleton(prepared.base.folder, prepared.kind)
-    jobs = _those(jobs, lambda job: job.config.adapter.targets(skeleton, prepared.kind.new_modules))
+    setup = prepare(jobs[0].config, begun=begun)
+    skeleton = setup.skeleton()
+    jobs = _those(jobs, lambda job: job.config.adapter.targets(skeleton, setup.kind.new_modules))
     if not jobs:
         return
-    load_adapted(prepared, {_name(place): job.config for place, job in enumerate(jobs)})
-    before = measure_base(prepared)
+    with setup.loaded({_name(place): job.config for place, job in enumerate(jobs)}) as live:
+        _train_loaded(jobs, live, budget)
+
+
+def _train_loaded(jobs: list[Job], live: Live, budget: Budget) -> None:
+    before = measure_base(live)
     _check_metric(jobs[0].config.sweep, before)
     members: dict[str, Member] = {}
     for place, job in enumerate(jobs):
-        _those([job], lambda job, place=place: members.update({job.title: _member(_name(place), job, prepared)}))
-    _train_members([(job, members[job.title]) for job in jobs if job.error is None], prepared, before, budget)
+        _those([job], lambda job, place=place: members.update({job.title: _member(_name(place), job, live)}))
+    _train_members([(job, members[job.title]) for job in jobs if job.error is None], live, before, budget)
 
 
 def _those(jobs: list[Job], action: Callable[[Job], Any]) -> list[Job]:
@@ -142,13 +146,14 @@ def _check_metric(sweep: SweepConfig, before: Measured) -> None:
         )
 
 
-def _member(name: str, job: Job, prepared: Prepared) -> Member:
+def _member(name: str, job: Job, live: Live) -> Member:
     """The job's member, resumed from its newest valid checkpoint."""
-    prepared.model.set_adapter(name)
-    member = Member(name, job.config, job.run, prepared.base, prepared.model, prepared.train, prepared.task.learned)
-    run_dir.check_manifest(job.run, prepared.base, prepared.data_hashes())
+    setup = live.setup
+    live.model.set_adapter(name)
+    member = Member(name, job.config, job.run, setup.base, live.model, setup.training_rows(), setup.task.learned)
+    run_dir.check_manifest(job.run, setup.base, setup.data_hashes())
     if run_dir.read_manifest(job.run) is None:
-        run_dir.write_manifest(job.run, job.config, prepared.base, prepared.data_hashes())
+        run_dir.write_manifest(job.run, job.config, setup.base, setup.data_hashes())
     found, skipped = checkpoint.newest_valid(job.run.checkpoints)
     for line in skipped:
         console.say("skipped", line)
@@ -159,35 +164,35 @@ def _member(name: str, job: Job, prepared: Prepared) -> Member:
     return member
 
 
-def _train_members(pairs: list[tuple[Job, Member]], prepared: Prepared, before: Measured, budget: Budget) -> None:
+def _train_members(pairs: list[tuple[Job, Member]], live: Live, before: Measured, budget: Budget) -> None:
     if not pairs:
         return
     sweep, members = pairs[0][0].config.sweep, [member for _, member in pairs]
-    width = _width(members, prepared, sweep)
+    width = _width(members, live.setup, sweep)
     budget.members += members
     clock = Clock()
-    with prepared.stages("train"):
+    with live.setup.stages("train"):
         for rung in halving.rungs(members, sweep):
             alive = [member for member in rung.members if member.failure is None]
             if not alive:
                 break
-            clock = _fit(alive, prepared, width, budget)
+            clock = _fit(alive, live.setup, width, budget)
             rung.choose(alive)
     budget.settle()
     for job, member in pairs:
         job.error = member.failure
         if member.done and member.failure is None:
-            _those([job], lambda job, member=member: _finish(job, member, prepared, before, clock))
+            _those([job], lambda job, member=member: _finish(job, member, live, before, clock))
         elif member.failure is None:
             step, score = member.state.step, halving.score_at(member, member.state.step)
             job.stopped, job.stopped_at = f"stopped at step {step} of {member.total_steps}", step
             job.stopped_score = score if math.isfinite(score) else None
 
 
-def _fit(members: list[Member], prepared: Prepared, width: int, budget: Budget) -> Clock:
-    data, task = (prepared.train, prepared.held_out), prepared.task
+def _fit(members: list[Member], setup: Setup, width: int, budget: Budget) -> Clock:
+    data, task = (setup.training_rows(), setup.held_out), setup.task
     try:
-        return fit(members, *data, task, prepared.accelerator, width, budget.used_up)
+        return fit(members, *data, task, setup.accelerator, width, budget.used_up)
     except Exception as error:
         if len(members) > 1:
             raise
@@ -195,22 +200,22 @@ def _fit(members: list[Member], prepared: Prepared, width: int, budget: Budget) 
         return Clock()
 
 
-def _finish(job: Job, member: Member, prepared: Prepared, before: Measured, clock: Clock) -> None:
-    result = finish(member, prepared, before, clock, show=False)
+def _finish(job: Job, member: Member, live: Live, before: Measured, clock: Clock) -> None:
+    result = finish(member, live, before, clock, show=False)
     storage.write_text(job.run.result, storage.dump_json(result))
 
 
-def _width(members: list[Member], prepared: Prepared, sweep: SweepConfig) -> int:
+def _width(members: list[Member], setup: Setup, sweep: SweepConfig) -> int:
     """How many members share a pass; 1: they take turns."""
     if len(members) == 1 or sweep.execution == "turns":
         return 1
-    against = sharing.reason_against(prepared.task, members)
+    against = sharing.reason_against(setup.task, members)
     if against and sweep.execution == "joint":
         raise ConfigError(f"sweep.execution=joint: {against}. Set sweep.execution=turns.")
     if against:
         console.say("cohort", f"{len(members)} runs take turns on one base: {against}")
         return 1
-    rows = first_examples(prepared.train, 64)
+    rows = first_examples(setup.training_rows(), 64)
     tokens = (
         sum(len(row.input_ids) for row in rows) / len(rows) * max(member.plan.micro_batch_size for member in members)
     )

@@ -22,6 +22,7 @@ from lora_lab.runtime import children, storage
 from lora_lab.verify.reload import OUTPUTS
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from lora_lab.export.gguf import TopGap
@@ -62,6 +63,14 @@ class Probe:
         return sum(len(self.task.compared_targets(example)) for example in self.examples)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a model says of the rows that another is compared with it on."""
+
+    rows: Probe
+    logits: list[torch.Tensor]  # [S, C] float32 of each row
+
+
 def probe(examples: Iterable[Example], rows: int, task: Task, most: int = _MAX_POSITIONS) -> Probe:
     """The first `rows` examples, as long as their supervised positions are at most `most` (but for a single row)."""
     chosen, positions = [], 0
@@ -74,7 +83,7 @@ def probe(examples: Iterable[Example], rows: int, task: Task, most: int = _MAX_P
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, rows: Probe) -> list[torch.Tensor]:
+def logits(model: PreTrainedModel | PeftModel, rows: Probe) -> list[torch.Tensor]:
     """Logits [S, C] float32 of each row on the CPU, one plain forward pass per sequence."""
     found = []
     for example, passes in zip(rows.examples, rows.passes, strict=True):

@@ -105,12 +105,11 @@ def test_a_folder_that_is_removed(tmp_path):
 def member(config_of, tmp_path):
     """A member that has made a step, with an optimizer that holds something."""
     from lora_lab.run.pipeline import prepare
-    from lora_lab.run.prepared import load_adapted
     from lora_lab.train.cohort import Member
 
     config = config_of("train.keep_checkpoints=2")
     prepared = prepare(config)
-    model = load_adapted(prepared)
+    model = prepared.loaded().model
     run = run_dir.create(config)
     made = Member("default", config, run, prepared.base, model, prepared.train, prepared.task.learned)
     for parameter in made.parameters.values():

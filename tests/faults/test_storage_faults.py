@@ -557,13 +557,12 @@ def _losses(monkeypatch, losses) -> None:
 
 def test_damaged_newer_checkpoints_do_not_push_out_what_is_saved(config_of, tmp_path):
     from lora_lab.run.pipeline import prepare
-    from lora_lab.run.prepared import load_adapted
     from lora_lab.train import checkpoint
     from lora_lab.train.cohort import Member
 
     config = config_of("train.keep_checkpoints=1")
     prepared = prepare(config)
-    model, run = load_adapted(prepared), run_dir.create(config)
+    model, run = prepared.loaded().model, run_dir.create(config)
     member = Member("default", config, run, prepared.base, model, prepared.train, prepared.task.learned)
     (run.checkpoints / "step-9").mkdir(parents=True)
     member.state.step = 3

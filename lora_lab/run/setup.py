@@ -1,0 +1,261 @@
+"""A run that is made ready, and its model for as long as a `with` block needs it.
+
+`prepared.py` makes a `Setup`, from which nothing is missing and which never changes; `Setup.loaded` loads the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+
+from lora_lab.adapters.attach import attach, attach_trained, coverage, fresh_settings, without_adapter
+from lora_lab.base import load
+from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.config.run import RunConfig
+from lora_lab.data import build
+from lora_lab.data.dataset import Dataset, Stream, first_examples
+from lora_lab.data.encode import Encoder
+from lora_lab.errors import BaseModelError, ConfigError, TrainingError
+from lora_lab.fast import apply, isolation
+from lora_lab.runtime import console
+from lora_lab.runtime.memory import is_out_of_memory
+from lora_lab.tasks.base import Measured, Task
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from lora_lab.tasks.base import PaddedTask
+
+_PADDED_ROWS = 32  # of which some are padded to see what it changes
+ADAPTER = "default"  # peft's name for the adapter of a single run
+
+
+class Stages:
+    """Seconds spent in each stage, for `result.json`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - started, 2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """A run after everything that can be checked without loading weights."""
+
+    config: RunConfig
+    base: BaseFiles
+    kind: ModelKind
+    encoder: Encoder
+    task: Task
+    data: build.Data
+    device: torch.device
+    accelerator: Accelerator
+    stages: Stages
+
+    @property
+    def train(self) -> Dataset | Stream | None:
+        """The training rows; None where none were wanted."""
+        return self.data.train
+
+    @property
+    def held_out(self) -> Dataset | None:
+        """The held-out rows; None where the configuration names none."""
+        return self.data.held_out
+
+    @property
+    def rows(self) -> Dataset | Stream | None:
+        """Rows to try the model on: held-out ones where there are any, else training rows."""
+        return self.data.held_out or self.data.train
+
+    def some_rows(self) -> Dataset | Stream:
+        """As `rows`, of a setup that has some."""
+        assert self.rows is not None, "made with need_train=False and without data.eval"
+        return self.rows
+
+    def training_rows(self) -> Dataset | Stream:
+        """As `train`, of a setup that has them."""
+        assert self.train is not None, "made with need_train=False"
+        return self.train
+
+    def held_out_rows(self) -> Dataset:
+        """As `held_out`, of a setup that has some."""
+        assert self.held_out is not None, "made without data.eval"
+        return self.held_out
+
+    def data_hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every data file, by configuration key."""
+        return {data.key: data.files for data in (self.train, self.held_out) if data is not None}
+
+    def skeleton(self) -> PreTrainedModel:
+        """The base without weights, anew."""
+        return load.skeleton(self.base.folder, self.kind)
+
+    @functools.cached_property
+    def experts(self) -> bool:
+        """Whether the adapter reaches into the experts of a mixture, whose updates are no single matrices."""
+        settings = fresh_settings(self.skeleton(), self.config.adapter, self.kind)
+        return bool(getattr(settings, "target_parameters", None))
+
+    def loaded(self, members: Mapping[str, RunConfig | Path] | None = None) -> Live:
+        """Load the (quantized) base and put adapters on it, of which the last is active. The model goes with the block:
+
+            with setup.loaded() as live:
+                live.measure("tuned")
+
+        Args:
+            members: for each adapter the configuration that a fresh one is made by, or the folder of a trained one, verified; None:
+                the run's own fresh adapter alone.
+        """
+        config, members = self.config, members or {ADAPTER: self.config}
+        with self.stages("load_base"):
+            model: PreTrainedModel | PeftModel = load.load_model(
+                self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed
+            )
+            for name, own in members.items():
+                if isinstance(own, Path):
+                    model = attach_trained(model, own, name)
+                else:
+                    model = attach(model, own.adapter, name, self.kind, own.seed)
+        live = Live(self, cast("PeftModel", model))
+        more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
+        console.say("adapter", f"{coverage(live.model, name)}{more}")
+        live.decide_packing()
+        live.accelerate()
+        if self.kind.new_modules:
+            console.say("head", f"{', '.join(self.kind.new_modules)}: trained whole, in float32")
+        return live
+
+
+class Live:
+    """The model of a setup. At the end of its `with` block it lets the model go and gives the memory back.
+
+    What was made of the model inside the block (a `Member`, its optimizer) must end with it too: it belongs into a function that the
+    block calls.
+    """
+
+    def __init__(self, setup: Setup, model: PeftModel):
+        self.setup = setup
+        self._held = [model]  # shared by all that `seen_by` gave
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the model go, and give its memory back."""
+        self._held.clear()
+        clear_device_cache(
+            garbage_collection=True
+        )  # modules refer to each other, so they stay until Python looks for circles
+
+    @property
+    def model(self) -> PeftModel:
+        """
+        Raises:
+            RuntimeError: the block has ended.
+        """
+        if not self._held:
+            raise RuntimeError("the model was let go when its block ended")
+        return self._held[0]
+
+    def seen_by(self, setup: Setup) -> Live:
+        """The same model for the rows and the task of another setup; it goes when this one goes."""
+        other = Live(setup, self.model)
+        other._held = self._held
+        return other
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The precision that the run computes in."""
+        block: contextlib.AbstractContextManager[None] = self.setup.accelerator.autocast()
+        return block
+
+    def measure(self, title: str, known: Measured | None = None, **options: Any) -> Measured:
+        """Measure the model with its active adapter on the held-out rows.
+
+        Args:
+            title: for the progress bar.
+            known: what the task's `measure` has just said of it.
+            options: of the task's `examine`.
+        """
+        model, task, rows = self.model.eval(), self.setup.task, self.setup.held_out_rows()
+        with self.autocast():
+            found = known or task.measure(model, rows)
+            return found.with_also(task.examine(model, rows, title, **options))
+
+    def measure_base(self) -> Measured:
+        """The same with the adapter switched off."""
+        with without_adapter(self.model):
+            return self.measure("base")
+
+    def measure_few_shot(self) -> Measured:
+        """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""
+        setup, rows = self.setup, self.setup.training_rows()
+        places = np.random.default_rng(setup.config.seed).permutation(len(rows))[: setup.config.task.shots]
+        task: Any = setup.task  # one whose section has shots
+        shots = task.shots(rows, [int(place) for place in places])
+        with without_adapter(self.model), self.autocast():
+            found: Measured = task.examine(self.model.eval(), setup.held_out_rows(), "few-shot", shots=shots)
+        return found
+
+    def decide_packing(self) -> None:
+        """Let rows share a pass, end to end or padded, only where two of them prove that it changes nothing for this model; decided
+        before anything is measured.
+
+        Raises:
+            ConfigError: it does, and the rows must lie so (`train.packing=true`, or a task that compares the rows of one pass).
+        """
+        task, data = self.setup.task, self.setup.rows
+        if data is None or not task.forward.together:
+            return
+        try:
+            with self.autocast():
+                if task.packed:
+                    isolation.check_isolation(self.model.eval(), first_examples(data, 2))
+                else:
+                    isolation.check_padding(
+                        cast("PaddedTask", task), self.model.eval(), first_examples(data, _PADDED_ROWS)
+                    )
+            return
+        except BaseModelError:
+            raise
+        except Exception as error:  # whatever a model of another make raises here is about packing alone
+            if is_out_of_memory(error):
+                raise
+            reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
+        reason = reason.strip().partition("\n")[0]
+        if self.setup.config.train.packing or task.compares_rows:
+            way_out = "Choose another base" if task.compares_rows else "Set train.packing=false"
+            raise ConfigError(f"train.packing: {reason} {way_out}.")
+        task.forward.part_rows()
+        console.say("packing", f"rows one by one: {reason}")
+
+    def accelerate(self) -> None:
+        """Replace what the configuration allows, and say what was replaced."""
+        setup, task, model = self.setup, self.setup.task, self.model.eval()
+        if setup.rows is None:  # nothing to try them on, and little to gain
+            task.forward.unshareable = "there are no rows to verify it on"
+            return
+        with self.autocast():
+            batch = task.collate(first_examples(setup.rows, 1), np.random.default_rng(0)).to(model.device)
+            free = apply.free_bytes(model.device)
+            applied = apply.accelerate(model, task.forward, setup.config.speed, lambda: task.logits(model, batch), free)
+            own = task.accelerate(model, batch)
+        console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
