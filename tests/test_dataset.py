@@ -44,7 +44,7 @@ def load(tokenizer, train, **config) -> build.Data:
 
 def contents(data) -> list[str]:
     """What each example was made of, in order."""
-    return [example.content for example in data]
+    return [json.dumps([example.messages, example.tools]) for example in data]
 
 
 # -- sources ------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_split_is_exact_disjoint_stable_and_keeps_equal_rows_together(tmp_path
     sides = [set(contents(part)) for part in (data.train, data.held_out)]
     assert not sides[0] & sides[1]
     assert len(sides[1]) == 20
-    kinds = [rows[int(json.loads(text)["messages"][0]["content"].split()[1])]["kind"] for text in sides[1]]
+    kinds = [rows[int(json.loads(text)[0][0]["content"].split()[1])]["kind"] for text in sides[1]]
     assert kinds.count("b") == 5  # a quarter of its 20
     assert len(data.train) + len(data.held_out) == 90
     for part in (data.train, data.held_out):
@@ -370,7 +370,7 @@ def test_a_stream_gives_what_is_stored(tmp_path, tokenizer):
     assert len(stream) == len(stored)
     for i in range(len(stored)):
         [one], [other] = stored[i], stream[i]
-        assert (one.origin, one.content) == (other.origin, other.content)
+        assert (one.origin, one.messages, one.tools) == (other.origin, other.messages, other.tools)
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
         np.testing.assert_array_equal(one.weights, other.weights)
 

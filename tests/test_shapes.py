@@ -149,7 +149,7 @@ def test_several_classes_in_one_text_are_no_class(text, tokenizer):
 
     assert "with task.multi_label=true it may mean several classes. Write a list" in outcome(True).sentence
     for found in (outcome(False), outcome(True, ["a", text])):
-        assert [example.labels for example in found.examples] == [(text,)]
+        assert [example["labels"] for example in found.examples] == [[text]]
 
 
 @pytest.mark.parametrize("tag", [-100, "-100"])

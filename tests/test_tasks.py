@@ -16,7 +16,7 @@ import yaml
 from lora_lab import cli
 from lora_lab.base import load
 from lora_lab.config import compose
-from lora_lab.data import store
+from lora_lab.data import build, sources, store
 from lora_lab.errors import LoraLabError
 from lora_lab.run import pipeline, prepared, run_dir
 from lora_lab.tasks import TASKS, metrics
@@ -24,6 +24,7 @@ from lora_lab.tasks.base import StepBatches
 from lora_lab.train import regularize
 from lora_lab.train.cohort import Member, Share, learn
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
+from tests.examples import assert_same
 
 # -- tiny models ----------------------------------------------------------------------------------------------------------
 
@@ -427,7 +428,7 @@ def test_whole_words_are_masked_together(start, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "purple lamp purple Oslo zebras"}] * 2)
     ready = prepared.prepare(compose.compose(overrides))
     example = ready.train[0][0]
-    words = np.asarray(example.fields["words"])
+    words = example["words"]
     assert len(words) > len(set(words.tolist())) + 1  # words of several tokens
     for seed in range(20):
         chosen = ready.task._choose(example, np.random.default_rng(seed))
@@ -451,16 +452,13 @@ def test_a_long_context_is_read_in_windows(start, tmp_path):
     assert len(windows) > 3
     seen = set()
     for window in windows:
-        fields, (first, last) = window.fields, map(int, window.labels)
-        seen |= {tuple(pair) for pair in fields["offsets"]}
-        if first:
-            start_char, end_char = (
-                fields["offsets"][first - window.pair_start][0],
-                fields["offsets"][last - window.pair_start][1],
-            )
+        begins, ends, first = window["begins"], window["ends"], window["pair_start"]
+        seen |= set(zip(begins.tolist(), ends.tolist(), strict=True))
+        if window["start"]:
+            start_char, end_char = begins[window["start"] - first], ends[window["end"] - first]
             assert context[start_char:end_char] == "red"
     assert len(seen) == 61  # every word of the context is in some window
-    assert 1 <= sum(window.labels != ("0", "0") for window in windows) < len(windows)
+    assert 1 <= sum(window["start"] > 0 for window in windows) < len(windows)
 
 
 def test_a_base_with_three_classes_answers_with_two(start, models, tmp_path):
@@ -482,7 +480,7 @@ def test_the_best_span_of_all_windows_is_the_answer(start, tmp_path):
     seen = []
     for example in ready.held_out:
         logits = torch.full((2, len(example.input_ids)), -5.0)
-        logits[0, int(example.labels[0])], logits[1, int(example.labels[1])] = 5.0, 5.0
+        logits[0, example["start"]], logits[1, example["end"]] = 5.0, 5.0
         seen.append(Observed([example], logits, np.zeros(2), np.zeros(2)))
     found = ready.task.metrics(0.0, seen).metrics
     assert found["exact_match"] == found["f1"] == 1.0
@@ -670,7 +668,7 @@ def test_augmented_rows_are_trained_on_and_never_held_out(start, tmp_path, capsy
         assert {example.copy for example in ready.held_out} == {0}
         originals = {example.origin: example for example in ready.train if not example.copy}
         changed = [example for example in ready.train if example.copy]
-        assert all(example.labels == originals[example.origin].labels for example in changed)
+        assert all(example["labels"] == originals[example.origin]["labels"] for example in changed)
         assert any(not np.array_equal(example.input_ids, originals[example.origin].input_ids) for example in changed)
         assert not {example.origin for example in ready.train} & {
             example.origin for example in ready.held_out if "train" in example.origin
@@ -841,6 +839,37 @@ def test_what_decides_an_example_decides_the_cache_entry(start):
     assert key("seq2seq") == key("seq2seq", "task.max_new_tokens=9")
     assert key("question_answering") != key("question_answering", "task.stride=7")
     assert key("preference-dpo") != key("preference-kto")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_examples_come_back_from_the_cache_as_they_were_encoded(case, start, monkeypatch):
+    """Types included; and neither `collate` nor the comparison of models parses anything."""
+    from transformers import AutoConfig
+
+    assert {name.partition("-")[0] for name in CASES} == set(TASKS)
+    config = compose.compose(start(case, rows=6))
+    encoder = prepared.find_base(config).encoder
+    file = sources.find("data.train", config.data.train)[0]
+    outcomes = encoder.encode(list(file.rows()), file.name, store.format_of(file, encoder))
+    expected = [example for outcome in outcomes for example in outcome.examples]
+    data = build.build(config.data, encoder).train
+    found = list(data)
+    assert len(found) == len(expected) >= 6
+    for example, other in zip(found, expected, strict=True):
+        assert_same(example, other)
+    assert list(expected[0].own) == list(encoder.columns)
+    assert data.lengths.sum() == sum(example.num_tokens for example in expected)
+    assert data.supervised.sum() == sum(example.num_items for example in expected)
+    assert data.longest == max(len(ids) for example in expected for ids in encoder.sequences(example))
+
+    kind = config.task.load()
+    task = kind(config, encoder, kind.learn(config, data), AutoConfig.from_pretrained(config.model.path))
+    monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
+    [one], [other] = (task.batches([part], np.random.default_rng(0)) for part in (found, expected))
+    assert torch.equal(one.targets, other.targets)
+    assert [one.inputs.keys() for one in task.passes(found[0])] == [
+        one.inputs.keys() for one in task.passes(expected[0])
+    ]
 
 
 def test_padded_rows_are_put_together_by_length():

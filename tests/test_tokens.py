@@ -179,7 +179,8 @@ def test_words_with_the_tokenizers_marks_have_them_once_and_no_tag_for_them(arou
         [example], [same] = found.examples, expected.examples
         assert example.input_ids.tolist() == same.input_ids.tolist()
         assert example.weights.tolist() == same.weights.tolist()
-        assert (example.labels, example.content) == (same.labels, same.content)
+        assert [example[name] for name in ("words", "tags", "labels")] == [words, tags, tags]
+        assert example["kept"].tolist() == same["kept"].tolist()
     if before or after:
         nothing = {"tokens": [*before, *after], "tags": ["X"] * len(before + after)}
         [outcome] = encoder.encode([Row(1, nothing)], "row", "token_labels")
@@ -201,8 +202,9 @@ def test_a_question_and_its_context_have_the_tokenizers_marks_once(around, start
     )
     [expected], [found] = (encode(encoder, row, "question_answering") for row in (bare, marked))
     assert found.input_ids.tolist() == expected.input_ids.tolist()
-    assert (found.labels, found.pair_start, found.content) == (expected.labels, expected.pair_start, expected.content)
-    first, last = map(int, found.labels)
+    for name, value in expected.own.items():
+        np.testing.assert_array_equal(found[name], value)
+    first, last = found["start"], found["end"]
     assert tokenizer.decode(found.input_ids[first : last + 1]).strip() == "Graz"
     if own.opening and starts:
         wrong = {**marked, "answers": {"text": [own.opening], "answer_start": [0]}}
@@ -214,14 +216,14 @@ def test_judged_answers_begin_as_conversations_do(tmp_path):
     row = {"prompt": "red", "chosen": "cat", "rejected": "dog"}
     preference, tokenizer = encoder_of(PreferenceEncoder, make(tmp_path / "a"), "preference")
     [example] = encode(preference, row, "preference")
-    for ids, weights in ((example.input_ids, example.weights), (example.second_ids, example.second_weights)):
+    for ids, weights in ((example.input_ids, example.weights), (example["second_ids"], example["second_weights"])):
         assert ids.tolist().count(1) == 1
         assert ids[0] == 1
         assert not weights[0]
     assert tokenizer.decode(example.input_ids).startswith("<s>### user:\nred")
     reward, _ = encoder_of(RewardEncoder, make(tmp_path / "b", chat_template=CHATML), "reward")
     [example] = encode(reward, row, "preference")
-    assert example.input_ids[0] == example.second_ids[0] == 1
+    assert example.input_ids[0] == example["second_ids"][0] == 1
 
 
 @pytest.fixture(scope="module")

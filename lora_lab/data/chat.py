@@ -7,11 +7,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from lora_lab.config.data import DataConfig
 from lora_lab.data.clean import clean
+from lora_lab.data.columns import JSON
 from lora_lab.data.conversations import refuse_lost_reasoning
-from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example, to_json
+from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example
 from lora_lab.data.formats import Message, Record, RowError, class_name
 from lora_lab.data.template import ChatTemplate, Rendered
 from lora_lab.errors import DataError
@@ -35,6 +37,11 @@ class ChatEncoder(Encoder):
         self.template.begin_with(self.marks)
         self._alone = functools.lru_cache(maxsize=4096)(self._ids_alone)
         self._special_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The conversation that the tokens were made from; None for plain text."""
+        return {"messages": JSON, "tools": JSON}
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         renderings: list[list[Rendered] | RowError] = []
@@ -167,8 +174,8 @@ class ChatEncoder(Encoder):
         if not (tokens.weights > 0).any():
             raise RowError("masked", "every label is masked, so there is nothing to learn. Remove the row.")
         rendered = tokens.rendered
-        content = "" if rendered.plain else to_json({"messages": rendered.messages, "tools": rendered.tools})
-        return Example(tokens.ids, tokens.weights, origin, content)
+        messages = None if rendered.plain else rendered.messages
+        return Example(tokens.ids, tokens.weights, origin, {"messages": messages, "tools": rendered.tools})
 
     def _fitted(self, tokens: _Tokens) -> _Tokens:
         """The tokens as they are, or of the conversation with its longest prompts cut (`data.too_long`)."""

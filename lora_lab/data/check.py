@@ -307,11 +307,13 @@ def _special_texts(data: Dataset, encoder: Encoder) -> list[Finding]:
 
 def _holds(data: Dataset, text: str) -> np.ndarray:
     """[lines of the table] bool: the conversation holds the text somewhere."""
-    return pc.match_substring(data.table.column("content"), text).to_numpy()
+    found = (pc.match_substring(data.table.column(name).cast("string"), text) for name in ("messages", "tools"))
+    return np.logical_or(*(column.fill_null(False).to_numpy() for column in found))
 
 
 def _tools(data: Dataset, encoder: Encoder) -> list[Finding]:
-    which = (_holds(data, '"tools": [') | _holds(data, '"tool_calls": ['))[data.chosen]
+    listed = data.table.column("tools").is_valid().to_numpy()
+    which = (listed | _holds(data, '"tool_calls": ['))[data.chosen]
     if not which.any() or encoder.template.native_tools:
         return []
     sentence = (

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from lora_lab.config.data import DataConfig
 from lora_lab.data import sources
+from lora_lab.data.columns import kept
 from lora_lab.data.encode import Encoder, Outcome
 from lora_lab.data.sources import DataFile, HubData, Row
 from lora_lab.runtime import children, console
@@ -26,24 +27,35 @@ _PARALLEL_BYTES = 32 * 2**20  # starting the processes takes some seconds: small
 _SENTENCES = 20  # kept for each kind of problem
 _LABELS = 1000  # different labels that are counted
 
-SCHEMA = pa.schema(
+_COMMON = pa.schema(
     {
         "row": pa.int64(),
         "digest": pa.uint64(),  # of the row's content
         "input_ids": pa.list_(pa.int32()),
         "spans": pa.list_(pa.float64()),  # start, end, weight of each run of supervised tokens
+        "own_tokens": pa.int32(),
+        "own_items": pa.int32(),
         "length": pa.int32(),  # tokens that the model reads
+        "longest": pa.int32(),  # of them, those of the longest sequence
         "supervised": pa.int32(),  # how many things are learned from it
         "origin": pa.string(),
-        "content": pa.string(),
-        "labels": pa.list_(pa.string()),
-        "pair_start": pa.int32(),
-        "second_ids": pa.list_(pa.int32()),
-        "second_spans": pa.list_(pa.float64()),
         "copy": pa.int8(),
         "stratum": pa.string(),  # value of the column data.stratify
     }
 )
+
+
+def schema_of(encoder: Encoder) -> pa.Schema:
+    """The columns of a table of examples: those of every task, then the encoder's own."""
+    own = pa.schema(encoder.columns)
+    taken = {*own.names} & {*_COMMON.names}
+    assert not taken, f"{type(encoder).__name__}: every task has columns of these names: {', '.join(sorted(taken))}"
+    return pa.schema([*_COMMON, *own])
+
+
+def own_names(table: pa.Table) -> tuple[str, ...]:
+    """The columns of a table that are the task's own."""
+    return tuple(table.column_names[len(_COMMON) :])
 
 
 @dataclasses.dataclass
@@ -128,7 +140,7 @@ def encode_chunk(encoder: Encoder, rows: Sequence[Row], name: str, format_name: 
     outcomes, report = encoder.encode(rows, name, format_name), Report(name, format_name)
     for outcome in outcomes:
         report.add(outcome)
-    return _batch(rows, outcomes, encoder.config.stratify), report
+    return _batch(rows, outcomes, encoder), report
 
 
 def _here(chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str) -> Iterator:
@@ -188,29 +200,29 @@ class _Percent:
         self.progress.advance(100 - self.progress.done, rows=f"{self.rows:,}")
 
 
-def _batch(rows: list[Row], outcomes: list[Outcome], stratum: str | None) -> pa.RecordBatch:
-    """The examples of some rows as lines of a table; `stratum`: the column that goes along."""
+def _batch(rows: Sequence[Row], outcomes: list[Outcome], encoder: Encoder) -> pa.RecordBatch:
+    """The examples of some rows as lines of a table."""
+    stratum, own = encoder.config.stratify, encoder.columns  # the column that goes along, and the task's own ones
     lines = [
         {
             "row": outcome.row,
             "digest": outcome.digest,
             "input_ids": example.input_ids,
             "spans": _spans(example.weights),
+            "own_tokens": example.own_tokens,
+            "own_items": example.own_items,
             "length": example.num_tokens,
+            "longest": max(map(len, encoder.sequences(example))),
             "supervised": example.num_items,
             "origin": example.origin,
-            "content": example.content,
-            "labels": example.labels,
-            "pair_start": example.pair_start,
-            "second_ids": example.second_ids,
-            "second_spans": None if example.second_weights is None else _spans(example.second_weights),
             "copy": example.copy,
             "stratum": None if stratum is None else str(row.values.get(stratum)),
+            **{name: kept(example[name], kind) for name, kind in own.items()},
         }
         for row, outcome in zip(rows, outcomes, strict=True)
         for example in outcome.examples
     ]
-    return pa.RecordBatch.from_pylist(lines, schema=SCHEMA)
+    return pa.RecordBatch.from_pylist(lines, schema=schema_of(encoder))
 
 
 def _spans(weights: np.ndarray) -> list[float]:

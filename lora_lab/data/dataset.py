@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from lora_lab.data import store
-from lora_lab.data.chunks import SCHEMA, Report, columns_of, encode_chunk
+from lora_lab.data.chunks import Report, columns_of, encode_chunk, schema_of
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, Row, checked, parse_json_line, renamed
 from lora_lab.errors import DataError
@@ -50,7 +51,11 @@ class Dataset:
     def __getitem__(self, index: int) -> list[Example]:
         """The examples of item `index`: one, unless it is a block of several."""
         first, last = (index, index + 1) if self.starts is None else self.starts[index : index + 2]
-        return [store.example(self.table, int(line)) for line in self.chosen[first:last]]
+        return [self._examples[int(line)] for line in self.chosen[first:last]]
+
+    @functools.cached_property
+    def _examples(self) -> store.Examples:
+        return store.Examples(self.table)
 
     def __iter__(self) -> Iterator[Example]:
         return (example for i in range(len(self)) for example in self[i])
@@ -66,8 +71,7 @@ class Dataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that a model reads at once."""
-        columns = (self.table.column(name).take(pa.array(self.chosen)) for name in ("input_ids", "second_ids"))
-        return max(pyarrow.compute.max(pa.compute.list_value_length(column)).as_py() or 0 for column in columns)
+        return int(self.table.column("longest").to_numpy()[self.chosen].max(initial=0))
 
     @property
     def supervised(self) -> np.ndarray:
@@ -81,7 +85,7 @@ class Dataset:
 
     @property
     def labels(self) -> list[str]:
-        """All labels of the rows, sorted."""
+        """All labels of the rows, sorted; of a task that has a column of them."""
         return sorted(self.label_counts)
 
     @property
@@ -265,7 +269,7 @@ class Stream:
             reports[part].absorb(report)
             batches.append(batch)
             parts += [part] * len(batch)
-        table = pa.Table.from_batches(batches, schema=SCHEMA)
+        table = pa.Table.from_batches(batches, schema=schema_of(self.encoder))
         rows = table.column("row").to_numpy() + (np.asarray(parts, dtype=np.int64) << 40)
         return Dataset(
             self.key, table, np.arange(len(table)), np.asarray(parts, dtype=np.int64), rows, reports, self.files

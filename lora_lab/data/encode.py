@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import pyarrow as pa
 
 from lora_lab.config.data import DataConfig
 from lora_lab.data import formats
 from lora_lab.data.augment import AugmentConfig, Augmenter
 from lora_lab.data.clean import clean
+from lora_lab.data.columns import typed
 from lora_lab.data.formats import Message, Record, RowError
 from lora_lab.data.marks import marks_of
 from lora_lab.data.sources import Row
@@ -30,17 +31,21 @@ TOO_LONG = "too long"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One training example as the model sees it. Which of the later fields there are depends on the task."""
+    """One training example as the model sees it: what all tasks have, and what its own task reads, `example["labels"]`."""
 
     input_ids: np.ndarray  # [T] int64
     weights: np.ndarray  # [T] float32: how much each token counts in the loss; 0: not trained on
     origin: str  # 'orders.jsonl row 3', counted from 1; for messages to the user
-    content: str = ""  # JSON of what the tokens were made from; a conversation has {"messages", "tools"}
-    labels: tuple[str, ...] = ()  # of the row, or of each token that is trained on
-    pair_start: int = 0  # where the second text begins; 0: there is one text
-    second_ids: np.ndarray | None = None  # [U] int64: the worse answer, or the target of a sequence-to-sequence model
-    second_weights: np.ndarray | None = None  # [U] float32
+    own: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # the task's: a value for each of its encoder's `columns`
+    own_tokens: int = 0  # that the model reads beside `input_ids`
+    own_items: int = 0  # how many things are learned from them
     copy: int = 0  # 0: the row itself; else a changed copy of it (data.augment)
+
+    def __getitem__(self, column: str) -> Any:
+        """A value of the task's own."""
+        return self.own[column]
 
     @property
     def supervised(self) -> np.ndarray:
@@ -50,28 +55,22 @@ class Example:
     @property
     def num_items(self) -> int:
         """How many things are learned from it: tokens, or the row as a whole."""
-        tokens = int(self.supervised.sum())
-        if self.second_weights is not None:
-            tokens += int((self.second_weights > 0).sum())
-        return tokens or 1
+        return int(self.supervised.sum()) + self.own_items or 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the model reads."""
-        return len(self.input_ids) + (0 if self.second_ids is None else len(self.second_ids))
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What the tokens were made from; empty for plain text."""
-        return json.loads(self.content) if self.content else {}
+        return len(self.input_ids) + self.own_tokens
 
     @property
     def messages(self) -> list[Message]:
-        return self.fields.get("messages", [])
+        """The conversation that it was made from; empty for plain text and where the task keeps none."""
+        return self.own.get("messages") or []
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
-        return self.fields.get("tools")
+        """What the conversation may call."""
+        return self.own.get("tools")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +104,7 @@ class Encoder:
     chat = False  # it renders conversations
     blocks = False  # short rows are put together up to data.max_tokens
     task_options: ClassVar[tuple[str, ...]] = ()  # fields of the task's section that decide what an example is
+    token_columns: ClassVar[tuple[str, ...]] = ()  # of its own columns, those of token ids that the model reads too
 
     def __init__(
         self, config: DataConfig, task: TaskSection, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
@@ -113,6 +113,25 @@ class Encoder:
         self.config, self.task, self.tokenizer, self.vocab_size = config, task, tokenizer, vocab_size
         self.augmenter = Augmenter(config.augment) if config.augment.methods else None
         self.marks = marks_of(tokenizer)
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The task's own columns: what an example has beside tokens and weights, by name, each in the type that it is kept as.
+
+        `Example.own` has a value for each of them, which is what `lora_lab.data.columns` says of its type: numbers are never
+        text, and what `collate` reads is never JSON. Whatever is no text, such as a picture or a sound, is a column of paths:
+        the file is opened in `collate`, and nothing but its name is in the table.
+        """
+        return {}
+
+    def shown(self, example: Example) -> str:
+        """What is learned of an example that is no token of its text, for people: its label, its tags, its answer."""
+        return ""
+
+    def sequences(self, example: Example) -> list[np.ndarray]:
+        """All token ids that the model reads, each sequence for itself."""
+        further = (example.own.get(column) for column in self.token_columns)
+        return [example.input_ids, *(ids for ids in further if ids is not None)]
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         """What each record is to the model, or why it cannot be used."""
@@ -157,7 +176,7 @@ class Encoder:
             except RowError as error:
                 outcomes[place] = Outcome(row.number, problem=error.kind, sentence=str(error))
         origins = [f"{name} row {rows[place].number}" for place, _, _ in waiting]
-        found = self.examples([record for _, _, record in waiting], origins)
+        found = self._completed([record for _, _, record in waiting], origins)
         for (place, digest, record), one in zip(waiting, found, strict=True):
             outcome = self._outcome(rows[place].number, record.label, digest, one)
             unread = [name for name in formats.unread(rows[place].values, format_name) if name != self.config.stratify]
@@ -167,20 +186,38 @@ class Encoder:
         return outcomes
 
     def _outcome(self, row: int, label: Any, digest: int, found: Encoded | RowError) -> Outcome:
-        try:
-            if isinstance(found, RowError):
-                raise found
-            for example in found.examples:
-                self._check_vocabulary(example)
-        except RowError as error:
-            return Outcome(row, problem=error.kind, sentence=str(error), label=label, digest=digest)
+        if isinstance(found, RowError):
+            return Outcome(row, problem=found.kind, sentence=str(found), label=label, digest=digest)
         return Outcome(row, found.examples, None, "", found.truncated, found.cut_at_border, label, digest)
 
-    def _check_vocabulary(self, example: Example) -> None:
-        highest = max(
-            (int(ids.max()) for ids in (example.input_ids, example.second_ids) if ids is not None and len(ids)),
-            default=0,
-        )
+    def _completed(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
+        """`examples`, each as it will come back from a file: rows that are read as they are needed give the same."""
+        found: list[Encoded | RowError] = []
+        for one in self.examples(records, origins):
+            try:
+                if isinstance(one, RowError):
+                    raise one
+                found.append(dataclasses.replace(one, examples=[self._whole(example) for example in one.examples]))
+            except RowError as error:
+                found.append(error)
+        return found
+
+    def _whole(self, example: Example) -> Example:
+        """The example with its own values typed, and its own tokens counted.
+
+        Raises:
+            RowError: a token is none of the model's.
+        """
+        kinds = self.columns
+        assert example.own.keys() == kinds.keys(), f"{type(self).__name__}: {[*example.own]} are not {[*kinds]}"
+        own = {name: typed(example[name], kind) for name, kind in kinds.items()}
+        example = dataclasses.replace(example, own=own)
+        ids, *further = self.sequences(example)
+        self._check_vocabulary([ids, *further])
+        return dataclasses.replace(example, own_tokens=sum(map(len, further))) if further else example
+
+    def _check_vocabulary(self, sequences: list[np.ndarray]) -> None:
+        highest = max((int(ids.max()) for ids in sequences if len(ids)), default=0)
         if self.vocab_size is not None and highest >= self.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise RowError(
@@ -196,7 +233,7 @@ class Encoder:
         copies = self.augmenter.copies([_input(waiting[i][2]) for i in usable], [waiting[i][1] for i in usable])
         for i, texts in zip(usable, copies, strict=True):
             place, _, record = waiting[i]
-            found = self.examples([_with_input(record, text) for text in texts], [origins[i]] * len(texts))
+            found = self._completed([_with_input(record, text) for text in texts], [origins[i]] * len(texts))
             good = [one for one in found if isinstance(one, Encoded)]
             outcomes[place].examples.extend(
                 dataclasses.replace(example, copy=number)
@@ -264,8 +301,3 @@ def _with_input(record: Record, text: str) -> Record:
             {**m, "content": m["content"].replace(old, text, 1)} if i == last else m for i, m in enumerate(messages)
         ]
     return dataclasses.replace(record, messages=messages, text=None if record.text is None else text)
-
-
-def to_json(value: Any) -> str:
-    """JSON in which every language can be read."""
-    return json.dumps(value, ensure_ascii=False)

@@ -25,7 +25,8 @@ from filelock import FileLock
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config.data import DataConfig
 from lora_lab.data import chunks, formats, hints, sources
-from lora_lab.data.chunks import SCHEMA, Report, columns_of
+from lora_lab.data.chunks import Report, columns_of
+from lora_lab.data.columns import Column, Own
 from lora_lab.data.encode import TOO_LONG, Encoder, Example
 from lora_lab.data.sources import DataFile, HubData
 from lora_lab.errors import CheckpointError, DataError
@@ -33,7 +34,7 @@ from lora_lab.runtime import console, storage
 
 _LOOK_ROWS = 100  # whose columns decide the format
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
-_FIELDS = ("input_ids", "spans", "origin", "content", "labels", "pair_start", "second_ids", "second_spans", "copy")
+_FIELDS = ("input_ids", "spans", "origin", "own_tokens", "own_items", "copy")  # of an example, in every table
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 # Options that choose among encoded rows, or decide what is said of them, and so do not change an encoded row.
 _NOT_ENCODING = (
@@ -155,6 +156,7 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "format": format_name,
         "columns": columns_of(file, encoder.config),
         "limit": limit,
+        "own": {name: str(kind) for name, kind in encoder.columns.items()},
         "options": options,
         "task": {name: getattr(encoder.task, name) for name in encoder.task_options},
         "vocab_size": encoder.vocab_size,
@@ -177,7 +179,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
 @functools.cache
 def code_version(encoder: type[Encoder]) -> str:
     """Digest of the code and the libraries that turn rows into tokens."""
-    files = {*Path(__file__).parent.glob("*.py"), *(Path(inspect.getfile(c)) for c in encoder.__mro__[:-1])}
+    package = Path(__file__).parents[1]  # an encoder may ask another task's
+    own = {*package.glob("data/*.py"), *package.glob("tasks/*/task.py")}
+    files = own | {Path(inspect.getfile(kind)) for kind in encoder.__mro__[:-1]}
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
     libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
     return hashlib.sha256("\n".join([*code, *libraries]).encode()).hexdigest()
@@ -187,7 +191,7 @@ def _write(
     folder: Path, file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None, refuse: bool
 ) -> None:
     report = Report(file.name, format_name)
-    with pa.OSFile(str(folder / _EXAMPLES), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with pa.OSFile(str(folder / _EXAMPLES), "wb") as sink, pa.ipc.new_file(sink, chunks.schema_of(encoder)) as writer:
         for batch, part in chunks.encoded(file, format_name, encoder, limit):
             report.absorb(part)
             if refuse:
@@ -229,33 +233,25 @@ def _read(folder: Path) -> tuple[pa.Table, Report]:
     return table, Report(**json.loads((folder / _REPORT).read_text(encoding="utf-8")))
 
 
-def example(table: pa.Table, index: int) -> Example:
-    """One line of a table of examples."""
-    line = {name: table.column(name)[index] for name in _FIELDS}
-    ids, weights = _sequence(line["input_ids"], line["spans"])
-    second_ids, second_weights = (
-        _sequence(line["second_ids"], line["second_spans"]) if line["second_ids"].is_valid else (None, None)
-    )
-    return Example(
-        input_ids=ids,
-        weights=weights,
-        origin=line["origin"].as_py(),
-        content=line["content"].as_py(),
-        labels=tuple(line["labels"].as_py()),
-        pair_start=line["pair_start"].as_py(),
-        second_ids=second_ids,
-        second_weights=second_weights,
-        copy=line["copy"].as_py(),
-    )
+class Examples:
+    """The lines of a table as examples. A task's own values stay in the table until they are asked for."""
+
+    def __init__(self, table: pa.Table):
+        self._common = [Column(table.column(name)) for name in _FIELDS]
+        self._own = {name: Column(table.column(name)) for name in chunks.own_names(table)}
+
+    def __getitem__(self, line: int) -> Example:
+        ids, spans, origin, own_tokens, own_items, copy = (column[line] for column in self._common)
+        own = Own(self._own, line)
+        return Example(ids, _weights(spans, len(ids)), origin, own, own_tokens, own_items, copy)
 
 
-def _sequence(ids: pa.ListScalar, spans: pa.ListScalar) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, and the weight of each from runs of equal weight."""
-    numbers = ids.values.to_numpy().astype(np.int64)
-    weights = np.zeros(len(numbers), dtype=np.float32)
-    for start, end, weight in spans.values.to_numpy().reshape(-1, 3):
+def _weights(spans: np.ndarray, length: int) -> np.ndarray:
+    """[length] float32: the weight of each token, from runs of equal weight."""
+    weights = np.zeros(length, dtype=np.float32)
+    for start, end, weight in spans.reshape(-1, 3):
         weights[int(start) : int(end)] = weight
-    return numbers, weights
+    return weights
 
 
 def label_counts(reports: list[Report]) -> dict[str, int]:

@@ -19,9 +19,7 @@ from lora_lab.report import pages
 from lora_lab.runtime import console, storage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lora_lab.data.encode import Example
+    from lora_lab.data.encode import Encoder
 
 _BINS = 12
 _LABELS = 20
@@ -69,8 +67,9 @@ class Overview:
     unknown: str  # the token of what the base cannot read; empty where there is none
 
 
-def overview(data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> Overview:
+def overview(data: Dataset, encoder: Encoder, rows: int) -> Overview:
     """Figures of a data set, and `rows` of its examples: evenly spread, and the longest."""
+    tokenizer = encoder.tokenizer
     lengths, supervised = data.lengths, data.supervised
     count = len(lengths)
     marks = {"shortest": 0, "median": 50, "95 %": 95, "99 %": 99, "longest": 100}
@@ -89,7 +88,7 @@ def overview(data: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> Ov
         percentiles={name: int(np.percentile(lengths, q)) for name, q in marks.items()} if count else {},
         bins=_bins(lengths) if count else [],
         labels=dict(list(label_counts(data.reports).items())[:_LABELS]),
-        rows=[_shown(data, place, tokenizer) for place in places[:rows]],
+        rows=[_shown(data, place, encoder) for place in places[:rows]],
         unknown=(tokenizer.unk_token or "") if unknown_token_id(tokenizer) is not None else "",
     )
 
@@ -103,26 +102,14 @@ def _bins(lengths: np.ndarray) -> list[Bin]:
     ]
 
 
-def _shown(data: Dataset, place: int, tokenizer: PreTrainedTokenizerBase) -> Shown:
+def _shown(data: Dataset, place: int, encoder: Encoder) -> Shown:
     [example] = data[place]
     edges = [0, *(np.flatnonzero(np.diff(example.weights)) + 1), len(example.input_ids)]
     pieces = [
-        (tokenizer.decode(example.input_ids[start:end]), float(example.weights[start]))
+        (encoder.tokenizer.decode(example.input_ids[start:end]), float(example.weights[start]))
         for start, end in itertools.pairwise(edges)
     ]
-    return Shown(example.origin, example.num_tokens, example.num_items, pieces, _learned(example, tokenizer))
-
-
-def _learned(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    fields = example.fields
-    if example.second_ids is not None:
-        return tokenizer.decode(example.second_ids)
-    if "tags" in fields:
-        pairs = zip(fields["words"], fields["tags"], strict=True)
-        return " ".join(f"{word}/{tag}" for word, tag in pairs if tag != "O") or "no tag but O"
-    if "answers" in fields:
-        return fields["answers"][0] if any(map(int, example.labels)) else "not in this window"
-    return ", ".join(example.labels)
+    return Shown(example.origin, example.num_tokens, example.num_items, pieces, encoder.shown(example))
 
 
 def show(overviews: list[Overview], findings: list[Finding], config: DataConfig, rows: int) -> None:

@@ -48,7 +48,7 @@ def _look(config: RunConfig, rows: int, html: str | None) -> bool:
         console.say("sample", f"{built.train.rows_read} lines, evenly spread, are looked at")
     parts = [part for part in (built.train, built.held_out) if part is not None]
     findings = check.check(built, config.data, found.encoder)
-    overviews = [data_report.overview(part, found.encoder.tokenizer, _HTML_ROWS) for part in parts]
+    overviews = [data_report.overview(part, found.encoder, _HTML_ROWS) for part in parts]
     data_report.show(overviews, findings, config.data, rows)
     page = Path(html) if html else Path(config.run_dir).parent / "data.html"
     data_report.write_html(page, overviews, findings, config.data, config.name)

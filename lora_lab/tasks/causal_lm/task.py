@@ -127,7 +127,7 @@ class CausalLM(DecoderTask):
         Args:
             shots: messages of other rows that stand before each prompt.
         """
-        rows = [row for row in first_examples(data, self.config.generate_rows) if row.content]
+        rows = [row for row in first_examples(data, self.config.generate_rows) if row.messages]
         prompts = [self._prompt(row, shots or []) for row in rows]
         texts = self.generate(model, prompts, title) if prompts else []
         answers = [

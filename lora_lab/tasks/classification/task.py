@@ -6,10 +6,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.columns import TEXTS
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, class_name, counts
@@ -30,8 +32,13 @@ _PARTS = re.compile(r"[,;|，；、]")  # what may part the classes of one text
 class LabelEncoder(Encoder):
     """A text or a pair of texts with the tokenizer's own marks around them, and a label."""
 
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """Where the second text begins; 0: there is one text."""
+        return {"pair_start": pa.int32()}
+
     def example(self, record: Record, origin: str) -> Encoded:
-        labels = self.labels(record)
+        label = self.label(record)
         texts = [self.cleaned(text) for text in (record.text, record.pair) if text is not None]
         if not any(text.strip() for text in texts):
             raise RowError("empty", "the text is empty, so there is nothing to learn. Remove the row.")
@@ -46,10 +53,10 @@ class LabelEncoder(Encoder):
         ids = np.asarray(found["input_ids"], dtype=np.int64)
         second = [place for place, text in enumerate(found.sequence_ids()) if text == 1]
         weights = np.zeros(len(ids), dtype=np.float32)
-        return Encoded([Example(ids, weights, origin, labels=labels, pair_start=second[0] if second else 0)], truncated)
+        return Encoded([Example(ids, weights, origin, {"pair_start": second[0] if second else 0, **label})], truncated)
 
-    def labels(self, record: Record) -> tuple[str, ...]:
-        """The row's label as text.
+    def label(self, record: Record) -> dict[str, Any]:
+        """The row's label, in columns of the subclass.
 
         Raises:
             RowError: it is none that the task could learn.
@@ -62,7 +69,15 @@ class ClassEncoder(LabelEncoder):
 
     task_options = ("multi_label",)
 
-    def labels(self, record: Record) -> tuple[str, ...]:
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The names of the row's classes: one, or any number with `task.multi_label`."""
+        return {**super().columns, "labels": TEXTS}
+
+    def shown(self, example: Example) -> str:
+        return ", ".join(example["labels"])
+
+    def label(self, record: Record) -> dict[str, Any]:
         several = isinstance(record.label, list)
         if several and not self.task.multi_label:
             raise RowError(
@@ -74,7 +89,7 @@ class ClassEncoder(LabelEncoder):
                 f"label {record.label!r} is one text, and with task.multi_label=true it may mean several classes. Write a list, such "
                 'as ["a", "b"], or name all classes with data.label_names.',
             )
-        return tuple(class_name(label) for label in (record.label if several else [record.label]))
+        return {"labels": [class_name(label) for label in (record.label if several else [record.label])]}
 
     def _may_be_several(self, label: Any) -> bool:
         return isinstance(label, str) and bool(_PARTS.search(label)) and label not in (self.config.label_names or ())
@@ -133,7 +148,7 @@ class Classification(ClassTask):
             by_class = torch.tensor(given, dtype=torch.float32)
             weights = by_class.repeat(len(examples)) if self.config.multi_label else by_class[targets]
         return PaddedBatch(
-            inputs=self.inputs([e.input_ids for e in examples], [e.pair_start for e in examples]),
+            inputs=self.inputs([e.input_ids for e in examples], [e["pair_start"] for e in examples]),
             lengths=[len(e.input_ids) for e in examples],
             places=None,
             targets=targets,
@@ -143,8 +158,9 @@ class Classification(ClassTask):
 
     def _target(self, example: Example) -> int | list[int]:
         if self.config.multi_label:
-            return [int(label in example.labels) for label in self.labels]
-        return self.labels.index(example.labels[0])
+            own = example["labels"]
+            return [int(label in own) for label in self.labels]
+        return self.labels.index(example["labels"][0])
 
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
         logits = super().logits(model, batch)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.nn.functional import cross_entropy
 
 from lora_lab.config.data import DataConfig
 from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.columns import TOKENS
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
 from lora_lab.runtime import console
@@ -22,7 +24,7 @@ from lora_lab.tasks.metrics import reported, reports
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _MASKED, _RANDOM = 0.8, 0.1  # shares of the chosen tokens that are masked, or replaced; the others stay as they are
 _COPIES = 64  # of a row with one token masked each, in one forward pass
@@ -51,6 +53,11 @@ class MaskedEncoder(Encoder):
                 f"{vocab_size} rows: the tokenizer does not belong to this model. Use another base."
             )
 
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The number of the word that each token is of, from 0; -1: of none."""
+        return {"words": TOKENS} if self.task.whole_words else {}
+
     def example(self, record: Record, origin: str) -> Encoded:
         found = self.tokenizer(
             self.cleaned(record.text),
@@ -63,13 +70,16 @@ class MaskedEncoder(Encoder):
         for piece, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"], strict=True)):
             weights = 1 - np.asarray(special, dtype=np.float32)
             weights[np.isin(ids, self.marks.unlearned)] = 0
-            words = [-1 if word is None else word for word in found.word_ids(piece)]
-            content = to_json({"words": words}) if self.task.whole_words else ""
             if weights.any():
-                examples.append(Example(np.asarray(ids, dtype=np.int64), weights, origin, content))
+                examples.append(Example(np.asarray(ids, dtype=np.int64), weights, origin, self._words(found, piece)))
         if not examples:
             raise RowError("empty", "no token that could be masked. Remove the row.")
         return Encoded(examples)
+
+    def _words(self, found: BatchEncoding, piece: int) -> dict[str, Any]:
+        if not self.task.whole_words:
+            return {}
+        return {"words": [-1 if word is None else word for word in found.word_ids(piece)]}
 
 
 class MaskedLM(PaddedTask):
@@ -113,7 +123,7 @@ class MaskedLM(PaddedTask):
         where fewer tokens are hidden.
         """
         allowed = np.flatnonzero(example.supervised)
-        words = np.asarray(example.fields["words"])[allowed] if self.config.whole_words else np.arange(len(allowed))
+        words = example["words"][allowed] if self.config.whole_words else np.arange(len(allowed))
         distinct = np.unique(words)
         chosen = distinct[rng.random(len(distinct)) < self.config.mask_probability]
         return allowed[np.isin(words, chosen if len(chosen) else rng.choice(distinct))]

@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.adapters.attach import without_adapter
 from lora_lab.config.data import DataConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
+from lora_lab.data.columns import TOKENS, WEIGHTS
 from lora_lab.data.encode import Encoded, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks.base import LossSum, Measured, Observed, Pass, StepBatches
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-_GOOD, _BAD = "good", "bad"
 _WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
@@ -37,6 +38,7 @@ class PreferenceEncoder(ChatEncoder):
     pairs become two examples."""
 
     task_options = ("loss",)
+    token_columns = ("second_ids",)
 
     def __init__(
         self,
@@ -47,6 +49,17 @@ class PreferenceEncoder(ChatEncoder):
     ):
         super().__init__(config, task, tokenizer, vocab_size)
         self.supervise = "last_answer"
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The conversation with the worse answer; for KTO whether the one answer is good."""
+        own = {"good": pa.bool_()} if self.task.loss == "kto" else {"second_ids": TOKENS, "second_weights": WEIGHTS}
+        return {**super().columns, **own}
+
+    def shown(self, example: Example) -> str:
+        if self.task.loss == "kto":
+            return "good" if example["good"] else "bad"
+        return self.tokenizer.decode(example["second_ids"])
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         first = super().examples(records, origins)
@@ -61,17 +74,21 @@ class PreferenceEncoder(ChatEncoder):
         good, bad = better.examples[-1], worse.examples[-1]
         truncated, border = better.truncated or worse.truncated, better.cut_at_border or worse.cut_at_border
         if record.rejected is None:
-            label = _GOOD if record.label else _BAD
-            return Encoded([dataclasses.replace(good, labels=(label,))], truncated, border)
+            return Encoded([_with(good, good=bool(record.label))], truncated, border)
         if np.array_equal(good.input_ids, bad.input_ids):
             return RowError(
                 "equal", "chosen and rejected are the same answer, so there is nothing to learn. Remove the row."
             )
         if self.task.loss == "kto":
-            pair = [dataclasses.replace(good, labels=(_GOOD,)), dataclasses.replace(bad, labels=(_BAD,))]
-        else:
-            pair = [dataclasses.replace(good, second_ids=bad.input_ids, second_weights=bad.weights)]
-        return Encoded(pair, truncated, border)
+            return Encoded([_with(good, good=True), _with(bad, good=False)], truncated, border)
+        pair = _with(good, second_ids=bad.input_ids, second_weights=bad.weights)
+        pair = dataclasses.replace(pair, own_items=int(bad.supervised.sum()))
+        return Encoded([pair], truncated, border)
+
+
+def _with(example: Example, **own: Any) -> Example:
+    """The example with further values of its own."""
+    return dataclasses.replace(example, own={**example.own, **own})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,9 +115,8 @@ class Preference(DecoderTask):
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> AnswersBatch:
         if self.config.loss != "kto":
-            worse = [dataclasses.replace(e, input_ids=e.second_ids, weights=e.second_weights) for e in examples]
-            return _answers([*examples, *worse], len(examples))
-        good = torch.tensor([example.labels == (_GOOD,) for example in examples])
+            return _answers([*examples, *map(_worse, examples)], len(examples))
+        good = torch.tensor([example["good"] for example in examples])
         return dataclasses.replace(_answers(examples, len(examples)), good=good, baseline=torch.zeros(()))
 
     def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches:
@@ -221,10 +237,12 @@ def _crossed(one: Example, other: Example) -> Example:
 
 
 def _each(example: Example) -> list[PackedBatch]:
-    found = [pack([example])]
-    if example.second_ids is not None:
-        found.append(pack([Example(example.second_ids, example.second_weights, example.origin)]))
-    return found
+    return [pack([one]) for one in ([example, _worse(example)] if "second_ids" in example.own else [example])]
+
+
+def _worse(example: Example) -> Example:
+    """The worse answer of a pair as an example of its own."""
+    return Example(example["second_ids"], example["second_weights"], example.origin)
 
 
 def _mean(values: np.ndarray) -> float:

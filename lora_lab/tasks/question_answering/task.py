@@ -6,10 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.data.collate import PaddedBatch
-from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.columns import TEXTS, TOKENS
+from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
@@ -32,6 +34,23 @@ class SpanEncoder(Encoder):
     """
 
     task_options = ("stride",)
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """`start`, `end`: first and last token of the answer; `pair_start`: first token of the window's context; `begins`, `ends`:
+        the characters of the context at which each of the window's tokens of it begins and ends."""
+        texts = {"question": pa.string(), "context": pa.string(), "answers": TEXTS}
+        return {
+            **texts,
+            "start": pa.int32(),
+            "end": pa.int32(),
+            "pair_start": pa.int32(),
+            "begins": TOKENS,
+            "ends": TOKENS,
+        }
+
+    def shown(self, example: Example) -> str:
+        return example["answers"][0] if example["start"] or example["end"] else "not in this window"
 
     def bare(self, record: Record) -> Record:
         """Question and context without the tokenizer's own marks around them; the answers' places move along."""
@@ -64,22 +83,16 @@ class SpanEncoder(Encoder):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        fields = {"question": record.text, "context": record.pair, "answers": [answer for answer, _ in record.label]}
+        texts = {"question": record.text, "context": record.pair, "answers": [answer for answer, _ in record.label]}
         examples = []
         for window, ids in enumerate(found["input_ids"]):
             offsets = np.asarray(found["offset_mapping"][window])
             inside = np.array([part == 1 for part in found.sequence_ids(window)])
             first, last = _span(offsets, inside, start, start + len(text))
-            examples.append(
-                Example(
-                    np.asarray(ids, dtype=np.int64),
-                    np.zeros(len(ids), dtype=np.float32),
-                    origin,
-                    to_json({**fields, "offsets": offsets[inside].tolist()}),
-                    labels=(str(first), str(last)),
-                    pair_start=int(np.flatnonzero(inside)[0]),
-                )
-            )
+            begins, ends = offsets[inside].T
+            places = {"start": first, "end": last, "pair_start": int(np.flatnonzero(inside)[0])}
+            own = {**texts, **places, "begins": begins, "ends": ends}
+            examples.append(Example(np.asarray(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.float32), origin, own))
         return Encoded(examples)
 
 
@@ -107,10 +120,10 @@ class QuestionAnswering(PaddedTask):
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         return PaddedBatch(
-            inputs=self.inputs([e.input_ids for e in examples], [e.pair_start for e in examples]),
+            inputs=self.inputs([e.input_ids for e in examples], [e["pair_start"] for e in examples]),
             lengths=[len(e.input_ids) for e in examples],
             places=None,
-            targets=torch.tensor([int(e.labels[side]) for side in (0, 1) for e in examples]),
+            targets=torch.tensor([e[side] for side in ("start", "end") for e in examples]),
             weights=None,
             origins=[e.origin for e in examples],
         )
@@ -133,12 +146,12 @@ class QuestionAnswering(PaddedTask):
     @reports(metrics.squad, lower=("loss",))
     def metrics(self, loss: float, seen: list[Observed]) -> Measured:
         best: dict[str, tuple[float, str]] = {}
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, Example] = {}
         for one in seen:
             starts, ends = one.logits.chunk(2)
             for place, example in enumerate(one.examples):
                 found = self._best(starts[place].numpy(), ends[place].numpy(), example)
-                rows[example.origin] = example.fields
+                rows[example.origin] = example
                 best[example.origin] = max(best.get(example.origin, found), found)
         texts = {origin: text for origin, (_, text) in best.items()}
         order = sorted(rows)
@@ -148,9 +161,8 @@ class QuestionAnswering(PaddedTask):
 
     def _best(self, starts: np.ndarray, ends: np.ndarray, example: Example) -> tuple[float, str]:
         """Score and text of the likeliest span of the window's context."""
-        fields = example.fields
-        offsets, first = fields["offsets"], example.pair_start
-        starts, ends = starts[first : first + len(offsets)], ends[first : first + len(offsets)]
+        begins, closes, first = example["begins"], example["ends"], example["pair_start"]
+        starts, ends = starts[first : first + len(begins)], ends[first : first + len(begins)]
         pairs = [
             (float(starts[i] + ends[j]), i, j)
             for i in np.argsort(-starts, kind="stable")[:_CANDIDATES]
@@ -160,7 +172,7 @@ class QuestionAnswering(PaddedTask):
         if not pairs:
             return -np.inf, ""
         score, i, j = max(pairs)
-        return score, fields["context"][offsets[i][0] : offsets[j][1]]
+        return score, example["context"][begins[i] : closes[j]]
 
     def compared(self, outputs: list[dict[str, torch.Tensor]], example: Example) -> torch.Tensor:
         return torch.stack([outputs[0]["start_logits"], outputs[0]["end_logits"]])

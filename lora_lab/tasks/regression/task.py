@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.config.run import RunConfig
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 class NumberEncoder(LabelEncoder):
     """Labels are numbers, or text that is one (CSV files have nothing else)."""
 
-    def labels(self, record: Record) -> tuple[str, ...]:
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        return {**super().columns, "value": pa.float64()}
+
+    def shown(self, example: Example) -> str:
+        return repr(example["value"])
+
+    def label(self, record: Record) -> dict[str, Any]:
         try:
             number = float(record.label)
         except (TypeError, ValueError, OverflowError):
@@ -33,7 +41,7 @@ class NumberEncoder(LabelEncoder):
             raise RowError(
                 "label", f"label {record.label!r} is not a number. For classes there is task=classification."
             )
-        return (repr(number),)
+        return {"value": number}
 
 
 class Regression(PaddedTask):
@@ -50,10 +58,10 @@ class Regression(PaddedTask):
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         return PaddedBatch(
-            inputs=self.inputs([e.input_ids for e in examples], [e.pair_start for e in examples]),
+            inputs=self.inputs([e.input_ids for e in examples], [e["pair_start"] for e in examples]),
             lengths=[len(e.input_ids) for e in examples],
             places=None,
-            targets=torch.tensor([float(e.labels[0]) for e in examples], dtype=torch.float32),
+            targets=torch.tensor([e["value"] for e in examples], dtype=torch.float32),
             weights=None,
             origins=[e.origin for e in examples],
         )

@@ -6,12 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.config.data import DataConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PaddedBatch
-from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.columns import TOKENS
+from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Message, Record, RowError
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, Pass
 from lora_lab.tasks.metrics import reports
@@ -28,11 +30,21 @@ class RewardEncoder(Encoder):
     """Both conversations as the chat template renders them; for a tokenizer without one, prompt and answer as a pair of
     texts."""
 
+    token_columns = ("second_ids",)
+
     def __init__(
         self, config: DataConfig, task: RewardConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
     ):
         super().__init__(config, task, tokenizer, vocab_size)
         self.rendering = PreferenceEncoder(config, PreferenceConfig(), tokenizer) if tokenizer.chat_template else None
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The worse answer with its prompt, and where the better and the worse answer begin; 0: they are no pairs of texts."""
+        return {"second_ids": TOKENS, "starts": TOKENS}
+
+    def shown(self, example: Example) -> str:
+        return self.tokenizer.decode(example["second_ids"])
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         if self.rendering is None:
@@ -53,15 +65,8 @@ class RewardEncoder(Encoder):
             raise RowError(
                 "equal", "chosen and rejected are the same answer, so there is nothing to learn. Remove the row."
             )
-        example = Example(
-            np.asarray(better, dtype=np.int64),
-            np.zeros(len(better), dtype=np.float32),
-            origin,
-            to_json({"messages": record.messages, "tools": None, "starts": [start, other]}),
-            second_ids=np.asarray(worse, dtype=np.int64),
-            second_weights=np.zeros(len(worse), dtype=np.float32),
-        )
-        return Encoded([example], truncated)
+        ids, own = np.asarray(better, dtype=np.int64), {"second_ids": worse, "starts": [start, other]}
+        return Encoded([Example(ids, np.zeros(len(ids), dtype=np.float32), origin, own)], truncated)
 
     def _pair(self, messages: list[Message]) -> tuple[list[int], int]:
         """Token ids, and where the answer begins."""
@@ -71,8 +76,8 @@ class RewardEncoder(Encoder):
 
 
 def _unweighted(example: Example) -> Example:
-    weights = (np.zeros_like(example.weights), np.zeros_like(example.second_weights))
-    return dataclasses.replace(example, weights=weights[0], second_weights=weights[1])
+    own = {"second_ids": example["second_ids"], "starts": [0, 0]}
+    return Example(example.input_ids, np.zeros_like(example.weights), example.origin, own)
 
 
 class Reward(PaddedTask):
@@ -89,10 +94,10 @@ class Reward(PaddedTask):
         return {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
-        rows = [*(e.input_ids for e in examples), *(e.second_ids for e in examples)]
-        starts = [[e.fields.get("starts", [0, 0])[side] for e in examples] for side in (0, 1)]
+        rows = [*(e.input_ids for e in examples), *(e["second_ids"] for e in examples)]
+        starts = np.stack([e["starts"] for e in examples], axis=1)
         return PaddedBatch(
-            inputs=self.inputs(rows, [*starts[0], *starts[1]]),
+            inputs=self.inputs(rows, starts.flatten().tolist()),
             lengths=[len(row) for row in rows],
             places=None,
             targets=torch.ones(len(examples), dtype=torch.int64),
@@ -117,7 +122,7 @@ class Reward(PaddedTask):
 
     def passes(self, example: Example) -> list[Pass]:
         inputs = self.collate([example], np.random.default_rng(0)).inputs
-        lengths = len(example.input_ids), len(example.second_ids)
+        lengths = len(example.input_ids), len(example["second_ids"])
         return [
             Pass({name: rows[side : side + 1, :length] for name, rows in inputs.items()}, None)
             for side, length in enumerate(lengths)

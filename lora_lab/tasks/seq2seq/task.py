@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.data.collate import PaddedBatch, pad
+from lora_lab.data.columns import TOKENS
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
@@ -28,6 +30,14 @@ class SourceEncoder(Encoder):
     `data.max_tokens`; a long source may be cut (`data.too_long`), a target never is."""
 
     task_options = ("prefix",)
+    token_columns = ("target_ids",)
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        return {"source": pa.string(), "target": pa.string(), "target_ids": TOKENS}
+
+    def shown(self, example: Example) -> str:
+        return self.tokenizer.decode(example["target_ids"])
 
     def example(self, record: Record, origin: str) -> Encoded:
         if record.text is None or record.target is None:
@@ -45,15 +55,9 @@ class SourceEncoder(Encoder):
             ids = self.tokenizer(self.task.prefix + source, truncation=True, max_length=limit, verbose=False)[
                 "input_ids"
             ]
-        content = to_json({"source": source, "target": record.target})
-        example = Example(
-            np.asarray(ids, dtype=np.int64),
-            np.zeros(len(ids), dtype=np.float32),
-            origin,
-            content,
-            second_ids=np.asarray(target, dtype=np.int64),
-            second_weights=np.ones(len(target), dtype=np.float32),
-        )
+        own = {"source": source, "target": record.target, "target_ids": target}
+        ids = np.asarray(ids, dtype=np.int64)
+        example = Example(ids, np.zeros(len(ids), dtype=np.float32), origin, own, own_items=len(target))
         return Encoded([example], truncated)
 
     def source_ids(self, source: str) -> list[int]:
@@ -82,7 +86,7 @@ class Seq2Seq(PaddedTask):
         return super().reported(config) + (metrics.reported(metrics.overlap) if config.generate_rows else ())
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
-        targets = [e.second_ids for e in examples]
+        targets = [e["target_ids"] for e in examples]
         # what the decoder has seen before it says a token: its start mark, then the target so far
         started = [np.concatenate([[self.model.decoder_start_token_id], target[:-1]]) for target in targets]
         rows = np.repeat(np.arange(len(examples)), [len(target) for target in targets])
@@ -109,7 +113,7 @@ class Seq2Seq(PaddedTask):
 
     def examine(self, model: PeftModel, data: Dataset, title: str, shots: str = "") -> Measured:
         """Generated targets of the first `task.generate_rows` rows; `shots`: text before each source."""
-        rows = [row.fields for row in first_examples(data, self.config.generate_rows)]
+        rows = first_examples(data, self.config.generate_rows)
         if not rows:
             return Measured({})
         sources = [
@@ -129,5 +133,5 @@ class Seq2Seq(PaddedTask):
 
     def shots(self, train: Dataset, places: list[int]) -> str:
         """Training rows as text that can stand before a source."""
-        rows = [example.fields for place in places for example in train[place][:1]]
+        rows = [example for place in places for example in train[place][:1]]
         return "".join(f"{self.config.prefix}{row['source']}\n{row['target']}\n\n" for row in rows)

@@ -7,12 +7,14 @@ import re
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.columns import TEXTS, TOKENS
 from lora_lab.data.dataset import Dataset, Stream
-from lora_lab.data.encode import Encoded, Encoder, Example, to_json
+from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
@@ -25,6 +27,15 @@ _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as
 
 class TagEncoder(Encoder):
     """Words with blanks between them; the first token of each word has its tag."""
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """`kept`: which of the words have a token; `labels`: their tags."""
+        return {"words": TEXTS, "tags": TEXTS, "kept": TOKENS, "labels": TEXTS}
+
+    def shown(self, example: Example) -> str:
+        pairs = zip(example["words"], example["tags"], strict=True)
+        return " ".join(f"{word}/{tag}" for word, tag in pairs if tag != "O") or "no tag but O"
 
     def bare(self, record: Record) -> Record:
         """The words without the tokenizer's own marks around them, and the tags of these words alone."""
@@ -50,9 +61,9 @@ class TagEncoder(Encoder):
             raise RowError("empty", "the tokenizer leaves nothing of the words. Remove the row.")
         weights = np.zeros(len(ids), dtype=np.float32)
         weights[[firsts[place] for place in kept]] = 1
-        labels = tuple(record.label[place] for place in kept)
-        content = to_json({"words": record.tokens, "tags": record.label, "kept": kept})
-        return Encoded([Example(ids, weights, origin, content, labels)])
+        labels = [record.label[place] for place in kept]
+        own = {"words": record.tokens, "tags": record.label, "kept": kept, "labels": labels}
+        return Encoded([Example(ids, weights, origin, own)])
 
 
 def _first_tokens(offsets: np.ndarray, starts: list[int], ends: list[int]) -> list[int | None]:
@@ -90,7 +101,7 @@ class TokenClassification(ClassTask):
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
         places = [np.flatnonzero(example.supervised) for example in examples]
         rows = np.repeat(np.arange(len(examples)), [len(columns) for columns in places])
-        targets = torch.tensor([self.labels.index(label) for example in examples for label in example.labels])
+        targets = torch.tensor([self.labels.index(label) for example in examples for label in example["labels"]])
         given = self.learned.get("class_weights")
         return PaddedBatch(
             inputs=self.inputs([e.input_ids for e in examples], [0] * len(examples)),
@@ -106,13 +117,12 @@ class TokenClassification(ClassTask):
         """By seqeval's definition of entities; without entities (parts of speech) by word."""
         targets, predicted = [], []
         for one in seen:
-            ends = np.cumsum([len(example.labels) for example in one.examples])
+            ends = np.cumsum([int(example.supervised.sum()) for example in one.examples])
             for example, found in zip(one.examples, np.split(one.predicted, ends[:-1]), strict=True):
-                fields = example.fields
-                tags = ["O" if "O" in self.labels else self.labels[0]] * len(fields["tags"])
-                for place, number in zip(fields["kept"], found, strict=True):
+                targets.append(example["tags"])
+                tags = ["O" if "O" in self.labels else self.labels[0]] * len(targets[-1])
+                for place, number in zip(example["kept"], found, strict=True):
                     tags[place] = self.labels[number]
-                targets.append(fields["tags"])
                 predicted.append(tags)
         if all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels):
             found, details = metrics.entities(targets, predicted)
