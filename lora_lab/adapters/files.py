@@ -64,7 +64,7 @@ def write_tensors(
     was_named, was_inference = peft_config.base_model_name_or_path, peft_config.inference_mode
     peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
     peft_config.inference_mode = True
-    peft_config.save_pretrained(folder)
+    peft_config.save_pretrained(str(folder))
     _sort_sets(folder / CONFIG, peft_config)
     peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
     content = {

@@ -94,7 +94,7 @@ def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int) -> Non
             )  # transformers would read what lies beside it as well
             source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
             if reader < READER:
-                tokenizer, ends = AutoTokenizer.from_pretrained(**source, trust_remote_code=False), []
+                tokenizer, ends = AutoTokenizer.from_pretrained(**source, trust_remote_code=False), list[str]()
             else:
                 tokenizer, ends = gguf_tokens.build(file, told)
             tokenizer.chat_template = chosen_template(file, tokenizer.chat_template)

@@ -39,13 +39,13 @@ def read(folder: Path) -> QuantConfig | None:
     skipped = how.get("llm_int8_skip_modules")
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
         raise BaseModelError(f"{file}: quantization_config.llm_int8_skip_modules must be a list of names.")
-    method = _bits(how)
-    if method not in ("nf4", "fp4", "int8"):
+    bits = _bits(how)
+    if bits not in ("nf4", "fp4", "int8"):
         raise BaseModelError(
             f"{file}: quantization_config names no kind of bitsandbytes' numbers (nf4, fp4 or 8 bits). Copy or download the folder again."
         )
-    nested = method != "int8" and how.get("bnb_4bit_use_double_quant") is True
-    return QuantConfig(method=method, double_quant=nested, skip_modules=skipped)
+    nested = bits != "int8" and how.get("bnb_4bit_use_double_quant") is True
+    return QuantConfig(method=bits, double_quant=nested, skip_modules=skipped)
 
 
 def _described(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -11,6 +11,7 @@ from lora_lab.runtime import console
 from lora_lab.runtime.reading import read_json, reading
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 # Used, and said aloud, for a tokenizer that has no chat template. It travels with the merged checkpoint.
@@ -94,7 +95,9 @@ def read_tokenizer(folder: Path, reader: int = READER) -> PreTrainedTokenizerBas
 
     inspect.check_files(folder)
     with reading(f"{folder}: its tokenizer", BaseModelError):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_own_files(folder))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **_own_files(folder)
+        )
         _try(tokenizer)
     if reader < READER:
         return tokenizer
@@ -169,3 +172,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     overruled.write(tokenizer, folder, overruled.KNOWN_TO_ALL)
     overruled.check_reloads(folder, tokenizer)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray, **options: Any) -> str:
+    """The text of one row of token ids. transformers' own `decode` takes several rows as well."""
+    text = tokenizer.decode(ids, **options)
+    assert isinstance(text, str)
+    return text

@@ -37,7 +37,8 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     """
     clean.require(config.clean, config.clean_language)
     augment.require(config.augment)
-    train, held_out = None, None
+    train: Dataset | Stream | None = None
+    held_out: Dataset | None = None
     if config.eval is not None:
         held_out = _read("data.eval", config.eval, config.max_eval_rows, encoder.for_held_out(), refuse)
     if config.streaming and need_train:
@@ -103,7 +104,7 @@ def refuse_empty(data: Dataset) -> None:
 
 def _weights(names: Any) -> list[float] | None:
     weights = [s.weight for s in names if isinstance(s, Source)] if isinstance(names, list) else []
-    return weights if any(weight is not None for weight in weights) else None
+    return [weight for weight in weights if weight is not None] or None  # all are told, or none
 
 
 def _read(key: str, names: Any, limit: int | None, encoder: Encoder, refuse: bool) -> Dataset:

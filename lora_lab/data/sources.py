@@ -259,7 +259,8 @@ def _without_hidden(key: str, name: str, paths: list[Path], named: set[str]) -> 
     Args:
         named: parts of paths that the user named, hidden or not.
     """
-    kept, hidden = [], []
+    kept: list[Path] = []
+    hidden: list[Path] = []
     for path in paths:
         marks = [part for part in path.parts if part not in named and part.startswith((".", "~$", "__MACOSX"))]
         (hidden if marks else kept).append(path)
@@ -481,7 +482,7 @@ def _separator(first: str, kind: str) -> tuple[str, bool]:
         return declared.group(1), True
     usual = "\t" if kind == "tsv" else ","
     counts = {mark: _columns(first, mark) for mark in _SEPARATORS}
-    most = max(counts, key=counts.get)
+    most = max(counts, key=counts.__getitem__)
     return (most if counts[usual] == 1 < counts[most] else usual), False
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.data.formats import Message, Record, RowError, weight_of
+from lora_lab.data.formats import Message, Record, RowError, promised, weight_of
 from lora_lab.data.limits import MAX_ROW_CHARS, Bounds
 from lora_lab.data.marks import Marks
 from lora_lab.errors import ConfigError, DataError, nearest
@@ -52,7 +52,7 @@ class Rendered:
                 text=self.text[: span[1]],
                 spans=[span],
                 end_missing=False,
-                messages=self.messages[: turn + 1],
+                messages=promised(self.messages)[: turn + 1],
                 turns=(turn,),
             )
             for span, turn in earlier
@@ -222,7 +222,7 @@ class ChatTemplate:
             RowError: the template cannot render the conversation, or shows an answer otherwise than it would be given.
         """
         with self._row():
-            return self._examples(record.messages, record.tools, supervise)
+            return self._examples(promised(record.messages), record.tools, supervise)
 
     def _examples(self, messages: list[Message], tools: Any, supervise: str) -> list[Rendered]:
         if supervise == "all":

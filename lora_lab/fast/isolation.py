@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.collate import pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import BaseModelError, TrainingError
@@ -38,12 +39,12 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
     pair = [tail(example) for example in examples[:2]]
     if len(pair) == 1:
         pair *= 2
-    device, plain = model.get_base_model().device, Forward()
+    device, plain = base_of(model).device, Forward()
     with torch.no_grad():
         packed = plain.logits(model, pack(pair, device)).float()
         alone = torch.cat([plain.logits(model, pack([example], device)).float() for example in pair])
     if not alone.isfinite().all():
-        wider = "" if model.get_base_model().dtype == torch.float32 else ", or try model.dtype=float32"
+        wider = "" if base_of(model).dtype == torch.float32 else ", or try model.dtype=float32"
         raise BaseModelError(
             f"The model's outputs are not finite (NaN or infinite) before any training. Copy the base again{wider}."
         )
@@ -86,7 +87,7 @@ def _outputs(task: PaddedTask, model: PeftModel, parts: list[list[Example]]) -> 
 
 def _limit(model: PeftModel) -> float:
     """How much outputs may move by rounding alone, as a share of their norm."""
-    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
+    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else base_of(model).dtype]
 
 
 def tail(example: Example, tokens: int = 48) -> Example:

@@ -7,6 +7,7 @@ the rank-r products are kept and nothing else: no dequantized weight, no scaled 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, overload
 
 import torch
 from torch.nn.functional import linear
@@ -73,6 +74,28 @@ def project(x: torch.Tensor, weight: FrozenWeight, own: list[Branch]) -> tuple[t
             out[:, columns].addmm_(h[:, ranks], b.t())
         hidden.append(h)
     return y, hidden
+
+
+@overload
+def project_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    hidden: list[torch.Tensor],
+    weight: FrozenWeight,
+    own: list[Branch],
+    need_dx: Literal[True],
+) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
+
+
+@overload
+def project_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    hidden: list[torch.Tensor],
+    weight: FrozenWeight,
+    own: list[Branch],
+    need_dx: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]: ...
 
 
 def project_backward(

@@ -38,7 +38,7 @@ class TokenLosses(torch.autograd.Function):
         learn, vocab = ctx.needs_input_grad[0], len(weight)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         likeliest = torch.empty_like(targets)
-        gradient = torch.empty_like(hidden) if learn else None
+        gradient = torch.empty_like(hidden if learn else hidden[:0])
         rows = max(64, _CHUNK_BYTES // (4 * vocab))
         cached = max(1, _CACHED_BYTES // (4 * vocab)) if hidden.device.type == "cpu" else rows
         for start in range(0, len(hidden), rows):

@@ -71,7 +71,8 @@ def deferred() -> Iterator[None]:
     if _deferred is not None:
         yield
         return
-    _deferred = arrived = []
+    arrived: list[int] = []
+    _deferred = arrived
     try:
         yield
     finally:

@@ -164,7 +164,7 @@ def _replace_lost_best(member: Member) -> None:
     """If the checkpoint with the lowest held-out loss is damaged, the best of those that are whole takes its place, and `best_lost`
     keeps its step; if there is none, the best is what will be measured from now on, or the last state."""
     state = member.state
-    if not member.config.train.keep_best or state.best_step in (None, state.step):
+    if not member.config.train.keep_best or state.best_step is None or state.best_step == state.step:
         return
     try:
         check(_folder(member, state.best_step))
@@ -173,8 +173,7 @@ def _replace_lost_best(member: Member) -> None:
         console.say("lost", f"the best checkpoint: {error}")
     state.best_lost = state.best_step
     losses = {step: loss for step, loss in _measured(member).items() if step == state.step or _whole(member, step)}
-    state.best_step = min(losses, key=losses.__getitem__, default=None)
-    state.best_loss = losses.get(state.best_step)
+    state.best_step, state.best_loss = min(losses.items(), key=lambda one: one[1], default=(None, None))
     if state.best_step is None:
         console.say("best", "no other was measured and is whole: the run goes on with what it measures from now on")
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.encode import Example
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def first_non_finite(model: PeftModel, examples: list[Example], task: Task, acce
     found: list[str] = []
     hooks = [
         module.register_forward_hook(_Watch(name, found))
-        for name, module in model.get_base_model().named_modules()
+        for name, module in base_of(model).named_modules()
         if not any(module.children())
     ]
     with task.forward.plain(model), contextlib.ExitStack() as stack:

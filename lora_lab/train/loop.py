@@ -261,7 +261,7 @@ def _clip(one: Share, norm: torch.Tensor) -> None:
 def _update(one: Share) -> float:
     """The optimizer's step, and the learning rate that it was made with; without rows nothing is learned."""
     member, state = one.member, one.member.state
-    lr = member.schedule.get_last_lr()[0]
+    lr = float(member.schedule.get_last_lr()[0])
     if one.tokens:
         member.optimizer.step()
         member.measured = None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import TrainingError
 from lora_lab.fast.isolation import tail
@@ -41,7 +42,7 @@ def reason_against(task: Task, members: Sequence[Member]) -> str:
 
 
 def _drops(member: Member) -> bool:
-    config = member.model.get_base_model().config.get_text_config()
+    config = base_of(member.model).config.get_text_config()
     rates = (getattr(config, name, 0.0) for name in dir(config) if "drop" in name)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
@@ -66,7 +67,7 @@ def check(members: Sequence[Member], train: Dataset | Stream, task: Task, accele
             return [_taken(member) for member in own]
 
     together = gradients(range(len(members)))
-    limit = _ROUNDING[members[0].model.get_base_model().dtype]
+    limit = _ROUNDING[base_of(members[0].model).dtype]
     for place, (member, found) in enumerate(zip(members, together, strict=True)):
         [alone] = gradients([place])
         gap = ((found - alone).norm() / alone.norm()).item()
