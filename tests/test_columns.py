@@ -186,6 +186,25 @@ def test_a_value_of_each_type_comes_back_as_it_was(kind, value, tmp_path):
         assert (list(own), len(own), own.get("two"), "two" in own) == (["one"], 1, None, False)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (pa.float64(), 3, 3.0),
+        (pa.float32(), 0.1, float(np.float32(0.1))),
+        (pa.int32(), np.int64(3), 3),
+        (pa.bool_(), np.bool_(True), True),
+        (pa.string(), np.str_("a"), "a"),
+        (columns.TEXTS, ("a", "b"), ["a", "b"]),
+        (columns.TOKENS, (1, 2), np.array([1, 2])),
+        (columns.WEIGHTS, [1, 0.1], np.array([1, 0.1], dtype=np.float32)),
+    ],
+)
+def test_what_an_encoder_gives_in_another_type_is_what_a_file_would_give(kind, given, expected):
+    assert same(columns.typed(given, kind), expected)
+    table = pa.table({"one": pa.array([expected], kind)})
+    assert same(columns.Column(table.column("one"))[0], expected)
+
+
 def test_conversations_come_back_as_they_were_and_are_parsed_when_asked_for(tmp_path, tokenizer, monkeypatch):
     call = {"type": "function", "function": {"name": "f", "arguments": NESTED}}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

@@ -26,9 +26,11 @@ WEIGHTS = pa.list_(pa.float32())
 
 
 def typed(value: Any, kind: pa.DataType) -> Any:
-    """A value that an encoder gave, as a file would give it back; lists become arrays."""
-    numbers = None if value is None else _numbers(kind)
-    return value if numbers is None else np.asarray(value, dtype=numbers)
+    """A value that an encoder gave, as a file would give it back: an integer for a column of floats is a float."""
+    if value is None or kind == JSON:
+        return value
+    numbers = _numbers(kind)
+    return pa.scalar(value, kind).as_py() if numbers is None else np.asarray(value, dtype=numbers)
 
 
 def kept(value: Any, kind: pa.DataType) -> Any:
@@ -62,6 +64,9 @@ class Own(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         return self._columns[name][self._index]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
