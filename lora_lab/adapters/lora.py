@@ -153,7 +153,7 @@ def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]
 
 
 def _smaller_side(layer: Any) -> int:
-    return min(layer.weight.shape)
+    return int(min(layer.weight.shape))
 
 
 def _rank_and_scale(config: peft.LoraConfig, layer: str) -> tuple[int, float]:

@@ -68,8 +68,8 @@ def pad_within(tokenizer: PreTrainedTokenizerBase, size: int | None, folder: Pat
     own, number = tokenizer.pad_token, tokenizer.pad_token_id
     if size is None or number is None or number < size:
         return
-    for other in (tokenizer.eos_token, tokenizer.unk_token):
-        if other is not None and tokenizer.convert_tokens_to_ids(other) < size:
+    for other, token in ((tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.unk_token, tokenizer.unk_token_id)):
+        if other is not None and token is not None and token < size:
             tokenizer.pad_token = other
             console.say(
                 "padding",

@@ -47,6 +47,7 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     elif need_train or config.eval_ratio is not None:
         train = _read("data.train", config.train, config.max_train_rows, encoder, refuse)
     if config.eval_ratio is not None:
+        assert isinstance(train, Dataset)  # a stream has no share of its rows held out
         refuse_empty(train)
         train, held_out = split(train, config.eval_ratio, config.split_seed)
     if config.shared == "drop" and isinstance(train, Dataset) and held_out is not None:
@@ -60,9 +61,8 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
 
 def in_blocks(data: Data, max_tokens: int) -> Data:
     """Short rows put together up to `max_tokens`, where the rows are stored."""
-    train, held_out = (
-        part.in_blocks(max_tokens) if isinstance(part, Dataset) else part for part in (data.train, data.held_out)
-    )
+    train = data.train.in_blocks(max_tokens) if isinstance(data.train, Dataset) else data.train
+    held_out = None if data.held_out is None else data.held_out.in_blocks(max_tokens)
     return Data(train, held_out)
 
 

@@ -61,6 +61,10 @@ class ChatEncoder(Encoder):
         """What the model is given to answer a conversation that was typed, not read from rows."""
         return self.template.typed(cleaned(messages, self.config), tools, prompt=True)
 
+    @property
+    def day(self) -> str | None:
+        return self.template.of_today()
+
     def end_tokens(self) -> list[int]:
         """Ids that end an answer: the token that training puts there, and the end of sequence."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -140,7 +141,7 @@ def _unread(report: Report, key: str, config: DataConfig, seen: str) -> list[Fin
     return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}{seen}.")]
 
 
-def _readable(key: str, names: object, encoder: Encoder) -> list[Finding]:
+def _readable(key: str, names: Any, encoder: Encoder) -> list[Finding]:
     """Whether the base's tokenizer knows what the rows are written with."""
     tokenizer = encoder.tokenizer
     found = readable.measure(readable.sample(key, names, encoder), tokenizer)
@@ -271,10 +272,11 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
 def _alike(key: str, labels: list[str]) -> list[Finding]:
     """Labels that look alike, of which each is a class of its own, and labels that stand for none."""
     found = []
-    for plain, level, how in (
+    ways: tuple[tuple[Callable[[str], str], Level, str], ...] = (
         (_as_seen, "error", "look the same and differ in invisible signs or in how accents are stored"),
         (_roughly, "warning", "differ in capitals, width or blanks only"),
-    ):
+    )
+    for plain, level, how in ways:
         groups: dict[str, list[str]] = {}
         for label in labels:
             groups.setdefault(plain(label), []).append(label)

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def texts_of(record: Record) -> list[str]:
     return [text for text in found if isinstance(text, str) and text]
 
 
-def _characters(text: str) -> collections.Counter:
+def _characters(text: str) -> collections.Counter[str]:
     return collections.Counter(letter for letter in unicodedata.normalize("NFKD", text.casefold()) if _counts(letter))
 
 
@@ -120,7 +120,7 @@ def _counts(letter: str) -> bool:
     return not letter.isspace() and unicodedata.category(letter)[0] != "C"
 
 
-def _spelled(text: str, offsets: list[tuple[int, int]]) -> collections.Counter:
+def _spelled(text: str, offsets: list[tuple[int, int]]) -> collections.Counter[str]:
     """Characters that several tokens share."""
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     spans = spans[spans[:, 1] > spans[:, 0]]

@@ -256,7 +256,7 @@ def _unfit(module: Any) -> str:
         return type(module.base_layer).__name__
     if module.lora_variant:
         return "DoRA" if any(module.use_dora.values()) else "a LoRA variant"
-    if any(module.lora_bias.values()) or module.fan_in_fan_out is True:
+    if any(module.lora_bias.values()) or getattr(module, "fan_in_fan_out", False) is True:
         return "a LoRA bias"
     return ""
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float
     ) -> torch.Tensor:
         q, k, v = _grouped(q * scale, len(k)), _grouped(k, len(k)), _grouped(v, len(k))
         out, future = torch.empty_like(q), _future(q)
@@ -118,7 +119,7 @@ class SegmentAttention(torch.autograd.Function):
         return out.flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, dout: torch.Tensor):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         dout, future = _grouped(dout, len(k)), _future(q)
         wide = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is a sum over several blocks

@@ -69,7 +69,8 @@ class Forward:
     def generating(self, model: PeftModel) -> Iterator[None]:
         """Inside the block the model generates as it would anywhere: in evaluation, without gradients, and with its own attention,
         because the one for packed rows takes neither a key cache nor a mask."""
-        training, own = model.training, segments.implementation(model)
+        training = model.training
+        own: str | None = segments.implementation(model)
         if own == segments.IMPLEMENTATION:
             own = self._own_attention
         model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
         )
 
 
-def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -> None:
+def check_padding(task: PaddedTask[Any, Any], model: PeftModel, examples: list[Example]) -> None:
     """Prove on real examples, from the shortest to the longest, that padding changes nothing for this model, or refuse it.
 
     Some architectures look at what is beside a token whatever the attention mask says (convolutions), count positions from the
@@ -78,7 +78,7 @@ def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -
 
 
 @torch.no_grad()
-def _outputs(task: PaddedTask, model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
+def _outputs(task: PaddedTask[Any, Any], model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
     """What the model says of all rows, flat."""
     rng = np.random.default_rng(0)
     batches = [task.collate(examples, rng).to(model.device) for examples in parts]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,13 +28,13 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         smoothing: float,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         learn, vocab = ctx.needs_input_grad[0], len(weight)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         likeliest = torch.empty_like(targets)
@@ -57,7 +57,7 @@ class TokenLosses(torch.autograd.Function):
         return losses, likeliest
 
     @staticmethod
-    def backward(ctx, dlosses: torch.Tensor, _: None):
+    def backward(ctx: Any, dlosses: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * dlosses[:, None].to(gradient.dtype), None, None, None, None
 

@@ -21,7 +21,8 @@ class Projection:
 
     def __init__(self, module: Any):
         self.module = module  # a linear layer, or peft's layer around it
-        self.base: nn.Linear = module.base_layer if isinstance(module, AnyLoraLayer) else module
+        adapted = isinstance(module, AnyLoraLayer)
+        self.base: nn.Linear = self.module.base_layer if adapted else module
         self.plain = module.forward
 
     @property

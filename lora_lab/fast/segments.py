@@ -75,7 +75,7 @@ def implementation(model: PeftModel) -> str:
 
 
 @contextlib.contextmanager
-def attending(model: PeftModel, name: str = IMPLEMENTATION) -> Iterator[None]:
+def attending(model: PeftModel, name: str | None = IMPLEMENTATION) -> Iterator[None]:
     """Use the attention of this name inside the block; by default the one above.
 
     Backward passes belong into the block as well: with activation checkpointing they run the forward again.
@@ -84,7 +84,7 @@ def attending(model: PeftModel, name: str = IMPLEMENTATION) -> Iterator[None]:
     if before == name:
         yield
         return
-    base.set_attn_implementation(name)
+    base.set_attn_implementation(name)  # type: ignore[arg-type]  # it takes None as well: its own choice
     try:
         yield
     finally:

@@ -55,7 +55,7 @@ def section(kind: type) -> type:
         return dataclass(kind, config=_STRICT, frozen=True, kw_only=True)
 
 
-def adapter_of(kind: type) -> TypeAdapter:
+def adapter_of(kind: type) -> TypeAdapter[Any]:
     """What checks trees against a section."""
     with _alone():
         return TypeAdapter(kind)
@@ -175,7 +175,7 @@ def _no_variant(name: str, variants: Variants, tag: Any) -> str:
     return f"{key}={shown(tag)}: must be {' or '.join(variants.sections)}.{known_as}"
 
 
-def validate(adapter: TypeAdapter, tree: dict[str, Any]) -> tuple[Any, list[ErrorDetails]]:
+def validate(adapter: TypeAdapter[Any], tree: dict[str, Any]) -> tuple[Any, list[ErrorDetails]]:
     """The section that a tree of plain values describes, or None and everything that is wrong with it."""
     try:
         return adapter.validate_json(json.dumps(tree)), []  # strict dataclasses are built from JSON, not from dicts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -310,13 +310,16 @@ class Task(Generic[Section, B]):
         return logits if logits.dim() == 2 else logits[None]
 
 
+AnyTask: TypeAlias = Task[Any, Any]  # to those who know no task by name
+
+
 def logits_at(
     model: PeftModel, inputs: dict[str, torch.Tensor], places: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """A language model's logits [S, V] float32 at `places` (see `head_only_at`); some models use their output layer's weight without
     calling it, and give [B, T, V]."""
     with head_only_at(model, places):
-        logits = model(**inputs).logits
+        logits: torch.Tensor = model(**inputs).logits
     return (logits if logits.dim() == 2 else logits[places]).float()
 
 
@@ -373,7 +376,7 @@ class PaddedTask(Task[Section, Padded]):
     """A task whose rows are padded to the longest of their batch."""
 
     def logits(self, model: PeftModel, batch: Padded) -> torch.Tensor:
-        logits = model(**batch.inputs).logits  # [B, C] or [B, T, C]
+        logits: torch.Tensor = model(**batch.inputs).logits  # [B, C] or [B, T, C]
         return (logits if batch.places is None else logits[batch.places]).float()
 
     def passes(self, example: Example) -> list[Pass]:

@@ -109,7 +109,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     from lora_lab.train.cohort import State
 
     file = folder / _STATE
-    saved = reading.read_json(file, CheckpointError)
+    saved: dict[str, Any] = reading.read_json(file, CheckpointError)
     member, known = saved.get("member"), typing.get_type_hints(State)
     if not isinstance(member, dict) or not isinstance(saved.get("schedule"), dict):
         raise CheckpointError(f"{file}: has no member or no schedule, so it is no checkpoint's state.")
@@ -215,7 +215,7 @@ def _flatten(tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[list[A
     return tensors, scalars
 
 
-def _walk(node: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
+def _walk(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if isinstance(node, dict) and node:
         for key, value in node.items():
             yield from _walk(value, (*path, key))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
 
 
 @torch.no_grad()
-def first_non_finite(model: PeftModel, examples: list[Example], task: Task, accelerator: Accelerator) -> str | None:
+def first_non_finite(model: PeftModel, examples: list[Example], task: AnyTask, accelerator: Accelerator) -> str | None:
     """The first module, in the order of the forward pass, whose output holds NaN or infinity, with its type; else None."""
     found: list[str] = []
     hooks = [

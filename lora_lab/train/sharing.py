@@ -16,7 +16,7 @@ from lora_lab.train.cohort import learn, learning, share
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
     from lora_lab.train.cohort import Member
 
 # How far gradients of a shared pass may be from those of a pass alone, as a share of their norm. bfloat16: 0.02 to 0.035 were
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
-def reason_against(task: Task, members: Sequence[Member]) -> str:
+def reason_against(task: AnyTask, members: Sequence[Member]) -> str:
     """Why these members cannot share passes; empty if they can."""
     train = [member.config.train for member in members]
     dropout = any(member.config.adapter.dropout for member in members)
@@ -47,7 +47,7 @@ def _drops(member: Member) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def check(members: Sequence[Member], train: Dataset | Stream, task: Task, accelerator: Accelerator) -> None:
+def check(members: Sequence[Member], train: Dataset | Stream, task: AnyTask, accelerator: Accelerator) -> None:
     """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own.
 
     Raises:

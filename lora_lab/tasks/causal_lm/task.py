@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -190,9 +190,9 @@ def _shown(message: dict[str, Any]) -> str:
     return message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)
 
 
-def _share(hits) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits)
+def _share(hits: Iterable[bool]) -> float:
+    found = list(hits)
+    return sum(found) / len(found)
 
 
 def _parse(text: str) -> Any:

@@ -120,7 +120,8 @@ class ClassTask(PaddedTask[Classes, PaddedBatch]):
 
     @property
     def labels(self) -> list[str]:
-        return self.learned["labels"]
+        labels: list[str] = self.learned["labels"]
+        return labels
 
     def check(self, data: Dataset) -> None:
         check_labels(data, self.labels)

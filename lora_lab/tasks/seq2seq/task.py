@@ -64,7 +64,8 @@ class SourceEncoder(Encoder):
 
     def source_ids(self, source: str) -> list[int]:
         """What the model is given for a source."""
-        return self.tokenizer(self.task.prefix + source, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.task.prefix + source, verbose=False)["input_ids"]
+        return ids
 
 
 class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
