@@ -39,9 +39,10 @@ architectures: install  ## docs/architectures.md: every family that transformers
 exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and verified; half an hour
 	$(BIN)/python -m benchmarks.exports
 
-lint: install  ## style
+lint: install  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 install: $(VENV)/installed
 

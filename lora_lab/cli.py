@@ -8,7 +8,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING
 
 from lora_lab import __version__
 from lora_lab.config import forms
@@ -16,6 +16,9 @@ from lora_lab.errors import ConfigError, Interrupted, LoraLabError
 from lora_lab.runtime import environment, signals
 from lora_lab.verbs import VERBS
 from lora_lab.verbs.base import Told, Verb
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _EXIT_CODES = """
 exit codes: 0 done; 1 {found} (elsewhere: a bug in lora-lab); 2 a user error (the message says how to fix it); 3 training stopped before a
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
     except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
-        raise SystemExit(_written(done.code or 0, needed=True)) from None
+        raise SystemExit(_written(int(done.code or 0), needed=True)) from None
     signals.install()
     return _written(_run(args), needed=VERBS[args.verb].output_is_all)
 
@@ -157,7 +160,7 @@ def _written(code: int, needed: bool) -> int:
 class _Parser(argparse.ArgumentParser):
     """argparse's parser, which would drop what it cannot write without a word."""
 
-    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         from lora_lab.runtime import console
 
         (console.stdout if file is sys.stdout else console.stderr).write(console.shown(message or ""))

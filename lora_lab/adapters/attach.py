@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_lab.adapters import files
 from lora_lab.adapters.layers import expert_weights, linear_layers
@@ -44,6 +44,11 @@ class Coverage:
         )
 
 
+def base_of(model: PeftModel) -> PreTrainedModel:
+    """The model that adapters lie on, which peft calls no more than a module."""
+    return cast("PreTrainedModel", model.get_base_model())
+
+
 def attach(
     model: PreTrainedModel | PeftModel, adapter: AdapterSection, name: str, kind: ModelKind, seed: int
 ) -> PeftModel:
@@ -54,7 +59,7 @@ def attach(
     """
     from peft import PeftModel
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model) if isinstance(model, PeftModel) else model
     return _put(model, fresh_settings(base, adapter, kind), name, seed)
 
 
@@ -71,7 +76,9 @@ def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKi
     by_name = adapter.needs_names(base, kind.new_modules)
     targets = adapter.targets(base, kind.new_modules) if by_name else None
     config = adapter.peft_config(kind.peft_task_type, targets)
-    config.modules_to_save = list(kind.new_modules) or None
+    vars(config)["modules_to_save"] = (
+        list(kind.new_modules) or None
+    )  # every method's class has it, peft's base class not
     convert_peft_config_for_transformers(config, base, None)
     experts, told = getattr(config, "target_parameters", None), adapter.undefined_for_experts
     if experts and told:

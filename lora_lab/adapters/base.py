@@ -18,7 +18,6 @@ from lora_lab.errors import AdapterError
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
-    from torch import nn
     from transformers import PreTrainedModel
 
     from lora_lab.adapters.updates import Updates
@@ -29,6 +28,7 @@ _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields 
 class AdapterSection:
     """The `adapter` section of one method. Fields have the names of peft's configuration class."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # the methods' sections are dataclasses
     method: str
     peft_type: ClassVar[str]  # peft's `PeftType` name
     dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
@@ -61,7 +61,7 @@ class AdapterSection:
         """
         raise NotImplementedError
 
-    def needs_names(self, model: nn.Module, new_modules: Sequence[str]) -> bool:
+    def needs_names(self, model: PreTrainedModel, new_modules: Sequence[str]) -> bool:
         """Whether peft has to be told the layers' names, because its own rules would find others on this base."""
         return True
 
@@ -122,11 +122,11 @@ class AdapterSection:
     # -- its change of each weight, where `against_delta` is empty --
 
     @classmethod
-    def delta(cls, config: PeftConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
+    def delta(cls, config: Any, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
         """What a saved adapter adds to each weight, as products of two matrices.
 
         Args:
-            config: what was saved beside the tensors.
+            config: what was saved beside the tensors, peft's class for the method.
             tensors: as they were saved, by peft's names (see `updates.parts_of`).
             model: the base without weights, which says how large its layers are.
 

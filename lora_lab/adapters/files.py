@@ -64,7 +64,7 @@ def write_tensors(
     was_named, was_inference = peft_config.base_model_name_or_path, peft_config.inference_mode
     peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
     peft_config.inference_mode = True
-    peft_config.save_pretrained(folder)
+    peft_config.save_pretrained(str(folder))
     _sort_sets(folder / CONFIG, peft_config)
     peft_config.base_model_name_or_path, peft_config.inference_mode = was_named, was_inference
     content = {
@@ -100,7 +100,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no adapter there. Train it first, or finish it with lora-lab resume.")
     storage.verify(folder)
-    found = read_json(folder / PROVENANCE, AdapterError)
+    found: dict[str, Any] = read_json(folder / PROVENANCE, AdapterError)
     if not isinstance(found.get("base"), dict):
         raise AdapterError(f"{folder / PROVENANCE}: does not say which base it was trained on. Copy the adapter again.")
     return found
@@ -248,4 +248,5 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """What is saved of an adapter, by the names that peft writes it under."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return found

@@ -17,7 +17,6 @@ from lora_lab.schema.sections import section
 if TYPE_CHECKING:
     import peft
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
     from lora_lab.adapters.updates import Updates
@@ -63,7 +62,7 @@ class LoraAdapter(LayerAdapter):
             config.target_modules, config.exclude_modules = list(targets), None
         return config
 
-    def needs_names(self, model: nn.Module, new_modules: Sequence[str]) -> bool:
+    def needs_names(self, model: PreTrainedModel, new_modules: Sequence[str]) -> bool:
         return bool(
             new_modules
             or self.layers_to_transform is not None
@@ -90,7 +89,7 @@ class LoraAdapter(LayerAdapter):
 
     def warnings(self, model: PreTrainedModel, targets: Sequence[str]) -> dict[str, str]:
         """A rank above a layer's smaller side costs memory and adds nothing that a lower one could not."""
-        sides = {name: min(model.get_submodule(name).weight.shape) for name in targets}
+        sides = {name: _smaller_side(model.get_submodule(name)) for name in targets}
         smaller = [name for name, side in sides.items() if side < self.r]
         if not smaller:
             return {}
@@ -153,10 +152,14 @@ def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]
     return dataclasses.replace(plain, target_modules=list(names), exclude_modules=None, layers_to_transform=None)
 
 
+def _smaller_side(layer: Any) -> int:
+    return int(min(layer.weight.shape))
+
+
 def _rank_and_scale(config: peft.LoraConfig, layer: str) -> tuple[int, float]:
     from peft.utils.other import get_pattern_key
 
-    ranks, alphas = config.rank_pattern, config.alpha_pattern
-    rank = ranks.get(get_pattern_key(ranks.keys(), layer), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), layer), config.lora_alpha)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
     return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)

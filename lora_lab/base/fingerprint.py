@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lab.base.resolve import cache_dir
 from lora_lab.errors import BaseModelError, RunError
@@ -60,7 +60,7 @@ def companions(folder: Path, tokenizer: PreTrainedTokenizerBase, chat: bool) -> 
     return found
 
 
-def _without(tree: dict, notes: tuple[str, ...]) -> str:
+def _without(tree: dict[str, Any], notes: tuple[str, ...]) -> str:
     return json.dumps({key: value for key, value in tree.items() if key not in notes}, sort_keys=True)
 
 

@@ -93,8 +93,10 @@ def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int) -> Non
                 file.resolve()
             )  # transformers would read what lies beside it as well
             source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
+            tokenizer: PreTrainedTokenizerBase
+            ends: list[int] = []
             if reader < READER:
-                tokenizer, ends = AutoTokenizer.from_pretrained(**source, trust_remote_code=False), []
+                tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             else:
                 tokenizer, ends = gguf_tokens.build(file, told)
             tokenizer.chat_template = chosen_template(file, tokenizer.chat_template)
@@ -202,7 +204,7 @@ class _Head:
         self._skip(length)
         return self.content[start : self.at]
 
-    def _numbers(self, letters: str) -> tuple:
+    def _numbers(self, letters: str) -> tuple[Any, ...]:
         start, size = self.at, struct.calcsize(f"<{letters}")
         self._skip(size)
         return struct.unpack_from(f"<{letters}", self.content, start)

@@ -194,12 +194,13 @@ def _whole(told: dict[str, Any], tokens: list[str], special: bool, named: list[s
         for number, kind in enumerate(kinds[: len(tokens)])
         if kind in ((_UNKNOWN, _CONTROL) if special else (_USER_DEFINED,))
     ]
-    texts = dict.fromkeys(tokens[number] for number in found)
+    texts = [tokens[number] for number in found]
     if special:
         known = set(tokens)
-        texts |= dict.fromkeys([*(named or ()), *(end for end in _ENDS if end in known)])
+        texts += [*(named or ()), *(end for end in _ENDS if end in known)]
+    texts = list(dict.fromkeys(texts))
     if told["ggml.model"] == "llama":
-        texts = _respelled(list(texts), told["general.architecture"])
+        texts = _respelled(texts, told["general.architecture"])
     swallows = "phi-3" in str(told.get("general.name")).lower().replace(
         "phi3", "phi-3"
     )  # published so; no key of GGUF says it

@@ -203,6 +203,8 @@ def _choose_attention(folder: Path, config: PretrainedConfig) -> None:
     """Take back a choice of native code (FlashAttention and its like) that a `config.json` made: it is ours, and changes no
     result."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is None:
+            continue
         chosen = getattr(part, "_attn_implementation", None)
         if chosen in inspect.KNOWN_ATTENTION:
             continue
@@ -287,6 +289,7 @@ def load_model(
     quant = files.stored(quant)
     quantization = bitsandbytes_config(quant, dtype, kind)
     if files.published is not None:
+        assert quantization is not None
         _describe_published(how["config"], quantization)
     else:
         how["quantization_config"] = quantization

@@ -152,8 +152,9 @@ def write(tokenizer: PreTrainedTokenizerBase, folder: Path, names: dict[str, str
     file = folder / CONFIG
     tree = json.loads(file.read_text(encoding="utf-8"))
     kept = {key: value for key, value in tree.items() if key not in ("is_local", "local_files_only")}
-    if (names or {}).get(kept.get("tokenizer_class")):
-        kept["tokenizer_class"] = names[kept["tokenizer_class"]]
+    other = (names or {}).get(kept.get("tokenizer_class", ""))
+    if other:
+        kept["tokenizer_class"] = other
     file.write_text(storage.dump_json(kept), encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import BaseModelError
 
@@ -33,7 +33,8 @@ def embedded(model: PreTrainedModel) -> int:
         BaseModelError: it has no table of them (CANINE hashes characters), so that nothing says which ids it reads.
     """
     try:
-        return model.get_input_embeddings().weight.shape[0]
+        table: Any = model.get_input_embeddings()
+        return table.weight.shape[0]
     except NotImplementedError as error:
         raise BaseModelError(
             f"model.path: {model.config.model_type} has no table of embeddings, so nothing says which tokens it can read. Use "
@@ -65,7 +66,7 @@ def _tables(model: PreTrainedModel, stated: int) -> list[nn.Module]:
     ]
 
 
-def _room(table: nn.Module) -> int:
+def _room(table: Any) -> int:
     offset = getattr(table, "offset", None)
     if not isinstance(offset, int):
         padding = getattr(table, "padding_idx", None)

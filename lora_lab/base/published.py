@@ -7,7 +7,7 @@ have to be there, and what a merge would be is not defined: such a base is refus
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_lab.base import inspect
 from lora_lab.config.model import QuantConfig
@@ -15,6 +15,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.errors import BaseModelError, ConfigError
 from lora_lab.runtime.reading import read_json
 
+_FORMATS: tuple[Literal["nf4", "fp4", "int8"], ...] = ("nf4", "fp4", "int8")
 _KEYS = ("quantization_config", "compression_config")
 _OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of older versions of these methods
 
@@ -39,13 +40,13 @@ def read(folder: Path) -> QuantConfig | None:
     skipped = how.get("llm_int8_skip_modules")
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
         raise BaseModelError(f"{file}: quantization_config.llm_int8_skip_modules must be a list of names.")
-    method = _bits(how)
-    if method not in ("nf4", "fp4", "int8"):
+    bits = next((one for one in _FORMATS if one == _bits(how)), None)
+    if bits is None:
         raise BaseModelError(
             f"{file}: quantization_config names no kind of bitsandbytes' numbers (nf4, fp4 or 8 bits). Copy or download the folder again."
         )
-    nested = method != "int8" and how.get("bnb_4bit_use_double_quant") is True
-    return QuantConfig(method=method, double_quant=nested, skip_modules=skipped)
+    nested = bits != "int8" and how.get("bnb_4bit_use_double_quant") is True
+    return QuantConfig(method=bits, double_quant=nested, skip_modules=skipped)
 
 
 def _described(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -11,6 +11,7 @@ from lora_lab.runtime import console
 from lora_lab.runtime.reading import read_json, reading
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 # Used, and said aloud, for a tokenizer that has no chat template. It travels with the merged checkpoint.
@@ -67,8 +68,8 @@ def pad_within(tokenizer: PreTrainedTokenizerBase, size: int | None, folder: Pat
     own, number = tokenizer.pad_token, tokenizer.pad_token_id
     if size is None or number is None or number < size:
         return
-    for other in (tokenizer.eos_token, tokenizer.unk_token):
-        if other is not None and tokenizer.convert_tokens_to_ids(other) < size:
+    for other, token in ((tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.unk_token, tokenizer.unk_token_id)):
+        if other is not None and token is not None and token < size:
             tokenizer.pad_token = other
             console.say(
                 "padding",
@@ -94,7 +95,9 @@ def read_tokenizer(folder: Path, reader: int = READER) -> PreTrainedTokenizerBas
 
     inspect.check_files(folder)
     with reading(f"{folder}: its tokenizer", BaseModelError):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_own_files(folder))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **_own_files(folder)
+        )
         _try(tokenizer)
     if reader < READER:
         return tokenizer
@@ -169,3 +172,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     overruled.write(tokenizer, folder, overruled.KNOWN_TO_ALL)
     overruled.check_reloads(folder, tokenizer)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int] | np.ndarray, **options: Any) -> str:
+    """The text of one row of token ids. transformers' own `decode` takes several rows as well."""
+    text = tokenizer.decode(ids, **options)
+    assert isinstance(text, str)
+    return text

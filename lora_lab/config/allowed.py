@@ -143,7 +143,8 @@ def _check_node(file: Path, key: str, node: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a list", dict: "a mapping", str: "text", bytes: "binary data"}.get(type(value), type(value).__name__)
+    kinds: dict[type, str] = {list: "a list", dict: "a mapping", str: "text", bytes: "binary data"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def _check_defaults(file: Path, entries: Any) -> None:
@@ -221,7 +222,7 @@ def check_composed(node: dict[str, Any]) -> None:
         ConfigError: naming the key.
     """
     job, silent = node.get("job") or {}, {"version": 1, "root": None, "disable_existing_loggers": False}
-    fixed = {
+    fixed: dict[str, tuple[Any, Any]] = {
         "callbacks": (node.get("callbacks"), {}),
         "job.env_set": (job.get("env_set"), {}),
         "job.env_copy": (job.get("env_copy"), []),

@@ -20,7 +20,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -104,7 +104,8 @@ def prepare(
     Args:
         multirun: an override may have several values.
     """
-    prepared, problems = [], environment.leaking((text.partition("=")[0], text) for text in overrides)
+    prepared: list[str] = []
+    problems = environment.leaking((text.partition("=")[0], text) for text in overrides)
     if problems:
         return prepared, problems
     for text in map(one_file, overrides):
@@ -120,9 +121,9 @@ def prepare(
         if refused:
             continue
         if override.key_or_group in GROUPS:
-            prepared += [] if unknown else [override.input_line]
+            prepared += [] if unknown else [override.input_line or text]
         elif "/" in override.key_or_group:
-            prepared.append(override.input_line)
+            prepared.append(override.input_line or text)
         elif override.is_delete():
             problems.append(f"{_short(text)}: a key is set, not deleted. Write {override.key_or_group}=VALUE.")
         else:
@@ -315,8 +316,9 @@ def _first_point(text: str) -> str:
     override = parse_override(text)
     if not override.is_sweep_override():
         return text
-    if override.is_interval_sweep():
-        return f"{text.partition('=')[0]}={override.value().start}"
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{text.partition('=')[0]}={value.start}"
     try:
         first = next(iter(override.sweep_string_iterator()), None)
     except _UNREADABLE as error:
@@ -455,7 +457,7 @@ def _explain(error: Exception) -> str:
     return f"{told.rstrip('.') if len(told) <= 600 else told[:600] + '…'}."
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception | None) -> str:
     return str(error).partition("\n")[0].rstrip(".")
 
 

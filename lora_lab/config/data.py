@@ -1,7 +1,7 @@
 """Where rows come from, and what becomes of them."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,10 @@ from lora_lab.data.clean import Language, Step
 from lora_lab.data.formats import FORMATS
 from lora_lab.schema.sections import section
 
-FormatName = Literal["auto", *FORMATS]
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal["auto", *FORMATS]
 
 
 @section

@@ -15,7 +15,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -85,13 +85,13 @@ def multirun(
                 configs[place] = to_run_config(tree)
             except LoraLabError as error:
                 failures.append((str(folder), error))
-        values = dict(zip(configs, launch(list(configs.values()), on and Nodes(**on)), strict=True))
+        values = dict(zip(configs, launch(list(configs.values()), Nodes(**on) if on else None), strict=True))
         return [values.get(place, Outcome(None)) for place in range(len(points))]
 
     def task(tree: DictConfig) -> Outcome:
         return cohort([(tree, Path(HydraConfig.get().runtime.output_dir))])[0]
 
-    task.cohort = cohort
+    vars(task)["cohort"] = cohort  # what our launchers call instead
     try:
         _hydra_main(["-m", *prepared], "run", task)
     except OSError as error:
@@ -119,7 +119,8 @@ def _every_point(prepared: Sequence[str]) -> list[RunConfig]:
     else:
         points = list(itertools.product(*values))
     points.sort(key=lambda point: [text for text in point if not _is_light(text)])  # those of one composition together
-    configs, wrong = [], collections.Counter()
+    configs: list[RunConfig] = []
+    wrong: collections.Counter[str] = collections.Counter()
     for heavy, group in itertools.groupby(points, lambda point: [text for text in point if not _is_light(text)]):
         with composed(heavy) as tree:
             OmegaConf.set_struct(tree, False)
@@ -148,8 +149,9 @@ def _values(text: str) -> list[str]:
     override, key = parse_override(text), text.partition("=")[0]
     if not override.is_sweep_override():
         return [text]
-    if override.is_interval_sweep():
-        return [f"{key}={end}" for end in (override.value().start, override.value().end)]
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={end}" for end in (value.start, value.end)]
     try:
         return [f"{key}={value}" for value in override.sweep_string_iterator()] or [text]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -174,7 +176,7 @@ def _width(text: str) -> int:
     sweep = parse_override(text).value()
     if isinstance(sweep, ChoiceSweep):
         return len(sweep.list)
-    if isinstance(sweep, RangeSweep):
+    if isinstance(sweep, RangeSweep) and sweep.start is not None and sweep.stop is not None:
         return max(1, math.ceil(abs((sweep.stop - sweep.start) / (sweep.step or 1))))
     return 1
 
@@ -195,7 +197,7 @@ def complete(arguments: Sequence[str], verb: str | None) -> None:
     _hydra_main(known, "completion", lambda tree: None)
 
 
-def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], None]) -> None:
+def _hydra_main(arguments: Sequence[str], config_name: str, task: Callable[[DictConfig], Any]) -> None:
     GlobalHydra.instance().clear()
     before, sys.argv = sys.argv, ["lora-lab", *arguments]
     told = os.environ.get("HYDRA_FULL_ERROR")

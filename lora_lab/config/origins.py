@@ -27,7 +27,7 @@ def explain(overrides: Sequence[str], config_dir: str | None = None) -> tuple[Ru
         loader = GlobalHydra.instance().config_loader()
         chosen = loader.compute_defaults_list("run", prepared, RunMode.RUN).defaults
     folders = [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
-    origins = {}
+    origins: dict[str, str] = {}
     for default in chosen:
         file = next(
             (f / f"{default.config_path}.yaml" for f in folders if (f / f"{default.config_path}.yaml").is_file()), None
@@ -68,7 +68,7 @@ def key_rows() -> list[tuple[str, str, str, str]]:
             key,
             rule(info),
             "???" if info.is_required() else as_override(info.get_default(call_default_factory=True)),
-            f"{', '.join(knowing[key])}: {info.description}" if key in knowing else info.description,
+            f"{', '.join(knowing[key])}: {info.description}" if key in knowing else info.description or "",
         )
         for key, info in all_keys().items()
     ]

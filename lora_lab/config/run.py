@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -37,6 +37,16 @@ from lora_lab.tasks.causal_lm.config import CausalLMConfig
 
 SCHEMA_VERSION = 2
 
+if TYPE_CHECKING:  # whoever reads a configuration knows no method and no task
+    from lora_lab.adapters.base import AdapterSection
+    from lora_lab.tasks.section import TaskSection
+
+    _Adapter = AdapterSection
+    _Task = TaskSection
+else:
+    _Adapter = one_of(ADAPTERS, by="method")
+    _Task = one_of(TASKS, by="name")
+
 
 @section
 class RunConfig:
@@ -48,8 +58,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
-    adapter: one_of(ADAPTERS, by="method") = dataclasses.field(default_factory=LoraAdapter)
-    task: one_of(TASKS, by="name") = dataclasses.field(default_factory=CausalLMConfig)
+    adapter: _Adapter = dataclasses.field(default_factory=LoraAdapter)
+    task: _Task = dataclasses.field(default_factory=CausalLMConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
@@ -177,7 +187,9 @@ def void(config: RunConfig, told: Iterable[str]) -> dict[str, str]:
 def _next_void(config: RunConfig, told: set[str]) -> dict[str, str]:
     found = {}
     for sentence in contradictions(config):
-        key, why = re.match(r"([\w.]+)(?:=.*?)?: (.*)", sentence, re.DOTALL).groups()
+        parts = re.match(r"([\w.]+)(?:=.*?)?: (.*)", sentence, re.DOTALL)
+        assert parts is not None, sentence
+        key, why = parts.groups()
         if key == "data.eval_ratio" and key in told and "data.eval" not in told and "already" in why:
             return {"data.eval": f"data.eval: data.eval_ratio={config.data.eval_ratio:g} holds rows out."}
         if _is_void(key, why, told):

@@ -163,7 +163,7 @@ class Augmenter:
         self._synonyms_sha256: str | None = None
         if "synonyms" in config.methods:
             key = f"{_KEY}.synonyms"
-            file = local_path(config.synonyms, key, DataError)
+            file = local_path(config.synonyms or "", key, DataError)
             try:
                 content = file.read_bytes()
             except OSError as error:
@@ -190,7 +190,8 @@ class Augmenter:
         return [self._copies_of(text, seed, translated) for text, seed in zip(texts, seeds, strict=True)]
 
     def _copies_of(self, text: str, seed: int, translated: dict[str, str | None]) -> list[str]:
-        config, found = self.config, []
+        config = self.config
+        found: list[str] = []
         for number in range(config.copies if config.methods else 0):
             method = config.methods[number % len(config.methods)]
             copy = translated[text] if method == "back_translation" else self._changed(method, text, seed, number)
@@ -223,7 +224,7 @@ class Augmenter:
         lines = dict.fromkeys(line.strip() for text in texts for line in text.split("\n"))
         forth = there.translate([line for line in lines if any(map(str.isalpha, line))])
         returned = back.translate(list(dict.fromkeys(line for line in forth.values() if line)))
-        new = {line: returned.get(forth[line]) if line in forth else line for line in lines}
+        new = {line: returned.get(forth[line] or "") if line in forth else line for line in lines}
         return {text: _relined(text, new) for text in texts}
 
     @functools.cached_property
@@ -233,18 +234,18 @@ class Augmenter:
         prefixes = self.config.prefixes or ["", ""]
         return [
             translate.Translator(_model_key(index, name), folder, prefix)
-            for index, (name, folder, prefix) in enumerate(
-                zip(self.config.back_translation, self._folders, prefixes, strict=True)
-            )
+            for index, (name, folder, prefix) in enumerate(zip(self._models, self._folders, prefixes, strict=True))
         ]
+
+    @property
+    def _models(self) -> list[str]:
+        return self.config.back_translation or []
 
     @functools.cached_property
     def _folders(self) -> list[Path]:
         from lora_lab.data import translate
 
-        return [
-            translate.find(_model_key(index, name), name) for index, name in enumerate(self.config.back_translation)
-        ]
+        return [translate.find(_model_key(index, name), name) for index, name in enumerate(self._models)]
 
     def digest(self) -> str:
         """Hex SHA-256 of what decides the copies beside the values of the configuration, for the keys of caches.
@@ -279,7 +280,8 @@ def _split(text: str, language: str) -> tuple[list[str], list[str]]:
         pieces = rjieba.cut(text)
     else:
         pieces = _WORD.split(text)
-    words, gaps = [], [""]
+    words: list[str] = []
+    gaps = [""]
     for piece in pieces:
         if not any(map(str.isalnum, piece)):
             gaps[-1] += piece
@@ -385,7 +387,8 @@ def _relined(text: str, new: dict[str, str | None]) -> str | None:
     lines = []
     for line in text.split("\n"):
         core = line.strip()
-        if core and not new[core]:
+        other = new[core] if core else ""
+        if core and not other:
             return None
-        lines.append(line.replace(core, new[core], 1) if core else line)
+        lines.append(line.replace(core, other, 1) if core and other else line)
     return "\n".join(lines)

@@ -37,7 +37,8 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     """
     clean.require(config.clean, config.clean_language)
     augment.require(config.augment)
-    train, held_out = None, None
+    train: Dataset | Stream | None = None
+    held_out: Dataset | None = None
     if config.eval is not None:
         held_out = _read("data.eval", config.eval, config.max_eval_rows, encoder.for_held_out(), refuse)
     if config.streaming and need_train:
@@ -46,6 +47,7 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     elif need_train or config.eval_ratio is not None:
         train = _read("data.train", config.train, config.max_train_rows, encoder, refuse)
     if config.eval_ratio is not None:
+        assert isinstance(train, Dataset)  # a stream has no share of its rows held out
         refuse_empty(train)
         train, held_out = split(train, config.eval_ratio, config.split_seed)
     if config.shared == "drop" and isinstance(train, Dataset) and held_out is not None:
@@ -59,9 +61,8 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
 
 def in_blocks(data: Data, max_tokens: int) -> Data:
     """Short rows put together up to `max_tokens`, where the rows are stored."""
-    train, held_out = (
-        part.in_blocks(max_tokens) if isinstance(part, Dataset) else part for part in (data.train, data.held_out)
-    )
+    train = data.train.in_blocks(max_tokens) if isinstance(data.train, Dataset) else data.train
+    held_out = None if data.held_out is None else data.held_out.in_blocks(max_tokens)
     return Data(train, held_out)
 
 
@@ -103,7 +104,7 @@ def refuse_empty(data: Dataset) -> None:
 
 def _weights(names: Any) -> list[float] | None:
     weights = [s.weight for s in names if isinstance(s, Source)] if isinstance(names, list) else []
-    return weights if any(weight is not None for weight in weights) else None
+    return [weight for weight in weights if weight is not None] or None  # all are told, or none
 
 
 def _read(key: str, names: Any, limit: int | None, encoder: Encoder, refuse: bool) -> Dataset:

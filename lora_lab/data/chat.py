@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from lora_lab.base.tokenizer import decode
 from lora_lab.config.data import DataConfig
 from lora_lab.data.clean import clean
 from lora_lab.data.columns import JSON
 from lora_lab.data.conversations import refuse_lost_reasoning
 from lora_lab.data.encode import TOO_LONG, Encoded, Encoder, Example
-from lora_lab.data.formats import Message, Record, RowError, class_name
+from lora_lab.data.formats import Message, Record, RowError, class_name, promised
 from lora_lab.data.template import ChatTemplate, Rendered
 from lora_lab.errors import DataError
 from lora_lab.tasks.section import TaskSection
@@ -60,6 +61,10 @@ class ChatEncoder(Encoder):
         """What the model is given to answer a conversation that was typed, not read from rows."""
         return self.template.typed(cleaned(messages, self.config), tools, prompt=True)
 
+    @property
+    def day(self) -> str | None:
+        return self.template.of_today()
+
     def end_tokens(self) -> list[int]:
         """Ids that end an answer: the token that training puts there, and the end of sequence."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -76,7 +81,7 @@ class ChatEncoder(Encoder):
         if isinstance(record.label, int) and record.label < 0:
             class_name(record.label)  # hidden labels are often written as -1
         if record.messages is None:
-            text = clean(self.unmarked(record.text), self.config.clean, self.config.clean_language)
+            text = clean(self.unmarked(promised(record.text)), self.config.clean, self.config.clean_language)
             if not text.strip():
                 raise RowError("empty", "nothing is left of the text after cleaning.")
             return [Rendered(text, [(0, len(text), 1.0)], end_missing=True, plain=True)]
@@ -193,7 +198,7 @@ class ChatEncoder(Encoder):
     def _truncate_prompt(self, tokens: _Tokens) -> _Tokens:
         """Cut the start of the longest message that is no answer until all fits; template and answers stay whole."""
         rendered, limit = tokens.rendered, self.config.max_tokens
-        messages = [dict(message) for message in rendered.messages]
+        messages = [dict(message) for message in promised(rendered.messages)]
         cuttable = [m for m in messages if m["role"] != "assistant" and isinstance(m.get("content"), str)]
         while len(tokens.ids) > limit:
             longest = max(cuttable, key=lambda message: len(message["content"]), default={"content": ""})
@@ -205,9 +210,11 @@ class ChatEncoder(Encoder):
                     f"its answers and template alone need more than data.max_tokens={limit} tokens. Raise data.max_tokens or "
                     "choose data.too_long=drop.",
                 )
-            longest["content"] = self.tokenizer.decode(content[excess:]).lstrip("\ufffd")  # a cut character is none
+            longest["content"] = decode(self.tokenizer, content[excess:]).lstrip("\ufffd")  # a cut character is none
             record = Record(messages=messages, tools=rendered.tools)
-            again = [r for r in self.template.examples(record, self.supervise) if len(r.messages) == len(messages)]
+            again = [
+                r for r in self.template.examples(record, self.supervise) if len(promised(r.messages)) == len(messages)
+            ]
             found = self._tokenized(again)[0]
             if isinstance(found, RowError):
                 raise found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from lora_lab.config.data import DataConfig
 from lora_lab.data import hints, readable
 from lora_lab.data.build import Data
+from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.chunks import Report
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
@@ -46,11 +48,14 @@ _NO_LABELS = (
 _OF_CLASSES = ("text_label", "pair_label", "token_labels")
 
 
+Level = Literal["error", "warning", "note"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """Something to know about the data. An error means that training would go wrong."""
 
-    level: Literal["error", "warning", "note"]
+    level: Level
     key: str  # data.train or data.eval
     sentence: str
 
@@ -67,8 +72,11 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             if not len(part):
                 findings.append(Finding("error", part.key, f"none of the {part.rows_read} rows is left to train on."))
             else:
-                for one in (_repeated, _labels, *((_ends, _prompts, _special_texts, _tools) if encoder.chat else ())):
+                for one in (_repeated, _labels):
                     findings += one(part, encoder)
+                if isinstance(encoder, ChatEncoder):
+                    for look in (_ends, _prompts, _special_texts, _tools):
+                        findings += look(part, encoder)
         elif isinstance(part, Stream):
             for report in part.first_reports():
                 seen = f" (of the first {report.rows} rows, which were looked at)"
@@ -78,7 +86,7 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             findings += _readable(part.key, names, encoder)
     if isinstance(data.train, Dataset) and data.held_out is not None:
         findings += _shared(data.train, data.held_out)
-    if encoder.chat:
+    if isinstance(encoder, ChatEncoder):
         findings += _template(encoder, config)
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))
 
@@ -91,7 +99,7 @@ def _rows(data: Dataset, config: DataConfig) -> list[Finding]:
             first, *others = report.sentences[kind][:_NAMED]
             more = ", ".join(sentence.partition(": ")[0] for sentence in others)
             named = first + (f" Also {more}" + (" ..." if count > _NAMED else ".") if more else "")
-            level = "error" if is_error(config, kind) else "note"
+            level: Level = "error" if is_error(config, kind) else "note"
             found.append(Finding(level, data.key, f"{count} of {report.rows} rows of {report.name}: {kind}. {named}"))
         found += _how_read(report, data.key, config)
     found += [Finding("note", data.key, f"{count} rows dropped: {why}.") for why, count in data.dropped.items()]
@@ -133,7 +141,7 @@ def _unread(report: Report, key: str, config: DataConfig, seen: str) -> list[Fin
     return [*found, Finding("note", key, f"{report.name}: columns that are not read: {listed}{more}{seen}.")]
 
 
-def _readable(key: str, names: object, encoder: Encoder) -> list[Finding]:
+def _readable(key: str, names: Any, encoder: Encoder) -> list[Finding]:
     """Whether the base's tokenizer knows what the rows are written with."""
     tokenizer = encoder.tokenizer
     found = readable.measure(readable.sample(key, names, encoder), tokenizer)
@@ -195,7 +203,7 @@ def _ends(data: Dataset, encoder: Encoder) -> list[Finding]:
     return [Finding("error", data.key, sentence)]
 
 
-def _prompts(data: Dataset, encoder: Encoder) -> list[Finding]:
+def _prompts(data: Dataset, encoder: ChatEncoder) -> list[Finding]:
     """Render and tokenize some prompts once more as chat does, and compare with what would be trained on."""
     places = np.unique(np.linspace(0, len(data) - 1, num=min(_LOOK, len(data))).astype(int))
     wrong = np.zeros(len(data), dtype=bool)
@@ -264,10 +272,11 @@ def _labels(data: Dataset, encoder: Encoder) -> list[Finding]:
 def _alike(key: str, labels: list[str]) -> list[Finding]:
     """Labels that look alike, of which each is a class of its own, and labels that stand for none."""
     found = []
-    for plain, level, how in (
+    ways: tuple[tuple[Callable[[str], str], Level, str], ...] = (
         (_as_seen, "error", "look the same and differ in invisible signs or in how accents are stored"),
         (_roughly, "warning", "differ in capitals, width or blanks only"),
-    ):
+    )
+    for plain, level, how in ways:
         groups: dict[str, list[str]] = {}
         for label in labels:
             groups.setdefault(plain(label), []).append(label)
@@ -293,7 +302,7 @@ def _roughly(label: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", _as_seen(label)).casefold().split())
 
 
-def _special_texts(data: Dataset, encoder: Encoder) -> list[Finding]:
+def _special_texts(data: Dataset, encoder: ChatEncoder) -> list[Finding]:
     """Special tokens written out in a message become real ones, and end turns that the row did not end."""
     which = np.zeros(len(data.table), dtype=bool)
     for token in [token for token in encoder.template.special_tokens if len(token) > 3][:300]:
@@ -311,7 +320,7 @@ def _holds(data: Dataset, text: str) -> np.ndarray:
     return np.logical_or(*(column.fill_null(False).to_numpy() for column in found))
 
 
-def _tools(data: Dataset, encoder: Encoder) -> list[Finding]:
+def _tools(data: Dataset, encoder: ChatEncoder) -> list[Finding]:
     listed = data.table.column("tools").is_valid().to_numpy()
     which = (listed | _holds(data, '"tool_calls": ['))[data.chosen]
     if not which.any() or encoder.template.native_tools:
@@ -323,8 +332,8 @@ def _tools(data: Dataset, encoder: Encoder) -> list[Finding]:
     return [Finding("note", data.key, sentence)]
 
 
-def _template(encoder: Encoder, config: DataConfig) -> list[Finding]:
-    found = []
+def _template(encoder: ChatEncoder, config: DataConfig) -> list[Finding]:
+    found: list[tuple[Level, str]] = []
     if encoder.template.dated:
         found.append(
             (

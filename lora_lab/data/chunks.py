@@ -143,17 +143,21 @@ def encode_chunk(encoder: Encoder, rows: Sequence[Row], name: str, format_name: 
     return _batch(rows, outcomes, encoder), report
 
 
-def _here(chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str) -> Iterator:
+def _here(
+    chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str
+) -> Iterator[tuple[pa.RecordBatch, Report]]:
     return (encode_chunk(encoder, rows, name, format_name) for rows in chunks)
 
 
-def _in_processes(chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str) -> Iterator:
+def _in_processes(
+    chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str
+) -> Iterator[tuple[pa.RecordBatch, Report]]:
     """The same, a process on each core; results come in order, and the file is never read far ahead."""
-    workers = os.cpu_count()
+    workers = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's locked threads
     setting = (type(encoder), encoder.config, encoder.task, encoder.tokenizer, encoder.vocab_size)
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, setting) as pool:
-        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        waiting: collections.deque[concurrent.futures.Future[tuple[pa.RecordBatch, Report]]] = collections.deque()
         for rows in chunks:
             waiting.append(pool.submit(_encode_in_worker, rows, name, format_name))
             if len(waiting) > 2 * workers:
@@ -166,7 +170,10 @@ _encoder: Encoder | None = None  # of a worker process
 
 def _start_worker(kind: type[Encoder], *setting: Any) -> None:
     global _encoder
-    children.end_with_parent(multiprocessing.parent_process().pid)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    children.end_with_parent(parent.pid)
     for signum in (
         signal.SIGINT,
         signal.SIGHUP,
@@ -177,6 +184,7 @@ def _start_worker(kind: type[Encoder], *setting: Any) -> None:
 
 
 def _encode_in_worker(rows: list[Row], name: str, format_name: str) -> tuple[pa.RecordBatch, Report]:
+    assert _encoder is not None
     return encode_chunk(_encoder, rows, name, format_name)
 
 

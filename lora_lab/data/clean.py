@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Collection
 from html.parser import HTMLParser
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lora_lab.errors import ConfigError, nearest
 
@@ -97,18 +97,18 @@ def clean(text: str, steps: Collection[str], language: str) -> str:
 class _Text(HTMLParser):
     """Collects what a reader of the page would see."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self.hidden: str | None = None  # the open script or style
         self.gap = ""  # goes before the next text: white space around block tags means nothing in HTML
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "style"):
             self.hidden = tag
         self._separate(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         if tag == self.hidden:
             self.hidden = None
         self._separate(tag)
@@ -119,7 +119,7 @@ class _Text(HTMLParser):
         elif tag in ("td", "th"):
             self.gap = self.gap or " "
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if self.hidden or (self.gap and data.isspace()):
             return
         if self.gap:
@@ -165,7 +165,7 @@ def _close(gap: re.Match[str]) -> str:
 
 
 @functools.cache
-def _stemmer(language: str):
+def _stemmer(language: str) -> Any:
     """It holds the word that it works on: one per process, not for threads."""
     import snowballstemmer
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -16,8 +16,37 @@ if TYPE_CHECKING:
     from lora_lab.data.encode import Example
 
 
+class Batch:
+    """Examples that one forward pass learns from, `S` things in all. What a subclass, a dataclass, holds at least."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    lengths: list[int]  # tokens of each row, padding not counted
+    targets: torch.Tensor  # [S] int64, or float for numbers
+    weights: torch.Tensor | None  # [S] float32: how much each counts in the loss; None: all one
+    origins: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, padding not counted."""
+        return sum(self.lengths)
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of its items."""
+        return float(len(self.targets)) if self.weights is None else float(self.weights.sum())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with all of its tensors on a device."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self,
+            **{name: tree_map_only(torch.Tensor, lambda t: t.to(device), value) for name, value in values.items()},
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedBatch:
+class PackedBatch(Batch):
     """Some examples in one row of `T` tokens, `S` of them supervised."""
 
     input_ids: torch.Tensor  # [1, T] int64
@@ -25,64 +54,34 @@ class PackedBatch:
     lengths: list[int]  # tokens of each example; they sum to T
     logit_positions: torch.Tensor  # [S] int64: where in the row the logits of each target stand
     targets: torch.Tensor  # [S] int64: the tokens to predict there
-    weights: torch.Tensor | None  # [S] float32: how much each counts in the loss; None: all one
+    weights: torch.Tensor | None
     origins: list[str]
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
 
-    @property
-    def weight(self) -> float:
-        """Sum of the weights of its items."""
-        return weight_of(self)
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        return _moved(self, device)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PaddedBatch:
+class PaddedBatch(Batch):
     """`B` rows padded on the right to `T` tokens, with `S` things to learn."""
 
     inputs: dict[str, torch.Tensor]  # what the model is called with: [B, T] int64 each
-    lengths: list[int]  # tokens of each row, padding not counted
+    lengths: list[int]
     places: tuple[torch.Tensor, torch.Tensor] | None  # row and token of each item, [S] int64 each; None: an item a row
-    targets: torch.Tensor  # [S] int64, or float32 for numbers
-    weights: torch.Tensor | None  # [S] float32: how much each counts in the loss; None: all one
+    targets: torch.Tensor
+    weights: torch.Tensor | None
     origins: list[str]
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
 
-    @property
-    def weight(self) -> float:
-        """Sum of the weights of its items."""
-        return weight_of(self)
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedBatch(PaddedBatch):
+    """Padded rows whose items are tokens."""
 
-    def to(self, device: torch.device | str) -> PaddedBatch:
-        return _moved(self, device)
+    places: tuple[torch.Tensor, torch.Tensor]
 
 
-Batch = PackedBatch | PaddedBatch
-
-
-def weight_of(batch: Batch) -> float:
-    """Sum of the weights of a batch's items."""
-    return float(len(batch.targets)) if batch.weights is None else float(batch.weights.sum())
-
-
-def _moved(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with all of its tensors on a device."""
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return dataclasses.replace(
-        batch,
-        **{name: tree_map_only(torch.Tensor, lambda t: t.to(device), value) for name, value in values.items()},
-    )
-
-
-def pad(rows: list[np.ndarray], fill: int) -> torch.Tensor:
+def pad(rows: Sequence[np.ndarray | Sequence[int]], fill: int) -> torch.Tensor:
     """[B, T] int64: rows of unlike length, filled up on the right."""
     padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
     for place, row in enumerate(rows):

@@ -166,6 +166,7 @@ def is_conversation(value: Any) -> bool:
 def conversation_in(text: Any) -> tuple[list[dict[str, Any]] | None, bool]:
     """The turns that a value holds, as a list or as text of one; and whether Python wrote that text, so that it is no text of the
     user's in any case."""
+    found: Any
     if not isinstance(text, str):
         return (text if is_conversation(text) else None), False
     if not text.lstrip().startswith("[") or "{" not in text[:100]:

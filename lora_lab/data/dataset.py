@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow.compute
 from lora_lab.data import store
 from lora_lab.data.chunks import Report, columns_of, encode_chunk, schema_of
 from lora_lab.data.encode import Encoder, Example
-from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, Row, checked, parse_json_line, renamed
+from lora_lab.data.sources import MAX_LINE_BYTES, NOT_UTF8, DataFile, HubData, Row, checked, parse_json_line, renamed
 from lora_lab.errors import DataError
 
 _BLOCK_BYTES = 2**22
@@ -199,22 +199,26 @@ class Stream:
     """Rows of JSONL files, read and encoded when they are asked for. Any row can be asked for at any time, so the order
     of a run is as random, and resumes as exactly, as that of stored rows; memory holds eight bytes a row."""
 
-    def __init__(self, key: str, files: list[DataFile], encoder: Encoder, weights: list[float] | None = None):
+    def __init__(
+        self, key: str, files: Sequence[DataFile | HubData], encoder: Encoder, weights: list[float] | None = None
+    ):
         """Finds where each line begins.
 
         Raises:
             DataError: a file that is not plain JSONL, or a line that is too long.
         """
+        plain: list[DataFile] = []
         for file in files:
             if not isinstance(file, DataFile) or file.kind != "jsonl" or file.zipped:
                 raise DataError(
                     f"{key}={file.path}: data.streaming=true reads plain .jsonl files, in which any row can be found at once. "
                     "Convert or unpack it, or set data.streaming=false (rows are then encoded once, onto the disk)."
                 )
-        self.key, self.inputs, self.encoder, self.weights = key, files, encoder, weights
-        self.formats = [store.format_of(file, encoder) for file in files]
-        self.files = {str(file.path): file.digest() for file in files}
-        self._starts = [_line_starts(file) for file in files]
+            plain.append(file)
+        self.key, self.inputs, self.encoder, self.weights = key, plain, encoder, weights
+        self.formats = [store.format_of(file, encoder) for file in plain]
+        self.files = {str(file.path): file.digest() for file in plain}
+        self._starts = [_line_starts(file) for file in plain]
         self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])
 
     def __len__(self) -> int:
@@ -279,8 +283,8 @@ class Stream:
         """What becomes of the first lines of each file."""
         reports, first = [], 0
         for part, last in enumerate(self._ends):
-            rows = [self._row(line)[1] for line in range(first, min(first + count, int(last)))]
-            rows = [row for row in rows if row is not None]
+            found = (self._row(line)[1] for line in range(first, min(first + count, int(last))))
+            rows = [row for row in found if row is not None]
             reports.append(encode_chunk(self.encoder, rows, self.inputs[part].name, self.formats[part])[1])
             first = int(last)
         return reports

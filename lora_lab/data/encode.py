@@ -128,6 +128,11 @@ class Encoder:
         """What is learned of an example that is no token of its text, for people: its label, its tags, its answer."""
         return ""
 
+    @property
+    def day(self) -> str | None:
+        """The day whose date is in its texts: on another they are encoded anew; None: no text has it."""
+        return None
+
     def sequences(self, example: Example) -> list[np.ndarray]:
         """All token ids that the model reads, each sequence for itself."""
         further = (example.own.get(column) for column in self.token_columns)
@@ -165,7 +170,7 @@ class Encoder:
             name: of the file, for messages.
             format_name: a key of `formats.FORMATS`.
         """
-        outcomes: list[Outcome | None] = [None] * len(rows)
+        outcomes: dict[int, Outcome] = {}  # by place
         waiting: list[tuple[int, int, Record]] = []  # (place, digest, record)
         for place, row in enumerate(rows):
             try:
@@ -182,8 +187,8 @@ class Encoder:
             unread = [name for name in formats.unread(rows[place].values, format_name) if name != self.config.stratify]
             outcomes[place] = dataclasses.replace(outcome, unread=tuple(unread), notes=record.notes)
         if self.augmenter is not None:
-            self._add_copies(outcomes, waiting, origins)
-        return outcomes
+            self._add_copies(self.augmenter, outcomes, waiting, origins)
+        return [outcomes[place] for place in range(len(rows))]
 
     def _outcome(self, row: int, label: Any, digest: int, found: Encoded | RowError) -> Outcome:
         if isinstance(found, RowError):
@@ -230,11 +235,17 @@ class Encoder:
                 "not belong to this model, or the model must be resized first.",
             )
 
-    def _add_copies(self, outcomes: list[Outcome], waiting: list[tuple[int, int, Record]], origins: list[str]) -> None:
+    def _add_copies(
+        self,
+        augmenter: Augmenter,
+        outcomes: dict[int, Outcome],
+        waiting: list[tuple[int, int, Record]],
+        origins: list[str],
+    ) -> None:
         """Changed copies of the usable rows (`data.augment`) become further examples of theirs; one that cannot be used is
         left out."""
         usable = [i for i, (place, _, _) in enumerate(waiting) if outcomes[place].problem is None]
-        copies = self.augmenter.copies([_input(waiting[i][2]) for i in usable], [waiting[i][1] for i in usable])
+        copies = augmenter.copies([_input(waiting[i][2]) for i in usable], [waiting[i][1] for i in usable])
         for i, texts in zip(usable, copies, strict=True):
             place, _, record = waiting[i]
             found = self._completed([_with_input(record, text) for text in texts], [origins[i]] * len(texts))
@@ -293,7 +304,7 @@ def _input(record: Record) -> str:
     """The text of a record that may be changed: what the model is given, never what it is to answer."""
     if record.text is not None:
         return record.text
-    return next((m["content"] for m in reversed(record.messages) if m["role"] == "user"), "")
+    return next((m["content"] for m in reversed(formats.promised(record.messages)) if m["role"] == "user"), "")
 
 
 def _with_input(record: Record, text: str) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_lab.data import hints
 from lora_lab.data.conversations import (
@@ -26,10 +26,25 @@ from lora_lab.data.conversations import (
 from lora_lab.data.values import RowError, decoded, list_of, shown, text_of
 from lora_lab.errors import DataError, nearest
 
-__all__ = ["FORMATS", "Format", "Message", "Record", "RowError", "class_name", "detect", "read", "unread", "weight_of"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Message",
+    "Record",
+    "RowError",
+    "class_name",
+    "detect",
+    "promised",
+    "read",
+    "unread",
+    "weight_of",
+]
 _NOT_NUMBERS = (float("inf"), float("-inf"))
 _UNCOUNTED = "-100"  # transformers' tag of tokens that the loss leaves out
 BLANKS = "labels with blanks around them, which do not count"
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +71,12 @@ class Record:
         """The same text for the same content, to find equal rows."""
         content = {name: value for name, value in dataclasses.asdict(self).items() if name != "notes"}
         return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def promised(value: T | None) -> T:
+    """A part of a record that rows of this format always have."""
+    assert value is not None
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +136,7 @@ def _preference(values: dict[str, Any], _: Any = None) -> Record:
     better, worse = (
         _judged(prompt, answer, column, values) for answer, column in ((chosen, "chosen"), (rejected, "rejected"))
     )
-    if not same_prompt(better.messages, worse.messages):
+    if not same_prompt(promised(better.messages), promised(worse.messages)):
         raise RowError(
             "prompt",
             "'chosen' and 'rejected' differ before their last answers. Both must answer the same conversation.",
@@ -338,7 +359,7 @@ def _tag(tag: Any, names: Sequence[str] | None) -> str:
             f"tag {tag} is a number, and what it stands for is not known. Name the tags in the order of their numbers, such as "
             "data.label_names=[O,B-PER,I-PER].",
         )
-    if number and 0 <= tag < len(names):
+    if number and names is not None and 0 <= tag < len(names):
         return names[tag]
     if not isinstance(tag, str) or not tag or (names is not None and tag not in names):
         raise RowError(

@@ -23,7 +23,8 @@ _STATUS = "/proc/self/statm"  # the process's size in pages comes first
 
 def fault_of(values: Any) -> str | None:
     """What is wrong with the texts of a row, at any depth, keys included; None if nothing is."""
-    size, inside = 0, [([values], 0)]
+    size = 0
+    inside: list[tuple[list[Any] | dict[Any, Any], int]] = [([values], 0)]
     for node, depth in inside:  # which grows
         if depth > _MAX_DEPTH:
             return f"is nested deeper than {_MAX_DEPTH} levels."

@@ -12,10 +12,11 @@ import dataclasses
 import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_lab.base.tokenizer import decode
 from lora_lab.data import formats, sources
 from lora_lab.data.chunks import columns_of
 from lora_lab.data.formats import Record, RowError
@@ -58,7 +59,8 @@ def measure(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Reading
     """Tokenize texts and compare what is left of their characters, whatever their case and accents."""
     unknown_id = unknown_token_id(tokenizer)
     tokens = unknown = 0
-    whole, missed, spelled = (collections.Counter() for _ in range(3))
+    whole: collections.Counter[str] = collections.Counter()
+    missed, spelled = whole.copy(), whole.copy()
     for text in texts:
         text = text[:_MAX_CHARS]
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -67,7 +69,7 @@ def measure(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Reading
         tokens, unknown = tokens + len(ids), unknown + len(ids) - len(known)
         there = _characters(text)
         whole += there
-        missed += there - _characters(tokenizer.decode(known, clean_up_tokenization_spaces=False))
+        missed += there - _characters(decode(tokenizer, known, clean_up_tokenization_spaces=False))
         spelled += _spelled(text, found["offset_mapping"])
     script = _script((missed if missed.total() >= spelled.total() else spelled).elements())
     return Reading(tokens, unknown, whole.total(), missed.total(), spelled.total(), script)
@@ -79,7 +81,7 @@ def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if number in (tokenizer.eos_token_id, tokenizer.bos_token_id) else number
 
 
-def sample(key: str, names: object, encoder: Encoder) -> Iterator[str]:
+def sample(key: str, names: Any, encoder: Encoder) -> Iterator[str]:
     """Texts of some rows, spread over the files of a key."""
     files = sources.find(key, names, encoder.config.sample_by, encoder.config.field)
     for file in files:
@@ -107,7 +109,7 @@ def texts_of(record: Record) -> list[str]:
     return [text for text in found if isinstance(text, str) and text]
 
 
-def _characters(text: str) -> collections.Counter:
+def _characters(text: str) -> collections.Counter[str]:
     return collections.Counter(letter for letter in unicodedata.normalize("NFKD", text.casefold()) if _counts(letter))
 
 
@@ -118,7 +120,7 @@ def _counts(letter: str) -> bool:
     return not letter.isspace() and unicodedata.category(letter)[0] != "C"
 
 
-def _spelled(text: str, offsets: list[tuple[int, int]]) -> collections.Counter:
+def _spelled(text: str, offsets: list[tuple[int, int]]) -> collections.Counter[str]:
     """Characters that several tokens share."""
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     spans = spans[spans[:, 1] > spans[:, 0]]

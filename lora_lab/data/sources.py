@@ -94,7 +94,7 @@ class DataFile:
         """
         try:
             with open(self.path, "rb") as raw:
-                stream = _Guarded(gzip.open(raw), raw, self) if self.zipped else raw
+                stream: Any = _Guarded(gzip.open(raw), raw, self) if self.zipped else raw
                 for row in _READERS[self.kind](stream, self):
                     if progress is not None:
                         progress.at(raw.tell())
@@ -146,7 +146,7 @@ class HubData:
 class _Guarded:
     """A decompressed stream that refuses to grow without end."""
 
-    def __init__(self, stream: IO[bytes], raw: IO[bytes], file: DataFile):
+    def __init__(self, stream: gzip.GzipFile, raw: IO[bytes], file: DataFile):
         self.stream, self.raw, self.file = stream, raw, file
         self.size = os.fstat(raw.fileno()).st_size
         self.produced = 0
@@ -259,7 +259,8 @@ def _without_hidden(key: str, name: str, paths: list[Path], named: set[str]) -> 
     Args:
         named: parts of paths that the user named, hidden or not.
     """
-    kept, hidden = [], []
+    kept: list[Path] = []
+    hidden: list[Path] = []
     for path in paths:
         marks = [part for part in path.parts if part not in named and part.startswith((".", "~$", "__MACOSX"))]
         (hidden if marks else kept).append(path)
@@ -481,7 +482,7 @@ def _separator(first: str, kind: str) -> tuple[str, bool]:
         return declared.group(1), True
     usual = "\t" if kind == "tsv" else ","
     counts = {mark: _columns(first, mark) for mark in _SEPARATORS}
-    most = max(counts, key=counts.get)
+    most = max(counts, key=counts.__getitem__)
     return (most if counts[usual] == 1 < counts[most] else usual), False
 
 
@@ -498,12 +499,11 @@ def separator_of(file: DataFile | HubData) -> str | None:
     Raises:
         DataError: the file cannot be read.
     """
-    kind = getattr(file, "kind", None)
-    if kind not in ("csv", "tsv"):
+    if not isinstance(file, DataFile) or file.kind not in ("csv", "tsv"):
         return None
     with contextlib.suppress(*_UNREADABLE), gzip.open(file.path) if file.zipped else open(file.path, "rb") as stream:
-        found, _ = _separator(next(iter(_CsvLines(stream, file)), ""), kind)
-        return None if found == ("\t" if kind == "tsv" else ",") else _SEPARATORS.get(found, repr(found))
+        found, _ = _separator(next(iter(_CsvLines(stream, file)), ""), file.kind)
+        return None if found == ("\t" if file.kind == "tsv" else ",") else _SEPARATORS.get(found, repr(found))
     return None  # told when its rows are read
 
 
@@ -523,7 +523,7 @@ def _check_header(header: list[str], file: DataFile) -> None:
 class _CsvLines:
     """The lines of a CSV file; a row may have many, but not without end."""
 
-    def __init__(self, stream: IO[bytes], file: DataFile):
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile, file: DataFile):
         self.stream, self.file = stream, file
         self.taken = 0  # bytes since the last row
         self.first = True

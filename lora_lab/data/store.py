@@ -149,6 +149,7 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
 
 def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:
     options = {key: value for key, value in dataclasses.asdict(encoder.config).items() if key not in _NOT_ENCODING}
+    kind: Any = type(encoder)
     parts = {
         "file": digest,
         "name": file.name,  # it is part of every origin
@@ -161,11 +162,11 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "task": {name: getattr(encoder.task, name) for name in encoder.task_options},
         "vocab_size": encoder.vocab_size,
         "template": encoder.tokenizer.chat_template,
-        "day": encoder.template.of_today() if encoder.chat else None,
+        "day": encoder.day,
         "tokenizer": tokenizer_digest(encoder.tokenizer),
         "augmentation": encoder.augmenter.digest() if encoder.augmenter else None,
-        "encoder": type(encoder).__qualname__,
-        "code": code_version(type(encoder)),
+        "encoder": kind.__qualname__,
+        "code": code_version(kind),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
@@ -256,7 +257,7 @@ def _weights(spans: np.ndarray, length: int) -> np.ndarray:
 
 def label_counts(reports: list[Report]) -> dict[str, int]:
     """Labels of several files together, most frequent first."""
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for report in reports:
         counts.update(report.labels)
     return dict(counts.most_common())

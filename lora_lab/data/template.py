@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.data.formats import Message, Record, RowError, weight_of
+from lora_lab.data.formats import Message, Record, RowError, promised, weight_of
 from lora_lab.data.limits import MAX_ROW_CHARS, Bounds
 from lora_lab.data.marks import Marks
 from lora_lab.errors import ConfigError, DataError, nearest
@@ -52,7 +52,7 @@ class Rendered:
                 text=self.text[: span[1]],
                 spans=[span],
                 end_missing=False,
-                messages=self.messages[: turn + 1],
+                messages=promised(self.messages)[: turn + 1],
                 turns=(turn,),
             )
             for span, turn in earlier
@@ -111,14 +111,14 @@ class ChatTemplate:
             return self._text(messages, tools, add_generation_prompt)
 
     @contextlib.contextmanager
-    def _row(self) -> Iterator[None]:
+    def _row(self) -> Iterator[Bounds]:
         """The renderings of one conversation, which are bounded together."""
         if self._bounds is not None:
-            yield
+            yield self._bounds
             return
         try:
             with Bounds(_RENDER_BYTES, _ROW_SECONDS) as self._bounds:
-                yield
+                yield self._bounds
         except MemoryError as error:
             raise DataError(
                 f"Stopped, because the model's chat template cannot render it (it takes more than {_RENDER_BYTES // 2**20} MiB of memory)."
@@ -133,18 +133,21 @@ class ChatTemplate:
 
     def _rendered(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
         plain = [{k: v for k, v in message.items() if k not in _NOT_FOR_TEMPLATES} for message in messages]
+        bounds = self._bounds
+        assert bounds is not None  # of `_row`
         stopped = DataError(
             f"The model's chat template was stopped after {_RENDER_SECONDS:g} s: it does not end."
-            if self._bounds.left > _RENDER_SECONDS
+            if bounds.left > _RENDER_SECONDS
             else f"The model's chat template was stopped after {_ROW_SECONDS:g} s with one conversation."
         )
         try:
-            with self._bounds.slice(_RENDER_SECONDS, stopped):
+            with bounds.slice(_RENDER_SECONDS, stopped):
                 text = self.tokenizer.apply_chat_template(
                     plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self.kwargs
                 )
         except _template_errors() as error:
             raise RowError("template", f"the model's chat template cannot render it ({error}).") from error
+        assert isinstance(text, str)  # for one conversation
         if len(text) > _MAX_TEXT:
             raise DataError(
                 f"The model's chat template makes {len(text):,} characters of one conversation, above {_MAX_TEXT:,}: no text is that long."
@@ -162,7 +165,7 @@ class ChatTemplate:
 
         stopped = DataError(f"The model's chat template was not read in {_RENDER_SECONDS:g} s.")
         try:
-            with self._row(), self._bounds.slice(_RENDER_SECONDS, stopped):
+            with self._row() as bounds, bounds.slice(_RENDER_SECONDS, stopped):
                 parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
                     re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.tokenizer.chat_template)
                 )
@@ -222,7 +225,7 @@ class ChatTemplate:
             RowError: the template cannot render the conversation, or shows an answer differently from how it would be generated.
         """
         with self._row():
-            return self._examples(record.messages, record.tools, supervise)
+            return self._examples(promised(record.messages), record.tools, supervise)
 
     def _examples(self, messages: list[Message], tools: Any, supervise: str) -> list[Rendered]:
         if supervise == "all":

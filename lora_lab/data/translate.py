@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_lab.base import inspect
 from lora_lab.base.fingerprint import fingerprint
 from lora_lab.base.resolve import TOKENIZER_FILES, download, is_hub_id, local_path
-from lora_lab.base.tokenizer import read_tokenizer
+from lora_lab.base.tokenizer import decode, read_tokenizer
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.runtime import storage
 
@@ -134,4 +134,4 @@ class Translator:
     def _text(self, ids: list[int], limit: int) -> str | None:
         # Some models are forced to end at the batch's limit. That is a cut, and must not depend on the batch.
         end = next((index for index, token in enumerate(ids[: limit - 1]) if token in self.ends), None)
-        return None if end is None else self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+        return None if end is None else decode(self.tokenizer, ids[:end], skip_special_tokens=True).strip()

@@ -83,7 +83,7 @@ def decoded(value: Any, column: str) -> Any:
     return found
 
 
-def literal(text: str) -> list | dict | None:
+def literal(text: str) -> list[Any] | dict[Any, Any] | None:
     """The list or dict that Python would print so (`str` of a list is what pandas puts into CSV files); None for anything else.
 
     No code is run. Arrays are printed without commas, and two strings that no comma parts would become one: None.

@@ -16,7 +16,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_lab.adapters.attach import trainable
+from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.fast import mlp, norm, prefix, rows
@@ -113,7 +113,7 @@ def _unchanged(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
             raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise BaseModelError(
-            f"model.path: {model.get_base_model().config.model_type} cannot be run on these rows ({reason}). Use another base or task."
+            f"model.path: {base_of(model).config.model_type} cannot be run on these rows ({reason}). Use another base or task."
         ) from error
 
 
@@ -156,7 +156,7 @@ def _apply(
     applied.forward.unshareable = _alone(model, applied, refused)
     if "fused_norms" in wanted:
         _fuse_norms(model, calls, applied, prove)
-    layer = rows.last_layer(model.get_base_model())
+    layer = rows.last_layer(base_of(model))
     if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
         applied.forward.wanted_rows = True
@@ -198,7 +198,7 @@ def _outcome(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
     if output.requires_grad:
         found = torch.autograd.grad(output.float().square().mean(), list(parameters.values()), allow_unused=True)
         gradients = {name: one for name, one in zip(parameters, found, strict=True) if one is not None}
-    return _Outcome(output.detach(), gradients, _ROUNDING[model.get_base_model().dtype])
+    return _Outcome(output.detach(), gradients, _ROUNDING[base_of(model).dtype])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _alone(model: PeftModel, applied: Applied, refused: str) -> str:
 
 def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
     """Linear layers of frozen weights by name, and why adapted ones are not among them."""
-    head = model.get_base_model().get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     found: dict[str, Projection] = {}
     reasons: dict[str, int] = {}
     inside = ""
@@ -248,7 +248,7 @@ def _projections(model: PeftModel) -> tuple[dict[str, Projection], str]:
     return found, ", ".join(f"{count} layers with {reason}" for reason, count in reasons.items())
 
 
-def _unfit(module: nn.Module) -> str:
+def _unfit(module: Any) -> str:
     """Why an adapted layer stays plain; empty if it need not."""
     if not isinstance(module, AnyLoraLayer):
         return f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"  # such as vera.Linear
@@ -256,7 +256,7 @@ def _unfit(module: nn.Module) -> str:
         return type(module.base_layer).__name__
     if module.lora_variant:
         return "DoRA" if any(module.use_dora.values()) else "a LoRA variant"
-    if any(module.lora_bias.values()) or module.fan_in_fan_out is True:
+    if any(module.lora_bias.values()) or getattr(module, "fan_in_fan_out", False) is True:
         return "a LoRA bias"
     return ""
 
@@ -368,7 +368,7 @@ def _same_input(projections: dict[str, Projection], order: list[tuple[str, torch
             groups[-1][1].append(name)
         else:
             groups.append((tensor, [name]))
-    yield from dict.fromkeys(tuple(names) for _, names in groups if names)
+    yield from map(list, dict.fromkeys(tuple(names) for _, names in groups if names))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -391,7 +391,7 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:
     """Decide whether 4-bit weights are dequantized once or in every pass."""
-    needed = sum(weight.num_bytes(model.get_base_model().dtype) for weight in applied.weights)
+    needed = sum(weight.num_bytes(base_of(model).dtype) for weight in applied.weights)
     if not needed:
         return
     keep = needed <= _KEEP_SHARE * free if speed.dequantize == "auto" else speed.dequantize == "once"

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,15 @@ class Tile:
     queries: slice
     keys: slice
 
-    def take(self, x: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """[H, G, T, d] -> [H, G L, d]."""
+    def at_queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[H, G, T, d] -> [H, G L, d], of the queries."""
+        return self._take(x, self.queries)
+
+    def at_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """[H, 1, T, d] -> [H, K, d], of the keys."""
+        return self._take(x, self.keys)
+
+    def _take(self, x: torch.Tensor, tokens: slice) -> torch.Tensor:
         return x[:, :, tokens].reshape(len(x), -1, x.shape[-1])
 
     def put(self, out: torch.Tensor, part: torch.Tensor) -> None:
@@ -46,14 +54,10 @@ class SideBySide:
     queries: np.ndarray  # [n, L] int64: tokens; padding repeats the first
     valid: np.ndarray  # [n, L] bool: no padding
 
-    @property
-    def keys(self) -> np.ndarray:
-        return self.queries
-
-    def take(self, x: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
+    def at_queries(self, x: torch.Tensor) -> torch.Tensor:
         """[H, G, T, d] -> [H n, G L, d]; zeros for padding, so that nothing comes back from there."""
-        part = x[:, :, torch.from_numpy(tokens)].mul_(torch.from_numpy(self.valid)[..., None]).transpose(1, 2)
-        return part.reshape(len(x) * len(tokens), -1, x.shape[-1])
+        part = x[:, :, torch.from_numpy(self.queries)].mul_(torch.from_numpy(self.valid)[..., None]).transpose(1, 2)
+        return part.reshape(len(x) * len(self.queries), -1, x.shape[-1])
 
     def put(self, out: torch.Tensor, part: torch.Tensor) -> None:
         """Write [H n, G L, d] into [H, G, T, d]."""
@@ -62,7 +66,7 @@ class SideBySide:
         real = torch.from_numpy(np.flatnonzero(self.valid))
         out[:, :, torch.from_numpy(self.queries[self.valid])] = part[:, :, real].to(out.dtype)
 
-    add = put  # no segment has keys in another tile
+    at_keys, add = at_queries, put  # no segment has keys in another tile
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,28 +107,28 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float
     ) -> torch.Tensor:
         q, k, v = _grouped(q * scale, len(k)), _grouped(k, len(k)), _grouped(v, len(k))
         out, future = torch.empty_like(q), _future(q)
         for tile in tiles(lengths):
-            p = _probabilities(tile.take(q, tile.queries), tile.take(k, tile.keys), q.shape[1], future)
-            tile.put(out, torch.bmm(p, tile.take(v, tile.keys)))
+            p = _probabilities(tile.at_queries(q), tile.at_keys(k), q.shape[1], future)
+            tile.put(out, torch.bmm(p, tile.at_keys(v)))
         ctx.scale, ctx.lengths = scale, lengths
         ctx.save_for_backward(q, k, v)
         return out.flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, dout: torch.Tensor):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         dout, future = _grouped(dout, len(k)), _future(q)
         wide = torch.promote_types(k.dtype, torch.float32)  # a key's gradient is a sum over several blocks
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for tile in tiles(ctx.lengths):
-            own, keys, grad = tile.take(q, tile.queries), tile.take(k, tile.keys), tile.take(dout, tile.queries)
+            own, keys, grad = tile.at_queries(q), tile.at_keys(k), tile.at_queries(dout)
             p = _probabilities(own, keys, q.shape[1], future)
             tile.add(dv, torch.bmm(p.transpose(1, 2), grad))
-            dp = torch.bmm(grad, tile.take(v, tile.keys).transpose(1, 2))
+            dp = torch.bmm(grad, tile.at_keys(v).transpose(1, 2))
             dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
             tile.put(dq, torch.bmm(dscores, keys))
             tile.add(dk, torch.bmm(dscores.transpose(1, 2), own))

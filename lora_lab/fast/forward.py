@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
 from lora_lab.fast import prefix, segments
@@ -68,7 +69,8 @@ class Forward:
     def generating(self, model: PeftModel) -> Iterator[None]:
         """Inside the block the model generates as it would anywhere: in evaluation, without gradients, and with its own attention,
         because the one for packed rows takes neither a key cache nor a mask."""
-        training, own = model.training, segments.implementation(model)
+        training = model.training
+        own: str | None = segments.implementation(model)
         if own == segments.IMPLEMENTATION:
             own = self._own_attention
         model.eval()
@@ -122,7 +124,7 @@ class Forward:
         self, model: PeftModel, batch: PackedBatch, smoothing: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each supervised token [S], and the likeliest token there [S, 1]; their logits never exist at once."""
-        base = model.get_base_model()
+        base = base_of(model)
         with without_head(base):
             hidden = self.logits(model, batch)
         head = base.get_output_embeddings()
@@ -137,15 +139,16 @@ class Forward:
             losses: the losses of some tokens [S], as they come now.
             prove: whether results are compared; False for a model whose tensors have no content.
         """
-        base = model.get_base_model()
+        base = base_of(model)
         if plain_head(base) is None:
             return "whole logits (the output layer is adapted)"
         if getattr(base.config.get_text_config(), "final_logit_softcapping", None):
             return "whole logits (the model caps them after its output layer)"  # small ones would not show it
-        before = losses() if prove else None
-        self.chunked_head = True
         if not prove:
+            self.chunked_head = True
             return "loss in chunks"
+        before = losses()
+        self.chunked_head = True
         try:
             limit = _ROUNDING.get(base.dtype, 1e-3)
             self.chunked_head = torch.allclose(before, losses(), rtol=limit, atol=limit)

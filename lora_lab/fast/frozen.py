@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -63,8 +65,8 @@ class FrozenWeight:
         whole = (
             torch.empty(shape, dtype=dtype, device=device) if self.keep else self._scratch.like(*shape, dtype, device)
         )
-        for layer, part, quantized in zip(self._layers, whole.split(self.sizes), self._quantized, strict=True):
-            _write(layer, part) if quantized else part.copy_(layer.weight)
+        for layer, part in zip(self._layers, whole.split(self.sizes), strict=True):
+            _write(layer, part) if isinstance(layer, Linear4bit) else part.copy_(layer.weight)
         if self.keep:
             self._dense = whole
         return whole
@@ -74,8 +76,8 @@ class FrozenWeight:
 
 
 def _write(layer: Linear4bit, out: torch.Tensor) -> None:
-    state = layer.weight.quant_state
-    data = layer.weight.data.view(-1, 1)
+    weight: Any = layer.weight  # bitsandbytes' own kind of parameter
+    state, data = weight.quant_state, weight.data.view(-1, 1)
     if state.dtype == out.dtype and out.device.type == "cuda":  # bitsandbytes writes in place there only
         dequantize_4bit(data, state, out=out)
     else:

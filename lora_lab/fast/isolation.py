@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.collate import pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import BaseModelError, TrainingError
@@ -38,12 +39,12 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
     pair = [tail(example) for example in examples[:2]]
     if len(pair) == 1:
         pair *= 2
-    device, plain = model.get_base_model().device, Forward()
+    device, plain = base_of(model).device, Forward()
     with torch.no_grad():
         packed = plain.logits(model, pack(pair, device)).float()
         alone = torch.cat([plain.logits(model, pack([example], device)).float() for example in pair])
     if not alone.isfinite().all():
-        wider = "" if model.get_base_model().dtype == torch.float32 else ", or try model.dtype=float32"
+        wider = "" if base_of(model).dtype == torch.float32 else ", or try model.dtype=float32"
         raise BaseModelError(
             f"The model's outputs are not finite (NaN or infinite) before any training. Copy the base again{wider}."
         )
@@ -54,7 +55,7 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
         )
 
 
-def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -> None:
+def check_padding(task: PaddedTask[Any, Any], model: PeftModel, examples: list[Example]) -> None:
     """Prove on real examples, from the shortest to the longest, that padding changes nothing for this model, or refuse it.
 
     Some architectures look at what is beside a token whatever the attention mask says (convolutions), count positions from the
@@ -77,7 +78,7 @@ def check_padding(task: PaddedTask, model: PeftModel, examples: list[Example]) -
 
 
 @torch.no_grad()
-def _outputs(task: PaddedTask, model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
+def _outputs(task: PaddedTask[Any, Any], model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
     """What the model says of all rows, flat."""
     rng = np.random.default_rng(0)
     batches = [task.collate(examples, rng).to(model.device) for examples in parts]
@@ -86,7 +87,7 @@ def _outputs(task: PaddedTask, model: PeftModel, parts: list[list[Example]]) -> 
 
 def _limit(model: PeftModel) -> float:
     """How much outputs may move by rounding alone, as a share of their norm."""
-    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.get_base_model().dtype]
+    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else base_of(model).dtype]
 
 
 def tail(example: Example, tokens: int = 48) -> Example:

@@ -7,6 +7,8 @@ the rank-r products are kept and nothing else: no dequantized weight, no scaled 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal, overload
 
 import torch
 from torch.nn.functional import linear
@@ -36,7 +38,7 @@ class Branch:
     a: torch.Tensor
     bs: tuple[torch.Tensor, ...]
 
-    def parts(self, sizes: list[int]):
+    def parts(self, sizes: list[int]) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
         """For each adapted layer: its columns of the output, its columns of the rank-r product, its B, what dropout leaves."""
         column = rank = 0
         for size, r, b, keep in zip(sizes, self.layout.ranks, self.bs, self.layout.keep, strict=True):
@@ -73,6 +75,28 @@ def project(x: torch.Tensor, weight: FrozenWeight, own: list[Branch]) -> tuple[t
             out[:, columns].addmm_(h[:, ranks], b.t())
         hidden.append(h)
     return y, hidden
+
+
+@overload
+def project_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    hidden: list[torch.Tensor],
+    weight: FrozenWeight,
+    own: list[Branch],
+    need_dx: Literal[True],
+) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
+
+
+@overload
+def project_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    hidden: list[torch.Tensor],
+    weight: FrozenWeight,
+    own: list[Branch],
+    need_dx: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]: ...
 
 
 def project_backward(
@@ -113,7 +137,9 @@ class LoraLinear(torch.autograd.Function):
     """x [..., D] -> [..., N]. Arguments: x, a `FrozenWeight`, the layouts, and their factors."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: FrozenWeight, layouts: list[Layout], *factors: torch.Tensor):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: FrozenWeight, layouts: list[Layout], *factors: torch.Tensor
+    ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y, hidden = project(flat, weight, branches(layouts, factors))
         ctx.weight, ctx.layouts, ctx.shape = weight, layouts, x.shape
@@ -121,7 +147,7 @@ class LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         hidden, factors = others[: len(ctx.layouts)], tuple(others[len(ctx.layouts) :])
         dy = dy.reshape(-1, dy.shape[-1])

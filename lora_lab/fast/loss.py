@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,17 +28,17 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         smoothing: float,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         learn, vocab = ctx.needs_input_grad[0], len(weight)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         likeliest = torch.empty_like(targets)
-        gradient = torch.empty_like(hidden) if learn else None
+        gradient = torch.empty_like(hidden if learn else hidden[:0])
         rows = max(64, _CHUNK_BYTES // (4 * vocab))
         cached = max(1, _CACHED_BYTES // (4 * vocab)) if hidden.device.type == "cpu" else rows
         for start in range(0, len(hidden), rows):
@@ -57,7 +57,7 @@ class TokenLosses(torch.autograd.Function):
         return losses, likeliest
 
     @staticmethod
-    def backward(ctx, dlosses: torch.Tensor, _: None):
+    def backward(ctx: Any, dlosses: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * dlosses[:, None].to(gradient.dtype), None, None, None, None
 

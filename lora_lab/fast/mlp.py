@@ -7,6 +7,7 @@ again from them (as in Unsloth's fused MLP, unslothai/unsloth, kernels/fast_lora
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,13 +42,13 @@ class GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: torch.Tensor,
         weights: tuple[FrozenWeight, FrozenWeight],
         layouts: tuple[list[Layout], list[Layout]],
         act: tuple[Forward, Backward],
         *factors: torch.Tensor,
-    ):
+    ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         first = sum(layout.num_factors for layout in layouts[0])
         both, hidden = project(flat, weights[0], branches(layouts[0], factors[:first]))
@@ -58,7 +59,7 @@ class GatedMLP(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, both, *others = ctx.saved_tensors
         one, two = len(ctx.layouts[0]), len(ctx.layouts[1])
         hidden, more, factors = others[:one], others[one : one + two], tuple(others[one + two :])

@@ -19,9 +19,10 @@ from lora_lab.fast.roster import Roster
 class Projection:
     """A linear layer of the model, adapted or not."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.base: nn.Linear = module.base_layer if isinstance(module, AnyLoraLayer) else module
+    def __init__(self, module: Any):
+        self.module = module  # a linear layer, or peft's layer around it
+        adapted = isinstance(module, AnyLoraLayer)
+        self.base: nn.Linear = self.module.base_layer if adapted else module
         self.plain = module.forward
 
     @property
@@ -89,8 +90,8 @@ def _lora(
 ) -> tuple[Layout, list[torch.Tensor]]:
     """One member's layout on some rows, a tensor of `shape`, and its factors."""
     own = [one if one.has(member) else None for one in projections]
-    pairs = [one and one.factors(member, x.dtype) for one in own]
-    keep = [one and one.drawn(member, shape, x, generator) for one in own]
+    pairs = [None if one is None else one.factors(member, x.dtype) for one in own]
+    keep = [None if one is None else one.drawn(member, shape, x, generator) for one in own]
     ranks = [len(pair[0]) if pair else 0 for pair in pairs]
     p = max(one.dropout(member) for one in own if one)
     layout = Layout(rows, ranks, keep, 1 / (1 - p) if p < 1 else 0.0)
@@ -140,7 +141,7 @@ class Group:
 class FusedMLP:
     """A gated MLP."""
 
-    def __init__(self, module: nn.Module, up: list[Projection], down: Projection, scratch: Scratch, roster: Roster):
+    def __init__(self, module: Any, up: list[Projection], down: Projection, scratch: Scratch, roster: Roster):
         self.up, self.down, self.roster = up, down, roster
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward

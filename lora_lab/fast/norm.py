@@ -24,7 +24,7 @@ class RMSNorm(torch.autograd.Function):
     """x [..., D] -> [..., D]; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, scale: str):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, scale: str) -> torch.Tensor:
         wide = x.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.scale = scale
@@ -32,7 +32,7 @@ class RMSNorm(torch.autograd.Function):
         return _SCALES[scale][0](wide * inverse, weight, x.dtype)
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
         normal = x.float() * inverse
         wide = dy.float() * (weight.float() + _SCALES[ctx.scale][1])

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_lab.adapters.attach import base_of
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -59,7 +61,7 @@ class Prefix:
 
 def find(model: PeftModel, free: int) -> Prefix | str:
     """The frozen layers in front of every adapter, or why nothing can be kept behind them."""
-    base = model.get_base_model()
+    base = base_of(model)
     layers = getattr(getattr(base, base.base_model_prefix, None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return "the model's layers are not in one list"

@@ -29,10 +29,10 @@ def last_layer(model: PreTrainedModel) -> nn.Module | None:
     layer = layers[-1]
     named = {name for name, _ in layer.named_children()}
     drops = any(isinstance(module, nn.Dropout) and module.p for module in layer.modules())
-    return layer if named == _PARTS and hasattr(layer.self_attn, "o_proj") and not drops else None
+    return layer if named == _PARTS and hasattr(layer.get_submodule("self_attn"), "o_proj") and not drops else None
 
 
-def forward_of(layer: nn.Module) -> Callable[..., torch.Tensor]:
+def forward_of(layer: Any) -> Callable[..., torch.Tensor]:
     """What replaces the layer's forward; without `wanted_positions` ([S] int64) it is the layer's own."""
     plain = layer.forward
 

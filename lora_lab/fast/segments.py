@@ -6,7 +6,7 @@ The plain twin is one forward pass per example (`train.packing=false`).
 from __future__ import annotations
 
 import contextlib
-import math
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.errors import TrainingError
 from lora_lab.fast import attention
 
@@ -42,7 +43,7 @@ def _segment_attention(
     if softcap is not None or s_aux is not None:
         raise TrainingError("this model cannot be packed (attention with soft capping or sinks).")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths, window = segment_lengths or [query.shape[2]], sliding_window or math.inf
+    lengths, window = segment_lengths or [query.shape[2]], sliding_window or sys.maxsize
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if block_attention and on_cpu and not dropout and max(lengths) <= window:
         out = attention.SegmentAttention.apply(query[0], key[0], value[0], tuple(lengths), scale)[None]
@@ -50,7 +51,7 @@ def _segment_attention(
     pieces = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         length = q.shape[2]
-        mask = _window_mask(length, sliding_window, q.device) if window < length else None
+        mask = _window_mask(length, window, q.device) if window < length else None
         pieces.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -70,20 +71,20 @@ AttentionInterface.register(IMPLEMENTATION, _segment_attention)
 
 def implementation(model: PeftModel) -> str:
     """The name of the model's attention."""
-    return model.get_base_model().config._attn_implementation
+    return base_of(model).config._attn_implementation
 
 
 @contextlib.contextmanager
-def attending(model: PeftModel, name: str = IMPLEMENTATION) -> Iterator[None]:
+def attending(model: PeftModel, name: str | None = IMPLEMENTATION) -> Iterator[None]:
     """Use the attention of this name inside the block; by default the one above.
 
     Backward passes belong into the block as well: with activation checkpointing they run the forward again.
     """
-    base, before = model.get_base_model(), implementation(model)
+    base, before = base_of(model), implementation(model)
     if before == name:
         yield
         return
-    base.set_attn_implementation(name)
+    base.set_attn_implementation(name)  # type: ignore[arg-type]  # it takes None as well: its own choice
     try:
         yield
     finally:

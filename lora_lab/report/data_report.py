@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.text import Text
 
+from lora_lab.base.tokenizer import decode
 from lora_lab.config.data import DataConfig
 from lora_lab.data.check import Finding
 from lora_lab.data.dataset import Dataset
@@ -73,7 +74,7 @@ def overview(data: Dataset, encoder: Encoder, rows: int) -> Overview:
     lengths, supervised = data.lengths, data.supervised
     count = len(lengths)
     marks = {"shortest": 0, "median": 50, "95 %": 95, "99 %": 99, "longest": 100}
-    spread = np.linspace(0, count - 1, num=max(1, rows - 1)).astype(int) if count else []
+    spread = np.linspace(0, count - 1, num=max(1, rows - 1)).astype(int)
     places = list(dict.fromkeys([*map(int, spread), int(lengths.argmax())] if count else []))
     return Overview(
         key=data.key,
@@ -106,7 +107,7 @@ def _shown(data: Dataset, place: int, encoder: Encoder) -> Shown:
     [example] = data[place]
     edges = [0, *(np.flatnonzero(np.diff(example.weights)) + 1), len(example.input_ids)]
     pieces = [
-        (encoder.tokenizer.decode(example.input_ids[start:end]), float(example.weights[start]))
+        (decode(encoder.tokenizer, example.input_ids[start:end]), float(example.weights[start]))
         for start, end in itertools.pairwise(edges)
     ]
     return Shown(example.origin, example.num_tokens, example.num_items, pieces, encoder.shown(example))

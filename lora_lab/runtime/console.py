@@ -92,6 +92,8 @@ class Stream:
         return self._file is not None and self._file.isatty()
 
     def fileno(self) -> int:
+        if self._file is None:
+            raise OSError("there is no such stream")
         return self._file.fileno()
 
     def write(self, text: str) -> int:
@@ -116,7 +118,7 @@ class Stream:
     def _to_nowhere(self) -> None:
         """Let what is buffered, and what other libraries print, go where it fits; else Python fails once more when it ends."""
         try:
-            descriptor = self._file.fileno()
+            descriptor = self.fileno()
         except (OSError, ValueError):  # not a file of the system
             return
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -219,8 +221,9 @@ def show_table(
     for console in (out, *_log):
         table = Table()  # for each, because widths depend on what its encoding has
         for index, name in enumerate(header):
-            justify = "right" if index in right else "left"
-            table.add_column(_cell(name, console.encoding), justify=justify, overflow="fold")
+            table.add_column(
+                _cell(name, console.encoding), justify="right" if index in right else "left", overflow="fold"
+            )
         for row in rows:
             table.add_row(*(_cell(value, console.encoding) for value in row))
         console.print(shown(title), style="bold", markup=False)
@@ -241,11 +244,11 @@ class Steps:
         self.task = progress.add_task(shown(title), total=total, completed=done, values="") if progress else None
         self.last_line = time.monotonic()
 
-    def advance(self, count: int = 1, **fields: str) -> None:
+    def advance(self, count: int = 1, /, **fields: str) -> None:
         """So many more steps are done."""
         self.done += count
         text = shown("  ".join(f"{name} {value}" for name, value in fields.items()))
-        if self.progress is not None:
+        if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=self.done, values=text)
         if self.done == self.total or time.monotonic() - self.last_line > _LINE_SECONDS:
             self.last_line = time.monotonic()

@@ -22,7 +22,7 @@ MAX_BYTES = 64 * 2**20  # tokenizer.json of large vocabularies has 35 MB
 MAX_YAML_BYTES = 2**20
 _MAX_DEPTH = 100
 _MAX_NODES = 100_000  # of a YAML file with its aliases written out
-_KINDS = {dict: "a JSON object", list: "a JSON list"}
+_KINDS: dict[type, str] = {dict: "a JSON object", list: "a JSON list"}
 
 
 def read_bytes(file: Path, error: type[LoraLabError], max_bytes: int = MAX_BYTES) -> bytes:

@@ -14,7 +14,7 @@ _held: list[int] | None = None  # None: raise at once; a list: hold back and col
 _deferred: list[int] | None = None  # a list: inside `deferred`, where nothing is raised at all
 
 
-def _handle(signum: int, _frame) -> None:
+def _handle(signum: int, _frame: object) -> None:
     if signum == signal.SIGHUP:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # shell and kernel both send one: the second asks for nothing more
         _leave_terminal()
@@ -71,7 +71,8 @@ def deferred() -> Iterator[None]:
     if _deferred is not None:
         yield
         return
-    _deferred = arrived = []
+    arrived: list[int] = []
+    _deferred = arrived
     try:
         yield
     finally:

@@ -141,7 +141,7 @@ def write_text(path: Path, text: str) -> None:
         except (OSError, ValueError) as error:
             raise cannot_be_written(path, error) from error
         finally:
-            if descriptor is not None:
+            if temporary is not None and descriptor is not None:
                 with contextlib.suppress(OSError):  # it was renamed, or a full disk has nothing to lose here
                     os.unlink(temporary)
                 os.close(descriptor)
@@ -251,7 +251,9 @@ def _failed(path: Path, error: OSError | SafetensorError) -> RunError:
     """What went wrong while a folder was written, which may be a file elsewhere that was read for it."""
     named = getattr(error, "filename", None)
     if isinstance(named, str) and not Path(named).absolute().is_relative_to(path.absolute().parent):
-        return RunError(f"{named}: {error.strerror}, so {path} could not be written; what was there is untouched.")
+        return RunError(
+            f"{named}: {getattr(error, 'strerror', error)}, so {path} could not be written; what was there is untouched."
+        )
     return cannot_be_written(path, error)
 
 

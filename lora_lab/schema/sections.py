@@ -55,7 +55,7 @@ def section(kind: type) -> type:
         return dataclass(kind, config=_STRICT, frozen=True, kw_only=True)
 
 
-def adapter_of(kind: type) -> TypeAdapter:
+def adapter_of(kind: type) -> TypeAdapter[Any]:
     """What checks trees against a section."""
     with _alone():
         return TypeAdapter(kind)
@@ -71,14 +71,15 @@ class Variants:
     """The sections that a field can be."""
 
     by: str  # the field that tells them apart
-    sections: dict[str, type]
+    sections: dict[str, type[Any]]
     default: str
 
     @property
     def tag(self) -> FieldInfo:
         """The field that tells them apart, with all its values."""
         own = self.sections[self.default].__pydantic_fields__[self.by]
-        return FieldInfo(annotation=Literal[tuple(self.sections)], default=self.default, description=own.description)
+        names: Any = Literal[tuple(self.sections)]
+        return FieldInfo(annotation=names, default=self.default, description=own.description)
 
     def knowing(self, name: str) -> list[str]:
         """The variants that have a key."""
@@ -87,14 +88,15 @@ class Variants:
 
 def variants_of(info: FieldInfo) -> Variants | None:
     """The variants of a field; None if it is no such field."""
-    if info.discriminator is None:
+    by = info.discriminator
+    if not isinstance(by, str):
         return None
     kinds = {
-        typing.get_args(kind.__pydantic_fields__[info.discriminator].annotation)[0]: kind
+        typing.get_args(kind.__pydantic_fields__[by].annotation)[0]: kind
         for kind in (typing.get_args(info.annotation) or (info.annotation,))
     }
     default = info.get_default(call_default_factory=True)
-    return Variants(info.discriminator, kinds, getattr(default, info.discriminator))
+    return Variants(by, kinds, getattr(default, by))
 
 
 MISSING = "???"  # Hydra's mark for "the user must say"
@@ -104,7 +106,7 @@ _MAX_SHOWN = 20  # problems of one kind
 _NUMBERS = (int, float, bool, int | None, float | None)
 
 
-def keys(of: type, prefix: str = "") -> dict[str, FieldInfo]:
+def keys(of: type[Any], prefix: str = "") -> dict[str, FieldInfo]:
     """Every key below a section, with its pydantic description, in order; of variants those of the first that has it."""
     found = {}
     for name, info in of.__pydantic_fields__.items():
@@ -113,21 +115,21 @@ def keys(of: type, prefix: str = "") -> dict[str, FieldInfo]:
             found[f"{prefix}{name}.{variants.by}"] = variants.tag
             for key, own in itertools.chain.from_iterable(keys(kind).items() for kind in variants.sections.values()):
                 found.setdefault(f"{prefix}{name}.{key}", own)
-        elif dataclasses.is_dataclass(info.annotation):
+        elif isinstance(info.annotation, type) and dataclasses.is_dataclass(info.annotation):
             found.update(keys(info.annotation, f"{prefix}{name}."))
         else:
             found[prefix + name] = info
     return found
 
 
-def only_for(of: type) -> dict[str, list[str]]:
+def only_for(of: type[Any]) -> dict[str, list[str]]:
     """The keys that not all variants of a section have, each with the variants that do."""
     found = {}
     for name, info in of.__pydantic_fields__.items():
         variants = variants_of(info)
-        for key in (
-            {} if variants is None else dict.fromkeys(k for kind in variants.sections.values() for k in keys(kind))
-        ):
+        if variants is None:
+            continue
+        for key in dict.fromkeys(k for kind in variants.sections.values() for k in keys(kind)):
             knowing = variants.knowing(key)
             if len(knowing) < len(variants.sections):
                 found[f"{name}.{key}"] = knowing
@@ -142,7 +144,7 @@ def default_of(section: Any, key: str) -> Any:
     return type(section).__pydantic_fields__[last].get_default(call_default_factory=True)
 
 
-def sorted_out(of: type, tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def sorted_out(of: type[Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """A tree in which each section says which variant it is and has no key of another, and a sentence for each key that was taken out
     for that."""
     tree, refused = dict(tree), {}
@@ -173,7 +175,7 @@ def _no_variant(name: str, variants: Variants, tag: Any) -> str:
     return f"{key}={shown(tag)}: must be {' or '.join(variants.sections)}.{known_as}"
 
 
-def validate(adapter: TypeAdapter, tree: dict[str, Any]) -> tuple[Any, list[ErrorDetails]]:
+def validate(adapter: TypeAdapter[Any], tree: dict[str, Any]) -> tuple[Any, list[ErrorDetails]]:
     """The section that a tree of plain values describes, or None and everything that is wrong with it."""
     try:
         return adapter.validate_json(json.dumps(tree)), []  # strict dataclasses are built from JSON, not from dicts
@@ -183,7 +185,7 @@ def validate(adapter: TypeAdapter, tree: dict[str, Any]) -> tuple[Any, list[Erro
 
 def _without_variant(loc: tuple[int | str, ...], tree: dict[str, Any]) -> tuple[int | str, ...]:
     """Where an error is, without the variant's name, which pydantic puts behind the section's."""
-    section = tree.get(loc[0]) if len(loc) > 1 else None
+    section = tree.get(str(loc[0])) if len(loc) > 1 else None
     tagged = (
         isinstance(section, dict) and loc[1] not in section and loc[1] in (section.get("name"), section.get("method"))
     )
@@ -192,7 +194,8 @@ def _without_variant(loc: tuple[int | str, ...], tree: dict[str, Any]) -> tuple[
 
 def unreadable(tree: Any) -> list[str]:
     """A sentence for each value that no key can have: what is no plain value, or text that no file can hold."""
-    problems, left = [], [("", tree, 0)]
+    problems: list[str] = []
+    left: list[tuple[str, Any, int]] = [("", tree, 0)]
     while left and len(problems) < _MAX_SHOWN:
         key, node, depth = left.pop()
         if depth > _MAX_DEPTH:
@@ -277,7 +280,7 @@ def _inside(key: str, errors: list[ErrorDetails], known: dict[str, FieldInfo]) -
     return None
 
 
-def _sections(kind: Any) -> list[type]:
+def _sections(kind: Any) -> list[Any]:
     found = [kind] if dataclasses.is_dataclass(kind) else []
     return found + [section for part in typing.get_args(kind) for section in _sections(part)]
 

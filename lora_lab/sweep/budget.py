@@ -26,7 +26,9 @@ class Budget:
         """Of '2000steps', '1000000tokens' or '30minutes'; None is without end."""
         if text is None:
             return cls(float("inf"), "steps")
-        number, unit = re.fullmatch(r"(\d+)(\w+)", text).groups()
+        parts = re.fullmatch(r"(\d+)(\w+)", text)
+        assert parts is not None, text  # the schema has looked at it
+        number, unit = parts.groups()
         return cls(float(number), unit)
 
     def spent(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ def check(configs: Sequence[RunConfig]) -> None:
 
 def _unlike(configs: Sequence[RunConfig], *sections: str) -> list[RunConfig]:
     """One configuration of each kind that these sections tell apart."""
-    found = {}
+    found: dict[str, RunConfig] = {}
     for config in configs:
         tree = dataclasses.asdict(config)
         found.setdefault(json.dumps([tree[name] for name in sections], sort_keys=True), config)

@@ -75,8 +75,8 @@ class Job:
             return None
         try:
             left = reading.read_json(file, RunError)
-        except RunError as error:
-            return error
+        except RunError as unreadable:
+            return unreadable
         error, code = LoraLabError(str(left.get("error"))), left.get("exit_code")
         error.exit_code = code if isinstance(code, int) and 0 < code < 256 else 1
         return error

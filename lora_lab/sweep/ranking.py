@@ -33,10 +33,10 @@ class Place:
     values: dict[str, Any]
     metric: float | None  # of its own seed
     metrics: list[float]  # of all its seeds
-    parameters: int | None  # of its adapter
+    parameters: float | None  # of its adapter
     memory: float | None  # MiB of its adapter, gradients and optimizer
     seconds: float | None
-    steps: int | None
+    steps: float | None
     note: str  # why it has no metric, or did not reach its end
 
     @property
@@ -76,7 +76,8 @@ def _check_reported(config: RunConfig) -> None:
 def _option_for(name: str, task: TaskSection) -> str:
     """The way to a metric that the task reports with another option."""
     for option in task.measured_rows:
-        if name in task.load().reported(dataclasses.replace(task, **{option: 1})):
+        told: dict[str, Any] = {option: 1}
+        if name in task.load().reported(dataclasses.replace(task, **told)):
             return f" Set task.{option}=100."
     return ""
 
@@ -102,8 +103,8 @@ def outcome(job: Job) -> Outcome:
 
 def best(jobs: Sequence[Job]) -> list[Job]:
     """The jobs that are worth further seeds: the best of those that have a metric."""
-    scored = [job for job in jobs if score(job) is not None]
-    return sorted(scored, key=score)[: jobs[0].config.sweep.top]
+    scored = [(value, job) for job in jobs if (value := score(job)) is not None]
+    return [job for _, job in sorted(scored, key=lambda one: one[0])][: jobs[0].config.sweep.top]
 
 
 def rank(

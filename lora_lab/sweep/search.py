@@ -74,7 +74,9 @@ class Search:
         """
         asked, self._left = self._left, []
         self._twins: dict[int, list[Any]] = {}
-        found = [trial for trial in asked if not self._repeats(trial, asked[: asked.index(trial)])]
+        found: list[optuna.trial.Trial | optuna.trial.FrozenTrial] = [
+            trial for trial in asked if not self._repeats(trial, asked[: asked.index(trial)])
+        ]
         while not asked and len(found) < batch and len(self.study.trials) < most:
             trial = self.study.ask(self.space)
             if not self._repeats(trial, found):

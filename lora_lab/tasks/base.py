@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.base.load import AS, ModelKind
 from lora_lab.config.run import RunConfig
-from lora_lab.data.collate import Batch, PaddedBatch, pad
+from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
@@ -30,6 +31,11 @@ _WHY = {
     "AutoModelForMaskedLM": ": a decoder reads from left to right and cannot be trained by masking",
     "AutoModelForSeq2SeqLM": ": it has no encoder and decoder",
 }
+Section = TypeVar("Section", bound=TaskSection)  # the task's own
+B = TypeVar("B", bound=Batch)  # what its examples are put into
+Packed = TypeVar("Packed", bound=PackedBatch)
+Padded = TypeVar("Padded", bound=PaddedBatch)
+
 _EVAL_TOKENS = 2048  # tokens of one forward pass in evaluation
 
 
@@ -49,10 +55,10 @@ class LossSum:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepBatches:
+class StepBatches(Generic[B]):
     """What one optimizer step learns from: a forward pass for each batch."""
 
-    batches: list[Batch]
+    batches: list[B]
     weight: float  # what the sum of their losses is divided by
 
     def __len__(self) -> int:
@@ -100,13 +106,13 @@ class Pass(NamedTuple):
     positions: torch.Tensor | None  # [S] which of the logits count; None: all
 
 
-class Task:
+class Task(Generic[Section, B]):
     """An objective: what rows become, which model learns from them, its loss and its metrics."""
 
     encoder_class: ClassVar[type[Encoder]]
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
-    head: ClassVar[str] = "none"  # see `ModelKind`
+    head: ClassVar[Literal["none", "always", "missing"]] = "none"  # see `ModelKind`
     packed: ClassVar[bool] = False  # rows can lie end to end in one forward pass
     compares_rows: ClassVar[bool] = False  # and must: its loss compares rows of one pass
 
@@ -116,7 +122,7 @@ class Task:
             learned: what `learn` found in the training rows, or a trained adapter remembers.
             model: the model's `config.json`.
         """
-        self.config = config.task
+        self.config = self.section(config)
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
         self.learned = learned
@@ -124,6 +130,11 @@ class Task:
         self.forward = Forward(
             self.packed, together=config.train.packing is not False
         )  # of the model, once it is loaded
+
+    @classmethod
+    def section(cls, config: RunConfig) -> Section:
+        """The task's own section of a run, by which it was chosen."""
+        return cast(Section, config.task)
 
     # -- before training ------------------------------------------------------------------------------------------------
 
@@ -147,7 +158,7 @@ class Task:
         return {}
 
     @classmethod
-    def reported(cls, config: TaskSection) -> tuple[str, ...]:
+    def reported(cls, config: Section) -> tuple[str, ...]:
         """Names of the metrics that held-out rows may be given, as far as the options say; no model is needed."""
         return reported(cls.metrics)
 
@@ -182,7 +193,7 @@ class Task:
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches:
+    def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches[B]:
         """What one optimizer step learns from. What a loss must know of the whole step is found out here, with the model as it
         is before the step; to generate, inside `self.forward.generating(model)`.
 
@@ -194,7 +205,7 @@ class Task:
         batches = [self.collate(group, rng) for group in groups if group]
         return StepBatches(batches, sum(batch.weight for batch in batches))
 
-    def collate(self, examples: list[Example], rng: np.random.Generator) -> Batch:
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> B:
         """Put examples into one batch, on the CPU, that the loss can be computed of."""
         raise NotImplementedError
 
@@ -203,20 +214,15 @@ class Task:
         """Whether several adapters can learn in one pass over all their rows: `losses_of_members` gives each its own."""
         return False
 
-    def losses_of_members(self, model: PeftModel, batches: Sequence[Batch]) -> list[LossSum]:
+    def losses_of_members(self, model: PeftModel, batches: Sequence[B]) -> list[LossSum]:
         """The summed loss of each adapter's batch, from one pass over all of them end to end."""
         raise NotImplementedError
 
-    def logits(self, model: PeftModel, batch: Batch) -> torch.Tensor:
+    def logits(self, model: PeftModel, batch: B) -> torch.Tensor:
         """[S, C] float32: for each item of the batch a score for each class (or token)."""
-        outputs = model(**batch.inputs)
-        return self.chosen(outputs.logits, batch).float()
+        raise NotImplementedError
 
-    def chosen(self, logits: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        """The logits of the items, [S, C], of [B, C] or [B, T, C]."""
-        return logits if batch.places is None else logits[batch.places]
-
-    def loss(self, model: PeftModel, batch: Batch, rdrop_alpha: float | None = None) -> LossSum:
+    def loss(self, model: PeftModel, batch: B, rdrop_alpha: float | None = None) -> LossSum:
         """The summed loss of a batch. With `rdrop_alpha`, of two passes with different dropout, and their divergence."""
         smoothing = self.config.smoothing if model.training else 0.0  # in evaluation the loss is the true one
         logits = self.logits(model, batch)
@@ -228,11 +234,11 @@ class Task:
             loss = loss * batch.weights
         return LossSum(loss.sum(), batch.weight, len(batch.targets), logits.detach())
 
-    def item_losses(self, logits: torch.Tensor, batch: Batch, smoothing: float) -> torch.Tensor:
+    def item_losses(self, logits: torch.Tensor, batch: B, smoothing: float) -> torch.Tensor:
         """[S] the loss of each item."""
         return cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
 
-    def accelerate(self, model: PeftModel, batch: Batch, prove: bool = True) -> str:
+    def accelerate(self, model: PeftModel, batch: B, prove: bool = True) -> str:
         """Let the task's own computations use what `speed` allows on this model; says what was done, if anything could be.
 
         Args:
@@ -253,10 +259,12 @@ class Task:
         if not self.forward.together:  # a place may hold several short texts
             groups = [[example] for group in groups for example in group]
         batches = self.step(model, groups, np.random.default_rng(0)).batches
-        loss, weight, seen = 0.0, 0.0, []
+        loss, weight = 0.0, 0.0
+        seen: list[Observed] = []
         for examples, batch in zip(groups, batches, strict=True):
             out = self.loss(model, batch.to(model.device))
             loss, weight = loss + out.loss.item(), weight + out.weight
+            assert out.logits is not None  # only passes that members share leave them out
             seen.append(self.observed(examples, out.logits, batch))
             del out  # the next batch's logits need the room
         return self.metrics(loss / weight, seen)
@@ -268,7 +276,7 @@ class Task:
         found = (self.loss(model, batch.to(model.device)) for batch in batches)
         return np.array([(one.loss.item(), one.weight) for one in found])
 
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: Batch) -> Observed:
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: B) -> Observed:
         """What is kept of a batch until all have been seen."""
         predicted = logits.argmax(-1).cpu()
         kept = logits.cpu() if logits.shape[-1] <= 1000 else predicted[:, None].float()
@@ -286,8 +294,7 @@ class Task:
 
     def passes(self, example: Example) -> list[Pass]:
         """The forward passes by which models are compared on a row."""
-        batch = self.collate([example], np.random.default_rng(0))
-        return [Pass(batch.inputs, None if batch.places is None else batch.places[1])]
+        raise NotImplementedError
 
     def compared_targets(self, example: Example) -> torch.Tensor:
         """[S] what the logits of `compared` should say."""
@@ -303,13 +310,16 @@ class Task:
         return logits if logits.dim() == 2 else logits[None]
 
 
+AnyTask: TypeAlias = Task[Any, Any]  # to those who know no task by name
+
+
 def logits_at(
     model: PeftModel, inputs: dict[str, torch.Tensor], places: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """A language model's logits [S, V] float32 at `places` (see `head_only_at`); some models use their output layer's weight without
     calling it, and give [B, T, V]."""
     with head_only_at(model, places):
-        logits = model(**inputs).logits
+        logits: torch.Tensor = model(**inputs).logits
     return (logits if logits.dim() == 2 else logits[places]).float()
 
 
@@ -321,7 +331,7 @@ def head_only_at(model: PeftModel, places: tuple[torch.Tensor, torch.Tensor]) ->
     Args:
         places: row and token of each, [S] int64.
     """
-    head = model.get_base_model().get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     if head is None or isinstance(head, torch.nn.Embedding):  # it is called on tokens
         yield
         return
@@ -362,14 +372,22 @@ def eval_batches(lengths: np.ndarray, together: bool) -> list[list[int]]:
     return batches
 
 
-class PaddedTask(Task):
+class PaddedTask(Task[Section, Padded]):
     """A task whose rows are padded to the longest of their batch."""
 
-    def row_outputs(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+    def logits(self, model: PeftModel, batch: Padded) -> torch.Tensor:
+        logits: torch.Tensor = model(**batch.inputs).logits  # [B, C] or [B, T, C]
+        return (logits if batch.places is None else logits[batch.places]).float()
+
+    def passes(self, example: Example) -> list[Pass]:
+        batch = self.collate([example], np.random.default_rng(0))
+        return [Pass(batch.inputs, None if batch.places is None else batch.places[1])]
+
+    def row_outputs(self, model: PeftModel, batch: Padded) -> torch.Tensor:
         """All that the model says of a batch, flat, float32: row after row, and nothing of the padding."""
         return self.logits(model, batch).flatten()
 
-    def inputs(self, rows: list[np.ndarray], pair_starts: list[int] | None = None) -> dict[str, torch.Tensor]:
+    def inputs(self, rows: Sequence[np.ndarray], pair_starts: list[int] | None = None) -> dict[str, torch.Tensor]:
         """What a model is called with, of rows of token ids; token types where the tokenizer knows them."""
         ids = pad(rows, self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])

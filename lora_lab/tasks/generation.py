@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lora_lab.data.collate import pad
 from lora_lab.runtime import console
 from lora_lab.tasks.section import Generating
@@ -58,9 +56,9 @@ def _generate(
 ) -> list[str]:
     encoder_decoder = model.config.is_encoder_decoder
     if encoder_decoder:
-        ids, mask = pad(rows, tokenizer.pad_token_id), pad([np.ones(len(row)) for row in rows], 0)
+        ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
     else:  # a decoder goes on where its prompt ends, so padding stands before it
         ids = pad([row[::-1] for row in rows], tokenizer.pad_token_id).flip(1)
-        mask = pad([np.ones(len(row)) for row in rows], 0).flip(1)
+        mask = pad([[1] * len(row) for row in rows], 0).flip(1)
     done = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings)
     return tokenizer.batch_decode(done if encoder_decoder else done[:, ids.shape[1] :], skip_special_tokens=True)

@@ -49,7 +49,9 @@ def reports(
         for name, is_lower in own.items():
             known = _LOWER.setdefault(name, is_lower)
             assert known == is_lower, f"{name}: {function.__qualname__} declares it the other way than before"
-        function.reported = tuple(dict.fromkeys([*own, *(name for other in others for name in reported(other))]))
+        vars(function)["reported"] = tuple(
+            dict.fromkeys([*own, *(name for other in others for name in reported(other))])
+        )
         return function
 
     return declare
@@ -150,7 +152,7 @@ def multi_label(
     if not (np.isin(targets, (0, 1)).all() and np.isin(predicted, (0, 1)).all()):
         raise ValueError("targets and predicted: must be 0 or 1 everywhere.")
     # Column by column, not as one matrix: scikit-learn reads [N, 1] as one class per row, and would average 0 and 1.
-    each = [
+    each: list[tuple[float, float, float]] = [
         precision_recall_fscore_support(true, found, average="binary", zero_division=0)[:3]
         for true, found in zip(targets.T, predicted.T, strict=True)
     ]
@@ -169,7 +171,7 @@ def multi_label(
 
 
 @reports(lower=("mse", "mae"), higher=("pearson", "spearman"))
-def regression(targets: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+def regression(targets: Sequence[float] | np.ndarray, predicted: Sequence[float] | np.ndarray) -> dict[str, float]:
     """A number per row: errors by scikit-learn, correlations by scipy.
 
     Returns:

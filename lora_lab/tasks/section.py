@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,6 @@ class TaskSection:
 
     name: Annotated[str, Field(description="objective")]
 
-    formats: ClassVar[tuple[str, ...]] = ()  # row formats that it reads, see `data/formats.py`
     packed: ClassVar[bool] = False  # rows can lie end to end in one forward pass; else they are padded
     compares_rows: ClassVar[bool] = False  # its loss compares rows of one pass
     chat: ClassVar[bool] = False  # it renders conversations
@@ -42,6 +41,11 @@ class TaskSection:
     numbers: ClassVar[bool] = False  # its labels are numbers, not classes
     generates: ClassVar[bool] = False  # its model writes texts
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Row formats that it reads, see `data/formats.py`."""
+        return ()
 
     @property
     def answers(self) -> bool:
@@ -63,7 +67,7 @@ class TaskSection:
         return []
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         """The objective itself, with torch behind it."""
         raise NotImplementedError
 

@@ -109,7 +109,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     from lora_lab.train.cohort import State
 
     file = folder / _STATE
-    saved = reading.read_json(file, CheckpointError)
+    saved: dict[str, Any] = reading.read_json(file, CheckpointError)
     member, known = saved.get("member"), typing.get_type_hints(State)
     if not isinstance(member, dict) or not isinstance(saved.get("schedule"), dict):
         raise CheckpointError(f"{file}: has no member or no schedule, so it is no checkpoint's state.")
@@ -164,7 +164,7 @@ def _replace_lost_best(member: Member) -> None:
     """If the checkpoint with the lowest held-out loss is damaged, the best of those that are whole takes its place, and `best_lost`
     keeps its step; if there is none, the best is what will be measured from now on, or the last state."""
     state = member.state
-    if not member.config.train.keep_best or state.best_step in (None, state.step):
+    if not member.config.train.keep_best or state.best_step is None or state.best_step == state.step:
         return
     try:
         check(_folder(member, state.best_step))
@@ -173,8 +173,7 @@ def _replace_lost_best(member: Member) -> None:
         console.say("lost", f"the best checkpoint: {error}")
     state.best_lost = state.best_step
     losses = {step: loss for step, loss in _measured(member).items() if step == state.step or _whole(member, step)}
-    state.best_step = min(losses, key=losses.__getitem__, default=None)
-    state.best_loss = losses.get(state.best_step)
+    state.best_step, state.best_loss = min(losses.items(), key=lambda one: one[1], default=(None, None))
     if state.best_step is None:
         console.say("best", "no other measured checkpoint is intact: the run selects among those that follow")
         return
@@ -216,7 +215,7 @@ def _flatten(tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[list[A
     return tensors, scalars
 
 
-def _walk(node: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
+def _walk(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if isinstance(node, dict) and node:
         for key, value in node.items():
             yield from _walk(value, (*path, key))

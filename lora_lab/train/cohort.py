@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.base import LossSum, Measured, StepBatches, Task
+    from lora_lab.tasks.base import AnyTask, LossSum, Measured, StepBatches
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ class Member:
     @property
     def memory(self) -> int:
         """Bytes that are there for this member alone: adapter, gradients, optimizer."""
-        states = [
+        states: list[torch.Tensor] = [
             value for state in self.optimizer.state.values() for value in state.values() if hasattr(value, "nbytes")
         ]
         return 2 * sum(parameter.nbytes for parameter in self.parameters.values()) + sum(
@@ -130,7 +130,7 @@ class Share:
 
     member: Member
     parts: list[list[Example]]  # of each micro-batch
-    batches: StepBatches
+    batches: StepBatches[Any]
     weight: float  # what the losses of all its batches are divided by
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
     loss: float = 0.0  # weighted sum
@@ -167,7 +167,7 @@ def learning(members: Sequence[Member]) -> Iterator[None]:
 
 
 def share(
-    member: Member, parts: list[list[Example]], seed: int, task: Task, accelerator: Accelerator, alone: bool
+    member: Member, parts: list[list[Example]], seed: int, task: AnyTask, accelerator: Accelerator, alone: bool
 ) -> Share:
     """What a member brings into a step.
 
@@ -183,7 +183,7 @@ def share(
     return Share(member, parts, batches, ranks.sum(batches.weight), generator)
 
 
-def learn(shares: Sequence[Share], place: int, task: Task, accelerator: Accelerator) -> None:
+def learn(shares: Sequence[Share], place: int, task: AnyTask, accelerator: Accelerator) -> None:
     """Forward and backward over one batch of each share, in one pass. A step's loss is the weighted mean over all that it learns
     from, however it is split.
 

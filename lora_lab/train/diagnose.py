@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.encode import Example
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
 
 
 @torch.no_grad()
-def first_non_finite(model: PeftModel, examples: list[Example], task: Task, accelerator: Accelerator) -> str | None:
+def first_non_finite(model: PeftModel, examples: list[Example], task: AnyTask, accelerator: Accelerator) -> str | None:
     """The first module, in the order of the forward pass, whose output holds NaN or infinity, with its type; else None."""
     found: list[str] = []
     hooks = [
         module.register_forward_hook(_Watch(name, found))
-        for name, module in model.get_base_model().named_modules()
+        for name, module in base_of(model).named_modules()
         if not any(module.children())
     ]
     with task.forward.plain(model), contextlib.ExitStack() as stack:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lora_lab.data.encode import Example
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
 _ENOUGH_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass that another one beside it is worth its start
@@ -59,7 +59,7 @@ class Loop:
 
     train: Dataset | Stream
     held_out: Dataset | None
-    task: Task
+    task: AnyTask
     accelerator: Accelerator
     arrived: list[int]  # signals
     progress: console.Steps
@@ -72,7 +72,7 @@ def fit(
     members: list[Member],
     train: Dataset | Stream,
     held_out: Dataset | None,
-    task: Task,
+    task: AnyTask,
     accelerator: Accelerator,
     width: int = 1,
     used_up: Callable[[], bool] = lambda: False,
@@ -168,7 +168,7 @@ def _share(member: Member, loop: Loop, alone: bool) -> Share:
     return share(member, parts, seed, loop.task, loop.accelerator, alone)
 
 
-def _parts(member: Member, train: Dataset | Stream, task: Task) -> list[list[Example]]:
+def _parts(member: Member, train: Dataset | Stream, task: AnyTask) -> list[list[Example]]:
     """The examples of the coming step's micro-batches; for padded batches, rows of like length together."""
     chosen = member.plan.step(member.state.step)
     parts = [[example for i in part for example in train[int(i)]] for part in chosen]
@@ -261,7 +261,7 @@ def _clip(one: Share, norm: torch.Tensor) -> None:
 def _update(one: Share) -> float:
     """The optimizer's step, and the learning rate that it was made with; without rows nothing is learned."""
     member, state = one.member, one.member.state
-    lr = member.schedule.get_last_lr()[0]
+    lr = float(member.schedule.get_last_lr()[0])
     if one.tokens:
         member.optimizer.step()
         member.measured = None

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def apply(member: Member) -> None:
 
 def recompute(model: PeftModel, every: int, offload: bool) -> None:
     """Let every so-many-th layer keep its input only, and compute the rest again in the backward pass."""
-    base = model.get_base_model()
+    base = base_of(model)
     offload = offload and base.device.type == "cuda"  # on a CPU everything is there already
     base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every, offload=offload)
     base.disable_input_require_grads()  # without reentrance not needed, and backward ends at the lowest adapted layer

@@ -23,7 +23,7 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     options = {"fused": True} if config.name == "adamw" else {}  # one kernel for all tensors
-    return classes[config.name](
+    optimizer: torch.optim.Optimizer = classes[config.name](
         list(parameters),
         lr=config.lr,
         betas=tuple(config.betas),
@@ -31,6 +31,7 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter
         weight_decay=config.weight_decay,
         **options,
     )
+    return optimizer
 
 
 def build_schedule(
@@ -43,4 +44,7 @@ def build_schedule(
     if warmup > total_steps:
         raise ConfigError(f"optim.warmup_steps={config.warmup_steps:g}: must be at most the run's {total_steps} steps.")
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
+    )
+    return schedule

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from lora_lab.data.collate import Batch, PackedBatch
+from lora_lab.adapters.attach import base_of
+from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch
 from lora_lab.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def learn(config: TrainConfig, model: PeftModel, batch: Batch, passed: Callable[
     with noise, watch:
         found = passed()
     if config.fgm_epsilon:
-        shifts = iter([_adversarial(embedded.grad, config.fgm_epsilon, batch) for embedded in seen])
+        shifts = iter([_adversarial(embedded, config.fgm_epsilon, batch) for embedded in seen])
         with _changed(model, lambda embedded: embedded + next(shifts)):
             passed()
     return found
@@ -51,7 +52,7 @@ def _changed(model: PeftModel, change: Callable[[torch.Tensor], torch.Tensor]) -
         reached.append(module)
         return change(output)
 
-    base = model.get_base_model()
+    base = base_of(model)
     shared = base.get_input_embeddings().weight  # an encoder-decoder has several modules with one weight
     with contextlib.ExitStack() as stack:
         for module in base.modules():
@@ -86,8 +87,14 @@ def _keep(seen: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-def _adversarial(gradient: torch.Tensor, epsilon: float, batch: Batch) -> torch.Tensor:
-    """FGM (arXiv:1605.07725): the step of L2 norm epsilon, for each row, that raises its loss most. [B, T, D]"""
+def _adversarial(embedded: torch.Tensor, epsilon: float, batch: Batch) -> torch.Tensor:
+    """FGM (arXiv:1605.07725): the step of L2 norm epsilon, for each row, that raises its loss most. [B, T, D]
+
+    Args:
+        embedded: that `_keep` has seen, after the backward pass.
+    """
+    gradient = embedded.grad
+    assert gradient is not None
     squares = gradient.float().square().sum(-1)  # [B, T]
     if isinstance(batch, PackedBatch):
         owner = torch.repeat_interleave(
@@ -103,9 +110,9 @@ def _adversarial(gradient: torch.Tensor, epsilon: float, batch: Batch) -> torch.
 
 def _lengths(batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
     """[B, T, 1] or [B, 1, 1] float32: the number of tokens of the row that each token is in."""
-    if isinstance(batch, PackedBatch):
-        lengths = torch.tensor(batch.lengths, device=embedded.device)
-        return torch.repeat_interleave(lengths, lengths)[None, :, None].float()
-    mask = batch.inputs["attention_mask"]
-    own = mask if embedded.shape[1] == mask.shape[1] else torch.ones(embedded.shape[:2], device=embedded.device)
-    return own.sum(1)[:, None, None].float()
+    if isinstance(batch, PaddedBatch):
+        mask = batch.inputs["attention_mask"]
+        own = mask if embedded.shape[1] == mask.shape[1] else torch.ones(embedded.shape[:2], device=embedded.device)
+        return own.sum(1)[:, None, None].float()
+    lengths = torch.tensor(batch.lengths, device=embedded.device)
+    return torch.repeat_interleave(lengths, lengths)[None, :, None].float()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_lab.adapters.attach import base_of
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import TrainingError
 from lora_lab.fast.isolation import tail
@@ -15,7 +16,7 @@ from lora_lab.train.cohort import learn, learning, share
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
     from lora_lab.train.cohort import Member
 
 # How far gradients of a shared pass may be from those of a pass alone, as a share of their norm. bfloat16: 0.02 to 0.035 were
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
-def reason_against(task: Task, members: Sequence[Member]) -> str:
+def reason_against(task: AnyTask, members: Sequence[Member]) -> str:
     """Why these members cannot share passes; empty if they can."""
     train = [member.config.train for member in members]
     dropout = any(member.config.adapter.dropout for member in members)
@@ -41,12 +42,12 @@ def reason_against(task: Task, members: Sequence[Member]) -> str:
 
 
 def _drops(member: Member) -> bool:
-    config = member.model.get_base_model().config.get_text_config()
+    config = base_of(member.model).config.get_text_config()
     rates = (getattr(config, name, 0.0) for name in dir(config) if "drop" in name)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def check(members: Sequence[Member], train: Dataset | Stream, task: Task, accelerator: Accelerator) -> None:
+def check(members: Sequence[Member], train: Dataset | Stream, task: AnyTask, accelerator: Accelerator) -> None:
     """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own.
 
     Raises:
@@ -66,7 +67,7 @@ def check(members: Sequence[Member], train: Dataset | Stream, task: Task, accele
             return [_taken(member) for member in own]
 
     together = gradients(range(len(members)))
-    limit = _ROUNDING[members[0].model.get_base_model().dtype]
+    limit = _ROUNDING[base_of(members[0].model).dtype]
     for place, (member, found) in enumerate(zip(members, together, strict=True)):
         [alone] = gradients([place])
         gap = ((found - alone).norm() / alone.norm()).item()

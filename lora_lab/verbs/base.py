@@ -68,7 +68,7 @@ class Told:
         said = {text.partition("=")[0] for text in typed}
         own = {word.name for word in verb.words if word.beside is None or word.beside in said}
         words: dict[str, list[str]] = {word.name: [] for word in verb.words}
-        overrides = []
+        overrides: list[str] = []
         for text in typed:
             key, _, value = text.partition("=")
             (words[key] if key in own else overrides).append(value if key in own else text)
@@ -103,7 +103,9 @@ def run_folder(told: Told) -> str:
         raise ConfigError(f"run: must be set once. Name a run folder: lora-lab {told.name} run=runs/demo/...")
     from lora_lab.run.trained import open_trained
 
-    open_trained(named[0], told.verb.takes, told.overrides)
+    takes = told.verb.takes
+    assert takes is not None, f"{told.name} works on no run"
+    open_trained(named[0], takes, told.overrides)
     quiet_libraries()
     return named[0]
 

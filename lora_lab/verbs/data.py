@@ -34,7 +34,7 @@ def _run(told: Told) -> int:
 def _look(config: RunConfig, rows: int, html: str | None) -> bool:
     """Show `rows` rows of each data set in the terminal and more in a page; True if no check found an error."""
     from lora_lab.data import build, check
-    from lora_lab.data.dataset import Stream
+    from lora_lab.data.dataset import Dataset, Stream
     from lora_lab.report import data_report
     from lora_lab.run.prepared import find_base, say_template
     from lora_lab.runtime import console
@@ -44,9 +44,10 @@ def _look(config: RunConfig, rows: int, html: str | None) -> bool:
     built = build.build(config.data, found.encoder, refuse=False)
     if isinstance(built.train, Stream):
         console.say("train", built.train)
-        built = build.Data(built.train.sample(), built.held_out)
-        console.say("sample", f"{built.train.rows_read} lines, evenly spread, are looked at")
-    parts = [part for part in (built.train, built.held_out) if part is not None]
+        sample = built.train.sample()
+        built = build.Data(sample, built.held_out)
+        console.say("sample", f"{sample.rows_read} lines, evenly spread, are looked at")
+    parts = [part for part in (built.train, built.held_out) if isinstance(part, Dataset)]
     findings = check.check(built, config.data, found.encoder)
     overviews = [data_report.overview(part, found.encoder, _HTML_ROWS) for part in parts]
     data_report.show(overviews, findings, config.data, rows)

@@ -12,6 +12,7 @@ from lora_lab.verbs.base import Option, Told, Verb, quiet_libraries
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
     from lora_lab.sweep.jobs import Nodes, Outcome
+    from lora_lab.sweep.sweep import Sweep
 
 _OF_SWEEPS = ("sweep=", "sweep.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
 
@@ -65,7 +66,7 @@ def _multirun(overrides: list[str], config_dir: str | None) -> int:
     from lora_lab.config import hydra_app
 
     quiet_libraries()
-    made = []
+    made: list[Sweep] = []
 
     def launch(configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
         return made[0].launch(configs, nodes)

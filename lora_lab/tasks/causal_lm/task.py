@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Pass, Task
+from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Packed, Pass, Section, Task
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class DecoderTask(Task):
+class PackedTask(Task[Section, Packed]):
     """A task of a language model: rows lie end to end, and each supervised token is an item."""
 
     packed = True
@@ -48,19 +48,16 @@ class DecoderTask(Task):
         super().check_base(config)
 
     @torch.no_grad()
-    def accelerate(self, model: PeftModel, batch: PackedBatch, prove: bool = True) -> str:
+    def accelerate(self, model: PeftModel, batch: Packed, prove: bool = True) -> str:
         if not self.speed.chunked_loss:
             return ""
         return self.forward.try_chunks(model, lambda: self.token_losses(model, batch)[0], prove)
 
-    def collate(self, examples: list[Example], rng: np.random.Generator) -> PackedBatch:
-        return pack(examples)
-
-    def logits(self, model: PeftModel, batch: PackedBatch) -> torch.Tensor:
+    def logits(self, model: PeftModel, batch: Packed) -> torch.Tensor:
         return self.forward.logits(model, batch).float()
 
     def token_losses(
-        self, model: PeftModel, batch: PackedBatch, smoothing: float = 0.0
+        self, model: PeftModel, batch: Packed, smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each supervised token [S], and its logits [S, V] or, in chunks, the likeliest token alone [S, 1]."""
         if self.forward.chunked_head:
@@ -68,29 +65,18 @@ class DecoderTask(Task):
         logits = self.logits(model, batch)
         return self.item_losses(logits, batch, smoothing), logits.detach()
 
-    def loss(self, model: PeftModel, batch: PackedBatch, rdrop_alpha: float | None = None) -> LossSum:
+    def loss(self, model: PeftModel, batch: Packed, rdrop_alpha: float | None = None) -> LossSum:
         if rdrop_alpha is not None:  # compares whole distributions
             return super().loss(model, batch, rdrop_alpha)
         losses, logits = self.weighted_losses(model, batch)
         return LossSum(losses.sum(), batch.weight, len(batch.targets), logits)
 
-    def weighted_losses(self, model: PeftModel, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def weighted_losses(self, model: PeftModel, batch: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """`token_losses`, smoothed in training, times the tokens' weights."""
         losses, logits = self.token_losses(model, batch, self.config.smoothing if model.training else 0.0)
         return losses if batch.weights is None else losses * batch.weights, logits
 
-    @property
-    def shares_passes(self) -> bool:
-        """As long as its loss is a sum over tokens, each from its own row, and a step needs no model."""
-        own = type(self).loss is DecoderTask.loss and type(self).step is Task.step
-        return own and self.forward.together
-
-    def losses_of_members(self, model: PeftModel, batches: Sequence[PackedBatch]) -> list[LossSum]:
-        losses, _ = self.weighted_losses(model, join(batches))
-        parts = losses.split([len(batch.targets) for batch in batches])
-        return [LossSum(part.sum(), b.weight, len(part), None) for part, b in zip(parts, batches, strict=True)]
-
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PackedBatch) -> Observed:
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: Packed) -> Observed:
         predicted = (logits[:, 0] if self.forward.chunked_head else logits.argmax(-1)).cpu()
         return Observed(examples, predicted[:, None].float(), predicted.numpy(), batch.targets.cpu().numpy())
 
@@ -108,7 +94,25 @@ class DecoderTask(Task):
         return pack([example]).targets
 
 
-class CausalLM(DecoderTask):
+class DecoderTask(PackedTask[Section, PackedBatch]):
+    """Such a task whose rows each learn for themselves."""
+
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PackedBatch:
+        return pack(examples)
+
+    @property
+    def shares_passes(self) -> bool:
+        """As long as its loss is a sum over tokens, each from its own row, and a step needs no model."""
+        own = type(self).loss is DecoderTask.loss and type(self).step is Task.step
+        return own and self.forward.together
+
+    def losses_of_members(self, model: PeftModel, batches: Sequence[PackedBatch]) -> list[LossSum]:
+        losses, _ = self.weighted_losses(model, join(batches))
+        parts = losses.split([len(batch.targets) for batch in batches])
+        return [LossSum(part.sum(), b.weight, len(part), None) for part, b in zip(parts, batches, strict=True)]
+
+
+class CausalLM(DecoderTask[CausalLMConfig]):
     """`task=causal_lm`."""
 
     encoder_class = ChatEncoder
@@ -186,9 +190,9 @@ def _shown(message: dict[str, Any]) -> str:
     return message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)
 
 
-def _share(hits) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits)
+def _share(hits: Iterable[bool]) -> float:
+    found = list(hits)
+    return sum(found) / len(found)
 
 
 def _parse(text: str) -> Any:

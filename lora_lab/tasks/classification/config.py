@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,7 +39,7 @@ class ClassificationConfig(TaskSection):
         return found
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.classification.task import Classification
 
         return Classification

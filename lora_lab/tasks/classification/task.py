@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,13 @@ from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
 from lora_lab.tasks.classification.config import ClassificationConfig
 from lora_lab.tasks.metrics import reports
+from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+Classes = TypeVar("Classes", ClassificationConfig, TokenClassificationConfig)
 
 _MOST_CLASSES = 10_000
 _PARTS = re.compile(r"[,;|，；、]")  # what may part the classes of one text
@@ -67,6 +70,7 @@ class LabelEncoder(Encoder):
 class ClassEncoder(LabelEncoder):
     """Labels are names of classes."""
 
+    task: ClassificationConfig
     task_options = ("multi_label",)
 
     @property
@@ -95,7 +99,7 @@ class ClassEncoder(LabelEncoder):
         return isinstance(label, str) and bool(_PARTS.search(label)) and label not in (self.config.label_names or ())
 
 
-class ClassTask(PaddedTask):
+class ClassTask(PaddedTask[Classes, PaddedBatch]):
     """A task with named classes, known from the training rows."""
 
     head = "always"
@@ -103,7 +107,7 @@ class ClassTask(PaddedTask):
     @classmethod
     def learn(cls, config: RunConfig, train: Dataset | Stream) -> dict[str, Any]:
         labels = class_labels(config, train)
-        return {"labels": labels, "class_weights": class_weights(config, train, labels)}
+        return {"labels": labels, "class_weights": class_weights(cls.section(config).class_weights, train, labels)}
 
     @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +120,14 @@ class ClassTask(PaddedTask):
 
     @property
     def labels(self) -> list[str]:
-        return self.learned["labels"]
+        labels: list[str] = self.learned["labels"]
+        return labels
 
     def check(self, data: Dataset) -> None:
         check_labels(data, self.labels)
 
 
-class Classification(ClassTask):
+class Classification(ClassTask[ClassificationConfig]):
     """`task=classification`."""
 
     encoder_class = ClassEncoder
@@ -136,7 +141,7 @@ class Classification(ClassTask):
 
     @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
-        kind = "multi_label" if config.task.multi_label else "single_label"
+        kind = "multi_label" if cls.section(config).multi_label else "single_label"
         return {**super().settings(config, tokenizer, learned), "problem_type": f"{kind}_classification"}
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
@@ -229,13 +234,14 @@ def check_labels(data: Dataset, labels: list[str]) -> None:
             )
 
 
-def class_weights(config: RunConfig, train: Dataset | Stream, labels: list[str]) -> list[float] | None:
+def class_weights(
+    given: Literal["balanced"] | list[float] | None, train: Dataset | Stream, labels: list[str]
+) -> list[float] | None:
     """Weight of each class in the loss, as `task.class_weights` says.
 
     Raises:
         ConfigError: not one for each class, or they cannot be known beforehand.
     """
-    given = config.task.class_weights
     if given is None:
         return None
     if given != "balanced":

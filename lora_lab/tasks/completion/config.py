@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ class CompletionConfig(TaskSection):
     augments: ClassVar[bool] = True
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.completion.task import Completion
 
         return Completion

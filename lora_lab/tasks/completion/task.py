@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Record, RowError
+from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.tasks.causal_lm.task import DecoderTask
+from lora_lab.tasks.completion.config import CompletionConfig
 
 
 class DocumentEncoder(Encoder):
@@ -19,7 +20,7 @@ class DocumentEncoder(Encoder):
     blocks = True
 
     def example(self, record: Record, origin: str) -> Encoded:
-        ids = self.tokenizer(self.cleaned(record.text), verbose=False)["input_ids"]
+        ids = self.tokenizer(self.cleaned(promised(record.text)), verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         ids = np.asarray(ids if end is None or ids[-1:] == [end] else [*ids, end], dtype=np.int64)
         if len(ids) < 2 or not self._all_but_first(ids).any():
@@ -36,7 +37,7 @@ class DocumentEncoder(Encoder):
         return weights
 
 
-class Completion(DecoderTask):
+class Completion(DecoderTask[CompletionConfig]):
     """`task=completion`."""
 
     encoder_class = DocumentEncoder

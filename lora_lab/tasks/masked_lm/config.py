@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class MaskedLMConfig(TaskSection):
     measured_rows: ClassVar[tuple[str, ...]] = ("pseudo_perplexity_rows",)
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.masked_lm.task import MaskedLM
 
         return MaskedLM

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lora_lab.config.data import DataConfig
-from lora_lab.data.collate import PaddedBatch
+from lora_lab.data.collate import PlacedBatch
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Record, RowError
+from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import BaseModelError
 from lora_lab.runtime import console
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, logits_at
@@ -33,6 +33,7 @@ _COPIES = 64  # of a row with one token masked each, in one forward pass
 class MaskedEncoder(Encoder):
     """Texts with the tokenizer's own marks around them, in pieces of at most `data.max_tokens`; every other token counts."""
 
+    task: MaskedLMConfig
     task_options = ("whole_words",)
 
     def __init__(
@@ -60,7 +61,7 @@ class MaskedEncoder(Encoder):
 
     def example(self, record: Record, origin: str) -> Encoded:
         found = self.tokenizer(
-            self.cleaned(record.text),
+            self.cleaned(promised(record.text)),
             truncation=True,
             max_length=self.config.max_tokens,
             return_overflowing_tokens=True,
@@ -82,7 +83,7 @@ class MaskedEncoder(Encoder):
         return {"words": [-1 if word is None else word for word in found.word_ids(piece)]}
 
 
-class MaskedLM(PaddedTask):
+class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
     """`task=masked_lm`."""
 
     encoder_class = MaskedEncoder
@@ -94,7 +95,7 @@ class MaskedLM(PaddedTask):
     def reported(cls, config: MaskedLMConfig) -> tuple[str, ...]:
         return super().reported(config) + (reported(cls.examine) if config.pseudo_perplexity_rows else ())
 
-    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PlacedBatch:
         chosen, rows = [], []
         for example in examples:  # all draws of one example before the next, so that batches can be split anywhere
             chosen.append(self._choose(example, rng))
@@ -102,7 +103,7 @@ class MaskedLM(PaddedTask):
         row_of = np.repeat(np.arange(len(examples)), [len(places) for places in chosen])
         columns = np.concatenate(chosen)
         targets = np.concatenate([e.input_ids[places] for e, places in zip(examples, chosen, strict=True)])
-        return PaddedBatch(
+        return PlacedBatch(
             inputs=self.inputs(rows, [0] * len(rows)),
             lengths=[len(row) for row in rows],
             places=(torch.from_numpy(row_of), torch.from_numpy(columns)),
@@ -135,7 +136,7 @@ class MaskedLM(PaddedTask):
         changed[replaced] = rng.integers(self._known, size=len(replaced))
         return changed
 
-    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+    def logits(self, model: PeftModel, batch: PlacedBatch) -> torch.Tensor:
         return logits_at(model, batch.inputs, batch.places)
 
     @reports(lower=("loss",), higher=("masked_accuracy",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -60,7 +60,7 @@ class PreferenceConfig(TaskSection):
         return found
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.preference.task import Preference
 
         return Preference

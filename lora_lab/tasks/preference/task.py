@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from lora_lab.adapters.attach import without_adapter
+from lora_lab.base.tokenizer import decode
 from lora_lab.config.data import DataConfig
 from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, pack
@@ -21,7 +22,7 @@ from lora_lab.data.columns import TOKENS, WEIGHTS
 from lora_lab.data.encode import Encoded, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks.base import LossSum, Measured, Observed, Pass, StepBatches
-from lora_lab.tasks.causal_lm.task import DecoderTask
+from lora_lab.tasks.causal_lm.task import PackedTask
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference import losses
 from lora_lab.tasks.preference.config import PreferenceConfig
@@ -37,6 +38,7 @@ class PreferenceEncoder(ChatEncoder):
     """Two conversations that differ in their last answer, which alone counts. For KTO one conversation and a judgement; there
     pairs become two examples."""
 
+    task: PreferenceConfig
     task_options = ("loss",)
     token_columns = ("second_ids",)
 
@@ -59,7 +61,7 @@ class PreferenceEncoder(ChatEncoder):
     def shown(self, example: Example) -> str:
         if self.task.loss == "kto":
             return "good" if example["good"] else "bad"
-        return self.tokenizer.decode(example["second_ids"])
+        return decode(self.tokenizer, example["second_ids"])
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         first = super().examples(records, origins)
@@ -68,9 +70,10 @@ class PreferenceEncoder(ChatEncoder):
         return [self._joined(*row) for row in zip(records, first, second, strict=True)]
 
     def _joined(self, record: Record, better: Encoded | RowError, worse: Encoded | RowError) -> Encoded | RowError:
-        problem = next((found for found in (better, worse) if isinstance(found, RowError)), None)
-        if problem is not None:
-            return problem
+        if isinstance(better, RowError):
+            return better
+        if isinstance(worse, RowError):
+            return worse
         good, bad = better.examples[-1], worse.examples[-1]
         truncated, border = better.truncated or worse.truncated, better.cut_at_border or worse.cut_at_border
         if record.rejected is None:
@@ -93,21 +96,25 @@ def _with(example: Example, **own: Any) -> Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswersBatch(PackedBatch):
-    """Answers with their prompts, end to end: all chosen ones, then all rejected ones; for KTO each once."""
+    """Answers with their prompts, end to end: all chosen ones, then all rejected ones."""
 
     owner: torch.Tensor  # [S] int64: the answer that each supervised token belongs to
     num_rows: int  # pairs, or for KTO answers: what the step's loss is the mean of
-    good: torch.Tensor | None = None  # [num_rows] bool, KTO only
-    baseline: torch.Tensor | None = (
-        None  # scalar, KTO only: how far the policy is from the reference, over the whole step
-    )
 
     @property
     def weight(self) -> float:
         return float(self.num_rows)
 
 
-class Preference(DecoderTask):
+@dataclasses.dataclass(frozen=True, eq=False)
+class JudgedBatch(AnswersBatch):
+    """KTO's: each answer once."""
+
+    good: torch.Tensor  # [num_rows] bool
+    baseline: torch.Tensor  # scalar: how far the policy is from the reference, over the whole step
+
+
+class Preference(PackedTask[PreferenceConfig, AnswersBatch]):
     """`task=preference`."""
 
     encoder_class = PreferenceEncoder
@@ -117,15 +124,18 @@ class Preference(DecoderTask):
         if self.config.loss != "kto":
             return _answers([*examples, *map(_worse, examples)], len(examples))
         good = torch.tensor([example["good"] for example in examples])
-        return dataclasses.replace(_answers(examples, len(examples)), good=good, baseline=torch.zeros(()))
+        return JudgedBatch(**_fields(_answers(examples, len(examples))), good=good, baseline=torch.zeros(()))
 
-    def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches:
+    def step(
+        self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator
+    ) -> StepBatches[AnswersBatch]:
         parts = [part for part in parts if part]
         found = super().step(model, parts, rng)
         if self.config.loss != "kto":
             return found
         baseline = self._baseline(model, parts)
-        return dataclasses.replace(found, batches=[dataclasses.replace(b, baseline=baseline) for b in found.batches])
+        judged = [one for one in found.batches if isinstance(one, JudgedBatch)]
+        return StepBatches([dataclasses.replace(one, baseline=baseline) for one in judged], found.weight)
 
     def _baseline(self, model: PeftModel, parts: list[list[Example]]) -> torch.Tensor:
         """KTO's: how far the policy is from the reference where each prompt has the next row's answer, over the whole step."""
@@ -160,17 +170,21 @@ class Preference(DecoderTask):
         smoothing: float,
     ) -> torch.Tensor:
         config = self.config
-        if config.loss == "kto":
+        if reference is None:
+            return self._without_reference(policy, tokens, smoothing)
+        if isinstance(batch, JudgedBatch):
             weights = config.desirable_weight, config.undesirable_weight
             return losses.kto(policy, reference, batch.good, batch.baseline, config.beta, *weights)
-        pair, counts = policy.chunk(2), tokens.chunk(2)
-        if config.loss == "simpo":
-            return losses.simpo(*pair, *counts, config.beta, config.gamma, smoothing)
-        if config.loss == "orpo":
-            return losses.orpo(*pair, *counts, config.beta)
+        pairs = *_halves(policy), *_halves(reference)
         if config.loss == "ipo":
-            return losses.ipo(*pair, *reference.chunk(2), *counts, config.beta)
-        return losses.dpo(*pair, *reference.chunk(2), config.beta, smoothing)
+            return losses.ipo(*pairs, *_halves(tokens), config.beta)
+        return losses.dpo(*pairs, config.beta, smoothing)
+
+    def _without_reference(self, policy: torch.Tensor, tokens: torch.Tensor, smoothing: float) -> torch.Tensor:
+        config = self.config
+        if config.loss == "simpo":
+            return losses.simpo(*_halves(policy), *_halves(tokens), config.beta, config.gamma, smoothing)
+        return losses.orpo(*_halves(policy), *_halves(tokens), config.beta)
 
     def _log_probabilities(self, model: PeftModel, batch: AnswersBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """[answers] float32 summed log-probability of each answer's tokens, and how many they are."""
@@ -189,7 +203,7 @@ class Preference(DecoderTask):
 
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: AnswersBatch) -> Observed:
         rewards = logits.cpu()
-        targets = np.ones(len(rewards)) if batch.good is None else batch.good.cpu().numpy()
+        targets = batch.good.cpu().numpy() if isinstance(batch, JudgedBatch) else np.ones(len(rewards))
         return Observed(examples, rewards, rewards[:, 0].numpy(), targets)
 
     @reports(lower=("loss", "reward_rejected"), higher=("reward_accuracy", "reward_margin", "reward_chosen"))
@@ -224,8 +238,17 @@ class Preference(DecoderTask):
 def _answers(examples: list[Example], num_rows: int) -> AnswersBatch:
     packed = pack([dataclasses.replace(e, weights=(e.weights > 0).astype(np.float32)) for e in examples])
     owner = np.repeat(np.arange(len(examples)), [int(e.supervised.sum()) for e in examples])
-    values: dict[str, Any] = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-    return AnswersBatch(**values, owner=torch.from_numpy(owner), num_rows=num_rows)
+    return AnswersBatch(**_fields(packed), owner=torch.from_numpy(owner), num_rows=num_rows)
+
+
+def _fields(batch: PackedBatch) -> dict[str, Any]:
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+
+
+def _halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is of the chosen answers, and of the rejected ones."""
+    chosen, rejected = values.chunk(2)
+    return chosen, rejected
 
 
 def _crossed(one: Example, other: Example) -> Example:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ class QuestionAnsweringConfig(TaskSection):
     cuts: ClassVar[bool] = False
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.question_answering.task import QuestionAnswering
 
         return QuestionAnswering

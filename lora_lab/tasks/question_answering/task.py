@@ -12,10 +12,11 @@ import torch
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.columns import TEXTS, TOKENS
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Record, RowError
+from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
 from lora_lab.tasks.metrics import reports
+from lora_lab.tasks.question_answering.config import QuestionAnsweringConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +34,7 @@ class SpanEncoder(Encoder):
     The target of a window that does not hold the whole answer is its first token, as for BERT on SQuAD.
     """
 
+    task: QuestionAnsweringConfig
     task_options = ("stride",)
 
     @property
@@ -54,8 +56,9 @@ class SpanEncoder(Encoder):
 
     def bare(self, record: Record) -> Record:
         """Question and context without the tokenizer's own marks around them; the answers' places move along."""
-        question, context = self.unmarked(record.text), self.unmarked(record.pair)
-        shift = len(self.marks.opening) if record.pair.startswith(self.marks.opening) else 0
+        whole = promised(record.pair)
+        question, context = self.unmarked(promised(record.text)), self.unmarked(whole)
+        shift = len(self.marks.opening) if whole.startswith(self.marks.opening) else 0
         spans = [[text, None if start is None else start - shift] for text, start in record.label]
         for text, start in spans:
             if start is not None and not 0 <= start <= len(context) - len(text):
@@ -63,27 +66,28 @@ class SpanEncoder(Encoder):
         return dataclasses.replace(record, text=question, pair=context, label=spans)
 
     def example(self, record: Record, origin: str) -> Encoded:
+        asked, context = promised(record.text), promised(record.pair)
         text, start = record.label[0]
         if start is None:
-            start = record.pair.find(text)
+            start = context.find(text)
         if start < 0 or not text.strip():
             raise RowError("label", f"answer {text!r} is not in the context. Fix or remove the row.")
-        question = len(self.tokenizer(record.text, verbose=False)["input_ids"])
+        question = len(self.tokenizer(asked, verbose=False)["input_ids"])
         if question + self.task.stride + 8 > self.config.max_tokens:
             raise self.too_long(
                 question,
                 f"They are the question's alone, and task.stride={self.task.stride} come on top. Raise data.max_tokens.",
             )
         found = self.tokenizer(
-            record.text,
-            record.pair,
+            asked,
+            context,
             truncation="only_second",
             max_length=self.config.max_tokens,
             stride=self.task.stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        texts = {"question": record.text, "context": record.pair, "answers": [answer for answer, _ in record.label]}
+        texts = {"question": asked, "context": context, "answers": [answer for answer, _ in record.label]}
         examples = []
         for window, ids in enumerate(found["input_ids"]):
             offsets = np.asarray(found["offset_mapping"][window])
@@ -105,7 +109,7 @@ def _span(offsets: np.ndarray, inside: np.ndarray, start: int, end: int) -> tupl
     return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)
 
 
-class QuestionAnswering(PaddedTask):
+class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
     """`task=question_answering`. The items of a batch are the starts of all rows, then their ends."""
 
     encoder_class = SpanEncoder

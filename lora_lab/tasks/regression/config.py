@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ class RegressionConfig(TaskSection):
     compares_distributions: ClassVar[bool] = False
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.regression.task import Regression
 
         return Regression

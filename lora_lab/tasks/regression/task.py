@@ -17,6 +17,7 @@ from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed, PaddedTask
 from lora_lab.tasks.classification.task import LabelEncoder
 from lora_lab.tasks.metrics import reports
+from lora_lab.tasks.regression.config import RegressionConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class NumberEncoder(LabelEncoder):
         return {"value": number}
 
 
-class Regression(PaddedTask):
+class Regression(PaddedTask[RegressionConfig, PaddedBatch]):
     """`task=regression`: mean squared error."""
 
     encoder_class = NumberEncoder

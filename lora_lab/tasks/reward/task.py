@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from lora_lab.base.tokenizer import decode
 from lora_lab.config.data import DataConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Message, Record, RowError
+from lora_lab.data.formats import Message, Record, RowError, promised
 from lora_lab.tasks.base import Measured, Observed, PaddedTask, Pass
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference.config import PreferenceConfig
@@ -44,7 +45,7 @@ class RewardEncoder(Encoder):
         return {"second_ids": TOKENS, "starts": TOKENS}
 
     def shown(self, example: Example) -> str:
-        return self.tokenizer.decode(example["second_ids"])
+        return decode(self.tokenizer, example["second_ids"])
 
     def examples(self, records: list[Record], origins: list[str]) -> list[Encoded | RowError]:
         if self.rendering is None:
@@ -57,7 +58,11 @@ class RewardEncoder(Encoder):
         ]
 
     def example(self, record: Record, origin: str) -> Encoded:
-        (better, start), (worse, other), truncated = self._pair(record.messages), self._pair(record.rejected), False
+        (better, start), (worse, other), truncated = (
+            self._pair(promised(record.messages)),
+            self._pair(promised(record.rejected)),
+            False,
+        )
         limit = self.config.max_tokens
         if max(len(better), len(worse)) > limit:
             raise self.too_long(max(len(better), len(worse)), "Raise data.max_tokens, or choose data.too_long=drop.")
@@ -80,7 +85,7 @@ def _unweighted(example: Example) -> Example:
     return Example(example.input_ids, np.zeros_like(example.weights), example.origin, own)
 
 
-class Reward(PaddedTask):
+class Reward(PaddedTask[RewardConfig, PaddedBatch]):
     """`task=reward`. Rows of a batch: all chosen answers, then all rejected ones; an item is a pair."""
 
     encoder_class = RewardEncoder

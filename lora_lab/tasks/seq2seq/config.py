@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ class Seq2SeqConfig(Generating):
     formats: ClassVar[tuple[str, ...]] = ("source_target", "prompt_completion", "alpaca")
 
     @classmethod
-    def load(cls) -> type[Task]:
+    def load(cls) -> type[Task[Any, Any]]:
         from lora_lab.tasks.seq2seq.task import Seq2Seq
 
         return Seq2Seq

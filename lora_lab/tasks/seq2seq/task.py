@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lora_lab.data.collate import PaddedBatch, pad
+from lora_lab.base.tokenizer import decode
+from lora_lab.data.collate import PlacedBatch, pad
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example
@@ -29,6 +30,7 @@ class SourceEncoder(Encoder):
     """A source (with `task.prefix` before it) and its target, each with the tokenizer's own marks and of at most
     `data.max_tokens`; a long source may be cut (`data.too_long`), a target never is."""
 
+    task: Seq2SeqConfig
     task_options = ("prefix",)
     token_columns = ("target_ids",)
 
@@ -37,7 +39,7 @@ class SourceEncoder(Encoder):
         return {"source": pa.string(), "target": pa.string(), "target_ids": TOKENS}
 
     def shown(self, example: Example) -> str:
-        return self.tokenizer.decode(example["target_ids"])
+        return decode(self.tokenizer, example["target_ids"])
 
     def example(self, record: Record, origin: str) -> Encoded:
         if record.text is None or record.target is None:
@@ -56,16 +58,17 @@ class SourceEncoder(Encoder):
                 "input_ids"
             ]
         own = {"source": source, "target": record.target, "target_ids": target}
-        ids = np.asarray(ids, dtype=np.int64)
-        example = Example(ids, np.zeros(len(ids), dtype=np.float32), origin, own, own_items=len(target))
+        weights = np.zeros(len(ids), dtype=np.float32)
+        example = Example(np.asarray(ids, dtype=np.int64), weights, origin, own, own_items=len(target))
         return Encoded([example], truncated)
 
     def source_ids(self, source: str) -> list[int]:
         """What the model is given for a source."""
-        return self.tokenizer(self.task.prefix + source, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.task.prefix + source, verbose=False)["input_ids"]
+        return ids
 
 
-class Seq2Seq(PaddedTask):
+class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
     """`task=seq2seq`: cross-entropy of the target's tokens."""
 
     encoder_class = SourceEncoder
@@ -85,7 +88,7 @@ class Seq2Seq(PaddedTask):
     def reported(cls, config: Seq2SeqConfig) -> tuple[str, ...]:
         return super().reported(config) + (metrics.reported(metrics.overlap) if config.generate_rows else ())
 
-    def collate(self, examples: list[Example], rng: np.random.Generator) -> PaddedBatch:
+    def collate(self, examples: list[Example], rng: np.random.Generator) -> PlacedBatch:
         targets = [e["target_ids"] for e in examples]
         # what the decoder has seen before it says a token: its start mark, then the target so far
         started = [np.concatenate([[self.model.decoder_start_token_id], target[:-1]]) for target in targets]
@@ -93,7 +96,7 @@ class Seq2Seq(PaddedTask):
         columns = np.concatenate([np.arange(len(target)) for target in targets])
         inputs = self.inputs([e.input_ids for e in examples])
         inputs["decoder_input_ids"] = pad(started, self.tokenizer.pad_token_id)
-        return PaddedBatch(
+        return PlacedBatch(
             inputs=inputs,
             lengths=[e.num_tokens for e in examples],
             places=(torch.from_numpy(rows), torch.from_numpy(columns)),
@@ -102,7 +105,7 @@ class Seq2Seq(PaddedTask):
             origins=[e.origin for e in examples],
         )
 
-    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+    def logits(self, model: PeftModel, batch: PlacedBatch) -> torch.Tensor:
         return logits_at(model, batch.inputs, batch.places)
 
     @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))

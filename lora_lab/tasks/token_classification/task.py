@@ -15,12 +15,13 @@ from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.columns import TEXTS, TOKENS
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Record, RowError
+from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Measured, Observed
 from lora_lab.tasks.classification.task import ClassTask
 from lora_lab.tasks.metrics import reports
+from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 
 _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
 
@@ -39,30 +40,30 @@ class TagEncoder(Encoder):
 
     def bare(self, record: Record) -> Record:
         """The words without the tokenizer's own marks around them, and the tags of these words alone."""
-        kept, words = self.marks.of_words(record.tokens)
+        kept, words = self.marks.of_words(promised(record.tokens))
         if not words:
             raise RowError("empty", "the words are nothing but the tokenizer's own marks. Remove the row.")
         return dataclasses.replace(record, tokens=words, label=record.label[kept])
 
     def example(self, record: Record, origin: str) -> Encoded:
-        text, starts = "", []
-        for word in record.tokens:
+        text, starts, words = "", [], promised(record.tokens)
+        for word in words:
             starts.append(len(text))
             text += f"{word} "
         found = self.tokenizer(text.rstrip(), return_offsets_mapping=True, verbose=False)
         ids = np.asarray(found["input_ids"], dtype=np.int64)
         if len(ids) > self.config.max_tokens:
             raise self.too_long(len(ids), "Raise data.max_tokens, split the sentence, or choose data.too_long=drop.")
-        ends = [start + len(word) for start, word in zip(starts, record.tokens, strict=True)]
+        ends = [start + len(word) for start, word in zip(starts, words, strict=True)]
         firsts = _first_tokens(np.asarray(found["offset_mapping"]), starts, ends)
         # the tokenizer may drop a word that is nothing but, say, a control character: it is counted as O when measuring
         kept = [place for place, token in enumerate(firsts) if token is not None]
         if not kept:
             raise RowError("empty", "the tokenizer leaves nothing of the words. Remove the row.")
         weights = np.zeros(len(ids), dtype=np.float32)
-        weights[[firsts[place] for place in kept]] = 1
+        weights[[token for token in firsts if token is not None]] = 1
         labels = [record.label[place] for place in kept]
-        own = {"words": record.tokens, "tags": record.label, "kept": kept, "labels": labels}
+        own = {"words": words, "tags": record.label, "kept": kept, "labels": labels}
         return Encoded([Example(ids, weights, origin, own)])
 
 
@@ -79,7 +80,7 @@ def _first_tokens(offsets: np.ndarray, starts: list[int], ends: list[int]) -> li
     return found
 
 
-class TokenClassification(ClassTask):
+class TokenClassification(ClassTask[TokenClassificationConfig]):
     """`task=token_classification`."""
 
     encoder_class = TagEncoder
@@ -125,9 +126,9 @@ class TokenClassification(ClassTask):
                     tags[place] = self.labels[number]
                 predicted.append(tags)
         if all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels):
-            found, details = metrics.entities(targets, predicted)
+            scores, details = metrics.entities(targets, predicted)
         else:
             number = {label: place for place, label in enumerate(self.labels)}
-            flat = [[number[tag] for tags in side for tag in tags] for side in (targets, predicted)]
-            found, details = metrics.classification(*flat, self.labels)
-        return Measured({"loss": loss, **found}, details=details)
+            true, guessed = ([number[tag] for tags in side for tag in tags] for side in (targets, predicted))
+            scores, details = metrics.classification(true, guessed, self.labels)
+        return Measured({"loss": loss, **scores}, details=details)
