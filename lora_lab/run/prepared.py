@@ -23,6 +23,7 @@ from lora_lab.base.positions import check_lengths, embedded, usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, load_tokenizer, pad_within
 from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check
+from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import BaseModelError, ConfigError, DataError
@@ -32,7 +33,7 @@ from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.run.takes import Takes
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, tracking
-from lora_lab.tasks.base import Task
+from lora_lab.tasks.base import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     vocab_size = embedded(model)
     pad_within(tokenizer, vocab_size, base.folder)
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
-    if encoder.chat:
+    if isinstance(encoder, ChatEncoder):
         encoder.template.check_variables()
     base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))
     return ResolvedBase(base, kind, model, targets, encoder)
@@ -122,7 +123,7 @@ def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedT
         )
 
 
-def with_task(config: RunConfig, found: ResolvedBase, learned: dict[str, Any]) -> tuple[ResolvedBase, Task]:
+def with_task(config: RunConfig, found: ResolvedBase, learned: dict[str, Any]) -> tuple[ResolvedBase, AnyTask]:
     """The base as the task needs it, now that it is known what the training rows hold."""
     kind = config.task.load().kind(config, found.encoder.tokenizer, learned)
     kind = dataclasses.replace(kind, new_modules=found.kind.new_modules)
@@ -158,7 +159,7 @@ def _say_experts(model: PreTrainedModel, config: RunConfig, base: BaseFiles) -> 
 
 def build_data(
     config: RunConfig, found: ResolvedBase, need_train: bool = True, learned: dict[str, Any] | None = None
-) -> tuple[build.Data, ResolvedBase, Task]:
+) -> tuple[build.Data, ResolvedBase, AnyTask]:
     """Read, encode and check the rows of a run, and make the task of what they hold.
 
     Args:
@@ -173,6 +174,7 @@ def build_data(
             console.say(part.key.removeprefix("data."), part)
             _check_positions(part, found.model)
     if learned is None:
+        assert data.train is not None, "a fresh run is made with need_train"
         learned = config.task.load().learn(config, data.train)
     found, task = with_task(config, found, learned)
     for part in (data.train, data.held_out):
@@ -287,7 +289,7 @@ def _check_trained(run: RunDir, config: RunConfig, found: ResolvedBase) -> None:
 
 
 def assemble(
-    config: RunConfig, found: ResolvedBase, data: build.Data, task: Task, device: torch.device, stages: Stages
+    config: RunConfig, found: ResolvedBase, data: build.Data, task: AnyTask, device: torch.device, stages: Stages
 ) -> Setup:
     """Put together what was found."""
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise

@@ -29,7 +29,7 @@ from lora_lab.errors import BaseModelError, ConfigError, TrainingError
 from lora_lab.fast import apply, isolation
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import is_out_of_memory
-from lora_lab.tasks.base import Measured, Task
+from lora_lab.tasks.base import AnyTask, Measured
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,7 +62,7 @@ class Setup:
     base: BaseFiles
     kind: ModelKind
     encoder: Encoder
-    task: Task
+    task: AnyTask
     data: build.Data
     device: torch.device
     accelerator: Accelerator
@@ -231,7 +231,7 @@ class Live:
                     isolation.check_isolation(self.model.eval(), first_examples(data, 2))
                 else:
                     isolation.check_padding(
-                        cast("PaddedTask", task), self.model.eval(), first_examples(data, _PADDED_ROWS)
+                        cast("PaddedTask[Any, Any]", task), self.model.eval(), first_examples(data, _PADDED_ROWS)
                     )
             return
         except BaseModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -118,7 +119,7 @@ def _train_loaded(jobs: list[Job], live: Live, budget: Budget) -> None:
     _check_metric(jobs[0].config.sweep, before)
     members: dict[str, Member] = {}
     for place, job in enumerate(jobs):
-        _those([job], lambda job, place=place: members.update({job.title: _member(_name(place), job, live)}))
+        _those([job], functools.partial(_join, members=members, name=_name(place), live=live))
     _train_members([(job, members[job.title]) for job in jobs if job.error is None], live, before, budget)
 
 
@@ -144,6 +145,10 @@ def _check_metric(sweep: SweepConfig, before: Measured) -> None:
             f"sweep.metric={sweep.metric}: not measured here.{nearest(sweep.metric, before.metrics)} There are: "
             f"{', '.join(before.metrics)}."
         )
+
+
+def _join(job: Job, members: dict[str, Member], name: str, live: Live) -> None:
+    members[job.title] = _member(name, job, live)
 
 
 def _member(name: str, job: Job, live: Live) -> Member:
@@ -182,7 +187,7 @@ def _train_members(pairs: list[tuple[Job, Member]], live: Live, before: Measured
     for job, member in pairs:
         job.error = member.failure
         if member.done and member.failure is None:
-            _those([job], lambda job, member=member: _finish(job, member, live, before, clock))
+            _those([job], functools.partial(_finish, member=member, live=live, before=before, clock=clock))
         elif member.failure is None:
             step, score = member.state.step, halving.score_at(member, member.state.step)
             job.stopped, job.stopped_at = f"stopped at step {step} of {member.total_steps}", step
