@@ -45,8 +45,8 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
     from lora_lab.adapters.attach import trainable
     from lora_lab.config import compose
     from lora_lab.run import prepared, run_dir
-    from lora_lab.train import loop
-    from lora_lab.train.cohort import Member
+    from lora_lab.training import loop
+    from lora_lab.training.cohort import Member
 
     watch = Watch()
     config = compose.compose(spec["overrides"])

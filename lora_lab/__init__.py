@@ -31,12 +31,11 @@ _HOMES = {
     "RunConfig": "lora_lab.config.run",
     "load_config": "lora_lab.api",
     "open_run": "lora_lab.api",
+    "train": "lora_lab.api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a room, which can be called
-        return importlib.import_module("lora_lab.train")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

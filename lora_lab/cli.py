@@ -126,7 +126,7 @@ def _of_machine(error: Exception) -> str | None:
 def _is_out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return False
-    from lora_lab.train import oom
+    from lora_lab.training import oom
 
     return oom.is_out_of_memory(error)
 

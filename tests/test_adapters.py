@@ -25,8 +25,8 @@ from lora_lab.export.targets import TARGETS, reason_against
 from lora_lab.run import pipeline, run_dir
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
-from lora_lab.train.cohort import Member
-from lora_lab.train.loop import fit
+from lora_lab.training.cohort import Member
+from lora_lab.training.loop import fit
 from tests.conftest import fails
 from tests.test_export import llama_base, smollm2_tokenizer  # noqa: F401 - fixtures
 from tests.test_resume import stop_at

@@ -25,7 +25,7 @@ from lora_lab.run import pipeline
 from lora_lab.run import prepared as stages
 from lora_lab.runtime import storage
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
-from lora_lab.train.batches import BatchPlan
+from lora_lab.training.batches import BatchPlan
 from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
 from tests.test_resume import digests, stop_at
 
@@ -429,7 +429,7 @@ from lora_lab.config.data import DataConfig
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.data import build
 from lora_lab.data.chat import ChatEncoder
-from lora_lab.train.batches import BatchPlan
+from lora_lab.training.batches import BatchPlan
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = DataConfig(train=sys.argv[1], streaming=True)

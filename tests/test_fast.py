@@ -21,7 +21,7 @@ from lora_lab.run import pipeline
 from lora_lab.run import prepared as stages
 from lora_lab.run.setup import Live
 from lora_lab.runtime import tracking
-from lora_lab.train.loop import fit
+from lora_lab.training.loop import fit
 from tests.conftest import make_tokenizer, write_jsonl
 from tests.test_invariants import member_of, prepared_and_model, relative_gap
 from tests.test_tasks import make_bert, make_t5

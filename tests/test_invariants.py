@@ -19,9 +19,9 @@ from lora_lab.fast.forward import Forward
 from lora_lab.run import prepared as stages
 from lora_lab.run import run_dir
 from lora_lab.run.setup import Live
-from lora_lab.train.batches import plan_of
-from lora_lab.train.cohort import Member
-from lora_lab.train.loop import fit
+from lora_lab.training.batches import plan_of
+from lora_lab.training.cohort import Member
+from lora_lab.training.loop import fit
 from tests.conftest import make_base
 
 
@@ -276,7 +276,7 @@ def test_early_stopping_and_best_adapter(config_of, tmp_path, eval_file):
 
 def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file):
     from lora_lab.errors import CheckpointError
-    from lora_lab.train.loop import _load_best
+    from lora_lab.training.loop import _load_best
 
     config = config_of(f"data.eval={eval_file}", "train.max_steps=3", "train.eval_steps=1", f"run_dir={tmp_path}/r")
     prepared, model = prepared_and_model(config)
@@ -291,7 +291,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file)
 
 def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatch):
     from lora_lab.errors import TrainingError
-    from lora_lab.train import checkpoint
+    from lora_lab.training import checkpoint
 
     config = config_of(f"run_dir={tmp_path}/r", "train.max_steps=4")
     prepared, model = prepared_and_model(config)
@@ -329,7 +329,7 @@ def test_the_first_module_that_is_not_finite_is_named(config_of, tmp_path):
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes says that paged memory is ordinary memory on a CPU
 def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
-    from lora_lab.train import checkpoint
+    from lora_lab.training import checkpoint
 
     config = config_of(
         f"optim={name}", "train.max_steps=5", f"run_dir={tmp_path}/r", "train.save_steps=2", "adapter.r=64"

@@ -32,7 +32,7 @@ FLOORS = (
     ("verify",),
     ("report",),
     ("run",),  # a run made ready
-    ("train",),
+    ("training",),
     ("tasks",),
     ("fast",),
     ("data", "demo"),
@@ -47,7 +47,6 @@ FLOORS = (
 _PLACES = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 EXCEPTIONS = {
-    ("train", "api"): "`lora_lab.train` is a room and a function: the room hands a call on",
     ("merge.merge", "export.text"): "a merged model is asked in messages, as an exported file is",
     ("config.data", "data.clean"): "the names of the cleaning steps",
     ("config.data", "data.formats"): "the names of the row formats",

@@ -16,7 +16,7 @@ from lora_lab.merge import bases, combine, shrink
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
-from lora_lab.train.cohort import Member
+from lora_lab.training.cohort import Member
 
 
 class Loads:

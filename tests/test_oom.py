@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_lab.runtime.memory import is_out_of_memory
-from lora_lab.train import oom
+from lora_lab.training import oom
 from tests.conftest import make_rows, write_jsonl
 from tests.test_invariants import member_of, prepared_and_model, relative_gap
 
@@ -18,7 +18,7 @@ from tests.test_invariants import member_of, prepared_and_model, relative_gap
 _LIMITED = """
 import json, resource, sys
 import torch
-from lora_lab.train.loop import fit
+from lora_lab.training.loop import fit
 from tests.test_invariants import member_of, prepared_and_model
 from lora_lab.config import compose
 from safetensors.torch import save_file
@@ -109,7 +109,7 @@ def test_backward_ends_at_the_lowest_adapted_layer(config_of):
 
 
 def test_a_resumed_member_keeps_what_was_changed(config_of, tmp_path):
-    from lora_lab.train import checkpoint
+    from lora_lab.training import checkpoint
 
     config = config_of("train.batch_size=8")
     prepared, model = prepared_and_model(config)

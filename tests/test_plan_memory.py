@@ -15,8 +15,8 @@ from lora_lab.plan.memory import Shape
 from lora_lab.run import prepared as stages
 from lora_lab.tasks.base import StepBatches
 from lora_lab.tasks.causal_lm.task import CausalLM
-from lora_lab.train.cohort import Share, learn
-from lora_lab.train.optim import build_optimizer
+from lora_lab.training.cohort import Share, learn
+from lora_lab.training.optim import build_optimizer
 
 SHORT, LONG = Shape((20, 12), 10), Shape((20, 12, 40), 30)
 

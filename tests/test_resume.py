@@ -21,7 +21,7 @@ from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
 from lora_lab.runtime.tracking import MetricsLog
 from lora_lab.tasks.causal_lm.task import CausalLM
-from lora_lab.train import checkpoint
+from lora_lab.training import checkpoint
 from tests.conftest import make_rows, write_jsonl
 
 STEPS = 12  # 20 rows, 4 a step: 2.4 epochs of 5 steps, in 2 micro-batches each

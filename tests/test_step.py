@@ -15,7 +15,7 @@ from lora_lab.fast import segments
 from lora_lab.run import pipeline
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.causal_lm.task import CausalLM
-from lora_lab.train.batches import plan_of
+from lora_lab.training.batches import plan_of
 from tests.test_invariants import prepared_and_model
 
 

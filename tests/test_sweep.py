@@ -23,7 +23,7 @@ from lora_lab.run import pipeline
 from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, halving, jobs, nodes, ranking
 from lora_lab.sweep.budget import Budget
-from lora_lab.train import loop, sharing
+from lora_lab.training import loop, sharing
 
 UNLIKE = [
     ["adapter.r=2", "optim.lr=0.02", "seed=3", "adapter.lora_alpha=4"],
@@ -231,7 +231,7 @@ def _sweep_command(overrides, eval_file, folder) -> list[str]:
 _KILLED = """
 import os, signal, sys
 from lora_lab import cli
-from lora_lab.train import loop
+from lora_lab.training import loop
 plain, count, last = loop._update, [0], int(sys.argv[1])
 def update(*given):
     lr = plain(*given)

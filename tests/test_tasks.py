@@ -23,8 +23,8 @@ from lora_lab.errors import LoraLabError
 from lora_lab.run import pipeline, prepared, run_dir
 from lora_lab.tasks import TASKS, metrics
 from lora_lab.tasks.base import StepBatches
-from lora_lab.train import regularize
-from lora_lab.train.cohort import Member, Share, learn
+from lora_lab.training import regularize
+from lora_lab.training.cohort import Member, Share, learn
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
 from tests.examples import assert_same
 
@@ -876,7 +876,7 @@ def test_examples_come_back_from_the_cache_as_they_were_encoded(case, start, mon
 
 def test_padded_rows_are_put_together_by_length():
     from lora_lab.data.encode import Example
-    from lora_lab.train.loop import of_like_length
+    from lora_lab.training.loop import of_like_length
 
     lengths = [100, 10, 12, 11, 90, 40, 13, 41]
     rows = [Example(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), str(n)) for n in lengths]

@@ -13,8 +13,8 @@ from lora_lab.config.train import OptimConfig, TrackerConfig
 from lora_lab.errors import ConfigError, Interrupted
 from lora_lab.runtime import signals
 from lora_lab.runtime.tracking import MetricsLog, tracker_name
-from lora_lab.train.batches import BatchPlan
-from lora_lab.train.optim import build_optimizer, build_schedule
+from lora_lab.training.batches import BatchPlan
+from lora_lab.training.optim import build_optimizer, build_schedule
 
 
 @pytest.mark.parametrize(("size", "batch", "micro"), [(20, 4, 2), (21, 4, 3), (5, 8, 8), (1, 1, 1), (16, 5, 2)])

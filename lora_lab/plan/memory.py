@@ -28,7 +28,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
-from lora_lab.train import oom
+from lora_lab.training import oom
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -29,9 +29,9 @@ from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.runtime import console
 from lora_lab.tasks.base import Task, eval_batches
 from lora_lab.tasks.preference.task import Preference
-from lora_lab.train.batches import BatchPlan, plan_of
-from lora_lab.train.cohort import Member
-from lora_lab.train.loop import Clock, fit, peak_memory_gib
+from lora_lab.training.batches import BatchPlan, plan_of
+from lora_lab.training.cohort import Member
+from lora_lab.training.loop import Clock, fit, peak_memory_gib
 
 _CARDS_GIB = (8, 12, 16, 24)
 _MEANINGS = {

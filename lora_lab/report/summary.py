@@ -11,7 +11,7 @@ from lora_lab.runtime import console
 if TYPE_CHECKING:
     from lora_lab.tasks.base import Answer
     from lora_lab.tasks.section import TaskSection
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
 
 def describe_steps(member: Member, config: RunConfig) -> str:

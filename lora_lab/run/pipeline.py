@@ -28,9 +28,9 @@ from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
 from lora_lab.runtime import console, storage
 from lora_lab.tasks.base import Measured
-from lora_lab.train import checkpoint
-from lora_lab.train.cohort import Member
-from lora_lab.train.loop import Clock, fit, peak_memory_gib
+from lora_lab.training import checkpoint
+from lora_lab.training.cohort import Member
+from lora_lab.training.loop import Clock, fit, peak_memory_gib
 from lora_lab.verify import parity
 
 

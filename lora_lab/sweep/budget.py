@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
 
 @dataclasses.dataclass

@@ -24,9 +24,9 @@ from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.sweep.jobs import Job, groups, why_apart
 from lora_lab.tasks.base import Measured
-from lora_lab.train import checkpoint, sharing
-from lora_lab.train.cohort import Member
-from lora_lab.train.loop import Clock, fit
+from lora_lab.training import checkpoint, sharing
+from lora_lab.training.cohort import Member
+from lora_lab.training.loop import Clock, fit
 
 
 def train(jobs: list[Job]) -> None:

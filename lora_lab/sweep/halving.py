@@ -13,7 +13,7 @@ from lora_lab.runtime import console
 from lora_lab.tasks.metrics import as_cost
 
 if TYPE_CHECKING:
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
 
 @dataclasses.dataclass

@@ -279,7 +279,7 @@ def last_logged(run: Path) -> int:
 
 def newest_step(run: Path) -> int:
     """Step of the newest checkpoint that matches its manifest; 0 for none."""
-    from lora_lab.train import checkpoint
+    from lora_lab.training import checkpoint
 
     found, _ = checkpoint.newest_valid(run / "checkpoints")
     return int(found.name.removeprefix("step-")) if found else 0

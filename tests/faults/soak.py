@@ -22,7 +22,7 @@ from lora_lab import cli
 from lora_lab.config import compose
 from lora_lab.config.run import RunConfig
 from lora_lab.sweep import cohort, sweep
-from lora_lab.train import loop
+from lora_lab.training import loop
 from tests.conftest import make_base, make_rows, write_jsonl
 
 STEPS = 20

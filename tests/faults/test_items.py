@@ -22,7 +22,7 @@ from lora_lab import cli
 from lora_lab.errors import Interrupted
 from lora_lab.run import pipeline, run_dir
 from lora_lab.runtime import storage
-from lora_lab.train import checkpoint
+from lora_lab.training import checkpoint
 from tests.conftest import fails
 from tests.faults.items import ITEMS
 from tests.faults.programme import folder_digests, make_small_base

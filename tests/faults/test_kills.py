@@ -10,7 +10,7 @@ import torch
 from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
-from lora_lab.train import checkpoint
+from lora_lab.training import checkpoint
 from tests.faults.forks import killed_at_every_call
 
 
@@ -105,7 +105,7 @@ def test_a_folder_that_is_removed(tmp_path):
 def member(config_of, tmp_path):
     """A member that has made a step, with an optimizer that holds something."""
     from lora_lab.run.pipeline import prepare
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
     config = config_of("train.keep_checkpoints=2")
     prepared = prepare(config)

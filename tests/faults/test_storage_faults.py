@@ -534,7 +534,7 @@ def test_a_lost_best_checkpoint_does_not_end_the_run(config_of, eval_file, tmp_p
 
 def _losses(monkeypatch, losses) -> None:
     """Held-out losses in training, in order; the real ones afterwards."""
-    from lora_lab.train import loop
+    from lora_lab.training import loop
 
     real = loop._evaluate
 
@@ -557,8 +557,8 @@ def _losses(monkeypatch, losses) -> None:
 
 def test_damaged_newer_checkpoints_do_not_push_out_what_is_saved(config_of, tmp_path):
     from lora_lab.run.pipeline import prepare
-    from lora_lab.train import checkpoint
-    from lora_lab.train.cohort import Member
+    from lora_lab.training import checkpoint
+    from lora_lab.training.cohort import Member
 
     config = config_of("train.keep_checkpoints=1")
     prepared = prepare(config)

@@ -23,7 +23,7 @@ from lora_lab.run import pipeline
 from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, jobs, ranking, sweep
 from lora_lab.tasks import TASKS, metrics
-from lora_lab.train import loop
+from lora_lab.training import loop
 from tests.conftest import write_jsonl
 from tests.faults import soak
 from tests.test_sweep import assert_same_run

@@ -15,7 +15,7 @@ from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import storage
 from lora_lab.runtime.tracking import MetricsLog, read_lines
-from lora_lab.train import checkpoint
+from lora_lab.training import checkpoint
 
 
 @pytest.fixture

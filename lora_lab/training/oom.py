@@ -16,7 +16,7 @@ from lora_lab.runtime.memory import is_out_of_memory
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
 
 class Attempt:

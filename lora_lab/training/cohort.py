@@ -24,9 +24,9 @@ from lora_lab.data.encode import Example
 from lora_lab.fast.roster import Seat
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import ranks, tracking
-from lora_lab.train import regularize
-from lora_lab.train.batches import plan_of
-from lora_lab.train.optim import build_optimizer, build_schedule
+from lora_lab.training import regularize
+from lora_lab.training.batches import plan_of
+from lora_lab.training.optim import build_optimizer, build_schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -19,7 +19,7 @@ from lora_lab.errors import CheckpointError, LoraLabError, RunError
 from lora_lab.runtime import console, ranks, reading, storage
 
 if TYPE_CHECKING:
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
 _NAME = re.compile(r"^step-(\d+)$")
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -106,7 +106,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not of the shape that `save` writes.
     """
-    from lora_lab.train.cohort import State
+    from lora_lab.training.cohort import State
 
     file = folder / _STATE
     saved: dict[str, Any] = reading.read_json(file, CheckpointError)

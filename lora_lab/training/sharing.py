@@ -11,13 +11,13 @@ from lora_lab.adapters.attach import base_of
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.errors import TrainingError
 from lora_lab.fast.isolation import tail
-from lora_lab.train.cohort import learn, learning, share
+from lora_lab.training.cohort import learn, learning, share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lora_lab.tasks.base import AnyTask
-    from lora_lab.train.cohort import Member
+    from lora_lab.training.cohort import Member
 
 # How far gradients of a shared pass may be from those of a pass alone, as a share of their norm. bfloat16: 0.02 to 0.035 were
 # measured on rows of 48 tokens; one token that reaches the wrong member moves them by about 1 / sqrt(48) = 0.14.

@@ -21,8 +21,8 @@ from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.errors import CheckpointError, Interrupted, RunError, TrainingError
 from lora_lab.runtime import console, ranks, signals
-from lora_lab.train import checkpoint, diagnose, oom, sharing
-from lora_lab.train.cohort import Member, Share, learn, learning, share
+from lora_lab.training import checkpoint, diagnose, oom, sharing
+from lora_lab.training.cohort import Member, Share, learn, learning, share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

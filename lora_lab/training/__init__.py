@@ -1,0 +1,1 @@
+"""The one training loop, its members, and everything that makes it exact and resumable."""
