@@ -115,11 +115,13 @@ def test_a_shared_pass_is_refused_where_it_would_not_be_exact(points):
 
 
 def test_rows_that_reach_the_wrong_member_are_noticed(points, monkeypatch):
-    from lora_lab.fast.roster import Roster
+    from lora_lab.fast.routing import Routing
 
-    plain = Roster.rows
+    plain = Routing.rows
     monkeypatch.setattr(
-        Roster, "rows", lambda self, count: zip(self.seats, [rows for _, rows in plain(self, count)][::-1], strict=True)
+        Routing,
+        "rows",
+        lambda self, count: zip(self.routes, [rows for _, rows in plain(self, count)][::-1], strict=True),
     )
     found = trained(points(["seed=1"], ["seed=2"]))
     assert all(isinstance(job.error, TrainingError) for job in found)

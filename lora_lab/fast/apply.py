@@ -309,7 +309,7 @@ def _fuse_mlps(
         if mlp.activation(module.act_fn) is None:
             other = f"activation {type(module.act_fn).__name__}"
             continue
-        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.roster)
+        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.routing)
         if name not in calls.single:
             other = f"{type(module).__name__} is called with more than one tensor, or never"
             continue
@@ -343,7 +343,7 @@ def _fuse_projections(
         own = [projections[name] for name in names]
         if not any(one.adapted or isinstance(one.base, Linear4bit) for one in own):
             continue
-        group = Group(own, scratch, applied.forward.roster)
+        group = Group(own, scratch, applied.forward.routing)
         for place, one in enumerate(own):
             applied.replace(one.module, group.forward(place))
         applied.weights.append(group.weight)

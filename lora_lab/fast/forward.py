@@ -14,7 +14,7 @@ from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
 from lora_lab.fast import prefix, segments
 from lora_lab.fast.loss import TokenLosses, plain_head, without_head
-from lora_lab.fast.roster import Roster
+from lora_lab.fast.routing import Routing
 from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Forward:
     wanted_rows: bool = False  # the last layer can be told which positions are wanted, see `rows.py`
     kept_prefix: bool = False  # the first layer can be told which rows it sees, see `prefix.py`
     chunked_head: bool = False  # losses come from hidden states, see `loss.py`
-    roster: Roster = dataclasses.field(default_factory=Roster)  # whose rows are whose, where members share a pass
+    routing: Routing = dataclasses.field(default_factory=Routing)  # whose rows are whose, where members share a pass
     unshareable: str = "no model is loaded"  # why several members cannot share a pass; empty if they can
     _own_attention: str | None = None  # the model's, while `segments` has put another in its place
 
@@ -48,7 +48,7 @@ class Forward:
 
     def share_model(self, other: Forward) -> None:
         """Take over what is true of the model's modules from another task's, which goes through the same model."""
-        self.wanted_rows, self.kept_prefix, self.roster = other.wanted_rows, other.kept_prefix, other.roster
+        self.wanted_rows, self.kept_prefix, self.routing = other.wanted_rows, other.kept_prefix, other.routing
         self.unshareable = other.unshareable
 
     def part_rows(self) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from lora_lab.fast import mlp
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
-from lora_lab.fast.roster import Roster
+from lora_lab.fast.routing import Routing
 
 
 class Projection:
@@ -65,17 +65,17 @@ class Projection:
 
 
 def lora(
-    projections: list[Projection], roster: Roster, x: torch.Tensor, shape: torch.Size
+    projections: list[Projection], routing: Routing, x: torch.Tensor, shape: torch.Size
 ) -> tuple[list[Layout], list[torch.Tensor]]:
     """The layouts and factors of projections that read a tensor of `shape`, in the type of `x`."""
-    if not roster.seats:
+    if not routing.routes:
         active = dict.fromkeys(name for one in projections for name in one.members())
         found = [_lora(projections, name, slice(None), None, x, shape) for name in active]
     else:
         found = [
-            _lora(projections, seat.member, rows, seat.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
-            for seat, rows in roster.rows(shape[:-1].numel())
-            if any(one.has(seat.member) for one in projections)
+            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
+            for route, rows in routing.rows(shape[:-1].numel())
+            if any(one.has(route.member) for one in projections)
         ]
     return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
 
@@ -110,8 +110,8 @@ def computed_in(x: torch.Tensor) -> torch.Tensor:
 class Group:
     """Projections that are called with the same tensor, one after another; the first call computes them all."""
 
-    def __init__(self, projections: list[Projection], scratch: Scratch, roster: Roster):
-        self.projections, self.roster = projections, roster
+    def __init__(self, projections: list[Projection], scratch: Scratch, routing: Routing):
+        self.projections, self.routing = projections, routing
         self.weight = FrozenWeight([one.base for one in projections], scratch)
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
@@ -134,15 +134,15 @@ class Group:
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = computed_in(x)
-        layouts, factors = lora(self.projections, self.roster, inputs, x.shape)
+        layouts, factors = lora(self.projections, self.routing, inputs, x.shape)
         return LoraLinear.apply(inputs, self.weight, layouts, *factors).split(self.weight.sizes, -1)
 
 
 class FusedMLP:
     """A gated MLP."""
 
-    def __init__(self, module: Any, up: list[Projection], down: Projection, scratch: Scratch, roster: Roster):
-        self.up, self.down, self.roster = up, down, roster
+    def __init__(self, module: Any, up: list[Projection], down: Projection, scratch: Scratch, routing: Routing):
+        self.up, self.down, self.routing = up, down, routing
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward
         self.act = mlp.activation(module.act_fn)
@@ -151,7 +151,7 @@ class FusedMLP:
         if args or kwargs or not all(one.ready for one in (*self.up, self.down)):
             return self.plain(x, *args, **kwargs)
         inputs = computed_in(x)
-        first, factors = lora(self.up, self.roster, inputs, x.shape)
+        first, factors = lora(self.up, self.routing, inputs, x.shape)
         inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
-        second, more = lora([self.down], self.roster, inputs, inner)
+        second, more = lora([self.down], self.routing, inputs, inner)
         return mlp.GatedMLP.apply(inputs, self.weights, (first, second), self.act, *factors, *more)

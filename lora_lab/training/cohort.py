@@ -21,7 +21,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PackedBatch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
-from lora_lab.fast.roster import Seat
+from lora_lab.fast.routing import Route
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import ranks, tracking
 from lora_lab.training import regularize
@@ -155,7 +155,7 @@ class Share:
 
 @contextlib.contextmanager
 def learning(members: Sequence[Member]) -> Iterator[None]:
-    """Inside the block the adapters of these members learn: the only one is active, several are told apart by their seats."""
+    """Inside the block the adapters of these members learn: the only one is active, several are told apart by their routes."""
     if len(members) == 1:
         with members[0].turn():
             yield
@@ -193,19 +193,19 @@ def learn(shares: Sequence[Share], place: int, task: AnyTask, accelerator: Accel
     shares = [one for one in shares if place < len(one.batches)]
     train, model = shares[0].member.config.train, shares[0].member.model
     batches = [one.batches.batches[place].to(model.device) for one in shares]
-    seats = [_seat(*pair) for pair in zip(shares, batches, strict=True) if pair[0].generator is not None]
+    routes = [_route(*pair) for pair in zip(shares, batches, strict=True) if pair[0].generator is not None]
 
     def passed() -> list[LossSum]:
         with accelerator.autocast():
-            if seats:
+            if routes:
                 found = task.losses_of_members(model, batches)
             else:
                 found = [task.loss(model, batches[0], train.rdrop_alpha).without_logits()]  # gradients need the room
         accelerator.backward(sum(one.loss / part.weight for one, part in zip(found, shares, strict=True)))
         return found
 
-    if seats:
-        with task.forward.roster.seated(seats):
+    if routes:
+        with task.forward.routing.routed(routes):
             found = passed()
     elif train.neftune_alpha or train.fgm_epsilon:
         found = regularize.learn(train, model, batches[0], passed)
@@ -215,5 +215,5 @@ def learn(shares: Sequence[Share], place: int, task: AnyTask, accelerator: Accel
         one.add(batch.num_tokens, part)
 
 
-def _seat(one: Share, batch: PackedBatch) -> Seat:
-    return Seat(one.member.name, batch.num_tokens, len(batch.targets), one.generator)
+def _route(one: Share, batch: PackedBatch) -> Route:
+    return Route(one.member.name, batch.num_tokens, len(batch.targets), one.generator)

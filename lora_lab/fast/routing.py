@@ -10,7 +10,7 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Seat:
+class Route:
     """One member's rows in a shared pass."""
 
     member: str
@@ -19,32 +19,33 @@ class Seat:
     generator: torch.Generator | None  # draws its dropout; None: it has none
 
 
-class Roster:
+class Routing:
     """Tells every module of a model which adapter works on which rows.
 
-    Rows of a member lie side by side, members in the order of their seats. A module may see all tokens, or, behind the last
+    Rows of a member lie side by side, members in the order of their routes. A module may see all tokens, or, behind the last
     layer's attention, only those that have a loss (`rows.py`).
     """
 
     def __init__(self) -> None:
         self._slices: dict[int, list[slice]] = {}  # by the number of rows of a tensor
-        self.seats: Sequence[Seat] = ()
+        self.routes: Sequence[Route] = ()
 
     @contextlib.contextmanager
-    def seated(self, seats: Sequence[Seat]) -> Iterator[None]:
+    def routed(self, routes: Sequence[Route]) -> Iterator[None]:
         """Inside the block a pass is of these members; outside it is the active adapter's alone."""
-        self.seats = seats
+        self.routes = routes
         self._slices = {
-            sum(sizes): _slices(sizes) for sizes in ([seat.items for seat in seats], [seat.tokens for seat in seats])
+            sum(sizes): _slices(sizes)
+            for sizes in ([route.items for route in routes], [route.tokens for route in routes])
         }
         try:
             yield
         finally:
-            self.seats, self._slices = (), {}
+            self.routes, self._slices = (), {}
 
-    def rows(self, count: int) -> Iterator[tuple[Seat, slice]]:
-        """Each member's seat and its rows in a tensor of `count` rows."""
-        return zip(self.seats, self._slices[count], strict=True)
+    def rows(self, count: int) -> Iterator[tuple[Route, slice]]:
+        """Each member's route and its rows in a tensor of `count` rows."""
+        return zip(self.routes, self._slices[count], strict=True)
 
 
 def _slices(sizes: list[int]) -> list[slice]:
