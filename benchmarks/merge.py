@@ -49,13 +49,13 @@ _OWN = """
 import torch
 from pathlib import Path
 from lora_lab.runtime import storage
-from lora_lab.adapters import updates
+from lora_lab.adapters import deltas
 from lora_lab.base.load import ModelKind, skeleton
 from lora_lab.base.weights import Weights
 from lora_lab.merge import stream
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 def merge(base, adapter, out):
-    found, weights, model = updates.read(Path(adapter)), Weights(Path(base)), skeleton(Path(base), ModelKind())
+    found, weights, model = deltas.read(Path(adapter)), Weights(Path(base)), skeleton(Path(base), ModelKind())
     assert not stream.reason_against(model, weights, found)
     with storage.new_folder(Path(out)) as folder:
         stream.write(model, weights, found, torch.bfloat16, "2GB", folder)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lora_lab import cli
-from lora_lab.adapters import updates
-from lora_lab.adapters.updates import Update, Updates
+from lora_lab.adapters import deltas
+from lora_lab.adapters.deltas import Delta, Deltas
 from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.config.merge import MergeConfig
@@ -43,13 +43,13 @@ def trained(config_of, tmp_path, rows_file):
     return start
 
 
-def adapter_of(folder: str) -> Updates:
+def adapter_of(folder: str) -> Deltas:
     run = run_dir.open_existing(folder)
     base = Path(compose.load(run.config).model.path)
-    return updates.read(run.adapter, load.skeleton(base, load.ModelKind()))
+    return deltas.read(run.adapter, load.skeleton(base, load.ModelKind()))
 
 
-def dense(adapter: Updates) -> dict[str, torch.Tensor]:
+def dense(adapter: Deltas) -> dict[str, torch.Tensor]:
     return {name: update.up @ update.down for name, update in adapter.layers.items()}
 
 
@@ -64,7 +64,7 @@ UNLIKE = [
 @pytest.mark.parametrize("shape", [(10, 6, 4), (3, 6, 4), (6, 6, 4)])
 def test_a_rank_above_a_layers_smaller_side_is_filled_with_zeros(shape):
     rank, read, given = shape
-    update = Update(torch.randn(rank, read), torch.randn(given, rank))
+    update = Delta(torch.randn(rank, read), torch.randn(given, rank))
     same, kept = update.truncated(rank)
     assert (same.rank, kept) == (rank, pytest.approx(1))
     torch.testing.assert_close(same.up @ same.down, update.up @ update.down, rtol=1e-5, atol=1e-5)
@@ -116,10 +116,10 @@ def test_the_default_is_the_true_weighted_sum(trained, tmp_path):
     assert storage.sha256(out / "adapter/adapter_model.safetensors") == before
 
 
-def random_adapters(count: int, rank: int = 4) -> list[Updates]:
+def random_adapters(count: int, rank: int = 4) -> list[Deltas]:
     torch.manual_seed(0)
     return [
-        Updates({name: Update(torch.randn(rank, 24), torch.randn(16, rank)) for name in ("a", "b")}, {})
+        Deltas({name: Delta(torch.randn(rank, 24), torch.randn(16, rank)) for name in ("a", "b")}, {})
         for _ in range(count)
     ]
 
@@ -259,7 +259,7 @@ def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, trained, base, 
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=says):
-        updates.read(adapter, load.skeleton(base, load.ModelKind()))
+        deltas.read(adapter, load.skeleton(base, load.ModelKind()))
 
 
 def test_heads_cannot_be_summed(config_of, tmp_path):

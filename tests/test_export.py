@@ -527,7 +527,7 @@ def test_conversations_with_tools_go_through_llama_cpps_template_too(config_of, 
 
 
 def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained, base):
-    from lora_lab.adapters import updates
+    from lora_lab.adapters import deltas
 
     done = trained(
         "adapter=rslora", "adapter.rank_pattern={v_proj: 8}", "adapter.exclude_modules=[down_proj]", "export=vllm"
@@ -538,7 +538,7 @@ def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained, base):
     assert config["modules_to_save"] is None
     assert config["bias"] == "none"
     model = load.skeleton(base, load.ModelKind())
-    ours, theirs = updates.read(done.adapter, model), updates.read(folder, model)
+    ours, theirs = deltas.read(done.adapter, model), deltas.read(folder, model)
     assert set(ours.layers) == set(theirs.layers)
     for name, update in ours.layers.items():
         other = theirs.layers[name]

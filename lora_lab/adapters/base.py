@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-    from lora_lab.adapters.updates import Updates
+    from lora_lab.adapters.deltas import Deltas
 
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
 
@@ -122,12 +122,12 @@ class AdapterSection:
     # -- its change of each weight, where `against_delta` is empty --
 
     @classmethod
-    def delta(cls, config: Any, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
+    def delta(cls, config: Any, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Deltas:
         """What a saved adapter adds to each weight, as products of two matrices.
 
         Args:
             config: what was saved beside the tensors, peft's class for the method.
-            tensors: as they were saved, by peft's names (see `updates.parts_of`).
+            tensors: as they were saved, by peft's names (see `deltas.parts_of`).
             model: the base without weights, which says how large its layers are.
 
         Raises:

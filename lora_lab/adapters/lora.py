@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lora_lab.adapters.updates import Updates
+    from lora_lab.adapters.deltas import Deltas
 
 
 @section
@@ -117,8 +117,8 @@ class LoraAdapter(LayerAdapter):
         return max([self.r, *(self.rank_pattern or {}).values()])
 
     @classmethod
-    def delta(cls, config: peft.LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
-        from lora_lab.adapters.updates import Update, Updates, parts_of
+    def delta(cls, config: peft.LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Deltas:
+        from lora_lab.adapters.deltas import Delta, Deltas, parts_of
 
         parts, whole = parts_of(tensors, ("lora_A", "lora_B", "lora_magnitude_vector"))
         found = {}
@@ -130,8 +130,8 @@ class LoraAdapter(LayerAdapter):
                 raise AdapterError(
                     f"{layer} has rank {part['lora_A'].shape[0]}, and adapter_config.json says {rank}. Restore the one that was changed."
                 )
-            found[layer] = Update(part["lora_A"], scale * part["lora_B"], part.get("lora_magnitude_vector"))
-        return Updates(found, whole)
+            found[layer] = Delta(part["lora_A"], scale * part["lora_B"], part.get("lora_magnitude_vector"))
+        return Deltas(found, whole)
 
 
 def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]) -> LoraAdapter:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lora_lab.adapters.updates import Updates
+    from lora_lab.adapters.deltas import Deltas
 
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
@@ -68,11 +68,11 @@ class VeraAdapter(LayerAdapter):
         return self.r
 
     @classmethod
-    def delta(cls, config: peft.VeraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Updates:
+    def delta(cls, config: peft.VeraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Deltas:
         """Of each layer, (lambda_b * B) @ (lambda_d * A), where A and B are cut to its size."""
         from peft.tuners.tuners_utils import _get_in_out_features
 
-        from lora_lab.adapters.updates import Update, Updates, parts_of
+        from lora_lab.adapters.deltas import Delta, Deltas, parts_of
 
         shared = [tensors[name].float() for name in _SHARED if name in tensors]
         parts, whole = parts_of(
@@ -85,5 +85,5 @@ class VeraAdapter(LayerAdapter):
         for name, part in parts.items():
             read, given = _get_in_out_features(model.get_submodule(name))
             down = part["vera_lambda_d"][:, None] * shared[0][:, :read]
-            found[name] = Update(down, part["vera_lambda_b"][:, None] * shared[1][:given])
-        return Updates(found, whole)
+            found[name] = Delta(down, part["vera_lambda_b"][:, None] * shared[1][:given])
+        return Deltas(found, whole)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lab.adapters import files, updates
+from lora_lab.adapters import deltas, files
 from lora_lab.adapters.lora import of_scale_one
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.base.tokenizer import save_tokenizer
@@ -56,7 +56,7 @@ def make(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
 def make_vllm(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
     """The same update with one rank and scale 1 in every layer: vLLM reads neither patterns nor rsLoRA of all versions alike."""
     run, setup = trained.run, trained.setup
-    adapter, config = updates.read(run.adapter, setup.skeleton()), setup.config
+    adapter, config = deltas.read(run.adapter, setup.skeleton()), setup.config
     plain = of_scale_one([config.adapter], adapter.rank, sorted(adapter.layers))
     if isinstance(plain.target_modules, str) or plain.exclude_modules or plain.layers_to_transform:
         names = sorted(adapter.layers)

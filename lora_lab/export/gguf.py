@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
-from lora_lab.adapters import updates
+from lora_lab.adapters import deltas
 from lora_lab.base import load
 from lora_lab.base.load import ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
@@ -255,7 +255,7 @@ def make_lora(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
         ExportError: as `make`.
     """
     setup = trained.setup
-    adapter = updates.read(trained.run.adapter, setup.skeleton())
+    adapter = deltas.read(trained.run.adapter, setup.skeleton())
     file = folder / f"{setup.config.name}-lora.gguf".replace(" ", "_")
     with storage.scratch() as scratch:
         factors = {}

@@ -28,20 +28,20 @@ class Target:
     make: Callable[[Trained, Probe, Path], dict[str, Any]] | None  # None: the merged checkpoint itself
     check: Callable[[Setup], Iterable[str]]
     of_merged: bool = False  # made of the merged checkpoint
-    of_updates: bool = False  # made of the adapter's updates, as LoRA's two matrices
+    of_deltas: bool = False  # made of the adapter's updates, as LoRA's two matrices
 
 
 TARGETS = {
     "hf": Target(None, lambda setup: (), of_merged=True),
     "adapter": Target(adapter.make, adapter.check),
-    "vllm": Target(adapter.make_vllm, adapter.check_vllm, of_updates=True),
+    "vllm": Target(adapter.make_vllm, adapter.check_vllm, of_deltas=True),
     "gguf": Target(gguf.make, functools.partial(gguf.check, target="gguf"), of_merged=True),
     "ollama": Target(
         functools.partial(gguf.make, with_modelfile=True),
         functools.partial(gguf.check, target="ollama"),
         of_merged=True,
     ),
-    "gguf_lora": Target(gguf.make_lora, functools.partial(gguf.check, target="gguf_lora"), of_updates=True),
+    "gguf_lora": Target(gguf.make_lora, functools.partial(gguf.check, target="gguf_lora"), of_deltas=True),
     "quantized": Target(quantized.make, quantized.check, of_merged=True),
 }
 
@@ -64,7 +64,7 @@ def check(setup: Setup) -> None:
 def reason_against(adapter: AdapterSection, name: str) -> str:
     """Why this target cannot be made of a method's adapters, and the way out; empty if it can."""
     target = TARGETS[name]
-    needed = adapter.against_merging if target.of_merged else adapter.against_delta if target.of_updates else ""
+    needed = adapter.against_merging if target.of_merged else adapter.against_delta if target.of_deltas else ""
     against = f"cannot be made of {adapter.label}, because {needed}" if needed else adapter.against_target(name)
     if not against:
         return ""

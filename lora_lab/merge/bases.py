@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lab.adapters.updates import factored
+from lora_lab.adapters.deltas import factored
 from lora_lab.base.load import BaseFiles, load_model
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft.utils import merge_utils
 
-from lora_lab.adapters import files, updates
+from lora_lab.adapters import deltas, files
+from lora_lab.adapters.deltas import Delta, Deltas, factored
 from lora_lab.adapters.lora import LoraAdapter, of_scale_one
-from lora_lab.adapters.updates import Update, Updates, factored
 from lora_lab.base.weights import Weights
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
@@ -40,7 +40,7 @@ class Source:
     """A trained run whose adapter goes into the new one."""
 
     trained: Trained
-    adapter: Updates
+    adapter: Deltas
     name: str  # of its adapter in the model
 
     @property
@@ -97,8 +97,8 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
 
 
 def combined(
-    adapters: Sequence[Updates], weights: Sequence[float], merge: MergeConfig, rank: int, seed: int = 0
-) -> tuple[Updates, float]:
+    adapters: Sequence[Deltas], weights: Sequence[float], merge: MergeConfig, rank: int, seed: int = 0
+) -> tuple[Deltas, float]:
     """One adapter of several, and the mean share of its layers' squared norms that its rank holds.
 
     Args:
@@ -112,10 +112,10 @@ def combined(
         pairs = [(w, a.layers[name]) for w, a in zip(weights, adapters, strict=True) if name in a.layers]
         layers[name], share = _combined_layer(pairs, merge, rank)
         kept.append(share)
-    return Updates(layers, {}), sum(kept) / len(kept)
+    return Deltas(layers, {}), sum(kept) / len(kept)
 
 
-def _combined_layer(pairs: list[tuple[float, Update]], merge: MergeConfig, rank: int) -> tuple[Update, float]:
+def _combined_layer(pairs: list[tuple[float, Delta]], merge: MergeConfig, rank: int) -> tuple[Delta, float]:
     if merge.method in ("cat", "svd"):
         first, *others = (weight * update for weight, update in pairs)
         whole = sum(others, first)
@@ -128,7 +128,7 @@ def _combined_layer(pairs: list[tuple[float, Update]], merge: MergeConfig, rank:
 def open_source(path: str, place: int) -> Source:
     """A run made ready, but for its model."""
     trained = Trained.open(path, takes.COMBINE)
-    adapter = updates.read(trained.run.adapter, trained.setup.skeleton())
+    adapter = deltas.read(trained.run.adapter, trained.setup.skeleton())
     return Source(trained, adapter, f"source{place}")
 
 
@@ -165,7 +165,7 @@ def as_lora(source: Source) -> Source:
         "convert",
         f"{source.title}: DoRA to LoRA of twice its rank, {sum(shares) / len(shares):.1%} of the updates' squared norm",
     )
-    return dataclasses.replace(source, adapter=Updates(layers, {}))
+    return dataclasses.replace(source, adapter=Deltas(layers, {}))
 
 
 def rank_of(merge: MergeConfig, sources: list[Source]) -> int:
@@ -212,7 +212,7 @@ def _own(source: Source) -> Path | RunConfig:
     return dataclasses.replace(source.setup.config, adapter=plain)
 
 
-def put(live: Live, found: Updates, rank: int) -> None:
+def put(live: Live, found: Deltas, rank: int) -> None:
     """Give the combined adapter its weights."""
     files.put(live.model, COMBINED, found.tensors(rank))
 
@@ -223,7 +223,7 @@ def measure(live: Live, source: Source, name: str) -> Measured:
     return live.seen_by(source.setup).measure(f"{source.run.path.name}, {name}")
 
 
-def _compare(live: Live, sources: list[Source], found: Updates, rank: int) -> dict[str, Any]:
+def _compare(live: Live, sources: list[Source], found: Deltas, rank: int) -> dict[str, Any]:
     """Each source's held-out rows by its own adapter and by the combined one."""
     put(live, found, rank)
     result = {}

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from lora_lab.adapters import files
-from lora_lab.adapters.updates import Updates
+from lora_lab.adapters.deltas import Deltas
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.run import run_dir
@@ -17,7 +17,7 @@ from lora_lab.runtime import storage
 
 def make(
     config: RunConfig,
-    adapter: Updates,
+    adapter: Deltas,
     setup: Setup,
     made_of: Any,
     base: dict[str, float] | None,

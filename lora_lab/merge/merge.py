@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from lora_lab.adapters import updates
+from lora_lab.adapters import deltas
 from lora_lab.adapters.attach import attach_trained, trainable
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
@@ -101,10 +101,10 @@ def _write(folder: Path, model: PeftModel, policy: str, trained: Trained) -> str
     export = setup.config.export
     reason = f"merge.base={policy} is made in memory"
     if policy == "full_precision":
-        reason = updates.reason_against(adapter)
+        reason = deltas.reason_against(adapter)
     if not reason:
         skeleton, weights = setup.skeleton(), Weights(setup.base.folder)
-        reason = stream.reason_against(skeleton, weights, found := updates.read(adapter, skeleton))
+        reason = stream.reason_against(skeleton, weights, found := deltas.read(adapter, skeleton))
         if not reason:
             if skeleton.can_generate():
                 skeleton.generation_config = model.get_base_model().generation_config

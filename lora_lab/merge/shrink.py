@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lora_lab.adapters import files, updates
+from lora_lab.adapters import deltas, files
+from lora_lab.adapters.deltas import Deltas
 from lora_lab.adapters.lora import of_scale_one
-from lora_lab.adapters.updates import Updates
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
@@ -48,7 +48,7 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
         raise ConfigError(
             "data.eval: ranks are compared on held-out rows. Name some: lora-lab shrink run=DIR data.eval=FILE"
         )
-    adapter = updates.read(run.adapter, setup.skeleton())
+    adapter = deltas.read(run.adapter, setup.skeleton())
     ranks = _ranks(config, adapter)
     widest = dataclasses.replace(config, adapter=of_scale_one([config.adapter], adapter.rank, list(adapter.layers)))
     with setup.loaded({_SHRUNK: widest}) as live:
@@ -89,7 +89,7 @@ def _none_saved(figures: list[dict[str, float]], tolerance: float) -> str:
     )
 
 
-def _figures(live: Live, held_out: Dataset, adapter: Updates, ranks: Sequence[int]) -> list[dict[str, float]]:
+def _figures(live: Live, held_out: Dataset, adapter: Deltas, ranks: Sequence[int]) -> list[dict[str, float]]:
     """For each rank the share of the updates that is kept, the adapter's size, what is measured, and how far the loss is above
     that of the first rank, as measured and at most."""
     model, figures, whole = live.model.eval(), [], None
@@ -127,7 +127,7 @@ def _margin(losses: np.ndarray, whole: np.ndarray, examples: list[Example]) -> f
     return float(stats.t.ppf(_CONFIDENCE, count - 1)) * error
 
 
-def _save(trained: Trained, adapter: Updates, chosen: dict[str, float]) -> RunDir:
+def _save(trained: Trained, adapter: Deltas, chosen: dict[str, float]) -> RunDir:
     """The run folder of the chosen rank."""
     config, rank = trained.setup.config, chosen["rank"]
     lower = of_scale_one([config.adapter], rank, list(adapter.layers))
@@ -139,7 +139,7 @@ def _save(trained: Trained, adapter: Updates, chosen: dict[str, float]) -> RunDi
     return new
 
 
-def _ranks(config: RunConfig, adapter: Updates) -> list[int]:
+def _ranks(config: RunConfig, adapter: Deltas) -> list[int]:
     given = config.shrink.ranks or [2**power for power in range(adapter.rank.bit_length()) if 2**power < adapter.rank]
     ranks = sorted(set(given), reverse=True)
     if not ranks or ranks[0] >= adapter.rank:
@@ -147,8 +147,8 @@ def _ranks(config: RunConfig, adapter: Updates) -> list[int]:
     return ranks
 
 
-def _cut(adapter: Updates, rank: int) -> tuple[Updates, float]:
+def _cut(adapter: Deltas, rank: int) -> tuple[Deltas, float]:
     """The adapter at a rank, and the mean share of its layers' squared norms that is kept."""
     found = {name: update.truncated(min(rank, update.rank)) for name, update in adapter.layers.items()}
     shares = [share for _, share in found.values()]
-    return Updates({name: update for name, (update, _) in found.items()}, adapter.whole), sum(shares) / len(shares)
+    return Deltas({name: update for name, (update, _) in found.items()}, adapter.whole), sum(shares) / len(shares)

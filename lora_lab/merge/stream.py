@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_lab.adapters.updates import Updates
+from lora_lab.adapters.deltas import Deltas
 from lora_lab.base.weights import Weights
 from lora_lab.runtime import storage
 
@@ -21,7 +21,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of the safetensors format
 
 
-def reason_against(skeleton: PreTrainedModel, weights: Weights, updates: Updates) -> str:
+def reason_against(skeleton: PreTrainedModel, weights: Weights, deltas: Deltas) -> str:
     """Why this base cannot be merged file by file; empty if it can.
 
     Args:
@@ -30,11 +30,11 @@ def reason_against(skeleton: PreTrainedModel, weights: Weights, updates: Updates
     from transformers.pytorch_utils import Conv1D
 
     for name in _needed(skeleton):
-        if name not in weights and name not in updates.whole:
+        if name not in weights and name not in deltas.whole:
             return f"the base's files have no tensor {name}"
         if name in weights and not weights.floating[name]:
             return f"{name} holds no floating numbers"
-    turned = [name for name in updates.layers if isinstance(skeleton.get_submodule(name), Conv1D)]
+    turned = [name for name in deltas.layers if isinstance(skeleton.get_submodule(name), Conv1D)]
     return f"{turned[0]} stores its weight transposed" if turned else ""
 
 
@@ -45,7 +45,7 @@ def _needed(skeleton: PreTrainedModel) -> list[str]:
 
 
 def write(
-    skeleton: PreTrainedModel, weights: Weights, updates: Updates, dtype: torch.dtype, shard_size: str, folder: Path
+    skeleton: PreTrainedModel, weights: Weights, deltas: Deltas, dtype: torch.dtype, shard_size: str, folder: Path
 ) -> None:
     """Write the merged checkpoint into a folder: config, generation settings, shards, and the index last.
 
@@ -60,12 +60,12 @@ def write(
     if skeleton.can_generate():
         skeleton.generation_config.save_pretrained(folder)
     shapes = {
-        name: updates.whole[name].shape if name in updates.whole else weights.shapes[name] for name in _needed(skeleton)
+        name: deltas.whole[name].shape if name in deltas.whole else weights.shapes[name] for name in _needed(skeleton)
     }
     shards, where = list(_shards(shapes, dtype.itemsize, shard_size)), {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write_shard(folder / file, {name: shapes[name] for name in shard}, weights, updates, dtype)
+        _write_shard(folder / file, {name: shapes[name] for name in shard}, weights, deltas, dtype)
         where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
@@ -86,7 +86,7 @@ def _shards(shapes: dict[str, torch.Size], itemsize: int, shard_size: str) -> It
 
 
 def _write_shard(
-    file: Path, shapes: dict[str, torch.Size], weights: Weights, updates: Updates, dtype: torch.dtype
+    file: Path, shapes: dict[str, torch.Size], weights: Weights, deltas: Deltas, dtype: torch.dtype
 ) -> None:
     """One safetensors file: length of the header (8 bytes), header (JSON), tensors. safetensors' own writer takes all tensors
     at once."""
@@ -99,14 +99,14 @@ def _write_shard(
     with open(file, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in shapes:
-            out.write(_merged(name, weights, updates, dtype).view(torch.uint8).numpy())
+            out.write(_merged(name, weights, deltas, dtype).view(torch.uint8).numpy())
 
 
 @torch.no_grad()
-def _merged(name: str, weights: Weights, updates: Updates, dtype: torch.dtype) -> torch.Tensor:
-    if name in updates.whole:
-        return updates.whole[name].to(dtype).flatten()
-    tensor, update = weights[name], updates.layers.get(name.removesuffix(".weight"))
+def _merged(name: str, weights: Weights, deltas: Deltas, dtype: torch.dtype) -> torch.Tensor:
+    if name in deltas.whole:
+        return deltas.whole[name].to(dtype).flatten()
+    tensor, update = weights[name], deltas.layers.get(name.removesuffix(".weight"))
     if update is not None and name.endswith(".weight"):
         tensor = update.added_to(tensor)
     return tensor.to(dtype).flatten()

@@ -21,7 +21,7 @@ _WAY_OUT = "Merge it: lora-lab merge, or export hf, gguf or quantized."
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class Delta:
     """The update of one layer's weight [N, D]: up @ down, and for DoRA what the sum's rows are scaled to."""
 
     down: torch.Tensor  # [r, D] float32, LoRA's A
@@ -32,14 +32,14 @@ class Update:
     def rank(self) -> int:
         return len(self.down)
 
-    def __add__(self, other: Update) -> Update:
+    def __add__(self, other: Delta) -> Delta:
         """The exact sum, of the ranks' sum."""
-        return Update(torch.cat([self.down, other.down]), torch.cat([self.up, other.up], 1))
+        return Delta(torch.cat([self.down, other.down]), torch.cat([self.up, other.up], 1))
 
-    def __rmul__(self, weight: float) -> Update:
+    def __rmul__(self, weight: float) -> Delta:
         return dataclasses.replace(self, up=weight * self.up)
 
-    def filled(self, rank: int) -> Update:
+    def filled(self, rank: int) -> Delta:
         """The same of a higher rank, with zeros."""
         pad, missing = torch.nn.functional.pad, rank - self.rank
         return dataclasses.replace(self, down=pad(self.down, (0, 0, 0, missing)), up=pad(self.up, (0, missing)))
@@ -51,7 +51,7 @@ class Update:
             return found
         return found.mul_((self.magnitude / torch.linalg.norm(found, dim=1))[:, None])
 
-    def truncated(self, rank: int) -> tuple[Update, float]:
+    def truncated(self, rank: int) -> tuple[Delta, float]:
         """The nearest update of a rank (Eckart and Young 1936), and the share of the squared norm that it keeps. DoRA's
         magnitudes stay.
 
@@ -64,27 +64,27 @@ class Update:
         kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
         half = s[:rank].sqrt()
         down, up = half[:, None] * (v[:rank] @ q_down.T), q_up @ u[:, :rank] * half
-        return Update(down.float(), up.float(), self.magnitude).filled(
+        return Delta(down.float(), up.float(), self.magnitude).filled(
             rank
         ), kept  # a layer may be smaller than the rank
 
 
-def factored(dense: torch.Tensor, rank: int) -> tuple[Update, float]:
+def factored(dense: torch.Tensor, rank: int) -> tuple[Delta, float]:
     """A matrix [N, D] as an update of a rank, and the share of its squared norm that is kept (randomized singular values,
     Halko et al., arXiv:0909.4061)."""
     if not dense.any():
-        return Update(dense.new_zeros(rank, dense.shape[1]), dense.new_zeros(len(dense), rank)), 1.0
+        return Delta(dense.new_zeros(rank, dense.shape[1]), dense.new_zeros(len(dense), rank)), 1.0
     u, s, v = torch.svd_lowrank(dense, q=min(rank + 8, *dense.shape), niter=4)
     half = s[:rank].sqrt()
     kept = float(s[:rank].square().sum() / dense.square().sum())
-    return Update(half[:, None] * v[:, :rank].T, u[:, :rank] * half), kept
+    return Delta(half[:, None] * v[:, :rank].T, u[:, :rank] * half), kept
 
 
 @dataclasses.dataclass(frozen=True)
-class Updates:
+class Deltas:
     """A whole adapter."""
 
-    layers: dict[str, Update]  # by the layer's name in the base
+    layers: dict[str, Delta]  # by the layer's name in the base
     whole: dict[str, torch.Tensor]  # tensors of modules that were trained whole, by their names in the base
 
     @property
@@ -112,7 +112,7 @@ def reason_against(folder: Path) -> str:
     return files.method_of(config).against_delta
 
 
-def read(folder: Path, model: PreTrainedModel) -> Updates:
+def read(folder: Path, model: PreTrainedModel) -> Deltas:
     """The adapter in a verified folder (peft's layout).
 
     Args:
