@@ -867,7 +867,7 @@ def test_examples_come_back_from_the_cache_as_they_were_encoded(case, start, mon
     kind = config.task.load()
     task = kind(config, encoder, kind.learn(config, data), AutoConfig.from_pretrained(config.model.path))
     monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
-    [one], [other] = (task.batches([part], np.random.default_rng(0)) for part in (found, expected))
+    one, other = (task.collate(part, np.random.default_rng(0)) for part in (found, expected))
     assert torch.equal(one.targets, other.targets)
     assert [one.inputs.keys() for one in task.passes(found[0])] == [
         one.inputs.keys() for one in task.passes(expected[0])

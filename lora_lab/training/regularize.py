@@ -33,7 +33,7 @@ def learn(config: TrainConfig, model: PeftModel, batch: Batch, passed: Callable[
     with noise, watch:
         found = passed()
     if config.fgm_epsilon:
-        shifts = iter([_adversarial(embedded, config.fgm_epsilon, batch) for embedded in seen])
+        shifts = iter([_adversarial(_gradient(embedded), config.fgm_epsilon, batch) for embedded in seen])
         with _changed(model, lambda embedded: embedded + next(shifts)):
             passed()
     return found
@@ -87,14 +87,14 @@ def _keep(seen: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-def _adversarial(embedded: torch.Tensor, epsilon: float, batch: Batch) -> torch.Tensor:
-    """FGM (arXiv:1605.07725): the step of L2 norm epsilon, for each row, that raises its loss most. [B, T, D]
+def _gradient(embedded: torch.Tensor) -> torch.Tensor:
+    """What the backward pass has left at what `_keep` has seen."""
+    assert embedded.grad is not None
+    return embedded.grad
 
-    Args:
-        embedded: that `_keep` has seen, after the backward pass.
-    """
-    gradient = embedded.grad
-    assert gradient is not None
+
+def _adversarial(gradient: torch.Tensor, epsilon: float, batch: Batch) -> torch.Tensor:
+    """FGM (arXiv:1605.07725): the step of L2 norm epsilon, for each row, that raises its loss most. [B, T, D]"""
     squares = gradient.float().square().sum(-1)  # [B, T]
     if isinstance(batch, PackedBatch):
         owner = torch.repeat_interleave(
