@@ -134,8 +134,8 @@ def _command(words: list[str]) -> tuple[str, float]:
 
 def _cohort(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     more = {
-        "joint": ["sweep.execution=joint"],
-        "turns": ["sweep.execution=turns"],
+        "joint": ["sweep.execution=batched"],
+        "turns": ["sweep.execution=interleaved"],
         "halving": ["sweep=halving", "sweep.eta=3"],
         "halving_3_rungs": ["sweep=halving", "sweep.eta=3", "sweep.rungs=3"],
         "halving_eta_4": ["sweep=halving", "sweep.eta=4", "sweep.rungs=3"],

@@ -251,3 +251,12 @@ def test_there_is_a_recipe_for_every_task(tmp_path):
         compose.compose([f"recipe={file.stem}", f"run_dir={tmp_path}"]).task.name for file in RECIPES.glob("*.yaml")
     }
     assert tasks == set(TASKS)
+
+
+def test_a_value_of_the_version_before_works_and_is_told(capsys, tmp_path):
+    config = compose.compose(["recipe=demo", "sweep.execution=turns"])
+    assert config.sweep.execution == "interleaved"
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("sweep.execution=turns is called interleaved now") == 1
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(config).replace("interleaved", "joint"))
+    assert compose.load(tmp_path / "config.yaml").sweep.execution == "batched"

@@ -89,11 +89,11 @@ def test_unlike_members_that_share_passes_equal_runs_of_their_own(points, quant)
         assert_same_run(alone.path.parents[1] / "sweep" / alone.path.name, alone.path)
 
 
-@pytest.mark.parametrize("more", [["sweep.execution=turns"], ["adapter.use_dora=true"], ["speed=plain"]], ids=str)
+@pytest.mark.parametrize("more", [["sweep.execution=interleaved"], ["adapter.use_dora=true"], ["speed=plain"]], ids=str)
 def test_members_in_turns_equal_runs_of_their_own_to_the_byte(points, capsys, more):
     each = [[*own, *more] for own in (["adapter.r=2", "seed=3"], ["adapter.r=8", "optim.lr=0.002"])]
     trained(points(*each))
-    if "sweep.execution=turns" not in more:
+    if "sweep.execution=interleaved" not in more:
         assert "take turns on one base" in capsys.readouterr().out
     for config in points(*each, name="alone"):
         alone = pipeline.train(config)
@@ -108,9 +108,9 @@ def test_a_shared_pass_is_refused_where_it_would_not_be_exact(points):
     found = trained(points(["adapter.r=2"], ["adapter.r=4", "adapter.use_dora=true"], ["adapter.r=8"]))
     assert [job.error for job in found] == [None] * 3
     found = trained(
-        points(*([f"adapter.r={r}", "adapter.use_dora=true", "sweep.execution=joint"] for r in (2, 4)), name="dora")
+        points(*([f"adapter.r={r}", "adapter.use_dora=true", "sweep.execution=batched"] for r in (2, 4)), name="dora")
     )
-    assert "sweep.execution=joint: " in str(found[0].error)
+    assert "sweep.execution=batched: " in str(found[0].error)
     assert "DoRA" in str(found[0].error)
 
 
@@ -148,7 +148,7 @@ def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys
 # -- isolation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("execution", ["joint", "turns"])
+@pytest.mark.parametrize("execution", ["batched", "interleaved"])
 @pytest.mark.parametrize("fault", ["raises", "diverges"])
 def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execution, fault):
     plain = loop._update

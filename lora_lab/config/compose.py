@@ -32,7 +32,7 @@ from lora_lab.runtime import environment
 from lora_lab.runtime.reading import read_yaml
 from lora_lab.schema import synonyms
 from lora_lab.schema.groups import GROUPS, choices, conf_dir
-from lora_lab.schema.sections import MISSING, default_of, sorted_out, unreadable
+from lora_lab.schema.sections import MISSING, default_of, renamed, sorted_out, unreadable
 
 _MAX_OVERRIDE, _MAX_KEY = 100_000, 200  # characters
 
@@ -290,7 +290,7 @@ def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
         config = parse(values, told)
     except ConfigError:  # told when the whole is read
         return {}
-    now, before = dict(leaves(dataclasses.asdict(config))), dict(leaves(values))
+    now, before = dict(leaves(dataclasses.asdict(config))), dict(leaves(renamed(values)[0]))
     gone = {
         key: f"++{key}={quoting.written(default_of(config, key))}"
         for key, value in now.items()

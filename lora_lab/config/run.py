@@ -26,6 +26,7 @@ from lora_lab.schema.sections import (
     describe,
     keys,
     one_of,
+    renamed,
     repaired,
     section,
     sorted_out,
@@ -93,6 +94,9 @@ def parse(tree: dict[str, Any], told: Iterable[str] = ()) -> RunConfig:
     if problems:
         raise ConfigError(*problems)
     told = set(told)
+    tree, notices = renamed(tree)
+    for notice in notices:
+        _tell(notice)
     tree, foreign = sorted_out(RunConfig, tree)
     problems = [sentence for key, sentence in foreign.items() if not _is_void(key, sentence, told)]
     config, errors = validate(_ADAPTER, tree)
@@ -104,6 +108,14 @@ def parse(tree: dict[str, Any], told: Iterable[str] = ()) -> RunConfig:
     if problems:
         raise ConfigError(*problems)
     return config
+
+
+@functools.cache
+def _tell(notice: str) -> None:
+    """Say it once: a configuration is parsed several times until it is composed."""
+    from lora_lab.runtime import console
+
+    console.say("renamed", notice)
 
 
 def contradictions(config: RunConfig) -> list[str]:

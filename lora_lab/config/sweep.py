@@ -12,8 +12,10 @@ class SweepConfig:
     """Several runs at once (`train -m`): how they share a base, what they may spend, how they are compared."""
 
     execution: Annotated[
-        Literal["auto", "joint", "turns"],
-        Field(description="runs on one base share passes, or take turns step by step; auto: joint where it is exact"),
+        Literal["auto", "batched", "interleaved"],
+        Field(
+            description="batched: runs on one base share passes; interleaved: they take turns step by step; auto: batched where it is exact"
+        ),
     ] = "auto"
     joint_tokens: Annotated[int, Field(ge=1, description="tokens of a shared pass, about and at most")] = 4096
     strategy: Annotated[

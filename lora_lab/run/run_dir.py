@@ -20,6 +20,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.errors import RunError
 from lora_lab.runtime import children, console, storage
 from lora_lab.runtime.reading import read_json
+from lora_lab.schema.sections import renamed
 
 if TYPE_CHECKING:
     from lora_lab.base.load import BaseFiles
@@ -304,7 +305,7 @@ def check_config(run: RunDir, config: RunConfig) -> None:
     recorded = (read_manifest(run) or {}).get("config")
     if not isinstance(recorded, dict):  # made by an earlier version
         return
-    then, now = dict(compose.leaves(recorded)), dict(compose.leaves(dataclasses.asdict(config)))
+    then, now = dict(compose.leaves(renamed(recorded)[0])), dict(compose.leaves(dataclasses.asdict(config)))
     moved = ("name", "run_dir")  # a run may be
     edited = [
         f"{key} is {now[key]} and was {then[key]}"

@@ -169,6 +169,20 @@ def sorted_out(of: type[Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dic
     return tree, refused
 
 
+def renamed(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A tree with the values of today for those of an earlier version, and a sentence for each."""
+    tree, told = dict(tree), []
+    for key, values in synonyms.RENAMED.items():
+        room, _, name = key.partition(".")
+        own = tree.get(room)
+        if isinstance(own, dict) and isinstance(own.get(name), str) and own[name] in values:
+            told.append(
+                f"{key}={own[name]} is called {values[own[name]]} now; the old name works until the next version"
+            )
+            tree[room] = own | {name: values[own[name]]}
+    return tree, told
+
+
 def _no_variant(name: str, variants: Variants, tag: Any) -> str:
     key = f"{name}.{variants.by}"
     known_as = synonyms.of_choice(key, tag) or nearest(tag, variants.sections)

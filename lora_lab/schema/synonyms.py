@@ -149,6 +149,10 @@ def near(key: str, within: Iterable[str], cutoff: float) -> str:
     return words[match[0]] if match else ""
 
 
+# Values that had another name in the version before.
+RENAMED = {"sweep.execution": {"joint": "batched", "turns": "interleaved"}}
+
+
 def of_choice(group: str, value: object) -> str:
     """' Did you mean ...?' for another tool's name of a choice; a group's name or the key that says the same; '' if it is none."""
     known = CHOICES.get(_GROUP_OF.get(group, group), {})

@@ -212,11 +212,11 @@ def _finish(job: Job, member: Member, live: Live, before: Measured, clock: Clock
 
 def _width(members: list[Member], setup: Setup, sweep: SweepConfig) -> int:
     """How many members share a pass; 1: they take turns."""
-    if len(members) == 1 or sweep.execution == "turns":
+    if len(members) == 1 or sweep.execution == "interleaved":
         return 1
     against = sharing.reason_against(setup.task, members)
-    if against and sweep.execution == "joint":
-        raise ConfigError(f"sweep.execution=joint: {against}. Set sweep.execution=turns.")
+    if against and sweep.execution == "batched":
+        raise ConfigError(f"sweep.execution=batched: {against}. Set sweep.execution=interleaved.")
     if against:
         console.say("cohort", f"{len(members)} runs take turns on one base: {against}")
         return 1

@@ -345,7 +345,7 @@ def _step_or_fail(members: list[Member], loop: Loop) -> None:
         if len(members) == 1:
             _fail(members[0], error, loop)
             return
-        console.say("joint", f"a shared step failed ({error}); running its members one at a time")
+        console.say("batched", f"a shared step failed ({error}); running its members one at a time")
         _forget(members)
         for member in members:
             _step_or_fail([member], loop)

@@ -73,8 +73,8 @@ def check(members: Sequence[Member], train: Dataset | Stream, task: AnyTask, acc
         gap = ((found - alone).norm() / alone.norm()).item()
         if not gap <= limit:
             raise TrainingError(
-                f"sweep.execution=joint: a shared pass changes the gradients of {member.run.path} by {gap:.1e} of their norm "
-                f"(allowed: {limit:.0e}). Set sweep.execution=turns."
+                f"sweep.execution=batched: a shared pass changes the gradients of {member.run.path} by {gap:.1e} of their norm "
+                f"(allowed: {limit:.0e}). Set sweep.execution=interleaved."
             )
 
 

@@ -88,7 +88,7 @@ def _of_gguf(world: World) -> None:
 
 
 def _points(world: World, *more: str) -> list[str]:
-    settings = world.settings("x", "adapter.r=2,4", "optim.lr=0.01,0.02", "sweep.execution=turns", *more)[:-1]
+    settings = world.settings("x", "adapter.r=2,4", "optim.lr=0.01,0.02", "sweep.execution=interleaved", *more)[:-1]
     return ["train", "-m", *settings, f"hydra.sweep.dir={world.root}/sweep"]
 
 
@@ -129,7 +129,7 @@ def _search(root: str) -> tuple[str, ...]:
         "-m",
         *world,
         *SETTINGS,
-        "sweep.execution=turns",
+        "sweep.execution=interleaved",
         *_SEARCH,
         *space,
         f"hydra.sweep.dir={root}/sweep",

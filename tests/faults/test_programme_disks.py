@@ -192,7 +192,7 @@ def test_a_sweep_on_file_systems_of_every_size(world, tally):
         "-m",
         *world.settings("x")[:-1],
         "adapter.r=2,4",
-        "sweep.execution=turns",
+        "sweep.execution=interleaved",
         f"hydra.sweep.dir={folder}",
     ]
 

@@ -227,7 +227,7 @@ def test_what_a_killed_merge_started_ends(world, tally):
 def test_a_sweep_is_killed(part, world, tally):
     counted, folder = tally("R2"), world.root / "sweep"
     argv = ["train", "-m", *world.settings("x")[:-1], "adapter.r=2,4", "optim.lr=0.01,0.02"]
-    argv += ["sweep.execution=turns", f"hydra.sweep.dir={folder}"]
+    argv += ["sweep.execution=interleaved", f"hydra.sweep.dir={folder}"]
     world.keep()
     done, events = world.zygote.events(*argv, roots=[world.root], cwd=str(world.root), env=world.environment())
     assert done.rc == 0, done.said

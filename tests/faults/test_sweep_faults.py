@@ -440,7 +440,7 @@ def _weights(path: Path) -> str:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("execution", ["joint", "turns"])
+@pytest.mark.parametrize("execution", ["batched", "interleaved"])
 def test_one_of_eight_fails_in_any_way_and_seven_are_what_they_would_be(eight, tmp_path, monkeypatch, execution, fault):
     """In turns to the byte; in shared passes to rounding, because batches of seven and of eight add up in another order."""
     alone = [pipeline.train(config).path for config in eight("alone", execution)]
@@ -451,7 +451,7 @@ def test_one_of_eight_fails_in_any_way_and_seven_are_what_they_would_be(eight, t
             cohort.train(found)
         assert [job.error is None for job in found] == [other != place for other in range(8)]
         for other in set(range(8)) - {place}:
-            if execution == "turns":
+            if execution == "interleaved":
                 assert _weights(found[other].run.path) == _weights(alone[other])
             else:
                 assert_same_run(found[other].run.path, alone[other])
@@ -460,7 +460,7 @@ def test_one_of_eight_fails_in_any_way_and_seven_are_what_they_would_be(eight, t
 
 def test_one_of_eight_that_does_not_fit_leaves_seven(eight, monkeypatch):
     _failing(monkeypatch, "does not fit", "3")
-    found = jobs.jobs_of(eight("sweep", "joint"))
+    found = jobs.jobs_of(eight("sweep", "batched"))
     cohort.train(found)
     assert [job.run.path.name for job in found if job.error is not None] == ["3"]
     assert "does not fit into memory" in str(found[3].error)
