@@ -251,7 +251,7 @@ def test_members_of_a_cohort_train_as_if_alone(config_of, tmp_path, eval_file):
     for i, (config, member) in enumerate(zip(configs, members, strict=True)):
         alone, losses = train_once(config, tmp_path / f"solo{i}")
         assert [line["loss"] for line in member.log.read() if "loss" in line] == losses
-        with member.turn():
+        with member.active():
             together = adapter_of(model)
         assert [t.tolist() for t in together.values()] == [t.tolist() for t in alone.values()]
 

@@ -476,14 +476,14 @@ def test_a_base_with_three_classes_answers_with_two(start, models, tmp_path):
 
 def test_the_best_span_of_all_windows_is_the_answer(start, tmp_path):
     from lora_lab.config import compose
-    from lora_lab.tasks.base import Observed
+    from lora_lab.tasks.base import Predictions
 
     ready = prepared.prepare(compose.compose(start("question_answering")))
     seen = []
     for example in ready.held_out:
         logits = torch.full((2, len(example.input_ids)), -5.0)
         logits[0, example["start"]], logits[1, example["end"]] = 5.0, 5.0
-        seen.append(Observed([example], logits, np.zeros(2), np.zeros(2)))
+        seen.append(Predictions([example], logits, np.zeros(2), np.zeros(2)))
     found = ready.task.metrics(0.0, seen).metrics
     assert found["exact_match"] == found["f1"] == 1.0
 

@@ -30,7 +30,7 @@ from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import Live, Setup
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, storage
-from lora_lab.tasks.base import Measured
+from lora_lab.tasks.base import EvalResult
 
 COMBINED = "combined"  # name of the new adapter in the model
 
@@ -217,7 +217,7 @@ def put(live: Live, found: Deltas, rank: int) -> None:
     files.put(live.model, COMBINED, found.tensors(rank))
 
 
-def measure(live: Live, source: Source, name: str) -> Measured:
+def measure(live: Live, source: Source, name: str) -> EvalResult:
     """A source's held-out rows by an adapter: its own (`source.name`) or the combined one (`COMBINED`)."""
     live.model.set_adapter(name)
     return live.seen_by(source.setup).measure(f"{source.run.path.name}, {name}")

@@ -27,7 +27,7 @@ from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
 from lora_lab.runtime import console, storage
-from lora_lab.tasks.base import Measured
+from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import Clock, fit, peak_memory_gib
@@ -139,23 +139,23 @@ def _make_targets(trained: Trained, as_trained: parity.Reference | None, refused
     return found | {"export": _export(trained, refused)}
 
 
-def measure_base(live: Live) -> Measured:
+def measure_base(live: Live) -> EvalResult:
     """The base on the held-out rows, if there are any."""
     if live.setup.held_out is None:
-        return Measured({})
+        return EvalResult({})
     with live.setup.stages("evaluate_base"):
         return live.measure_base()
 
 
-def finish(member: Member, live: Live, before: Measured, clock: Clock, show: bool) -> dict[str, Any]:
+def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: bool) -> dict[str, Any]:
     """Write a trained member's adapter and measure it; what its `result.json` says.
 
     Args:
         before: the base's metrics.
         show: whether metrics and answers are shown.
     """
-    run, state, after, setup = member.run, member.state, Measured({}), live.setup
-    with member.turn():
+    run, state, after, setup = member.run, member.state, EvalResult({}), live.setup
+    with member.active():
         with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
             files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
         result = _training_result(member, clock)
@@ -193,7 +193,7 @@ def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
     }
 
 
-def _show_measured(held_out: Dataset, found: dict[str, Measured]) -> None:
+def _show_measured(held_out: Dataset, found: dict[str, EvalResult]) -> None:
     """Metrics side by side, what does not fit into them, and some answers."""
     console.metrics_table(f"{len(held_out)} held-out rows", {name: one.metrics for name, one in found.items()})
     summary.show_details(found["tuned"].details)

@@ -29,7 +29,7 @@ from lora_lab.errors import BaseModelError, ConfigError, TrainingError
 from lora_lab.fast import apply, isolation
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import is_out_of_memory
-from lora_lab.tasks.base import AnyTask, Measured
+from lora_lab.tasks.base import AnyTask, EvalResult
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -187,7 +187,7 @@ class Live:
         block: contextlib.AbstractContextManager[None] = self.setup.accelerator.autocast()
         return block
 
-    def measure(self, title: str, known: Measured | None = None, **options: Any) -> Measured:
+    def measure(self, title: str, known: EvalResult | None = None, **options: Any) -> EvalResult:
         """Measure the model with its active adapter on the held-out rows.
 
         Args:
@@ -200,19 +200,19 @@ class Live:
             found = known or task.measure(model, rows)
             return found.with_also(task.examine(model, rows, title, **options))
 
-    def measure_base(self) -> Measured:
+    def measure_base(self) -> EvalResult:
         """The same with the adapter switched off."""
         with without_adapter(self.model):
             return self.measure("base")
 
-    def measure_few_shot(self) -> Measured:
+    def measure_few_shot(self) -> EvalResult:
         """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""
         setup, rows = self.setup, self.setup.training_rows()
         places = np.random.default_rng(setup.config.seed).permutation(len(rows))[: setup.config.task.shots]
         task: Any = setup.task  # one whose section has shots
         shots = task.shots(rows, [int(place) for place in places])
         with without_adapter(self.model), self.autocast():
-            found: Measured = task.examine(self.model.eval(), setup.held_out_rows(), "few-shot", shots=shots)
+            found: EvalResult = task.examine(self.model.eval(), setup.held_out_rows(), "few-shot", shots=shots)
         return found
 
     def decide_packing(self) -> None:

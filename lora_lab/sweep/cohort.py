@@ -23,7 +23,7 @@ from lora_lab.runtime.reading import reading
 from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.sweep.jobs import Job, groups, why_apart
-from lora_lab.tasks.base import Measured
+from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint, sharing
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import Clock, fit
@@ -138,7 +138,7 @@ def _name(place: int) -> str:
     return f"member{place}"
 
 
-def _check_metric(sweep: SweepConfig, before: Measured) -> None:
+def _check_metric(sweep: SweepConfig, before: EvalResult) -> None:
     """What depends on the rows themselves, such as whether tags are entities; `ranking.check` has said the rest before."""
     if before.metrics and sweep.metric not in before.metrics:
         raise ConfigError(
@@ -169,7 +169,7 @@ def _member(name: str, job: Job, live: Live) -> Member:
     return member
 
 
-def _train_members(pairs: list[tuple[Job, Member]], live: Live, before: Measured, budget: Budget) -> None:
+def _train_members(pairs: list[tuple[Job, Member]], live: Live, before: EvalResult, budget: Budget) -> None:
     if not pairs:
         return
     sweep, members = pairs[0][0].config.sweep, [member for _, member in pairs]
@@ -205,7 +205,7 @@ def _fit(members: list[Member], setup: Setup, width: int, budget: Budget) -> Clo
         return Clock()
 
 
-def _finish(job: Job, member: Member, live: Live, before: Measured, clock: Clock) -> None:
+def _finish(job: Job, member: Member, live: Live, before: EvalResult, clock: Clock) -> None:
     result = finish(member, live, before, clock, show=False)
     storage.write_text(job.run.result, storage.dump_json(result))
 

@@ -75,22 +75,22 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """A model's metrics on the held-out rows, its answers to some of them, and what does not fit into one number."""
 
     metrics: dict[str, float]
     answers: list[Answer] = dataclasses.field(default_factory=list)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)  # such as a confusion matrix
 
-    def with_also(self, other: Measured) -> Measured:
+    def with_also(self, other: EvalResult) -> EvalResult:
         """Both together."""
-        return Measured(
+        return EvalResult(
             {**self.metrics, **other.metrics}, self.answers + other.answers, {**self.details, **other.details}
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
+class Predictions:
     """What a model said of one batch."""
 
     examples: list[Example]
@@ -250,7 +250,7 @@ class Task(Generic[Section, B]):
     # -- measuring --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, model: PeftModel, data: Dataset) -> Measured:
+    def measure(self, model: PeftModel, data: Dataset) -> EvalResult:
         """The loss (weighted mean over all items) and what `metrics` makes of all predictions."""
         groups = [
             [example for i in places for example in data[i]]
@@ -260,7 +260,7 @@ class Task(Generic[Section, B]):
             groups = [[example] for group in groups for example in group]
         batches = self.step(model, groups, np.random.default_rng(0)).batches
         loss, weight = 0.0, 0.0
-        seen: list[Observed] = []
+        seen: list[Predictions] = []
         for examples, batch in zip(groups, batches, strict=True):
             out = self.loss(model, batch.to(model.device))
             loss, weight = loss + out.loss.item(), weight + out.weight
@@ -276,19 +276,19 @@ class Task(Generic[Section, B]):
         found = (self.loss(model, batch.to(model.device)) for batch in batches)
         return np.array([(one.loss.item(), one.weight) for one in found])
 
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: B) -> Observed:
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: B) -> Predictions:
         """What is kept of a batch until all have been seen."""
         predicted = logits.argmax(-1).cpu()
         kept = logits.cpu() if logits.shape[-1] <= 1000 else predicted[:, None].float()
-        return Observed(examples, kept, predicted.numpy(), batch.targets.cpu().numpy())
+        return Predictions(examples, kept, predicted.numpy(), batch.targets.cpu().numpy())
 
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         """Metrics by the names the field uses; `loss` among them. An own one declares them with `metrics.reports`."""
         raise NotImplementedError
 
-    def examine(self, model: PeftModel, data: Dataset, title: str) -> Measured:
+    def examine(self, model: PeftModel, data: Dataset, title: str) -> EvalResult:
         """What takes too long to be measured during training, such as generated answers. `title`: of the progress bar."""
-        return Measured({})
+        return EvalResult({})
 
     # -- merged checkpoints -----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-    from lora_lab.tasks.base import AnyTask, LossSum, Measured, StepBatches
+    from lora_lab.tasks.base import AnyTask, EvalResult, LossSum, StepBatches
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ class Member:
         self.state = State()
         self.stop_at = self.total_steps  # where it rests, which may be before its end
         self.failure: Exception | None = None
-        self.measured: Measured | None = None  # its adapter as it is, if it was measured at the last step
+        self.measured: EvalResult | None = None  # its adapter as it is, if it was measured at the last step
         self.seconds = 0.0  # its share of the time that steps took since it was built
         self.log = tracking.open_log(run.path, config.tracker)
 
@@ -116,7 +116,7 @@ class Member:
         return self.resting or self.state.step % (every or self.plan.steps_per_epoch) == 0
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Inside the block this member's adapter is the active one."""
         trained = all(parameter.requires_grad for parameter in self.parameters.values())
         if self.model.active_adapter != self.name or not trained:  # peft goes through every adapter of every layer

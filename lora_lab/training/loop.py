@@ -239,7 +239,7 @@ def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
     member, examples = one.member, [example for part in one.parts for example in part]
     member.optimizer.zero_grad()
     rows = ", ".join(example.origin for example in examples)
-    with member.turn():
+    with member.active():
         saved = checkpoint.save(member)
         where = diagnose.first_non_finite(member.model, examples, loop.task, loop.accelerator)
     first = (
@@ -296,7 +296,7 @@ def _evaluate(member: Member, loop: Loop) -> bool:
     state, config = member.state, member.config.train
     if loop.held_out is None or not member.due(config.eval_steps):
         return False
-    with member.turn(), loop.accelerator.autocast():
+    with member.active(), loop.accelerator.autocast():
         member.measured = loop.task.measure(member.model.eval(), loop.held_out)
     metrics = member.measured.metrics
     member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
@@ -312,7 +312,7 @@ def _evaluate(member: Member, loop: Loop) -> bool:
 def _save(member: Member, better: bool) -> None:
     """Write a checkpoint if it is due, or better than all before, and stop if metrics.jsonl cannot be written."""
     if better or member.due(member.config.train.save_steps):
-        with member.turn():
+        with member.active():
             checkpoint.save(member)
     _stop_unlogged(member)
 
@@ -327,7 +327,7 @@ def _stop_unlogged(member: Member) -> None:
     if problem is None:
         return
     try:
-        with member.turn():
+        with member.active():
             saved = f"Step {member.state.step} is saved in {checkpoint.save(member)}"
     except RunError as error:
         saved = f"Step {member.state.step} could not be saved either ({error})"
@@ -375,7 +375,7 @@ def _fail(member: Member, error: Exception, loop: Loop) -> None:
 def _save_all(members: list[Member]) -> None:
     for member in members:
         if member.failure is None:
-            with member.turn():
+            with member.active():
                 checkpoint.save(member)
 
 

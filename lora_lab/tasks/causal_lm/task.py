@@ -16,7 +16,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, LossSum, Measured, Observed, Packed, Pass, Section, Task
+from lora_lab.tasks.base import Answer, EvalResult, LossSum, Packed, Pass, Predictions, Section, Task
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
@@ -76,15 +76,15 @@ class PackedTask(Task[Section, Packed]):
         losses, logits = self.token_losses(model, batch, self.config.smoothing if model.training else 0.0)
         return losses if batch.weights is None else losses * batch.weights, logits
 
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: Packed) -> Observed:
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: Packed) -> Predictions:
         predicted = (logits[:, 0] if self.forward.chunked_head else logits.argmax(-1)).cpu()
-        return Observed(examples, predicted[:, None].float(), predicted.numpy(), batch.targets.cpu().numpy())
+        return Predictions(examples, predicted[:, None].float(), predicted.numpy(), batch.targets.cpu().numpy())
 
     @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
         tokens = sum(len(one.targets) for one in seen)
-        return Measured({"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": correct / tokens})
+        return EvalResult({"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": correct / tokens})
 
     def passes(self, example: Example) -> list[Pass]:
         batch = pack([example])
@@ -125,7 +125,7 @@ class CausalLM(DecoderTask[CausalLMConfig]):
 
     def examine(
         self, model: PeftModel, data: Dataset, title: str, shots: list[dict[str, Any]] | None = None
-    ) -> Measured:
+    ) -> EvalResult:
         """Answers to the first `task.generate_rows` rows, each prompted up to its last answer.
 
         Args:
@@ -138,7 +138,7 @@ class CausalLM(DecoderTask[CausalLMConfig]):
             Answer(_shown(_question(row)[-1]), _shown(row.messages[-1]), text)
             for row, text in zip(rows, texts, strict=True)
         ]
-        return Measured(self.score(answers), answers)
+        return EvalResult(self.score(answers), answers)
 
     def shots(self, train: Dataset, places: list[int]) -> list[dict[str, Any]]:
         """Training rows as messages that can stand before a prompt."""

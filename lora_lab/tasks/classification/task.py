@@ -17,7 +17,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, class_name, counts
 from lora_lab.errors import ConfigError, DataError, nearest
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.base import EvalResult, PaddedTask, Predictions
 from lora_lab.tasks.classification.config import ClassificationConfig
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.token_classification.config import TokenClassificationConfig
@@ -172,7 +172,7 @@ class Classification(ClassTask[ClassificationConfig]):
         return one_by_one(logits) if self.config.multi_label else logits
 
     @reports(lower=("loss",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         targets = np.concatenate([one.targets for one in seen])
         predicted = np.concatenate([one.predicted for one in seen])
         if self.config.multi_label:
@@ -180,7 +180,7 @@ class Classification(ClassTask[ClassificationConfig]):
             found, details = metrics.multi_label(targets.reshape(shape), predicted.reshape(shape), self.labels)
         else:
             found, details = metrics.classification(targets.tolist(), predicted.tolist(), self.labels)
-        return Measured({"loss": loss, **found}, details=details)
+        return EvalResult({"loss": loss, **found}, details=details)
 
     def compared(self, outputs: list[dict[str, torch.Tensor]], example: Example) -> torch.Tensor:
         logits = super().compared(outputs, example)

@@ -18,7 +18,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import BaseModelError
 from lora_lab.runtime import console
-from lora_lab.tasks.base import Measured, Observed, PaddedTask, logits_at
+from lora_lab.tasks.base import EvalResult, PaddedTask, Predictions, logits_at
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.metrics import reported, reports
 
@@ -140,17 +140,17 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
         return logits_at(model, batch.inputs, batch.places)
 
     @reports(lower=("loss",), higher=("masked_accuracy",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
-        return Measured({"loss": loss, "masked_accuracy": correct / sum(len(one.targets) for one in seen)})
+        return EvalResult({"loss": loss, "masked_accuracy": correct / sum(len(one.targets) for one in seen)})
 
     @reports(lower=("pseudo_perplexity",))
     @torch.no_grad()
-    def examine(self, model: PeftModel, data: Dataset, title: str) -> Measured:
+    def examine(self, model: PeftModel, data: Dataset, title: str) -> EvalResult:
         """Pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659): exp of the mean loss of each token masked alone."""
         rows = first_examples(data, self.config.pseudo_perplexity_rows)
         if not rows:
-            return Measured({})
+            return EvalResult({})
         loss, tokens = 0.0, 0
         with console.steps(title, len(rows)) as progress:
             for row in rows:
@@ -159,7 +159,7 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
                     loss += self._one_by_one(model, row.input_ids, places[start : start + _COPIES])
                 tokens += len(places)
                 progress.advance()
-        return Measured({"pseudo_perplexity": math.exp(loss / tokens)})
+        return EvalResult({"pseudo_perplexity": math.exp(loss / tokens)})
 
     def _one_by_one(self, model: PeftModel, ids: np.ndarray, places: np.ndarray) -> float:
         """Summed loss of the tokens at `places`, each masked in a copy of its own."""

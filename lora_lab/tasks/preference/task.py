@@ -21,7 +21,7 @@ from lora_lab.data.collate import PackedBatch, pack
 from lora_lab.data.columns import TOKENS, WEIGHTS
 from lora_lab.data.encode import Encoded, Example
 from lora_lab.data.formats import Record, RowError
-from lora_lab.tasks.base import LossSum, Measured, Observed, Pass, StepBatches
+from lora_lab.tasks.base import EvalResult, LossSum, Pass, Predictions, StepBatches
 from lora_lab.tasks.causal_lm.task import PackedTask
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference import losses
@@ -201,13 +201,13 @@ class Preference(PackedTask[PreferenceConfig, AnswersBatch]):
         model.train(training)
         return found
 
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: AnswersBatch) -> Observed:
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: AnswersBatch) -> Predictions:
         rewards = logits.cpu()
         targets = batch.good.cpu().numpy() if isinstance(batch, JudgedBatch) else np.ones(len(rewards))
-        return Observed(examples, rewards, rewards[:, 0].numpy(), targets)
+        return Predictions(examples, rewards, rewards[:, 0].numpy(), targets)
 
     @reports(lower=("loss", "reward_rejected"), higher=("reward_accuracy", "reward_margin", "reward_chosen"))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         """Rewards are implicit: how much likelier the answer is than for the reference. Ties count half."""
         rewards = np.concatenate([one.logits.numpy() for one in seen])
         if self.config.loss == "kto":
@@ -223,7 +223,7 @@ class Preference(PackedTask[PreferenceConfig, AnswersBatch]):
             "reward_chosen": _mean(better),
             "reward_rejected": _mean(worse),
         }
-        return Measured({"loss": loss, **found})
+        return EvalResult({"loss": loss, **found})
 
     def passes(self, example: Example) -> list[Pass]:
         return [Pass({"input_ids": one.input_ids}, one.logit_positions) for one in _each(example)]

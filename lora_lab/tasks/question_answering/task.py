@@ -14,7 +14,7 @@ from lora_lab.data.columns import TEXTS, TOKENS
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask
+from lora_lab.tasks.base import Answer, EvalResult, PaddedTask, Predictions
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.question_answering.config import QuestionAnsweringConfig
 
@@ -144,11 +144,11 @@ class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
         both = torch.stack(self.logits(model, batch).chunk(2), 1)  # [B, 2, T]
         return both[batch.inputs["attention_mask"][:, None].expand_as(both) == 1]
 
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Observed:
-        return Observed(examples, logits.cpu(), logits.argmax(-1).cpu().numpy(), batch.targets.cpu().numpy())
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Predictions:
+        return Predictions(examples, logits.cpu(), logits.argmax(-1).cpu().numpy(), batch.targets.cpu().numpy())
 
     @reports(metrics.squad, lower=("loss",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         best: dict[str, tuple[float, str]] = {}
         rows: dict[str, Example] = {}
         for one in seen:
@@ -161,7 +161,7 @@ class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
         order = sorted(rows)
         scores = metrics.squad([texts[o] for o in order], [rows[o]["answers"] for o in order], self.config.language)
         answers = [Answer(rows[o]["question"], rows[o]["answers"][0], texts[o]) for o in order[:_SHOWN]]
-        return Measured({"loss": loss, **scores}, answers)
+        return EvalResult({"loss": loss, **scores}, answers)
 
     def _best(self, starts: np.ndarray, ends: np.ndarray, example: Example) -> tuple[float, str]:
         """Score and text of the likeliest span of the window's context."""

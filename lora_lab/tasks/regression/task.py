@@ -14,7 +14,7 @@ from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.encode import Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Measured, Observed, PaddedTask
+from lora_lab.tasks.base import EvalResult, PaddedTask, Predictions
 from lora_lab.tasks.classification.task import LabelEncoder
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.regression.config import RegressionConfig
@@ -70,12 +70,12 @@ class Regression(PaddedTask[RegressionConfig, PaddedBatch]):
     def item_losses(self, logits: torch.Tensor, batch: PaddedBatch, smoothing: float) -> torch.Tensor:
         return (logits[:, 0] - batch.targets) ** 2
 
-    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Observed:
+    def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Predictions:
         numbers = logits.float().cpu()
-        return Observed(examples, numbers, numbers[:, 0].numpy(), batch.targets.cpu().numpy())
+        return Predictions(examples, numbers, numbers[:, 0].numpy(), batch.targets.cpu().numpy())
 
     @reports(metrics.regression, lower=("loss",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         targets = np.concatenate([one.targets for one in seen])
         predicted = np.concatenate([one.predicted for one in seen])
-        return Measured({"loss": loss, **metrics.regression(targets, predicted)})
+        return EvalResult({"loss": loss, **metrics.regression(targets, predicted)})

@@ -16,7 +16,7 @@ from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Message, Record, RowError, promised
-from lora_lab.tasks.base import Measured, Observed, PaddedTask, Pass
+from lora_lab.tasks.base import EvalResult, PaddedTask, Pass, Predictions
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference.config import PreferenceConfig
 from lora_lab.tasks.preference.task import PreferenceEncoder
@@ -119,9 +119,9 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
         return torch.stack(scores.chunk(2), 1).flatten()
 
     @reports(lower=("loss",), higher=("accuracy", "reward_margin"))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         gaps = torch.cat([one.logits[:, 1] for one in seen])
-        return Measured(
+        return EvalResult(
             {"loss": loss, "accuracy": (gaps > 0).float().mean().item(), "reward_margin": gaps.mean().item()}
         )
 

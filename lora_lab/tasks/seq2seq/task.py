@@ -16,7 +16,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, Measured, Observed, PaddedTask, logits_at
+from lora_lab.tasks.base import Answer, EvalResult, PaddedTask, Predictions, logits_at
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
@@ -109,16 +109,16 @@ class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
         return logits_at(model, batch.inputs, batch.places)
 
     @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         correct = sum(int((one.predicted == one.targets).sum()) for one in seen)
         tokens = sum(len(one.targets) for one in seen)
-        return Measured({"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": correct / tokens})
+        return EvalResult({"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": correct / tokens})
 
-    def examine(self, model: PeftModel, data: Dataset, title: str, shots: str = "") -> Measured:
+    def examine(self, model: PeftModel, data: Dataset, title: str, shots: str = "") -> EvalResult:
         """Generated targets of the first `task.generate_rows` rows; `shots`: text before each source."""
         rows = first_examples(data, self.config.generate_rows)
         if not rows:
-            return Measured({})
+            return EvalResult({})
         sources = [
             self.tokenizer(shots + self.config.prefix + row["source"], verbose=False)["input_ids"] for row in rows
         ]
@@ -127,7 +127,7 @@ class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
             texts = generate_all(model, self.tokenizer, sources, self.config, ends, title)
         answers = [Answer(row["source"], row["target"], text) for row, text in zip(rows, texts, strict=True)]
         scores = metrics.overlap(texts, [row["target"] for row in rows], self.config.language)
-        return Measured(scores, answers)
+        return EvalResult(scores, answers)
 
     def generate(self, model: PeftModel, sources: list[str], title: str | None = None, **options: Any) -> list[str]:
         """Targets generated for sources (greedy or by beams, unless `options`, transformers' own, say otherwise)."""

@@ -18,7 +18,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Measured, Observed
+from lora_lab.tasks.base import EvalResult, Predictions
 from lora_lab.tasks.classification.task import ClassTask
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.token_classification.config import TokenClassificationConfig
@@ -114,7 +114,7 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
         )
 
     @reports(metrics.entities, metrics.classification, lower=("loss",))
-    def metrics(self, loss: float, seen: list[Observed]) -> Measured:
+    def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         """By seqeval's definition of entities; without entities (parts of speech) by word."""
         targets, predicted = [], []
         for one in seen:
@@ -131,4 +131,4 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
             number = {label: place for place, label in enumerate(self.labels)}
             true, guessed = ([number[tag] for tags in side for tag in tags] for side in (targets, predicted))
             scores, details = metrics.classification(true, guessed, self.labels)
-        return Measured({"loss": loss, **scores}, details=details)
+        return EvalResult({"loss": loss, **scores}, details=details)
