@@ -157,7 +157,7 @@ class Share:
 def learning(members: Sequence[Member]) -> Iterator[None]:
     """Inside the block the adapters of these members learn: the only one is active, several are told apart by their routes."""
     if len(members) == 1:
-        with members[0].turn():
+        with members[0].active():
             yield
         return
     for member in members:
