@@ -64,7 +64,7 @@ def adapter_bytes(run: run_dir.RunDir | Path) -> bytes:
 
 
 def logits(prepared, model) -> torch.Tensor:
-    [batch] = prepared.task.batches([[prepared.train[0][0], prepared.train[1][0]]], None)
+    [batch] = prepared.task.step(model, [[prepared.train[0][0], prepared.train[1][0]]], None).batches
     with torch.no_grad():
         return prepared.task.logits(model.eval(), batch)
 
