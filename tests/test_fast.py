@@ -95,8 +95,8 @@ def test_a_decoder_learns_what_its_plain_modules_learn(families, config_of, kind
     assert sum(name.endswith(".mlp") for name in fused) == 2
     assert sum(name.endswith("q_proj") for name in fused) == 2
     assert sum("norm" in name for name in fused) >= 5
-    assert fast[2].task.forward.chunked_head
-    assert fast[2].task.forward.wanted_rows == (kind != "gemma3_text")  # Gemma has other norms
+    assert fast[2].setup.task.forward.chunked_head
+    assert fast[2].setup.task.forward.wanted_rows == (kind != "gemma3_text")  # Gemma has other norms
 
 
 @pytest.mark.parametrize("option", ACCELERATIONS)
@@ -330,7 +330,7 @@ def test_a_frozen_prefix_is_computed_once(families, config_of, tmp_path, kind):
     for kept in ("false", "true"):
         config = config_of(*settings, f"speed.prefix_cache={kept}", f"run_dir={tmp_path}/{kept}")
         prepared, model = prepared_and_model(config)
-        member = member_of(prepared, config)
+        member = member_of(prepared, model, config)
         layer = model.get_base_model().model.layers[0]
         count: list[int] = []
         layer.mlp.register_forward_hook(lambda *_, count=count: count.append(1))

@@ -35,7 +35,7 @@ def check(setup: Setup) -> Iterator[str]:
 def check_vllm(setup: Setup) -> Iterator[str]:
     """What vLLM and SGLang cannot load."""
     if setup.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: vllm is for models that write; task={setup.config.task.name} makes another. Drop it."
+        yield f"export.targets: vllm needs a causal LM; task={setup.config.task.name} produces a different model type. Drop it."
     if setup.experts:
         yield "export.targets: vllm: the adapter reaches into experts. Export hf (merged), or name other adapter.target_modules."
     if setup.kind.new_modules:

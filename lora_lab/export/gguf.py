@@ -80,7 +80,7 @@ def check(setup: Setup, target: str) -> Iterator[str]:
         yield f"export.targets: {target} needs {', '.join(absent)}. pip install 'lora-lab[gguf]'"
         return
     if setup.kind.auto_class != "AutoModelForCausalLM":
-        yield f"export.targets: {target} is for models that write; task={setup.config.task.name} makes another. Drop it."
+        yield f"export.targets: {target} needs a causal LM; task={setup.config.task.name} produces a different model type. Drop it."
         return
     if target == "gguf_lora" and setup.base.published is not None:
         yield (
