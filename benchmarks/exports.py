@@ -36,7 +36,7 @@ from lora_lab.runtime import children, storage
 from lora_lab.verify import reload
 from tests import families
 from tests.conftest import CHATML, make_rows, write_jsonl
-from tests.test_export import letters_with_a_beginning, smollm2_tokenizer
+from tests.export.test_export import letters_with_a_beginning, smollm2_tokenizer
 
 _RESULTS = ROOT / "benchmarks" / "results" / "exports.json"
 _DOCUMENT = ROOT / "docs" / "exports.md"

@@ -1,7 +1,7 @@
 """What TRL computes for the preference losses: python -m benchmarks.preference_reference [--out FILE]
 
 Run it from the repository's root in an environment that has trl 1.16.0 beside this package's dependencies (`pip install
-trl==1.16.0`). It writes tests/preference_reference.json, which the tests read; they do not need trl.
+trl==1.16.0`). It writes tests/tasks/preference_reference.json, which the tests read; they do not need trl.
 
 The trainers' own code runs, from a batch of token ids to loss and logged rewards: `DPOTrainer._compute_loss`,
 `KTOTrainer._compute_loss`, and `get_batch_loss_metrics` of CPOTrainer and ORPOTrainer. Only the model is a stand-in,
@@ -30,7 +30,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 _TRL = "1.16.0"
-_OUT = Path(__file__).parents[1] / "tests" / "preference_reference.json"
+_OUT = Path(__file__).parents[1] / "tests" / "tasks" / "preference_reference.json"
 _SEEDS, _PAIRS, _MOST_TOKENS = (0, 1, 2), 4, 12
 _GRID = 1024  # log-probabilities are multiples of 1/1024, so that their sums are exact in float32 too
 

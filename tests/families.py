@@ -1,7 +1,7 @@
 """Every family of models that transformers can build tiny from a configuration, and what comes of training it.
 
 A family is a task and a model type of transformers' own tables. Its configuration gets small values for whatever it knows of
-`_SIZES`, and `_OWN` where a family needs others. Used by tests/test_architectures.py and benchmarks/architectures.py.
+`_SIZES`, and `_OWN` where a family needs others. Used by tests/base/test_architectures.py and benchmarks/architectures.py.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def preload() -> None:
     import transformers.models.auto.modeling_auto
     from torch.utils import _pytree  # noqa: F401
 
-    from tests import test_tasks  # noqa: F401
+    from tests.tasks import test_tasks  # noqa: F401
 
     for name in ("antlr4", "hydra", "pandas", "transformers.trainer_utils"):
         importlib.import_module(name)
@@ -316,7 +316,7 @@ def _writes(family: str) -> bool:
 
 
 def _encoder_tokenizer(folder: Path) -> Any:
-    from tests.test_tasks import make_encoder_tokenizer
+    from tests.tasks.test_tasks import make_encoder_tokenizer
 
     tokenizer = make_encoder_tokenizer(folder)
     tokenizer.eos_token = tokenizer.sep_token

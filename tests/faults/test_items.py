@@ -26,7 +26,7 @@ from lora_lab.training import checkpoint
 from tests.conftest import fails
 from tests.faults.items import ITEMS
 from tests.faults.programme import folder_digests, make_small_base
-from tests.test_resume import stop_at
+from tests.training.test_resume import stop_at
 
 ROOT = Path(__file__).parents[2]
 

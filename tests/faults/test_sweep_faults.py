@@ -26,8 +26,8 @@ from lora_lab.tasks import TASKS, metrics
 from lora_lab.training import loop
 from tests.conftest import write_jsonl
 from tests.faults import soak
-from tests.test_sweep import assert_same_run
-from tests.test_tasks import make_bert, several_row
+from tests.sweep.test_sweep import assert_same_run
+from tests.tasks.test_tasks import make_bert, several_row
 
 
 def tiny(base: Path, rows: Path, held_out: Path, *more: str) -> list[str]:

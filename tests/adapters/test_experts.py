@@ -13,7 +13,7 @@ from lora_lab.base import load
 from lora_lab.errors import Interrupted
 from lora_lab.run import pipeline
 from tests.conftest import make_tokenizer
-from tests.test_resume import stop_at
+from tests.training.test_resume import stop_at
 
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}

@@ -28,11 +28,11 @@ from lora_lab.sweep import cohort, jobs
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import fit
 from tests.conftest import fails
-from tests.test_export import llama_base, smollm2_tokenizer  # noqa: F401 - fixtures
-from tests.test_resume import stop_at
-from tests.test_sweep import assert_same_run
+from tests.export.test_export import llama_base, smollm2_tokenizer  # noqa: F401 - fixtures
+from tests.sweep.test_sweep import assert_same_run
+from tests.training.test_resume import stop_at
 
-CONF = Path(__file__).parents[1] / "conf/adapter"
+CONF = Path(__file__).parents[2] / "conf/adapter"
 STEPS = 4
 CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
 

@@ -15,8 +15,8 @@ from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.resolve import local_path
 from lora_lab.base.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer
 from lora_lab.errors import BaseModelError
+from tests.base.vocabularies import CONTROL, byte_level
 from tests.conftest import CHATML, make_base, make_rows, write_jsonl
-from tests.vocabularies import CONTROL, byte_level
 
 
 def _classes() -> list[str]:

@@ -23,8 +23,8 @@ from lora_lab.run.setup import Live
 from lora_lab.runtime import tracking
 from lora_lab.training.loop import fit
 from tests.conftest import make_tokenizer, write_jsonl
-from tests.test_invariants import member_of, prepared_and_model, relative_gap
-from tests.test_tasks import make_bert, make_t5
+from tests.tasks.test_tasks import make_bert, make_t5
+from tests.training.test_invariants import member_of, prepared_and_model, relative_gap
 
 # float32 sums in another order: of the loss, and of the gradient's norm after two layers (measured: at most 2.3e-6)
 LOSS, GRADIENT = 1e-6, 3e-6

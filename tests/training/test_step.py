@@ -16,7 +16,7 @@ from lora_lab.run import pipeline
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.causal_lm.task import CausalLM
 from lora_lab.training.batches import plan_of
-from tests.test_invariants import prepared_and_model
+from tests.training.test_invariants import prepared_and_model
 
 
 class Sampled(CausalLM):

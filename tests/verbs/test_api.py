@@ -15,7 +15,7 @@ from lora_lab import LoraLabError, cli
 from lora_lab.errors import ConfigError, DataError, RunError
 from lora_lab.runtime import console
 from tests.conftest import WORDS, write_jsonl
-from tests.test_tasks import make_t5
+from tests.tasks.test_tasks import make_t5
 
 
 def test_nothing_heavy_is_loaded_before_it_is_used():

@@ -27,7 +27,7 @@ from lora_lab.runtime import storage
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.training.batches import BatchPlan
 from tests.conftest import CHATML, make_rows, make_tokenizer, write_jsonl
-from tests.test_resume import digests, stop_at
+from tests.training.test_resume import digests, stop_at
 
 USER, ANSWER = {"role": "user", "content": "red"}, {"role": "assistant", "content": "dog"}
 

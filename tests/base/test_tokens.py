@@ -33,7 +33,7 @@ from tests.conftest import CHATML, WORDS, make_base, make_rows, write_jsonl
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
 WITH_BOS = "{{ bos_token }}" + CHATML
 MODELS = os.environ.get("LORA_LAB_MODELS")
-SETS = Path(__file__).parents[2] / "shared/data"
+SETS = Path(__file__).parents[3] / "shared/data"
 
 
 def make(folder: Path, around: str = "<s> $A", chat_template: str | None = None, bos: str = "<s>", **added) -> Path:
