@@ -282,7 +282,11 @@ def test_heads_cannot_be_summed(config_of, tmp_path):
         combine.combine(folders, [f"run_dir={tmp_path}/out"])
 
 
-@pytest.mark.parametrize("adapter", [[], ["adapter=rslora"], ["adapter=dora"]], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "adapter",
+    [[], *(pytest.param([f"adapter={name}"], marks=pytest.mark.long) for name in ("rslora", "dora"))],
+    ids=["lora", "rslora", "dora"],
+)
 def test_shrinking_saves_the_lowest_rank_within_tolerance(trained, tmp_path, adapter):
     folder = trained("run", "adapter.r=8", "train.max_steps=8", *adapter)
     new = shrink.shrink(folder, ["shrink.ranks=[4,2,1]", "shrink.tolerance=2"])

@@ -67,7 +67,7 @@ MERGED = ("export=merged", "export.dtype=float32", "merge.max_loss_increase=9")
 
 
 @pytest.mark.usefixtures("reload_here")
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("nf4", marks=pytest.mark.long)])
 def test_what_was_trained_is_gone_before_the_merge_loads(loads, config_of, eval_file, quant):
     pipeline.train(config_of(f"data.eval={eval_file}", "train.max_steps=2", f"quant={quant}", *MERGED))
     assert loads.still_there == [0] * (2 if quant == "none" else 3)
@@ -92,6 +92,7 @@ def test_what_was_measured_is_gone_before_anything_else_loads(loads, done):
 
 
 @pytest.mark.usefixtures("reload_here")
+@pytest.mark.long
 def test_nothing_stays_of_adapters_that_were_made_of_others(loads, done, tmp_path):
     folders = [done.path, shutil.copytree(done.path, tmp_path / "other")]
     loads.still_there.clear()
@@ -101,6 +102,7 @@ def test_nothing_stays_of_adapters_that_were_made_of_others(loads, done, tmp_pat
     assert loads.still_there == [0] * 4
 
 
+@pytest.mark.long
 def test_groups_of_a_sweep_follow_each_other(loads, config_of, overrides, tmp_path):
     configs = [
         compose.compose([*overrides, "train.max_steps=1", *own, f"run_dir={tmp_path}/{place}"])

@@ -200,7 +200,7 @@ CASES = {
 # Others of the same make run by default; their losses have tests of their own.
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
-    "reward-decoder",
+    "reward-decoder", "classification-weights", "classification-decoder",
 )  # fmt: skip
 STEPS = 30
 
@@ -929,14 +929,15 @@ print("CODES", codes)
 """
 
 
-def test_a_task_is_a_section_a_class_and_a_line(models, tmp_path):
-    """Trained, resumed (nothing to do), evaluated, merged, explained, and refused what is another's: nothing else knows its name."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_task_is_a_section_a_class_and_a_line(models, tmp_path, whole):
+    """Composed, trained, evaluated, merged, and refused what is another's: nothing else knows its name."""
     (tmp_path / "mine/task").mkdir(parents=True)
     (tmp_path / "mine/task/length.yaml").write_text("name: length\n")
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": " ".join(WORDS[: n % 7 + 2])} for n in range(24)])
     told = [
         "--config-dir", f"{tmp_path}/mine", "task=length", "model=hub", f"model.path={models['bert']}",
-        f"data.train={rows}", f"data.eval={rows}", "model.dtype=float32", "train.max_steps=2", "export=merged", "export.dtype=float32",
+        f"data.train={rows}", f"data.eval={rows}", "model.dtype=float32", "train.max_steps=2", "export.dtype=float32",
         "hardware=cpu", "tracker=none", f"run_dir={tmp_path}/run",
     ]  # fmt: skip
     script = tmp_path / "length.py"
@@ -944,14 +945,15 @@ def test_a_task_is_a_section_a_class_and_a_line(models, tmp_path):
     lines = [
         ["config", *told, "task.unit=5"],
         ["train", *told, "task.unit=5"],
-        ["evaluate", f"run={tmp_path}/run"],
-        ["merge", f"run={tmp_path}/run"],
+        *([["evaluate", f"run={tmp_path}/run"], ["merge", f"run={tmp_path}/run"]] if whole else []),
         ["train", *told, "task.stride=3"],
         ["train", *told[:-1], f"run_dir={tmp_path}/other", "task=classification", "task.unit=2"],
         ["config", "--keys"],
     ]
     done = subprocess.run([sys.executable, script, *map("|".join, lines)], capture_output=True, text=True, cwd=tmp_path)
-    assert "CODES [0, 0, 0, 0, 2, 2, 0]" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"CODES {[0, 0, *([0, 0] if whole else []), 2, 2, 0]}" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )
     assert "task.stride=3: no effect with task=length; it is for question_answering." in done.stderr
     assert "task.unit=2: no effect with task=classification; it is for length." in done.stderr
     assert "length: characters that count as one" in done.stdout
