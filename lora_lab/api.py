@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,15 +185,46 @@ class Run:
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts: one text, and a list of them is needed. Write run.generate([prompt]).")
+        if not self.config.task.generates:
+            raise ConfigError(
+                f"run={self.path}: trained for task={self.config.task.name}, which does not answer. "
+                f"{'Use run.predict.' if self.config.task.predicts else 'Use run.evaluate.'}"
+            )
+        return self._opened(overrides).answers(prompts)
+
+    def predict(self, rows: Sequence[Mapping[str, Any]], *overrides: str) -> list[dict[str, Any]]:
+        """What the model says of each row, which has the columns of the training rows but no label.
+
+        classification: `label` and `score` (with `task.multi_label`: `labels` and `scores`); regression: `value`;
+        token_classification: `words` and `tags`; question_answering: `answer`; reward: `reward` of `messages`, or of `prompt` and
+        `completion`.
+
+        The model stays loaded for the next call with the same overrides, until `unload`.
+
+        Args:
+            overrides: of `lora-lab chat`, such as `"hardware=cpu"`.
+
+        Raises:
+            ConfigError: the run's task predicts nothing of a row.
+            DataError: a row that cannot be used, with its number.
+        """
+        if not self.config.task.predicts:
+            raise ConfigError(
+                f"run={self.path}: task={self.config.task.name} predicts nothing of a row by itself. "
+                f"{'Use run.generate.' if self.config.task.generates else 'Use run.evaluate.'}"
+            )
+        return self._opened(overrides).predictions(rows)
+
+    def _opened(self, overrides: tuple[str, ...]) -> Answering:
         if self._answering is None or self._answering[0] != overrides:
             self.unload()
             from lora_lab.run.answering import Answering
 
             self._answering = overrides, Answering.open(str(self.path), overrides)
-        return self._answering[1].answers(prompts)
+        return self._answering[1]
 
     def unload(self) -> None:
-        """Give the memory back that `generate` holds."""
+        """Give the memory back that `generate` and `predict` hold."""
         if self._answering is not None:
             self._answering[1].close()
             self._answering = None

@@ -1,12 +1,15 @@
-"""A trained run that answers: opened for generation alone, without any rows."""
+"""A trained run that is asked: opened for generation or prediction alone, without any rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from lora_lab.data import formats
+from lora_lab.data.encode import Example
 from lora_lab.data.formats import Message, RowError
+from lora_lab.data.sources import Row
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.run import takes
 from lora_lab.run.prepared import Trained
@@ -15,6 +18,12 @@ from lora_lab.run.trained import open_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_NAME, _ROWS = "rows", 16  # what rows are called in messages; how many share a pass
+
+
+def _origin(number: int) -> str:
+    return f"{_NAME} row {number}"
 
 
 class Answering:
@@ -42,10 +51,10 @@ class Answering:
             chat: answers to conversations are wanted.
 
         Raises:
-            ConfigError: the run's task does not answer.
+            ConfigError: the run's task neither answers nor predicts.
         """
         run, config = open_trained(path, takes.CHAT, overrides)
-        if not (config.task.answers if chat else config.task.generates):
+        if not (config.task.answers if chat else config.task.generates or config.task.predicts):
             raise ConfigError(
                 f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
             )
@@ -71,6 +80,37 @@ class Answering:
         with self._live.autocast():
             found: list[str] = task.generate(self._live.model, given, **options)
         return found
+
+    def predictions(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the model says of each row, which needs no label.
+
+        Raises:
+            DataError: a row that cannot be used.
+        """
+        setup = self._live.setup
+        examples = [one for number, row in enumerate(rows, start=1) for one in self._examples(dict(row), number)]
+        best: dict[str, tuple[float, dict[str, Any]]] = {}
+        order = sorted(range(len(examples)), key=lambda place: examples[place].num_tokens)
+        with self._live.autocast():
+            for start in range(0, len(order), _ROWS):
+                part = [examples[place] for place in order[start : start + _ROWS]]
+                for group in [part] if setup.task.forward.together else [[one] for one in part]:
+                    for example, found in zip(group, setup.task.predict(self._live.model, group), strict=True):
+                        before = best.get(example.origin)
+                        best[example.origin] = found if before is None or found[0] > before[0] else before
+        return [best[_origin(number)][1] for number in range(1, len(rows) + 1)]
+
+    def _examples(self, row: dict[str, Any], number: int) -> list[Example]:
+        setup = self._live.setup
+        try:
+            values = setup.task.unlabelled(row)
+        except RowError as error:
+            raise DataError(f"{_origin(number)}: {error}") from error
+        name = formats.detect(_origin(number), list(values), "auto", setup.config.task.formats)
+        [outcome] = setup.encoder.encode([Row(number, values)], _NAME, name)
+        if outcome.problem is not None:
+            raise DataError(f"{_origin(number)}: {outcome.sentence}")
+        return [example for example in outcome.examples if not example.copy]
 
     def _given(self, prompt: str | list[Message], number: int) -> str:
         """What the model is given for a prompt."""

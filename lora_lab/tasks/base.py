@@ -282,6 +282,25 @@ class Task(Generic[Section, B]):
         kept = logits.cpu() if logits.shape[-1] <= 1000 else predicted[:, None].float()
         return Predictions(examples, kept, predicted.numpy(), batch.targets.cpu().numpy())
 
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row that has no label, with any label that the encoder takes: what is predicted does not depend on it.
+
+        Raises:
+            RowError: a column is missing.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, model: PeftModel, examples: list[Example]) -> list[tuple[float, dict[str, Any]]]:
+        """What the model says of each example (see `unlabelled`), as plain values, and how sure it is of that beside other examples of
+        the same row."""
+        batch = self.collate(examples, np.random.default_rng(0)).to(model.device)
+        return self.said(self.observed(examples, self.logits(model, batch), batch))
+
+    def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
+        """`predict`, of what was observed."""
+        raise NotImplementedError
+
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         """Metrics by the names the field uses; `loss` among them. An own one declares them with `metrics.reports`."""
         raise NotImplementedError

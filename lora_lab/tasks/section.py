@@ -40,6 +40,7 @@ class TaskSection:
     encoder_decoder: ClassVar[bool] = False  # it takes a base of these two parts
     numbers: ClassVar[bool] = False  # its labels are numbers, not classes
     generates: ClassVar[bool] = False  # its model writes texts
+    predicts: ClassVar[bool] = False  # its model says something of a row that has no label
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
 
     @property

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import lora_lab
 from lora_lab import cli
 from lora_lab.base import load
 from lora_lab.config import compose
@@ -887,6 +888,62 @@ def test_padded_rows_are_put_together_by_length():
     assert found(8, 30) == [[10, 11, 12, 13], [40, 41], [90, 100]]
     assert found(8, 10_000) == [sorted(lengths)]
     assert found(3, 10_000) == [[10, 11, 12], [13, 40, 41], [90, 100]]
+
+
+# -- rows without a label ---------------------------------------------------------------------------------------------------
+
+_LABELS = ("label", "tags", "answers")
+PREDICTED = [case for case in CASES if TASKS[case.partition("-")[0]].predicts]
+
+
+def _scored(case: str, rows: list[dict], run: lora_lab.Run) -> tuple[str, float]:
+    """A metric of `evaluate`, of what is predicted for rows that have no label."""
+    if case.startswith("reward"):
+        better, worse = ([one["reward"] for one in run.predict(
+            [{"prompt": row["prompt"], "completion": row[side]} for row in rows])] for side in ("chosen", "rejected"))  # fmt: skip
+        return "accuracy", float(np.mean(np.array(better) > np.array(worse)))
+    found = run.predict([{key: value for key, value in row.items() if key not in _LABELS} for row in rows])
+    if case == "classification-several":
+        missed = [len({*one["labels"]} ^ {*row["label"]}) / 3 for one, row in zip(found, rows, strict=True)]
+        return "hamming_loss", float(np.mean(missed))
+    if case.startswith("classification"):
+        assert all(1 / 3 <= one["score"] <= 1 for one in found)
+        return "accuracy", float(np.mean([one["label"] == row["label"] for one, row in zip(found, rows, strict=True)]))
+    if case.startswith("regression"):
+        return "mse", float(np.mean([(one["value"] - row["label"]) ** 2 for one, row in zip(found, rows, strict=True)]))
+    if case.startswith("token_classification"):
+        assert [one["words"] for one in found] == [row["tokens"] for row in rows]
+        scores, _ = metrics.entities([row["tags"] for row in rows], [one["tags"] for one in found])
+        return "f1", scores["f1"]
+    scores = metrics.squad([one["answer"] for one in found], [row["answers"]["text"] for row in rows], "en")
+    return "f1", scores["f1"]
+
+
+@pytest.mark.parametrize(
+    "case", [case if case == "question_answering" else pytest.param(case, marks=pytest.mark.long) for case in PREDICTED]
+)
+def test_what_is_predicted_without_labels_is_what_evaluation_counts(case, start, tmp_path):
+    run = lora_lab.train(lora_lab.load_config(*start(case, "train.max_steps=15", f"run_dir={tmp_path}/run")))
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    name, score = _scored(case, rows, run)
+    assert score == pytest.approx(run.result["tuned"][name], abs=1e-5)
+    good = {
+        key: value
+        for key, value in {**rows[0], "completion": "cat"}.items()
+        if key not in (*_LABELS, "chosen", "rejected")
+    }
+    with pytest.raises(LoraLabError, match="row 2"):
+        run.predict([good, {"text": 3}])
+    run.unload()
+
+
+@pytest.mark.long
+def test_what_predicts_nothing_says_what_to_use(start, tmp_path):
+    run = lora_lab.train(lora_lab.load_config(*start("completion", "train.max_steps=1", f"run_dir={tmp_path}/run")))
+    with pytest.raises(LoraLabError, match="task=completion predicts nothing of a row by itself. Use run.evaluate"):
+        run.predict([{"text": "red"}])
+    with pytest.raises(LoraLabError, match="which does not answer. Use run.evaluate"):
+        run.generate(["red"])
 
 
 # -- a task that is added ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ class ClassificationConfig(TaskSection):
     class_weights: ClassWeights = None
     label_smoothing: LabelSmoothing = 0.0
 
+    predicts: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
     augments: ClassVar[bool] = True
 

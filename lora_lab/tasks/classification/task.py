@@ -171,6 +171,30 @@ class Classification(ClassTask[ClassificationConfig]):
         logits = super().logits(model, batch)
         return one_by_one(logits) if self.config.multi_label else logits
 
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "label": [] if self.config.multi_label else self.labels[0]}
+
+    def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
+        """`label` with its probability, `score`; with `task.multi_label` `labels`, and the `scores` of all."""
+        shares = seen.logits.softmax(-1)
+        if not self.config.multi_label:
+            best = shares.max(-1)
+            return [
+                (score, {"label": self.labels[number], "score": score})
+                for score, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        rows = shares[:, 1].reshape(-1, len(self.labels)).tolist()
+        return [
+            (
+                1.0,
+                {
+                    "labels": [label for label, share in zip(self.labels, row, strict=True) if share > 0.5],
+                    "scores": dict(zip(self.labels, row, strict=True)),
+                },
+            )
+            for row in rows
+        ]
+
     @reports(lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         targets = np.concatenate([one.targets for one in seen])

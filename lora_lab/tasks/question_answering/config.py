@@ -22,6 +22,7 @@ class QuestionAnsweringConfig(TaskSection):
     stride: Annotated[int, Field(ge=0, description="tokens that two windows of a long context share")] = 64
     max_answer_tokens: Annotated[int, Field(ge=1, description="longest answer, in tokens")] = 30
 
+    predicts: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("question_answering",)
     cuts: ClassVar[bool] = False
 

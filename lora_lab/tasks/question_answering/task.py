@@ -147,6 +147,17 @@ class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: PaddedBatch) -> Predictions:
         return Predictions(examples, logits.cpu(), logits.argmax(-1).cpu().numpy(), batch.targets.cpu().numpy())
 
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        context = row.get("context")
+        first = context.split()[:1] if isinstance(context, str) else []
+        return {**row, "answers": {"text": first}}
+
+    def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
+        """`answer`, of the likeliest of a row's windows."""
+        starts, ends = seen.logits.chunk(2)
+        found = [self._best(s.numpy(), e.numpy(), x) for s, e, x in zip(starts, ends, seen.examples, strict=True)]
+        return [(score, {"answer": text}) for score, text in found]
+
     @reports(metrics.squad, lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         best: dict[str, tuple[float, str]] = {}

@@ -19,6 +19,7 @@ class RegressionConfig(TaskSection):
 
     name: Annotated[Literal["regression"], Field(description="objective")] = "regression"
 
+    predicts: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
     numbers: ClassVar[bool] = True
     augments: ClassVar[bool] = True

@@ -74,6 +74,13 @@ class Regression(PaddedTask[RegressionConfig, PaddedBatch]):
         numbers = logits.float().cpu()
         return Predictions(examples, numbers, numbers[:, 0].numpy(), batch.targets.cpu().numpy())
 
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "label": 0.0}
+
+    def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
+        """`value`."""
+        return [(1.0, {"value": value}) for value in seen.predicted.tolist()]
+
     @reports(metrics.regression, lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         targets = np.concatenate([one.targets for one in seen])

@@ -19,6 +19,7 @@ class RewardConfig(TaskSection):
 
     name: Annotated[Literal["reward"], Field(description="objective")] = "reward"
 
+    predicts: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("preference",)
     chat: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False

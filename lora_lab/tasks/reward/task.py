@@ -118,6 +118,23 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
         scores = model(**batch.inputs).logits[:, 0].float()  # their difference may be no more than rounding
         return torch.stack(scores.chunk(2), 1).flatten()
 
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`messages`, or `prompt` and `completion`: an answer, beside another that the encoder wants to see."""
+        if isinstance(row.get("messages"), list) and row["messages"]:
+            *before, last = row["messages"]
+            other = [*before, {**last, "content": f"{last.get('content')} ."}] if isinstance(last, dict) else before
+            return {"chosen": row["messages"], "rejected": other}
+        if not {"prompt", "completion"} <= row.keys():
+            raise RowError("empty", f"has the columns {', '.join(row)}; give messages, or prompt and completion.")
+        return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion']} ."}
+
+    @torch.no_grad()
+    def predict(self, model: PeftModel, examples: list[Example]) -> list[tuple[float, dict[str, Any]]]:
+        """`reward`: the score of the answer; only differences between answers to one prompt mean something."""
+        batch = self.collate(examples, np.random.default_rng(0)).to(model.device)
+        scores = model(**batch.inputs).logits[:, 0].float()[: len(examples)]
+        return [(1.0, {"reward": score}) for score in scores.tolist()]
+
     @reports(lower=("loss",), higher=("accuracy", "reward_margin"))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         gaps = torch.cat([one.logits[:, 1] for one in seen])

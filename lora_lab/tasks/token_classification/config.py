@@ -21,6 +21,7 @@ class TokenClassificationConfig(TaskSection):
     class_weights: ClassWeights = None
     label_smoothing: LabelSmoothing = 0.0
 
+    predicts: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("token_labels",)
     cuts: ClassVar[bool] = False
 

@@ -113,18 +113,33 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
             origins=[e.origin for e in examples],
         )
 
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        words = row.get("tokens")
+        return {**row, "tags": [self.labels[0]] * len(words) if isinstance(words, list) else []}
+
+    def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
+        """`words` and their `tags`."""
+        return [
+            (1.0, {"words": list(example["words"]), "tags": tags})
+            for example, tags in zip(seen.examples, self._tags(seen), strict=True)
+        ]
+
+    def _tags(self, seen: Predictions) -> list[list[str]]:
+        """The predicted tag of each word; a word without a token has none but O."""
+        ends = np.cumsum([int(example.supervised.sum()) for example in seen.examples])
+        rows = []
+        for example, found in zip(seen.examples, np.split(seen.predicted, ends[:-1]), strict=True):
+            tags = ["O" if "O" in self.labels else self.labels[0]] * len(example["tags"])
+            for place, number in zip(example["kept"], found, strict=True):
+                tags[place] = self.labels[number]
+            rows.append(tags)
+        return rows
+
     @reports(metrics.entities, metrics.classification, lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         """By seqeval's definition of entities; without entities (parts of speech) by word."""
-        targets, predicted = [], []
-        for one in seen:
-            ends = np.cumsum([int(example.supervised.sum()) for example in one.examples])
-            for example, found in zip(one.examples, np.split(one.predicted, ends[:-1]), strict=True):
-                targets.append(example["tags"])
-                tags = ["O" if "O" in self.labels else self.labels[0]] * len(targets[-1])
-                for place, number in zip(example["kept"], found, strict=True):
-                    tags[place] = self.labels[number]
-                predicted.append(tags)
+        targets = [example["tags"] for one in seen for example in one.examples]
+        predicted = [tags for one in seen for tags in self._tags(one)]
         if all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels):
             scores, details = metrics.entities(targets, predicted)
         else:
