@@ -201,7 +201,7 @@ CASES = {
 # Others of the same make run by default; their losses have tests of their own.
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
-    "reward-decoder", "classification-weights", "classification-decoder",
+    "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto",
 )  # fmt: skip
 STEPS = 30
 
