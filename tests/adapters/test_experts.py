@@ -46,9 +46,10 @@ def make_mixture(folder, name: str):
     "name",
     [
         "Mixtral",
-        "GraniteMoe",
-        "Llama4Text",
-        *(pytest.param(n, marks=pytest.mark.long) for n in ("Qwen3Moe", "Olmoe", "Qwen2Moe")),
+        *(
+            pytest.param(n, marks=pytest.mark.long)
+            for n in ("GraniteMoe", "Llama4Text", "Qwen3Moe", "Olmoe", "Qwen2Moe")
+        ),
     ],
 )
 def test_a_mixture_trains_resumes_and_merges(name, config_of, tmp_path, eval_file, monkeypatch, capsys):

@@ -69,6 +69,7 @@ def test_a_head_of_its_own_is_trained_whole(base, config_of, tmp_path):
     assert json.loads(done.result.read_text())["merge"]["refused"] == []
 
 
+@pytest.mark.long
 def test_the_adapter_alone_is_proved_on_it(config_of, tmp_path, eval_file):
     """Plain peft puts it on the published base, which some CPUs compute in bfloat16."""
     base = make_base(tmp_path / "base", initializer_range=0.05)

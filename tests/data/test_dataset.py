@@ -238,6 +238,7 @@ def _build(folder: str, file: str, queue) -> None:
     queue.put(contents(load(make_tokenizer(Path(folder)), file).train))
 
 
+@pytest.mark.long
 def test_two_processes_build_the_same_entry(tmp_path):
     file = write_jsonl(tmp_path / "rows.jsonl", make_rows(300, seed=9))
     context = multiprocessing.get_context("spawn")

@@ -306,6 +306,7 @@ def test_shrinking_saves_the_lowest_rank_within_tolerance(trained, tmp_path, ada
     assert pipeline.merge(str(new.path), ["export.dtype=float32"])["refused"] == []
 
 
+@pytest.mark.long
 def test_what_few_rows_cannot_tell_is_no_equal_loss(trained, tmp_path, capsys):
     folder = trained("run", "adapter.r=4", "train.max_steps=8")
     assert shrink.shrink(folder, ["shrink.ranks=[1]", "shrink.tolerance=0"]) is None

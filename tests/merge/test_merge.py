@@ -241,7 +241,7 @@ def test_a_base_to_merge_into_without_effect_is_refused(config_of):
     [
         (False, []),
         pytest.param(True, ["adapter=rslora", "adapter.rank_pattern={v_proj: 8}"], marks=pytest.mark.long),
-        (True, ["adapter=dora"]),
+        pytest.param(True, ["adapter=dora"], marks=pytest.mark.long),
         pytest.param(True, [], marks=pytest.mark.long),
         pytest.param(False, ["adapter=dora"], marks=pytest.mark.long),
     ],

@@ -81,6 +81,7 @@ def test_a_refused_merge_leaves_nothing_either(loads, config_of, eval_file):
     assert loads.still_there == [0] * 3
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("reload_here")
 def test_what_was_measured_is_gone_before_anything_else_loads(loads, done):
     loads.still_there.clear()

@@ -163,10 +163,10 @@ def test_embedded_base_end_to_end(tmp_path, cache, capsys):
         "recipe=demo",
         "train.max_steps=2",
         "train.batch_size=4",
-        "data.max_eval_rows=4",
-        "task.generate_rows=2",
+        "data.max_eval_rows=2",
+        "task.generate_rows=1",
         "merge.base=full_precision",
-        "merge.parity_rows=4",
+        "merge.parity_rows=2",
     ]
     assert cli.main(["train", *arguments, "task.max_new_tokens=4", f"run_dir={tmp_path}/run", "hardware=cpu"]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())

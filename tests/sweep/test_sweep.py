@@ -79,7 +79,7 @@ def assert_same_run(one: Path, other: Path, rtol: float = 1e-5) -> None:
 # -- exactness --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("nf4", marks=pytest.mark.long)])
 def test_unlike_members_that_share_passes_equal_runs_of_their_own(points, quant):
     each = [[*own, f"quant={quant}"] for own in UNLIKE]
     found = trained(points(*each))

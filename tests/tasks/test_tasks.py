@@ -201,7 +201,7 @@ CASES = {
 # Others of the same make run by default; their losses have tests of their own.
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
-    "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto",
+    "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto", "completion",
 )  # fmt: skip
 STEPS = 30
 
@@ -230,11 +230,7 @@ LOOSE = (
 )  # random weights feel quantization far more than trained ones
 
 
-IN_A_PROCESS_OF_ITS_OWN = (
-    "classification",
-    "question_answering",
-    "seq2seq",
-)  # the others reload in this one, to be quick
+IN_A_PROCESS_OF_ITS_OWN = ("classification",)  # the others reload in this one, to be quick
 
 
 @pytest.mark.parametrize(
