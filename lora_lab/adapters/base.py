@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from lora_lab.adapters import layers
 from lora_lab.errors import AdapterError
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
     from lora_lab.adapters.deltas import Deltas
 
+TargetModules = Annotated[
+    str | list[str],
+    Field(description="'all-linear' (all but the output head), a list of name endings, or one regular expression"),
+]
+ExcludedModules = Annotated[list[str] | None, Field(description="name endings to leave out")]
+LayersToTransform = Annotated[list[int] | None, Field(description="only these layers (counted from 0)")]
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_lab.adapters import layers
-from lora_lab.adapters.base import AdapterSection, LayerAdapter
+from lora_lab.adapters.base import AdapterSection, ExcludedModules, LayerAdapter, LayersToTransform, TargetModules
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -30,12 +30,9 @@ class LoraAdapter(LayerAdapter):
     r: Annotated[int, Field(ge=1, le=4096, description="rank of the update")] = 16
     lora_alpha: Annotated[float, Field(gt=0, description="scale: the update is multiplied by lora_alpha / r")] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")] = 0.0
-    target_modules: Annotated[
-        str | list[str],
-        Field(description="'all-linear' (all but the output head), a list of name endings, or one regular expression"),
-    ] = "all-linear"
-    exclude_modules: Annotated[list[str] | None, Field(description="name endings to leave out")] = None
-    layers_to_transform: Annotated[list[int] | None, Field(description="only these layers (counted from 0)")] = None
+    target_modules: TargetModules = "all-linear"
+    exclude_modules: ExcludedModules = None
+    layers_to_transform: LayersToTransform = None
     rank_pattern: Annotated[dict[str, int] | None, Field(description="another rank for some modules")] = None
     alpha_pattern: Annotated[dict[str, float] | None, Field(description="another lora_alpha for some modules")] = None
     use_rslora: Annotated[bool, Field(description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")] = False

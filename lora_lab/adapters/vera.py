@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import LayerAdapter
+from lora_lab.adapters.base import ExcludedModules, LayerAdapter, LayersToTransform, TargetModules
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -33,12 +33,9 @@ class VeraAdapter(LayerAdapter):
     r: Annotated[
         int, Field(ge=1, le=4096, description="rank of the update; more than LoRA's, because it costs little")
     ] = 256
-    target_modules: Annotated[
-        str | list[str],
-        Field(description="'all-linear' (all but the output head), a list of name endings, or one regular expression"),
-    ] = "all-linear"
-    exclude_modules: Annotated[list[str] | None, Field(description="name endings to leave out")] = None
-    layers_to_transform: Annotated[list[int] | None, Field(description="only these layers (counted from 0)")] = None
+    target_modules: TargetModules = "all-linear"
+    exclude_modules: ExcludedModules = None
+    layers_to_transform: LayersToTransform = None
     projection_prng_key: Annotated[int, Field(ge=0, description="seed of the shared matrices")] = 0
     vera_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")] = 0.0
     d_initial: Annotated[float, Field(gt=0, description="what the inner vector begins with")] = 0.1
