@@ -126,9 +126,9 @@ def _of_machine(error: Exception) -> str | None:
 def _is_out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return False
-    from lora_lab.training import oom
+    from lora_lab.runtime.memory import is_out_of_memory
 
-    return oom.is_out_of_memory(error)
+    return is_out_of_memory(error)
 
 
 def _complain(text: str) -> None:

@@ -204,7 +204,7 @@ def _read(folder: Path) -> dict:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except Exception:
+    except ValueError:  # an architecture that it does not know
         return _json(folder)
 
 

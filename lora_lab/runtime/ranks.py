@@ -9,11 +9,6 @@ from collections.abc import Iterable
 import torch
 
 
-def size() -> int:
-    """How many processes there are."""
-    return 1
-
-
 def sum(value: float) -> float:
     """The sum of what each process has."""
     return value
