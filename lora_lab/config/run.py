@@ -266,7 +266,7 @@ def _task_contradictions(config: RunConfig) -> list[str]:
     found = task.rules(config)
     if train.packing and not task.packed:
         found.append(f"train.packing=true: rows of task={task.name} are padded. Leave train.packing out.")
-    if train.packing is False and task.compares_rows:
+    if train.packing is False and task.packed and task.compares_rows:
         found.append(f"train.packing=false: task={task.name} compares the rows of one pass. Leave train.packing out.")
     if train.rdrop_alpha and not task.compares_distributions:
         found.append(

@@ -28,7 +28,6 @@ from lora_lab.run.prepared import ResolvedBase
 from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.runtime import console
 from lora_lab.tasks.base import Task, eval_batches
-from lora_lab.tasks.preference.task import Preference
 from lora_lab.training.batches import BatchPlan, plan_of
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import Clock, fit, peak_memory_gib
@@ -149,7 +148,7 @@ def _largest(task: Task, data: Dataset, passes: Sequence[Sequence[int]]) -> Batc
     """Of packed rows the longest, with the most supervised tokens that any has: at least as large as each; of padded rows the
     batch with the most tokens, padding among them."""
     lengths, supervised = data.lengths, data.supervised
-    if task.packed and not isinstance(task, Preference):
+    if task.config.packed and not task.config.compares_rows:
         shapes = [Shape(tuple(int(lengths[i]) for i in part), int(supervised[list(part)].sum())) for part in passes]
         return memory.blank(memory.largest(shapes))
     largest = max(passes, key=lambda part: len(part) * int(lengths[list(part)].max()))

@@ -227,7 +227,7 @@ class Live:
             return
         try:
             with self.autocast():
-                if task.packed:
+                if task.config.packed:
                     isolation.check_isolation(self.model.eval(), first_examples(data, 2))
                 else:
                     isolation.check_padding(
@@ -241,8 +241,8 @@ class Live:
                 raise
             reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
         reason = reason.strip().partition("\n")[0]
-        if self.setup.config.train.packing or task.compares_rows:
-            way_out = "Choose another base" if task.compares_rows else "Set train.packing=false"
+        if self.setup.config.train.packing or task.config.compares_rows:
+            way_out = "Choose another base" if task.config.compares_rows else "Set train.packing=false"
             raise ConfigError(f"train.packing: {reason} {way_out}.")
         task.forward.part_rows()
         console.say("packing", f"rows one by one: {reason}")

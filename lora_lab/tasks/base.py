@@ -113,8 +113,6 @@ class Task(Generic[Section, B]):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     head: ClassVar[Literal["none", "always", "missing"]] = "none"  # see `ModelKind`
-    packed: ClassVar[bool] = False  # rows can lie end to end in one forward pass
-    compares_rows: ClassVar[bool] = False  # and must: its loss compares rows of one pass
 
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         """
@@ -128,7 +126,7 @@ class Task(Generic[Section, B]):
         self.learned = learned
         self.model = model
         self.forward = Forward(
-            self.packed, together=config.train.packing is not False
+            self.config.packed, together=config.train.packing is not False
         )  # of the model, once it is loaded
 
     @classmethod

@@ -172,7 +172,7 @@ def _parts(member: Member, train: Dataset | Stream, task: AnyTask) -> list[list[
     """The examples of the coming step's micro-batches; for padded batches, rows of like length together."""
     chosen = member.plan.step(member.state.step)
     parts = [[example for i in part for example in train[int(i)]] for part in chosen]
-    if task.packed:
+    if task.config.packed:
         return parts
     device = member.model.device.type
     return of_like_length([e for part in parts for e in part], member.plan.micro_batch_size, _ENOUGH_TOKENS[device])

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 class PackedTask(Task[Section, Packed]):
     """A task of a language model: rows lie end to end, and each supervised token is an item."""
 
-    packed = True
-
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         super().__init__(config, encoder, learned, model)
         self.speed = config.speed

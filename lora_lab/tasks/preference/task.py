@@ -118,7 +118,6 @@ class Preference(PackedTask[PreferenceConfig, AnswersBatch]):
     """`task=preference`."""
 
     encoder_class = PreferenceEncoder
-    compares_rows = True
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> AnswersBatch:
         if self.config.loss != "kto":

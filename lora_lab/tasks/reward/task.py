@@ -92,7 +92,6 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     head = "always"
-    compares_rows = True
 
     @classmethod
     def settings(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, learned: dict[str, Any]) -> dict[str, Any]:
