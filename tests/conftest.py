@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,20 @@ def _signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+_frozen = []
+
+
+@pytest.fixture(autouse=True)
+def _libraries_stay():
+    """Whenever a model is let go, Python looks through all objects for circles, most of which are the libraries': a third of a second, a
+    thousand times. After the first test that loaded them they are left out of that."""
+    yield
+    if not _frozen and "lora_lab.run.pipeline" in sys.modules:
+        gc.collect()
+        gc.freeze()
+        _frozen.append(True)
 
 
 @pytest.fixture(scope="session", autouse=True)

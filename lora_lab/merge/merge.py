@@ -47,9 +47,11 @@ def merge(trained: Trained, as_trained: parity.Reference) -> dict[str, Any]:
     run, setup, rows = trained.run, trained.setup, as_trained.rows
     config, base = setup.config, setup.base
     names, measured = bases.policies(config, base), {}
+    model = None
     for name in names:
-        model = None
-        clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
+        if model is not None:
+            model = None
+            clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
         model = adapted(name, trained)
         merging = parity.Reference(rows, parity.logits(model, rows))
         measured[name] = parity.compare(as_trained.logits, merging.logits, rows)

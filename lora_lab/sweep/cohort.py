@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import math
 import os
 import resource
@@ -42,7 +41,6 @@ def train(jobs: list[Job]) -> None:
         _train_group(part, budget)
         for job in part:
             _leave_failure(job)
-        gc.collect()  # the group's base makes room
 
 
 def opened(jobs: list[Job]) -> list[Job]:
