@@ -16,6 +16,7 @@ from pydantic import Field
 
 from lora_lab.adapters import layers
 from lora_lab.errors import AdapterError
+from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +25,10 @@ if TYPE_CHECKING:
 
     from lora_lab.adapters.deltas import Deltas
 
-TargetModules = Annotated[
-    str | list[str],
-    Field(description="'all-linear' (all but the output head), a list of name endings, or one regular expression"),
-]
-ExcludedModules = Annotated[list[str] | None, Field(description="name endings to leave out")]
-LayersToTransform = Annotated[list[int] | None, Field(description="only these layers (counted from 0)")]
+Rank = Annotated[int, Field(ge=1, le=4096, description="rank of the update")]
+Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of what is drawn and stays frozen")]
+BITSANDBYTES = ("nf4", "fp4", "int8")  # formats of `quant.method`, for methods that only add to what a layer gives
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
 
 
@@ -40,7 +39,11 @@ class AdapterSection:
     method: str
     peft_type: ClassVar[str]  # peft's `PeftType` name
     dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
+    quantized: ClassVar[tuple[str, ...]] = ()  # formats of a base (`quant.method`) that it trains on
+    against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
+    against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
     against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
+    fresh_differs: ClassVar[str] = ""  # why a fresh adapter changes the base's outputs
 
     # -- its place and its settings --
 
@@ -67,7 +70,14 @@ class AdapterSection:
             task_type: peft's `TaskType` name, or None.
             targets: names of the layers to adapt; None: as the section says them.
         """
-        raise NotImplementedError
+        import peft
+
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.peft_type)]
+        return kind(task_type=task_type, **self.peft_fields(targets))
+
+    def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
+        """What peft's configuration class is given, beside the task type; `targets` as in `peft_config`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
 
     def needs_names(self, model: PreTrainedModel, new_modules: Sequence[str]) -> bool:
         """Whether peft has to be told the layers' names, because its own rules would find others on this base."""
@@ -92,7 +102,7 @@ class AdapterSection:
 
     def describe(self) -> str:
         """Its most important settings in a few words."""
-        return ", ".join(f"{name}={getattr(self, name)}" for name in self.settings()[:2])
+        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in self.settings()[:2])
 
     def warnings(self, model: PreTrainedModel, targets: Sequence[str]) -> dict[str, str]:
         """What the user should know of these settings on this base: a sentence by its catchword."""
@@ -105,19 +115,9 @@ class AdapterSection:
 
     # -- what can be done with it --
 
-    @property
-    def fresh_differs(self) -> str:
-        """Why a fresh adapter changes the base's outputs; empty if it does not."""
-        return ""
-
     def against_quant(self, method: str) -> str:
         """Why it cannot be trained on a base that is stored in this format (`quant.method`, but for none)."""
-        return "it has not been shown to train on quantized weights"
-
-    @property
-    def against_merging(self) -> str:
-        """Why it cannot be merged into its base."""
-        return "it has not been shown to merge"
+        return "" if method in self.quantized else self.against_quantized
 
     def against_target(self, target: str) -> str:
         """What stands against one of `export.targets`, beside what follows from merging and `delta`."""
@@ -149,12 +149,18 @@ class AdapterSection:
         raise NotImplementedError
 
 
+@section
 class LayerAdapter(AdapterSection):
     """A method that sits on linear layers, which its section names as LoRA's does."""
 
-    target_modules: str | list[str]
-    exclude_modules: list[str] | None
-    layers_to_transform: list[int] | None
+    method: str
+    target_modules: Annotated[
+        str | list[str],
+        Field(description="'all-linear' (all but the output head), a list of name endings, or one regular expression"),
+    ] = "all-linear"
+    exclude_modules: Annotated[list[str] | None, Field(description="name endings to leave out")] = None
+    layers_to_transform: Annotated[list[int] | None, Field(description="only these layers (counted from 0)")] = None
+
     patterns: ClassVar[tuple[str, ...]] = ()  # fields whose keys are names among the targeted layers
 
     @property
@@ -185,6 +191,18 @@ class LayerAdapter(AdapterSection):
                 layers.matching(f"adapter.{key}", rf"(.*\.)?({name})", targeted, shown=name)
         return layers.in_layers(model, targeted, self.layers_to_transform)
 
+    def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
+        """As in the base class. Layers are told by name: peft refuses their numbers beside 'all-linear'."""
+        fields = super().peft_fields(targets) | {name: getattr(self, name) or {} for name in self.patterns}
+        del fields["layers_to_transform"]
+        if targets is None:
+            return fields | {"target_modules": self.names}
+        del fields["exclude_modules"]
+        return fields | {"target_modules": list(targets)}
+
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.where}"
+
     @property
     def place(self) -> tuple[str, ...]:
         """All that names layers, to be compared."""
@@ -195,3 +213,7 @@ class LayerAdapter(AdapterSection):
         """`target_modules` in a few words."""
         told = self.target_modules
         return f"target_modules={told if isinstance(told, str) else f'{len(told)} names'}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

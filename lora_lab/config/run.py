@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from lora_lab.adapters import ADAPTERS
-from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.config.data import DataConfig, Source
 from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
 from lora_lab.config.model import ModelConfig, QuantConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters import deltas, files
-from lora_lab.adapters.lora import of_scale_one
+from lora_lab.adapters.methods.lora import of_scale_one
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.errors import ExportError

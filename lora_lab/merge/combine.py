@@ -18,7 +18,7 @@ from peft.utils import merge_utils
 
 from lora_lab.adapters import deltas, files
 from lora_lab.adapters.deltas import Delta, Deltas, factored
-from lora_lab.adapters.lora import LoraAdapter, of_scale_one
+from lora_lab.adapters.methods.lora import LoraAdapter, of_scale_one
 from lora_lab.base.weights import Weights
 from lora_lab.config.merge import MergeConfig
 from lora_lab.config.run import RunConfig

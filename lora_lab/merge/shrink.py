@@ -12,7 +12,7 @@ from scipy import stats
 
 from lora_lab.adapters import deltas, files
 from lora_lab.adapters.deltas import Deltas
-from lora_lab.adapters.lora import of_scale_one
+from lora_lab.adapters.methods.lora import of_scale_one
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example

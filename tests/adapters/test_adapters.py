@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lora_lab import cli
 from lora_lab.adapters import ADAPTERS, files
 from lora_lab.adapters.attach import attach_trained, trainable, without_adapter
-from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.config.run import all_keys

@@ -14,7 +14,7 @@ from lora_lab import cli
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import attach, coverage
 from lora_lab.adapters.layers import linear_layers, towers
-from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.base.tokenizer import load_tokenizer
 from lora_lab.errors import BaseModelError, ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_lab import cli
-from lora_lab.adapters.lora import LoraAdapter
+from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.errors import AdapterError
 from tests.conftest import fails, make_base, make_rows, write_jsonl

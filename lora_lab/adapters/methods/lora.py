@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_lab.adapters import layers
-from lora_lab.adapters.base import AdapterSection, ExcludedModules, LayerAdapter, LayersToTransform, TargetModules
+from lora_lab.adapters.base import BITSANDBYTES, AdapterSection, Dropout, LayerAdapter, Rank
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -27,12 +27,9 @@ class LoraAdapter(LayerAdapter):
     """The `adapter` section for `adapter=lora`. Every name is peft's own (`peft.LoraConfig`)."""
 
     method: Annotated[Literal["lora"], Field(description="adapter family")] = "lora"
-    r: Annotated[int, Field(ge=1, le=4096, description="rank of the update")] = 16
+    r: Rank = 16
     lora_alpha: Annotated[float, Field(gt=0, description="scale: the update is multiplied by lora_alpha / r")] = 32
-    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")] = 0.0
-    target_modules: TargetModules = "all-linear"
-    exclude_modules: ExcludedModules = None
-    layers_to_transform: LayersToTransform = None
+    lora_dropout: Dropout = 0.0
     rank_pattern: Annotated[dict[str, int] | None, Field(description="another rank for some modules")] = None
     alpha_pattern: Annotated[dict[str, float] | None, Field(description="another lora_alpha for some modules")] = None
     use_rslora: Annotated[bool, Field(description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")] = False
@@ -44,20 +41,9 @@ class LoraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "LORA"
     dropout_key: ClassVar[str] = "lora_dropout"
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    against_merging: ClassVar[str] = ""
     against_delta: ClassVar[str] = ""
-
-    def peft_config(self, task_type: str | None, targets: Sequence[str] | None = None) -> peft.LoraConfig:
-        import peft
-
-        not_pefts = ("method", "layers_to_transform")  # layers are told by name: peft refuses them beside 'all-linear'
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in not_pefts}
-        fields["target_modules"] = self.names
-        fields["rank_pattern"] = fields["rank_pattern"] or {}
-        fields["alpha_pattern"] = fields["alpha_pattern"] or {}
-        config = peft.LoraConfig(task_type=task_type, **fields)
-        if targets is not None:
-            config.target_modules, config.exclude_modules = list(targets), None
-        return config
 
     def needs_names(self, model: PreTrainedModel, new_modules: Sequence[str]) -> bool:
         return bool(
@@ -81,9 +67,6 @@ class LoraAdapter(LayerAdapter):
     def label(self) -> str:
         return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
 
-    def describe(self) -> str:
-        return f"r={self.r}, lora_alpha={self.lora_alpha:g}, {self.where}"
-
     def warnings(self, model: PreTrainedModel, targets: Sequence[str]) -> dict[str, str]:
         """A rank above a layer's smaller side costs memory and adds nothing that a lower one could not."""
         sides = {name: _smaller_side(model.get_submodule(name)) for name in targets}
@@ -94,13 +77,6 @@ class LoraAdapter(LayerAdapter):
             "rank": f"adapter.r={self.r} is above the smaller side of {len(smaller)} layers ({smaller[0]}: {sides[smaller[0]]}); "
             f"{min(sides.values())} is all that the smallest of them can use"
         }
-
-    def against_quant(self, method: str) -> str:
-        return ""
-
-    @property
-    def against_merging(self) -> str:
-        return ""
 
     def against_target(self, target: str) -> str:
         loaders = {"vllm": "loads no DoRA", "gguf_lora": "llama.cpp has no DoRA"}

@@ -3,12 +3,11 @@ train."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import ExcludedModules, LayerAdapter, LayersToTransform, TargetModules
+from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Seed
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -33,32 +32,16 @@ class VeraAdapter(LayerAdapter):
     r: Annotated[
         int, Field(ge=1, le=4096, description="rank of the update; more than LoRA's, because it costs little")
     ] = 256
-    target_modules: TargetModules = "all-linear"
-    exclude_modules: ExcludedModules = None
-    layers_to_transform: LayersToTransform = None
-    projection_prng_key: Annotated[int, Field(ge=0, description="seed of the shared matrices")] = 0
-    vera_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")] = 0.0
+    projection_prng_key: Seed = 0
+    vera_dropout: Dropout = 0.0
     d_initial: Annotated[float, Field(gt=0, description="what the inner vector begins with")] = 0.1
 
     peft_type: ClassVar[str] = "VERA"
     label: ClassVar[str] = "VeRA"
     dropout_key: ClassVar[str] = "vera_dropout"
     against_delta: ClassVar[str] = ""
+    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
     against_merging: ClassVar[str] = ""
-
-    def peft_config(self, task_type: str | None, targets: Sequence[str] | None = None) -> peft.VeraConfig:
-        import peft
-
-        fields = {name: getattr(self, name) for name in self.settings()}
-        return peft.VeraConfig(
-            task_type=task_type, target_modules=self.names if targets is None else list(targets), **fields
-        )
-
-    def describe(self) -> str:
-        return f"r={self.r}, d_initial={self.d_initial:g}, {self.where}"
-
-    def against_quant(self, method: str) -> str:
-        return ""
 
     @property
     def widest(self) -> int:
