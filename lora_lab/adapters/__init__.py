@@ -1,10 +1,68 @@
 """Adapter methods: one file each, a section of the configuration that answers for itself (see `base.py`). Nothing here imports torch."""
 
 from lora_lab.adapters.base import AdapterSection
+from lora_lab.adapters.methods.adamss import AdamssAdapter
+from lora_lab.adapters.methods.boft import BoftAdapter
+from lora_lab.adapters.methods.c3a import C3aAdapter
+from lora_lab.adapters.methods.deft import DeftAdapter
+from lora_lab.adapters.methods.delora import DeloraAdapter
+from lora_lab.adapters.methods.fourierft import FourierftAdapter
+from lora_lab.adapters.methods.frod import FrodAdapter
+from lora_lab.adapters.methods.glora import GloraAdapter
+from lora_lab.adapters.methods.gralora import GraloraAdapter
+from lora_lab.adapters.methods.hira import HiraAdapter
+from lora_lab.adapters.methods.hra import HraAdapter
+from lora_lab.adapters.methods.ia3 import Ia3Adapter
+from lora_lab.adapters.methods.lily import LilyAdapter
+from lora_lab.adapters.methods.loha import LohaAdapter
+from lora_lab.adapters.methods.lokr import LokrAdapter
 from lora_lab.adapters.methods.lora import LoraAdapter
+from lora_lab.adapters.methods.miss import MissAdapter
+from lora_lab.adapters.methods.oft import OftAdapter
+from lora_lab.adapters.methods.osf import OsfAdapter
+from lora_lab.adapters.methods.peanut import PeanutAdapter
+from lora_lab.adapters.methods.psoft import PsoftAdapter
+from lora_lab.adapters.methods.pvera import PveraAdapter
+from lora_lab.adapters.methods.randlora import RandloraAdapter
+from lora_lab.adapters.methods.road import RoadAdapter
+from lora_lab.adapters.methods.shira import ShiraAdapter
+from lora_lab.adapters.methods.supertuning import SupertuningAdapter
+from lora_lab.adapters.methods.tinylora import TinyloraAdapter
+from lora_lab.adapters.methods.unilora import UniloraAdapter
+from lora_lab.adapters.methods.vblora import VbloraAdapter
 from lora_lab.adapters.methods.vera import VeraAdapter
+from lora_lab.adapters.methods.waveft import WaveftAdapter
 
 ADAPTERS: dict[str, type[AdapterSection]] = {
     "lora": LoraAdapter,
+    "adamss": AdamssAdapter,
+    "boft": BoftAdapter,
+    "c3a": C3aAdapter,
+    "deft": DeftAdapter,
+    "delora": DeloraAdapter,
+    "fourierft": FourierftAdapter,
+    "frod": FrodAdapter,
+    "glora": GloraAdapter,
+    "gralora": GraloraAdapter,
+    "hira": HiraAdapter,
+    "hra": HraAdapter,
+    "ia3": Ia3Adapter,
+    "lily": LilyAdapter,
+    "loha": LohaAdapter,
+    "lokr": LokrAdapter,
+    "miss": MissAdapter,
+    "oft": OftAdapter,
+    "osf": OsfAdapter,
+    "peanut": PeanutAdapter,
+    "psoft": PsoftAdapter,
+    "pvera": PveraAdapter,
+    "randlora": RandloraAdapter,
+    "road": RoadAdapter,
+    "shira": ShiraAdapter,
+    "supertuning": SupertuningAdapter,
+    "tinylora": TinyloraAdapter,
+    "unilora": UniloraAdapter,
+    "vblora": VbloraAdapter,
     "vera": VeraAdapter,
+    "waveft": WaveftAdapter,
 }

@@ -111,6 +111,8 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:
         with warnings.catch_warnings():
+            for told in ("Failed to load the CUDA extension", "Setting boft_n_butterfly_factor to 1"):  # as it is here
+                warnings.filterwarnings("ignore", told)
             if getattr(config, "target_parameters", None):  # peft looks for patterns of experts among the layers alone
                 warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             if isinstance(model, PeftModel):

@@ -8,6 +8,7 @@ such as "it has no merged form"; empty means that nothing stands against it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -39,6 +40,7 @@ class AdapterSection:
     method: str
     peft_type: ClassVar[str]  # peft's `PeftType` name
     dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
+    fixed: ClassVar[dict[str, Any]] = {}  # what peft's class is always given beside the fields
     quantized: ClassVar[tuple[str, ...]] = ()  # formats of a base (`quant.method`) that it trains on
     against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
@@ -77,7 +79,8 @@ class AdapterSection:
 
     def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
         """What peft's configuration class is given, beside the task type; `targets` as in `peft_config`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
+        return own | self.fixed
 
     def needs_names(self, model: PreTrainedModel, new_modules: Sequence[str]) -> bool:
         """Whether peft has to be told the layers' names, because its own rules would find others on this base."""
@@ -162,6 +165,11 @@ class LayerAdapter(AdapterSection):
     layers_to_transform: Annotated[list[int] | None, Field(description="only these layers (counted from 0)")] = None
 
     patterns: ClassVar[tuple[str, ...]] = ()  # fields whose keys are names among the targeted layers
+    divides: ClassVar[dict[str, tuple[str, ...]]] = {}  # what a field has to divide: inputs, outputs of each layer
+
+    def most(self, size: layers.Size) -> dict[str, int]:
+        """The largest values that fields can have on a layer of this size."""
+        return {}
 
     @property
     def names(self) -> str | list[str]:
@@ -181,7 +189,7 @@ class LayerAdapter(AdapterSection):
         Raises:
             AdapterError: a name in `target_modules` that matches no layer (even if others match); a name in
                 `exclude_modules` or a pattern that matches no targeted layer; a layer number that does not exist; a tied output
-                head, a layer that is read past its module.
+                head, a layer that is read past its module; a value that does not fit the size of a layer.
         """
         targeted = layers.targeted(model, self.target_modules, self.names, new_modules)
         excluded = layers.matching("adapter.exclude_modules", self.exclude_modules or [], targeted)
@@ -189,7 +197,28 @@ class LayerAdapter(AdapterSection):
         for key in self.patterns:
             for name in getattr(self, key) or {}:
                 layers.matching(f"adapter.{key}", rf"(.*\.)?({name})", targeted, shown=name)
-        return layers.in_layers(model, targeted, self.layers_to_transform)
+        targeted = layers.in_layers(model, targeted, self.layers_to_transform)
+        self._check_sizes({name: layers.size_of(model.get_submodule(name)) for name in targeted})
+        return targeted
+
+    def _check_sizes(self, sizes: dict[str, layers.Size]) -> None:
+        for key, sides in self.divides.items():
+            value = getattr(self, key)
+            told = [(name, side, getattr(size, side)) for name, size in sizes.items() for side in sides]
+            common = math.gcd(*(count for *_, count in told))
+            if common % value:
+                name, side, count = next(one for one in told if one[2] % value)
+                fits = max(divisor for divisor in range(1, value) if common % divisor == 0)
+                raise AdapterError(
+                    f"adapter.{key}={value}: does not divide the {count} {side} of {name}. {fits} divides those of every targeted layer."
+                )
+        for name, size in sizes.items():
+            for key, most in self.most(size).items():
+                if getattr(self, key) > most:
+                    raise AdapterError(
+                        f"adapter.{key}={getattr(self, key)}: {name} ({size.inputs} inputs, {size.outputs} outputs) can have {most} at most. Set that, "
+                        "or leave it out (adapter.exclude_modules)."
+                    )
 
     def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
         """As in the base class. Layers are told by name: peft refuses their numbers beside 'all-linear'."""

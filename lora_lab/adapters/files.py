@@ -249,4 +249,14 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return found
+    return _without_aliases(found)
+
+
+def _without_aliases(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What layers share, once, under its shortest name: peft names it for each of them."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name in sorted(tensors, key=lambda name: (len(name), name)):
+        one = tensors[name]
+        found.setdefault((one.data_ptr(), one.shape, one.stride()), name)
+    names = set(found.values())
+    return {name: one for name, one in tensors.items() if name in names}

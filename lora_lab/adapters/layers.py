@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_lab.errors import AdapterError, nearest
 
@@ -17,6 +17,22 @@ _OTHER_SENSES = re.compile(r"vision|visual|audio|speech|image|video|multi_?modal
 _DEPTH = 3
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # peft refuses `out_proj` there
 _gives_other: dict[type, bool] = {}  # classes of linear layers: whether they give something else than one
+
+
+class Size(NamedTuple):
+    """How many numbers a linear layer reads and gives for each token."""
+
+    inputs: int
+    outputs: int
+
+
+def size_of(layer: nn.Module) -> Size:
+    """The size of a linear layer that is not quantized."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.get_parameter("weight")
+    first, second = weight.shape
+    return Size(first, second) if isinstance(layer, Conv1D) else Size(second, first)
 
 
 def targeted(

@@ -1,4 +1,4 @@
-"""Every adapter method, as it answers for itself: what it says is done or refused before training. Nothing here names a method."""
+"""Every adapter method, as it answers for itself: what it says is done or refused before training. Only `FITTING` names methods."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ from tests.training.test_resume import stop_at
 
 CONF = Path(__file__).parents[2] / "conf/adapter"
 STEPS = 4
+FITTING = {  # settings for the tiny bases of these tests, whose narrowest layers are 64 to 32
+    "c3a": ["adapter.block_size=32"],
+    "road": ["adapter.group_size=32"],
+    "shira": ["adapter.r=8"],
+    "vblora": ["adapter.vector_length=32"],
+    "waveft": ["adapter.n_frequency=512"],
+}
 CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
 
 
@@ -47,7 +54,15 @@ def told(method, overrides, eval_file):
     """A small float32 run of the method with its own defaults; in a folder of this name."""
     plain = [text for text in overrides if not text.startswith("adapter.")]
     folder = Path(next(text for text in overrides if text.startswith("run_dir=")).partition("=")[2]).parent
-    shared = [*plain, f"adapter={method}", f"data.eval={eval_file}", f"train.max_steps={STEPS}", "train.save_steps=2"]
+    fitting = FITTING.get(method, [])
+    shared = [
+        *plain,
+        f"adapter={method}",
+        *fitting,
+        f"data.eval={eval_file}",
+        f"train.max_steps={STEPS}",
+        "train.save_steps=2",
+    ]
 
     def overrides_of(name: str, *more: str) -> list[str]:
         return [*shared, "export.dtype=float32", *more, f"run_dir={folder}/{name}"]
@@ -76,9 +91,13 @@ def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_sav
     model = prepared.loaded().model
     with without_adapter(model):
         base = logits(prepared, model)
-    assert torch.equal(logits(prepared, model), base) != bool(config.adapter.fresh_differs)
+    differs = float((logits(prepared, model) - base).abs().max())
+    assert (
+        differs > 1e-4 if config.adapter.fresh_differs else differs < 1e-4
+    )  # rounding, of methods that rebuild weights
 
-    frozen = {name: one.clone() for name, one in model.state_dict().items() if name not in trainable(model)}
+    own = {one.data_ptr() for one in trainable(model).values()}  # some layers share one
+    frozen = {name: one.clone() for name, one in model.state_dict().items() if one.data_ptr() not in own}
     before = {name: one.detach().clone() for name, one in trainable(model).items()}
     member = Member(
         "default", config, run_dir.create(config), prepared.base, model, prepared.train, prepared.task.learned
