@@ -59,7 +59,7 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
             parameters[name].data.copy_(tensor)
     else:
         save_file({name: parameter.data for name, parameter in parameters.items()}, spec["adapter"])
-    member = Member("default", config, run_dir.create(config), ready.base, model, ready.train, ready.task.learned)
+    member = Member("default", config, run_dir.create(config), ready.base, model, ready.train, ready.task)
     plain = loop._log
 
     def timed(*given: Any) -> None:
@@ -81,7 +81,7 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
             ],
             "model": str(ready.base.folder),
         }
-    loop.fit([member], ready.train, None, ready.task, ready.accelerator)
+    loop.fit([member], ready.train, None, ready.accelerator)
     return watch.result([line["loss"] for line in member.log.read() if "loss" in line])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_lab.adapters import files
 from lora_lab.adapters.layers import expert_weights, linear_layers
@@ -61,6 +62,25 @@ def attach(
 
     base = base_of(model) if isinstance(model, PeftModel) else model
     return _put(model, fresh_settings(base, adapter, kind), name, seed)
+
+
+def beside(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of their own over the same weights, for adapters that cannot lie on the same modules as others.
+
+    Args:
+        model: without adapters.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    weights: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # what bitsandbytes keeps beside them
+        kept = [vars(module).get("quant_state")]
+        if isinstance(module, Linear8bitLt):
+            if getattr(module.weight, "CB", None) is not None:  # it moves them from the weight at its first pass
+                module.init_8bit_state()
+            kept += [module.state.CB, module.state.SCB]
+        weights |= {id(one): one for one in kept if one is not None}
+    return copy.deepcopy(model, weights)
 
 
 def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKind) -> PeftConfig:

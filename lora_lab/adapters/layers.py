@@ -27,11 +27,13 @@ class Size(NamedTuple):
 
 
 def size_of(layer: nn.Module) -> Size:
-    """The size of a linear layer that is not quantized."""
+    """The size of a linear layer, which may be quantized."""
+    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    weight = layer.get_parameter("weight")
-    first, second = weight.shape
+    if isinstance(layer, nn.Linear):
+        return Size(layer.in_features, layer.out_features)
+    first, second = layer.get_parameter("weight").shape
     return Size(first, second) if isinstance(layer, Conv1D) else Size(second, first)
 
 

@@ -38,6 +38,7 @@ class Forward:
     kept_prefix: bool = False  # the first layer can be told which rows it sees, see `prefix.py`
     chunked_head: bool = False  # losses come from hidden states, see `loss.py`
     routing: Routing = dataclasses.field(default_factory=Routing)  # whose rows are whose, where members share a pass
+    members: int = 1  # how many share a pass, at most; 1: they take turns
     unshareable: str = "no model is loaded"  # why several members cannot share a pass; empty if they can
     _own_attention: str | None = None  # the model's, while `segments` has put another in its place
 

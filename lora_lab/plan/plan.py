@@ -251,8 +251,8 @@ def _timed(live: Live) -> Clock:
     """Train a run of a few steps."""
     setup = live.setup
     run, rows = run_dir.create(setup.config), setup.training_rows()
-    member = Member(ADAPTER, setup.config, run, setup.base, live.model, rows, setup.task.learned)
-    return fit([member], rows, None, setup.task, setup.accelerator)
+    member = Member(ADAPTER, setup.config, run, setup.base, live.model, rows, setup.task)
+    return fit([member], rows, None, setup.accelerator)
 
 
 def _duration(seconds: float) -> str:

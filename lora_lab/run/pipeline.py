@@ -111,14 +111,14 @@ def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:
 def _fit(run: RunDir, live: Live, resume_from: Path | None) -> dict[str, Any]:
     """evaluate the base -> fit -> evaluate; what `result.json` says of it."""
     setup = live.setup
-    member = Member(ADAPTER, setup.config, run, setup.base, live.model, setup.training_rows(), setup.task.learned)
+    member = Member(ADAPTER, setup.config, run, setup.base, live.model, setup.training_rows(), setup.task)
     console.say("steps", summary.describe_steps(member, setup.config))
     if resume_from is not None:
         checkpoint.restore(member, resume_from)
     member.log.rewind(member.state.step)
     before = measure_base(live)
     with setup.stages("train"):
-        clock = fit([member], setup.training_rows(), setup.held_out, setup.task, setup.accelerator)
+        clock = fit([member], setup.training_rows(), setup.held_out, setup.accelerator)
     return finish(member, live, before, clock, show=True)
 
 
@@ -157,7 +157,7 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
     run, state, after, setup = member.run, member.state, EvalResult({}), live.setup
     with member.active():
         with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
-            files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
+            files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
         result = _training_result(member, clock)
         if setup.held_out is not None:
             with setup.stages("evaluate"):

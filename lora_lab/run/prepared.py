@@ -70,11 +70,9 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
-    targets = config.adapter.targets(model, kind.new_modules)
+    targets = check_adapter(config, base, model, kind)
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)
-    _check_quant(config, base)
-    fresh_settings(model, config.adapter, kind)
     _say_experts(model, config, base)
     if unread := set(bypassed(model)) - set(targets):
         console.say(
@@ -87,12 +85,6 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
         )
     if unseen := towers(model):
         console.say("towers", f"{', '.join(unseen)}: not adapted, because texts never reach them")
-    if config.speed.prefix_cache and min((layer_number(name) or 0 for name in targets), default=0) == 0:
-        raise ConfigError(
-            "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
-            "only (adapter.layers_to_transform), or drop it."
-        )
-    _check_dropout(model, config)
     vocab_size = embedded(model)
     pad_within(tokenizer, vocab_size, base.folder)
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
@@ -100,6 +92,28 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
         encoder.template.check_variables()
     base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))
     return ResolvedBase(base, kind, model, targets, encoder)
+
+
+def check_adapter(config: RunConfig, base: BaseFiles, model: PreTrainedModel, kind: ModelKind) -> list[str]:
+    """The layers that a run's adapter will sit on.
+
+    Args:
+        model: the base without weights.
+
+    Raises:
+        AdapterError: it does not fit these layers.
+        ConfigError: it cannot be trained on a base that is stored so, or with what else the run is told.
+    """
+    targets = config.adapter.targets(model, kind.new_modules)
+    _check_quant(config, base)
+    fresh_settings(model, config.adapter, kind)
+    if config.speed.prefix_cache and min((layer_number(name) or 0 for name in targets), default=0) == 0:
+        raise ConfigError(
+            "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
+            "only (adapter.layers_to_transform), or drop it."
+        )
+    _check_dropout(model, config)
+    return targets
 
 
 def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
-from lora_lab.adapters.attach import attach, attach_trained, coverage, fresh_settings, without_adapter
+from lora_lab.adapters.attach import attach, attach_trained, beside, coverage, fresh_settings, without_adapter
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
@@ -122,11 +122,29 @@ class Setup:
             members: for each adapter the configuration that a fresh one is made by, or the folder of a trained one, verified; None:
                 the run's own fresh adapter alone.
         """
-        config, members = self.config, members or {ADAPTER: self.config}
+        [base] = self.bases()
+        live = self.on(base, members or {ADAPTER: self.config})
+        if self.kind.new_modules:
+            console.say("head", f"{', '.join(self.kind.new_modules)}: trained whole, in float32")
+        return live
+
+    def bases(self, count: int = 1) -> list[PreTrainedModel]:
+        """The base as often as adapters that cannot lie on the same modules need it, with the weights there once."""
+        config = self.config
         with self.stages("load_base"):
-            model: PreTrainedModel | PeftModel = load.load_model(
-                self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed
-            )
+            first = load.load_model(self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed)
+            return [first, *(beside(first) for _ in range(count - 1))]
+
+    def for_other(self, config: RunConfig) -> Setup:
+        """The same base and rows for a run that differs in its adapter, with a task of its own: that knows how batches go through its
+        model."""
+        task = type(self.task)(config, self.encoder, self.task.learned, self.skeleton().config)
+        return dataclasses.replace(self, config=config, task=task)
+
+    def on(self, base: PreTrainedModel, members: Mapping[str, RunConfig | Path]) -> Live:
+        """Put adapters on one of `bases`; `members` as of `loaded`."""
+        model: PreTrainedModel | PeftModel = base
+        with self.stages("load_base"):
             for name, own in members.items():
                 if isinstance(own, Path):
                     model = attach_trained(model, own, name)
@@ -137,8 +155,6 @@ class Setup:
         console.say("adapter", f"{coverage(live.model, name)}{more}")
         live.decide_packing()
         live.accelerate()
-        if self.kind.new_modules:
-            console.say("head", f"{', '.join(self.kind.new_modules)}: trained whole, in float32")
         return live
 
 

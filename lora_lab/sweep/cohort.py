@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_lab.config.sweep import SweepConfig
@@ -15,17 +16,26 @@ from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.run import run_dir
 from lora_lab.run.pipeline import finish, measure_base
-from lora_lab.run.prepared import prepare
+from lora_lab.run.prepared import check_adapter, prepare
 from lora_lab.run.setup import Live, Setup
 from lora_lab.runtime import console, storage
 from lora_lab.runtime.reading import reading
 from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
-from lora_lab.sweep.jobs import Job, groups, why_apart
+from lora_lab.sweep.jobs import Job, by_method, groups, why_apart
 from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint, sharing
 from lora_lab.training.cohort import Member
-from lora_lab.training.loop import Clock, fit
+from lora_lab.training.loop import Clock, by_model, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """A job whose adapter lies on a loaded base."""
+
+    job: Job
+    member: Member
+    live: Live
 
 
 def train(jobs: list[Job]) -> None:
@@ -105,20 +115,46 @@ def _train_together(jobs: list[Job], budget: Budget) -> None:
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
     setup = prepare(jobs[0].config, begun=begun)
     skeleton = setup.skeleton()
-    jobs = _those(jobs, lambda job: job.config.adapter.targets(skeleton, setup.kind.new_modules))
+    jobs = _those(jobs, lambda job: check_adapter(job.config, setup.base, skeleton, setup.kind))
     if not jobs:
         return
-    with setup.loaded({_name(place): job.config for place, job in enumerate(jobs)}) as live:
-        _train_loaded(jobs, live, budget)
+    with contextlib.ExitStack() as stack:
+        _train_loaded(jobs, setup, stack, budget)
 
 
-def _train_loaded(jobs: list[Job], live: Live, budget: Budget) -> None:
-    before = measure_base(live)
+def _train_loaded(jobs: list[Job], setup: Setup, stack: contextlib.ExitStack, budget: Budget) -> None:
+    """Train them on a base that is loaded once; `stack` lets it go."""
+    parts, lives = by_method(jobs), list[Live]()
+    if len(parts) > 1:
+        told = ", ".join(dict.fromkeys(part[0].config.adapter.label for part in parts))
+        console.say("methods", f"{told} take turns on one base, because they cannot lie on the same modules")
+    for part, base in zip(parts, setup.bases(len(parts)), strict=True):
+        own = setup.for_other(part[0].config) if lives else setup
+        try:
+            lives.append(
+                stack.enter_context(own.on(base, {_name(place): job.config for place, job in enumerate(part)}))
+            )
+        except Exception as error:
+            _fail(part, error)
+    if not lives:
+        return
+    before = measure_base(lives[0])
     _check_metric(jobs[0].config.sweep, before)
-    members: dict[str, Member] = {}
-    for place, job in enumerate(jobs):
-        _those([job], functools.partial(_join, members=members, name=_name(place), live=live))
-    _train_members([(job, members[job.title]) for job in jobs if job.error is None], live, before, budget)
+    joined: list[_Joined] = []
+    for part, live in zip((part for part in parts if part[0].error is None), lives, strict=True):
+        for place, job in enumerate(part):
+            _those([job], functools.partial(_join, joined=joined, name=_name(place), live=live))
+    _train_members(joined, setup, before, budget)
+
+
+def _name(place: int) -> str:
+    return f"member{place}"
+
+
+def _fail(jobs: Sequence[Job], error: Exception) -> None:
+    for job in jobs:
+        job.error = error
+        console.say("failed", f"{job.title}: {error}")
 
 
 def _those(jobs: list[Job], action: Callable[[Job], Any]) -> list[Job]:
@@ -127,13 +163,8 @@ def _those(jobs: list[Job], action: Callable[[Job], Any]) -> list[Job]:
         try:
             action(job)
         except Exception as error:
-            job.error = error
-            console.say("failed", f"{job.title}: {error}")
+            _fail([job], error)
     return [job for job in jobs if job.error is None]
-
-
-def _name(place: int) -> str:
-    return f"member{place}"
 
 
 def _check_metric(sweep: SweepConfig, before: EvalResult) -> None:
@@ -145,15 +176,15 @@ def _check_metric(sweep: SweepConfig, before: EvalResult) -> None:
         )
 
 
-def _join(job: Job, members: dict[str, Member], name: str, live: Live) -> None:
-    members[job.title] = _member(name, job, live)
+def _join(job: Job, joined: list[_Joined], name: str, live: Live) -> None:
+    joined.append(_Joined(job, _member(name, job, live), live))
 
 
 def _member(name: str, job: Job, live: Live) -> Member:
     """The job's member, resumed from its newest valid checkpoint."""
     setup = live.setup
     live.model.set_adapter(name)
-    member = Member(name, job.config, job.run, setup.base, live.model, setup.training_rows(), setup.task.learned)
+    member = Member(name, job.config, job.run, setup.base, live.model, setup.training_rows(), setup.task)
     run_dir.check_manifest(job.run, setup.base, setup.data_hashes())
     if run_dir.read_manifest(job.run) is None:
         run_dir.write_manifest(job.run, job.config, setup.base, setup.data_hashes())
@@ -167,35 +198,36 @@ def _member(name: str, job: Job, live: Live) -> Member:
     return member
 
 
-def _train_members(pairs: list[tuple[Job, Member]], live: Live, before: EvalResult, budget: Budget) -> None:
-    if not pairs:
+def _train_members(joined: list[_Joined], setup: Setup, before: EvalResult, budget: Budget) -> None:
+    if not joined:
         return
-    sweep, members = pairs[0][0].config.sweep, [member for _, member in pairs]
-    width = _width(members, live.setup, sweep)
+    sweep, members = joined[0].job.config.sweep, [one.member for one in joined]
+    for on_one in by_model(members):
+        on_one[0].task.forward.members = _width(on_one, setup, sweep)
     budget.members += members
     clock = Clock()
-    with live.setup.stages("train"):
+    with setup.stages("train"):
         for rung in halving.rungs(members, sweep):
             alive = [member for member in rung.members if member.failure is None]
             if not alive:
                 break
-            clock = _fit(alive, live.setup, width, budget)
+            clock = _fit(alive, setup, budget)
             rung.choose(alive)
     budget.settle()
-    for job, member in pairs:
+    for one in joined:
+        job, member = one.job, one.member
         job.error = member.failure
         if member.done and member.failure is None:
-            _those([job], functools.partial(_finish, member=member, live=live, before=before, clock=clock))
+            _those([job], functools.partial(_finish, member=member, live=one.live, before=before, clock=clock))
         elif member.failure is None:
             step, score = member.state.step, halving.score_at(member, member.state.step)
             job.stopped, job.stopped_at = f"stopped at step {step} of {member.total_steps}", step
             job.stopped_score = score if math.isfinite(score) else None
 
 
-def _fit(members: list[Member], setup: Setup, width: int, budget: Budget) -> Clock:
-    data, task = (setup.training_rows(), setup.held_out), setup.task
+def _fit(members: list[Member], setup: Setup, budget: Budget) -> Clock:
     try:
-        return fit(members, *data, task, setup.accelerator, width, budget.used_up)
+        return fit(members, setup.training_rows(), setup.held_out, setup.accelerator, budget.used_up)
     except Exception as error:
         if len(members) > 1:
             raise
@@ -209,10 +241,10 @@ def _finish(job: Job, member: Member, live: Live, before: EvalResult, clock: Clo
 
 
 def _width(members: list[Member], setup: Setup, sweep: SweepConfig) -> int:
-    """How many members share a pass; 1: they take turns."""
+    """How many members of one model share a pass; 1: they take turns."""
     if len(members) == 1 or sweep.execution == "interleaved":
         return 1
-    against = sharing.reason_against(setup.task, members)
+    against = sharing.reason_against(members)
     if against and sweep.execution == "batched":
         raise ConfigError(f"sweep.execution=batched: {against}. Set sweep.execution=interleaved.")
     if against:

@@ -164,12 +164,19 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     shared = {key: value for name in _SHARED for key, value in leaves(tree[name], f"{name}.")}
     shared |= {f"train.{name}": tree["train"][name] for name in _SHARED_OF_TRAIN}
-    shared |= {f"adapter.{name}": value for name, value in config.adapter.on_one_base().items()}
     if config.task.load().head != "none":
         shared["seed"] = config.seed  # a new head is drawn with it while the base is loaded
     if config.tracker.name not in _TRACKERS_OF_MANY:
         shared[f"run, because tracker.name={config.tracker.name} follows one at a time"] = config.run_dir
     return shared
+
+
+def by_method(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs of a group whose adapters can lie on the same modules, together, in order."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(json.dumps(job.config.adapter.on_one_base(), sort_keys=True), []).append(job)
+    return list(found.values())
 
 
 def why_apart(one: Job, other: Job) -> str:

@@ -42,7 +42,7 @@ def save(member: Member) -> Path:
     if unwritten:
         state[_UNWRITTEN] = unwritten
     with storage.new_folder(folder, {"step": member.state.step}) as temporary:
-        files.write(temporary, member.model, member.name, member.config, member.base, member.learned)
+        files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
         save_file(tensors, temporary / _OPTIMIZER)
         (temporary / _STATE).write_text(storage.dump_json(state), encoding="utf-8")
     _purge(member)

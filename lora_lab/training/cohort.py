@@ -66,20 +66,20 @@ class Member:
         base: BaseFiles,
         model: PeftModel,
         data: Dataset | Stream,
-        learned: dict[str, Any],
+        task: AnyTask,
     ):
         """
         Args:
             model: holds a freshly attached adapter `name`, which must be the active one.
             data: its training rows.
-            learned: what its task took from them.
+            task: what it learns, which knows how batches go through this model.
         """
         self.name = name
         self.config = config
         self.run = run
         self.base = base
         self.model = model
-        self.learned = learned
+        self.task = task
         self.parameters: dict[str, torch.nn.Parameter] = trainable(model)
         self.plan = plan_of(config, data)
         self.total_steps = self.plan.total_steps(config.train.epochs, config.train.max_steps)
@@ -166,9 +166,7 @@ def learning(members: Sequence[Member]) -> Iterator[None]:
     yield
 
 
-def share(
-    member: Member, parts: list[list[Example]], seed: int, task: AnyTask, accelerator: Accelerator, alone: bool
-) -> Share:
+def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Accelerator, alone: bool) -> Share:
     """What a member brings into a step.
 
     Args:
@@ -178,20 +176,21 @@ def share(
     torch.manual_seed(seed)
     member.model.train()
     with accelerator.autocast():
-        batches = task.step(member.model, parts, np.random.default_rng(seed))
+        batches = member.task.step(member.model, parts, np.random.default_rng(seed))
     generator = None if alone else torch.Generator(member.model.device).manual_seed(seed)
     return Share(member, parts, batches, ranks.sum(batches.weight), generator)
 
 
-def learn(shares: Sequence[Share], place: int, task: AnyTask, accelerator: Accelerator) -> None:
-    """Forward and backward over one batch of each share, in one pass. A step's loss is the weighted mean over all that it learns
+def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:
+    """Forward and backward over one batch of each share, in one pass of the model that all of them are on. A step's loss is the weighted mean over all that it learns
     from, however it is split.
 
     Args:
         place: which of its batches; shares that have no such batch have no part in the pass.
     """
     shares = [one for one in shares if place < len(one.batches)]
-    train, model = shares[0].member.config.train, shares[0].member.model
+    first = shares[0].member
+    train, model, task = first.config.train, first.model, first.task
     batches = [one.batches.batches[place].to(model.device) for one in shares]
     routes = [_route(*pair) for pair in zip(shares, batches, strict=True) if pair[0].generator is not None]
 

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lora_lab.data.encode import Example
-    from lora_lab.tasks.base import AnyTask
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
 _ENOUGH_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass that another one beside it is worth its start
@@ -59,12 +58,10 @@ class Loop:
 
     train: Dataset | Stream
     held_out: Dataset | None
-    task: AnyTask
     accelerator: Accelerator
     arrived: list[int]  # signals
     progress: console.Steps
     clock: Clock
-    width: int  # members in one pass, at most; 1: they take turns
     alone: bool  # whether there is one member only
 
 
@@ -72,9 +69,7 @@ def fit(
     members: list[Member],
     train: Dataset | Stream,
     held_out: Dataset | None,
-    task: AnyTask,
     accelerator: Accelerator,
-    width: int = 1,
     used_up: Callable[[], bool] = lambda: False,
 ) -> Clock:
     """Train every member to where it stops; those at their end are left with their best or last adapter loaded
@@ -83,7 +78,6 @@ def fit(
     A member that fails leaves the others as they are: its error is in `member.failure`. The only member's error is raised.
 
     Args:
-        width: how many members share a pass, at most; 1: they take turns.
         used_up: whether the members should rest where they are; asked after each of them made a step.
 
     Raises:
@@ -93,10 +87,12 @@ def fit(
     clock, alone = Clock(_WARM_UP_STEPS * len(members)), len(members) == 1
     with (
         signals.held() as arrived,
-        task.forward.segments(members[0].model),
+        contextlib.ExitStack() as passes,
         console.steps("train", sum(m.stop_at for m in members), sum(m.state.step for m in members)) as progress,
     ):
-        _steps(members, Loop(train, held_out, task, accelerator, arrived, progress, clock, width, alone), used_up)
+        for on_one in by_model(members):
+            passes.enter_context(on_one[0].task.forward.segments(on_one[0].model))
+        _steps(members, Loop(train, held_out, accelerator, arrived, progress, clock, alone), used_up)
     for member in members:
         if member.done and member.failure is None:
             _load_best(member)
@@ -109,18 +105,35 @@ def _steps(members: list[Member], loop: Loop, used_up: Callable[[], bool]) -> No
     if any(member.state.step < member.stop_at for member in members):
         for member in members:
             oom.apply(member)
-        if loop.width > 1:
-            sharing.check(members, loop.train, loop.task, loop.accelerator)
+        for on_one in by_model(members):
+            if on_one[0].task.forward.members > 1:
+                sharing.check(on_one, loop.train, loop.accelerator)
     while running := [member for member in members if not member.resting]:
-        width = loop.width
-        for start in range(0, len(running), width):
-            _step_or_fail(running[start : start + width], loop)
+        for together in _together(running):
+            _step_or_fail(together, loop)
             if ranks.agree(bool(loop.arrived)):
                 _save_all(members)
                 raise _interruption(loop.arrived[0], members)
         if used_up():
             _save_all(running)
             break
+
+
+def by_model(members: Sequence[Member]) -> list[list[Member]]:
+    """The members that are on one model, together, in order."""
+    found: dict[int, list[Member]] = {}
+    for member in members:
+        found.setdefault(id(member.model), []).append(member)
+    return list(found.values())
+
+
+def _together(members: Sequence[Member]) -> list[list[Member]]:
+    """The members in groups that share passes."""
+    groups = []
+    for on_one in by_model(members):
+        width = on_one[0].task.forward.members
+        groups += [on_one[start : start + width] for start in range(0, len(on_one), width)]
+    return groups
 
 
 def _interruption(signum: int, members: list[Member]) -> Interrupted:
@@ -139,13 +152,14 @@ def _step(members: list[Member], loop: Loop) -> None:
     for attempt in oom.attempts(lambda: _need_less(members, loop)):
         with attempt, learning(members):
             shares = [_share(member, loop, alone) for member in members]
-            for start in range(0, len(shares), loop.width):
-                together = shares[start : start + loop.width]
+            width = members[0].task.forward.members
+            for start in range(0, len(shares), width):
+                together = shares[start : start + width]
                 for place in range(max(len(one.batches) for one in together)):
                     if ranks.agree(bool(loop.arrived)):
                         _forget(members)
                         return
-                    learn(together, place, loop.task, loop.accelerator)
+                    learn(together, place, loop.accelerator)
     passes = (time.perf_counter() - started) / len(members)
     for one in shares:
         with _left_out_if_it_fails(one.member, loop):
@@ -164,15 +178,15 @@ def _step(members: list[Member], loop: Loop) -> None:
 
 def _share(member: Member, loop: Loop, alone: bool) -> Share:
     """What a member brings into its coming step."""
-    parts, seed = _parts(member, loop.train, loop.task), member.plan.dropout_seed(member.state.step)
-    return share(member, parts, seed, loop.task, loop.accelerator, alone)
+    parts, seed = _parts(member, loop.train), member.plan.dropout_seed(member.state.step)
+    return share(member, parts, seed, loop.accelerator, alone)
 
 
-def _parts(member: Member, train: Dataset | Stream, task: AnyTask) -> list[list[Example]]:
+def _parts(member: Member, train: Dataset | Stream) -> list[list[Example]]:
     """The examples of the coming step's micro-batches; for padded batches, rows of like length together."""
     chosen = member.plan.step(member.state.step)
     parts = [[example for i in part for example in train[int(i)]] for part in chosen]
-    if task.config.packed:
+    if member.task.config.packed:
         return parts
     device = member.model.device.type
     return of_like_length([e for part in parts for e in part], member.plan.micro_batch_size, _ENOUGH_TOKENS[device])
@@ -205,10 +219,11 @@ def _need_less(members: list[Member], loop: Loop) -> None:
     """
     _forget(members)
     if len(members) > 1:
-        if loop.width == 1:
+        forward = members[0].task.forward
+        if forward.members == 1:
             raise TrainingError("one member's pass does not fit into memory")
-        loop.width = (loop.width + 1) // 2
-        console.say("memory", f"passes of {loop.width} members from now on; the steps themselves stay the same")
+        forward.members = (forward.members + 1) // 2
+        console.say("memory", f"passes of {forward.members} members from now on; the steps themselves stay the same")
         return
     [member] = members
     done = oom.step_down(member)
@@ -241,7 +256,7 @@ def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
     rows = ", ".join(example.origin for example in examples)
     with member.active():
         saved = checkpoint.save(member)
-        where = diagnose.first_non_finite(member.model, examples, loop.task, loop.accelerator)
+        where = diagnose.first_non_finite(member.model, examples, member.task, loop.accelerator)
     first = (
         f"First not finite: the output of {where}. " if where else "The forward pass is finite, the gradient is not. "
     )
@@ -297,7 +312,7 @@ def _evaluate(member: Member, loop: Loop) -> bool:
     if loop.held_out is None or not member.due(config.eval_steps):
         return False
     with member.active(), loop.accelerator.autocast():
-        member.measured = loop.task.measure(member.model.eval(), loop.held_out)
+        member.measured = member.task.measure(member.model.eval(), loop.held_out)
     metrics = member.measured.metrics
     member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
     better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)

@@ -16,7 +16,6 @@ from lora_lab.training.cohort import learn, learning, share
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lora_lab.tasks.base import AnyTask
     from lora_lab.training.cohort import Member
 
 # How far gradients of a shared pass may be from those of a pass alone, as a share of their norm. bfloat16: 0.02 to 0.035 were
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
-def reason_against(task: AnyTask, members: Sequence[Member]) -> str:
-    """Why these members cannot share passes; empty if they can."""
+def reason_against(members: Sequence[Member]) -> str:
+    """Why these members, of one model, cannot share passes; empty if they can."""
+    task = members[0].task
     train = [member.config.train for member in members]
     dropout = any(member.config.adapter.dropout for member in members)
     reasons = {
@@ -47,7 +47,7 @@ def _drops(member: Member) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def check(members: Sequence[Member], train: Dataset | Stream, task: AnyTask, accelerator: Accelerator) -> None:
+def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accelerator) -> None:
     """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own.
 
     Raises:
@@ -60,10 +60,10 @@ def check(members: Sequence[Member], train: Dataset | Stream, task: AnyTask, acc
         own, alone = [members[place] for place in places], len(places) == 1
         with learning(own):
             shares = [
-                share(member, [[rows[place % len(rows)]]], 0, task, accelerator, alone)
+                share(member, [[rows[place % len(rows)]]], 0, accelerator, alone)
                 for member, place in zip(own, places, strict=True)
             ]
-            learn(shares, 0, task, accelerator)
+            learn(shares, 0, accelerator)
             return [_taken(member) for member in own]
 
     together = gradients(range(len(members)))

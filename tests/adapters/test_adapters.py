@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lora_lab import cli
 from lora_lab.adapters import ADAPTERS, files
-from lora_lab.adapters.attach import attach_trained, trainable, without_adapter
+from lora_lab.adapters.attach import attach_trained, base_of, trainable, without_adapter
 from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.config import compose
@@ -99,10 +99,8 @@ def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_sav
     own = {one.data_ptr() for one in trainable(model).values()}  # some layers share one
     frozen = {name: one.clone() for name, one in model.state_dict().items() if one.data_ptr() not in own}
     before = {name: one.detach().clone() for name, one in trainable(model).items()}
-    member = Member(
-        "default", config, run_dir.create(config), prepared.base, model, prepared.train, prepared.task.learned
-    )
-    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    member = Member("default", config, run_dir.create(config), prepared.base, model, prepared.train, prepared.task)
+    fit([member], prepared.train, prepared.held_out, prepared.accelerator)
     assert any(not torch.equal(one, before[name]) for name, one in trainable(model).items())
     assert all(one.dtype == torch.float32 for one in trainable(model).values())
     assert all(torch.equal(model.state_dict()[name], one) for name, one in frozen.items())
@@ -283,10 +281,51 @@ def test_what_a_method_says_against_something_is_asked_before_training(config_of
     assert "LoRA cannot be merged, because it changes the input of a layer. Use the adapter as it is" in message
 
 
-def test_adapters_that_cannot_lie_on_one_base_are_groups_of_their_own(config_of, monkeypatch):
-    configs = [config_of(f"adapter.r={r}", f"run_dir=r{r}") for r in (2, 4)]
-    assert len(jobs.groups(jobs.jobs_of(configs))) == 1
+def test_adapters_that_cannot_lie_on_the_same_modules_are_parts_of_a_group(config_of, monkeypatch):
+    found = jobs.jobs_of([config_of(f"adapter.r={r}", f"run_dir=r{r}") for r in (2, 4)])
+    assert len(jobs.groups(found)) == len(jobs.by_method(found)) == 1
     monkeypatch.setattr(LoraAdapter, "on_one_base", dataclasses.asdict)
-    found = jobs.groups(jobs.jobs_of(configs))
-    assert len(found) == 2
-    assert jobs.why_apart(found[0][0], found[1][0]) == "adapter.r"
+    assert len(jobs.groups(found)) == 1
+    assert jobs.by_method(found) == [[found[0]], [found[1]]]
+
+
+METHODS = (
+    ["adapter=lora", "adapter.r=2"],
+    ["adapter=vera"],
+    ["adapter=lora", "adapter.r=3", "seed=1"],
+    ["adapter=oft", "optim.lr=0.001"],
+)
+
+
+@pytest.mark.parametrize("quant", ["none", *(pytest.param(name, marks=pytest.mark.long) for name in ("nf4", "int8"))])
+def test_a_sweep_over_methods_is_one_cohort_on_one_base(overrides, eval_file, tmp_path, capsys, monkeypatch, quant):
+    plain = [text for text in overrides if not text.startswith("adapter.")]
+    shared = [*plain, f"data.eval={eval_file}", f"train.max_steps={STEPS}", f"quant={quant}"]
+
+    def configs(folder: str):
+        return [compose.compose([*shared, *own, f"run_dir={tmp_path}/{folder}/{i}"]) for i, own in enumerate(METHODS)]
+
+    seen, plain_fit = [], cohort.fit
+
+    def watched(members, *more):
+        seen.extend(members)
+        return plain_fit(members, *more)
+
+    monkeypatch.setattr(cohort, "fit", watched)
+    found = jobs.jobs_of(configs("sweep"))
+    cohort.train(found)
+    assert [job.error for job in found] == [None] * 4
+    said = capsys.readouterr().out
+    assert "LoRA, VeRA, OFT take turns on one base, because they cannot lie on the same modules" in said
+    together = "2 runs on one base, 2 in each pass" in said
+    assert together == (quant != "int8")
+    weights = [
+        [one.data_ptr() for one in base_of(member.model).parameters() if not one.requires_grad] for member in seen
+    ]
+    assert all({*base} & {*weights[0]} for base in weights)
+    for place, config in enumerate(configs("alone")):
+        run = pipeline.train(config).path
+        if together and place in (0, 2):
+            assert_same_run(found[place].run.path, run)
+        else:
+            assert adapter_bytes(found[place].run) == adapter_bytes(run)

@@ -334,7 +334,7 @@ def test_a_frozen_prefix_is_computed_once(families, config_of, tmp_path, kind):
         layer = model.get_base_model().model.layers[0]
         count: list[int] = []
         layer.mlp.register_forward_hook(lambda *_, count=count: count.append(1))
-        fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+        fit([member], prepared.train, None, prepared.accelerator)
         found.append({name: parameter.detach().clone() for name, parameter in member.parameters.items()})
         calls.append(len(count))
     assert relative_gap(found[1], found[0]) <= 1e-5

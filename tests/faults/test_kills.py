@@ -111,7 +111,7 @@ def member(config_of, tmp_path):
     prepared = prepare(config)
     model = prepared.loaded().model
     run = run_dir.create(config)
-    made = Member("default", config, run, prepared.base, model, prepared.train, prepared.task.learned)
+    made = Member("default", config, run, prepared.base, model, prepared.train, prepared.task)
     for parameter in made.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     made.optimizer.step()

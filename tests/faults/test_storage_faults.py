@@ -563,7 +563,7 @@ def test_damaged_newer_checkpoints_do_not_push_out_what_is_saved(config_of, tmp_
     config = config_of("train.keep_checkpoints=1")
     prepared = prepare(config)
     model, run = prepared.loaded().model, run_dir.create(config)
-    member = Member("default", config, run, prepared.base, model, prepared.train, prepared.task.learned)
+    member = Member("default", config, run, prepared.base, model, prepared.train, prepared.task)
     (run.checkpoints / "step-9").mkdir(parents=True)
     member.state.step = 3
     saved = checkpoint.save(member)

@@ -68,7 +68,7 @@ def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
     with usage, prepared.task.forward.segments(member.model):
         usage.ignore(memory._tensors(member.model))
-        learn([share], 0, prepared.task, prepared.accelerator)
+        learn([share], 0, prepared.accelerator)
     # a few tables that the real step makes, such as the positions of a rotary embedding, may or may not be cached
     assert found.activations == pytest.approx(usage.heap_peak, rel=0.01)
 

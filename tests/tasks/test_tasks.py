@@ -500,7 +500,7 @@ def ready(start):
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
         member = Member(
-            "default", ready.config, run_dir.create(ready.config), ready.base, model, ready.train, ready.task.learned
+            "default", ready.config, run_dir.create(ready.config), ready.base, model, ready.train, ready.task
         )
         examples = [e for i in range(6) for e in ready.train[i]]
         [batch] = ready.task.step(model, [examples], np.random.default_rng(0)).batches
@@ -513,7 +513,7 @@ def ready(start):
 def learned(member, prepared_run, batch) -> Share:
     """A pass over the batch as the loop makes it."""
     share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
-    learn([share], 0, prepared_run.task, prepared_run.accelerator)
+    learn([share], 0, prepared_run.accelerator)
     return share
 
 

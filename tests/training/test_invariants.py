@@ -33,7 +33,7 @@ def prepared_and_model(config):
 def member_of(prepared, model, config, run: run_dir.RunDir | None = None) -> Member:
     """The model's only member, in a fresh folder unless `run` is given."""
     run, task = run or run_dir.create(config), prepared.task
-    return Member("default", config, run, prepared.base, model, prepared.train, task.learned)
+    return Member("default", config, run, prepared.base, model, prepared.train, task)
 
 
 def adapter_of(model) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def train_once(config, tmp_path):
     config = dataclasses.replace(config, run_dir=str(tmp_path))
     prepared, model = prepared_and_model(config)
     member = member_of(prepared, model, config)
-    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    fit([member], prepared.train, prepared.held_out, prepared.accelerator)
     return adapter_of(model), [line["loss"] for line in member.log.read() if "loss" in line]
 
 
@@ -223,7 +223,7 @@ def test_quantized_base_is_frozen_to_the_byte(config_of, tmp_path, eval_file, me
     assert any(tensor.dtype in (torch.uint8, torch.int8) for tensor in frozen.values())
     start = adapter_of(model)
     member = member_of(prepared, model, config)
-    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    fit([member], prepared.train, prepared.held_out, prepared.accelerator)
     after = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
@@ -244,10 +244,10 @@ def test_members_of_a_cohort_train_as_if_alone(config_of, tmp_path, eval_file):
     members = []
     for i, config in enumerate(configs):
         model = attach(model, config.adapter, f"member{i}", prepared.kind, config.seed)
-        run, learned = run_dir.create(config), prepared.task.learned
-        members.append(Member(f"member{i}", config, run, prepared.base, model, prepared.train, learned))
+        run = run_dir.create(config)
+        members.append(Member(f"member{i}", config, run, prepared.base, model, prepared.train, prepared.task))
     Live(prepared, model).accelerate()
-    fit(members, prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    fit(members, prepared.train, prepared.held_out, prepared.accelerator)
     for i, (config, member) in enumerate(zip(configs, members, strict=True)):
         alone, losses = train_once(config, tmp_path / f"solo{i}")
         assert [line["loss"] for line in member.log.read() if "loss" in line] == losses
@@ -264,7 +264,7 @@ def test_early_stopping_and_best_adapter(config_of, tmp_path, eval_file):
     )  # fmt: skip
     prepared, model = prepared_and_model(config)
     member = member_of(prepared, model, config)
-    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    fit([member], prepared.train, prepared.held_out, prepared.accelerator)
     evals = {line["step"]: line["eval_loss"] for line in member.log.read() if "eval_loss" in line}
     assert member.state.stopped_early
     assert member.state.step == member.state.best_step + 3 < member.total_steps
@@ -281,7 +281,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(config_of, tmp_path, eval_file)
     config = config_of(f"data.eval={eval_file}", "train.max_steps=3", "train.eval_steps=1", f"run_dir={tmp_path}/r")
     prepared, model = prepared_and_model(config)
     member = member_of(prepared, model, config)
-    fit([member], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    fit([member], prepared.train, prepared.held_out, prepared.accelerator)
     member.state.best_step, member.state.step = member.state.step, 99
     weights = member.run.checkpoints / f"step-{member.state.best_step}" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
@@ -305,7 +305,7 @@ def test_non_finite_loss_stops_before_the_update(config_of, tmp_path, monkeypatc
 
     monkeypatch.setattr(prepared.task, "loss", poisoned)
     with pytest.raises(TrainingError, match=r"Step 3: loss nan.*Rows of the step: train\.jsonl row \d+"):
-        fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+        fit([member], prepared.train, None, prepared.accelerator)
     assert relative_gap(adapter_of(model), seen[-1]) == 0
     assert checkpoint.newest_valid(member.run.checkpoints)[0].name == "step-2"
 
@@ -323,7 +323,7 @@ def test_the_first_module_that_is_not_finite_is_named(config_of, tmp_path):
     with pytest.raises(
         TrainingError, match=r"First not finite: the output of model\.layers\.2\.mlp\.\w+ \(float32\) in train"
     ):
-        fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+        fit([member], prepared.train, None, prepared.accelerator)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
@@ -336,12 +336,12 @@ def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
     )
     prepared, model = prepared_and_model(config)
     member = member_of(prepared, model, config)
-    fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+    fit([member], prepared.train, None, prepared.accelerator)
     finished = adapter_of(model)
     prepared, model = prepared_and_model(config)
     again = member_of(prepared, model, config, member.run)
     checkpoint.restore(again, member.run.checkpoints / "step-4")
-    fit([again], prepared.train, None, prepared.task, prepared.accelerator)
+    fit([again], prepared.train, None, prepared.accelerator)
     assert relative_gap(adapter_of(model), finished) == 0
 
 

@@ -32,7 +32,7 @@ member.optimizer.zero_grad()
 if limit:
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
-fit([member], prepared.train, None, prepared.task, prepared.accelerator)
+fit([member], prepared.train, None, prepared.accelerator)
 save_file(adapter_of(model), out)
 print(json.dumps([member.state.micro_batch_size, member.state.checkpointing]))
 """
