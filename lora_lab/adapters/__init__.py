@@ -14,6 +14,7 @@ from lora_lab.adapters.methods.hira import HiraAdapter
 from lora_lab.adapters.methods.hra import HraAdapter
 from lora_lab.adapters.methods.ia3 import Ia3Adapter
 from lora_lab.adapters.methods.lily import LilyAdapter
+from lora_lab.adapters.methods.ln_tuning import LnTuningAdapter
 from lora_lab.adapters.methods.loha import LohaAdapter
 from lora_lab.adapters.methods.lokr import LokrAdapter
 from lora_lab.adapters.methods.lora import LoraAdapter
@@ -28,6 +29,7 @@ from lora_lab.adapters.methods.road import RoadAdapter
 from lora_lab.adapters.methods.shira import ShiraAdapter
 from lora_lab.adapters.methods.supertuning import SupertuningAdapter
 from lora_lab.adapters.methods.tinylora import TinyloraAdapter
+from lora_lab.adapters.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lab.adapters.methods.unilora import UniloraAdapter
 from lora_lab.adapters.methods.vblora import VbloraAdapter
 from lora_lab.adapters.methods.vera import VeraAdapter
@@ -48,6 +50,7 @@ ADAPTERS: dict[str, type[AdapterSection]] = {
     "hra": HraAdapter,
     "ia3": Ia3Adapter,
     "lily": LilyAdapter,
+    "ln_tuning": LnTuningAdapter,
     "loha": LohaAdapter,
     "lokr": LokrAdapter,
     "miss": MissAdapter,
@@ -61,6 +64,7 @@ ADAPTERS: dict[str, type[AdapterSection]] = {
     "shira": ShiraAdapter,
     "supertuning": SupertuningAdapter,
     "tinylora": TinyloraAdapter,
+    "trainable_tokens": TrainableTokensAdapter,
     "unilora": UniloraAdapter,
     "vblora": VbloraAdapter,
     "vera": VeraAdapter,

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from lora_lab.adapters.base import AdapterSection
 
 
+_HARMLESS = (  # of what peft warns where it is meant so
+    "Failed to load the CUDA extension",  # BOFT, which then has one butterfly factor, as it is told here
+    "Setting boft_n_butterfly_factor to 1",
+    "Unsupported layer type",  # LN tuning of a normalization that is no torch.nn.LayerNorm; it needs no size
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """Where an adapter sits."""
@@ -33,14 +40,20 @@ class Coverage:
     base_parameters: int
     matched_experts: int = 0  # adapted weights of experts and routers
     experts: int = 0  # all of them
+    matched_others: int = 0  # adapted normalizations and embeddings
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.base_parameters
         experts = (
             f" and {self.matched_experts} of {self.experts} weights of experts and routers" if self.experts else ""
         )
+        linear = f"{self.matched} of {self.linear_layers} linear layers{experts}"
+        others = f"{self.matched_others} normalizations and embeddings"
+        told = " and ".join(
+            [linear] * bool(self.matched or not self.matched_others) + [others] * bool(self.matched_others)
+        )
         return (
-            f"{self.matched} of {self.linear_layers} linear layers{experts} adapted, "
+            f"{told} adapted, "
             f"{self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
         )
 
@@ -131,7 +144,7 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:
         with warnings.catch_warnings():
-            for told in ("Failed to load the CUDA extension", "Setting boft_n_butterfly_factor to 1"):  # as it is here
+            for told in _HARMLESS:
                 warnings.filterwarnings("ignore", told)
             if getattr(config, "target_parameters", None):  # peft looks for patterns of experts among the layers alone
                 warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
@@ -175,6 +188,13 @@ def coverage(model: PeftModel, name: str) -> Coverage:
     layers = [layer for layer in linear_layers(model) if ".modules_to_save." not in layer]
     # peft's wrapper of a weight; some families' routers are linear layers all the same
     experts = [n for n, m in adapted.items() if hasattr(m, "parameter_name") and n not in layers]
+    others = adapted.keys() - {*layers, *experts}
     return Coverage(
-        len(adapted) - len(experts), len(layers), own, total - own, len(experts), len(expert_weights(model))
+        len(adapted) - len(experts) - len(others),
+        len(layers),
+        own,
+        total - own,
+        len(experts),
+        len(expert_weights(model)),
+        len(others),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_lab.errors import AdapterError, nearest
@@ -135,20 +135,35 @@ def layer_number(name: str) -> int | None:
 
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of all linear layers of a base (also quantized or adapted ones, and transformers' `Conv1D`)."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    found, inside = [], None
+    return [name for name, layer in _modules(model) if isinstance(layer, (nn.Linear, Conv1D)) and not is_router(layer)]
+
+
+def normalizations(model: nn.Module) -> list[str]:
+    """Names of all normalizations of a base that have weights (also adapted ones), whatever their class: modules that are named so and
+    hold vectors only."""
+    return [
+        name
+        for name, module in _modules(model)
+        if "norm" in type(module).__name__.lower()
+        and getattr(module, "weight", None) is not None
+        and all(one.dim() == 1 for one in module.parameters())
+    ]
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a base by name; of an adapted one itself, in place of what adapters put there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
         adapted = isinstance(module, BaseTunerLayer)
         inside = f"{name}." if adapted else inside
-        layer = module.get_base_layer() if adapted else module
-        if isinstance(layer, (nn.Linear, Conv1D)) and not is_router(layer):
-            found.append(name)
-    return found
+        yield name, module.get_base_layer() if adapted else module
 
 
 def is_router(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder.
 """
 
 import sys
+import warnings
 
 OUTPUTS = ("logits", "start_logits", "end_logits")
 
@@ -33,7 +34,10 @@ def main(
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():
+            # of tensors that layers share, which are in the file once, and of BOFT without its extension; what it gives is compared
+            warnings.simplefilter("ignore", UserWarning)
+            model = PeftModel.from_pretrained(model, adapter)
     model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
     passes: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(rows_file, device=device).items():

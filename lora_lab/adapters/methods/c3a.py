@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter
+from lora_lab.adapters.base import LayerAdapter
 from lora_lab.schema.sections import section
 
 
@@ -22,6 +22,7 @@ class C3aAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "C3A"
     label: ClassVar[str] = "C3A"
     fixed: ClassVar[dict[str, Any]] = {"init_weights": True}
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    against_quantized: ClassVar[str] = "peft adds to what a layer gives in place, which 8-bit layers do not allow"
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"block_size": ("inputs", "outputs")}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Rank
+from lora_lab.adapters.base import Dropout, LayerAdapter, Rank
 from lora_lab.schema.sections import section
 
 
@@ -24,6 +24,7 @@ class GraloraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "GRALORA"
     label: ClassVar[str] = "GraLoRA"
     dropout_key: ClassVar[str] = "gralora_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    against_quantized: ClassVar[str] = "peft adds to what a layer gives in place, which 8-bit layers do not allow"
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"gralora_k": ("inputs", "outputs")}
