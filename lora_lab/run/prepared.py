@@ -74,6 +74,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)
     _check_quant(config, base)
+    load.check_storage(base.stored(config.quant), model)
     fresh_settings(model, config.adapter, kind)
     _say_experts(model, config, base)
     if unread := set(bypassed(model)) - set(targets):
@@ -144,7 +145,7 @@ def _check_quant(config: RunConfig, base: BaseFiles) -> None:
 
 
 def _say_experts(model: PreTrainedModel, config: RunConfig, base: BaseFiles) -> None:
-    """bitsandbytes quantizes linear layers, and a mixture's experts are none: most of the base stays as it is."""
+    """Linear layers are quantized, and a mixture's experts are none: most of the base stays as it is."""
     experts = {name: one for name, one in expert_weights(model).items() if one.dim() == 3}
     if not experts or base.stored(config.quant).method == "none":
         return
