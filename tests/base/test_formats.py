@@ -151,7 +151,9 @@ def test_its_memory_is_foreseen(config_of, dtype):
     assert found.base == sum(memory._nbytes(one) for one in memory._tensors(model) if id(one) not in frozen)
     plain = _estimate(config_of(f"model.dtype={dtype}"), device="cuda")
     assert found.base < plain.base
-    assert found.activations - plain.activations < (plain.base - found.base) / 2  # one weight at a time, not all of them
+    assert (
+        found.activations - plain.activations < (plain.base - found.base) / 2
+    )  # one weight at a time, not all of them
 
 
 def test_a_missing_library_names_the_extra(overrides, monkeypatch, capsys):
@@ -176,3 +178,41 @@ def test_layers_that_would_stay_as_they_are_refuse_it(overrides, tmp_path, capsy
     said = fails(["train", *overrides, QUANT, f"model.path={tmp_path}/gpt2"], capsys)
     assert "Conv1D (the first: transformer.h.0.attn.c_attn)" in said
     assert "quant=nf4" in said
+
+
+@here
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_resumes_to_the_same_bytes(config_of, tmp_path, eval_file, monkeypatch, dtype):
+    from lora_lab.errors import Interrupted
+    from tests.training.test_resume import HARD, digests, stop_at
+
+    def start(name: str):
+        own = [QUANT, f"model.dtype={dtype}", f"data.eval={eval_file}", "train.eval_steps=3"]
+        return pipeline.train(config_of(*HARD, *own, f"run_dir={tmp_path}/{name}"))
+
+    whole = digests(start("whole").path)
+    cli.signals.install()
+    for micro_batch in (0, 7, 16):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            stop_at(patch, micro_batch)
+            start(f"stopped{micro_batch}")
+        pipeline.resume(str(tmp_path / f"stopped{micro_batch}"), [])
+        assert digests(tmp_path / f"stopped{micro_batch}") == whole
+
+
+@here
+@pytest.mark.long
+@pytest.mark.parametrize("execution", ["batched", "interleaved"])
+def test_members_share_it_and_train_as_alone(config_of, tmp_path, eval_file, execution, capsys):
+    from lora_lab.sweep import cohort, jobs
+
+    each = [["adapter.r=2", "optim.lr=0.003"], ["adapter.r=8", "optim.lr=0.01"]]
+    common = [QUANT, f"data.eval={eval_file}", "train.max_steps=5", f"sweep.execution={execution}"]
+    found = jobs.jobs_of([config_of(*common, *own, f"run_dir={tmp_path}/{i}") for i, own in enumerate(each)])
+    cohort.train(found)
+    assert capsys.readouterr().out.count("quant torchao_int8") == 1
+    for own, job in zip(each, found, strict=True):
+        alone = pipeline.train(config_of(*common[:-1], *own, f"run_dir={tmp_path}/alone{own[0][-1]}"))
+        results = [json.loads(one.result.read_text())["tuned"]["loss"] for one in (alone, job.run)]
+        assert results[0] == pytest.approx(results[1], rel=1e-5)
