@@ -51,7 +51,7 @@ class BaseFiles:
     fingerprint: str  # see `fingerprint.py`
     companions: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of its tokenizer and so on, by name
     published: QuantConfig | None = None  # how its weights were quantized by whoever published them
-    reader: int = READER  # how its tokenizer is read, see `tokenizer.READER`
+    reader: int = READER  # how its files are read, see `tokenizer.READER`
 
     def recorded(self) -> dict[str, Any]:
         """What runs and adapters remember of it."""
@@ -86,7 +86,7 @@ def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
     """Find the base model, downloading or converting it when needed, and check its files.
 
     Args:
-        reader: how its tokenizer is read.
+        reader: how its files are read, see `tokenizer.READER`.
 
     Raises:
         BaseModelError: not found, not reachable, damaged, asking for code to be run, or quantized in a way that nobody trains on.
@@ -100,7 +100,7 @@ def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
             raise BaseModelError(
                 f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
             )
-        folder = gguf.to_safetensors(folder, reader)
+        folder = gguf.to_safetensors(folder, reader, model.dtype)
     weights = inspect.weight_files(folder)
     as_published = published.read(folder)
     return BaseFiles(model.path, folder, fingerprint(folder, weights), published=as_published, reader=reader)

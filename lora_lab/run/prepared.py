@@ -20,7 +20,7 @@ from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.overruled import differing, shown
 from lora_lab.base.positions import check_lengths, embedded, usable_positions
-from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, load_tokenizer, pad_within
+from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, TOKENS_AS_WRITTEN, load_tokenizer, pad_within
 from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.chat import ChatEncoder
@@ -64,7 +64,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     task.check_base(own)
     check_lengths(own)
     tokenizer = load_tokenizer(base.folder, task.encoder_class.chat, reader)
-    if reader < READER:
+    if recorded is not None and reader < TOKENS_AS_WRITTEN:
         _say_older_tokens(config, base, tokenizer)
     pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})

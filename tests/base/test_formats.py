@@ -1,4 +1,4 @@
-"""A base that torchao keeps in 8 bits: it computes, learns, resumes and merges as the weights that it stands for."""
+"""A base in few bits computes, learns, resumes and merges as the weights that it stands for: torchao's 8 bits, and GGUF files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lora_lab import cli
 from lora_lab.run import pipeline
 from tests.conftest import fails
 from tests.fast.test_fast import assert_same, first_step, make_decoder
+from tests.faults.test_base_files import make_gguf
 
 QUANT = "quant=torchao_int8"
 here = pytest.mark.skipif("not __import__('importlib').util.find_spec('torchao')", reason="torchao is not installed")
@@ -216,3 +217,54 @@ def test_members_share_it_and_train_as_alone(config_of, tmp_path, eval_file, exe
         alone = pipeline.train(config_of(*common[:-1], *own, f"run_dir={tmp_path}/alone{own[0][-1]}"))
         results = [json.loads(one.result.read_text())["tuned"]["loss"] for one in (alone, job.run)]
         assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def numbers_of(path, reader, dtype="float32") -> dict[str, torch.Tensor]:
+    """A base's weights as a run gets them."""
+    from lora_lab.base import load
+    from lora_lab.config.model import ModelConfig, QuantConfig
+
+    files = load.find(ModelConfig(path=str(path), dtype=dtype), reader)
+    model = load.load_model(files, load.ModelKind(), dtype, QuantConfig(), torch.device("cpu"), 0)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.long), pytest.param("F16", marks=pytest.mark.long)]
+)
+def test_a_gguf_file_s_numbers_are_trained_on_as_they_are(base, tmp_path, kind):
+    from gguf import GGUFReader, dequantize
+
+    file = make_gguf(tmp_path / "base.gguf", base, kind)
+    exact, rounded = numbers_of(file, 3), numbers_of(file, 3, "bfloat16")
+    older = numbers_of(file, 2)
+    tensors = {one.name: one for one in GGUFReader(file).tensors}
+    for name, own in (("mlp.up_proj", "blk.3.ffn_up"), ("input_layernorm", "blk.3.attn_norm")):
+        whole = f"model.layers.3.{name}.weight"
+        written = torch.from_numpy(
+            dequantize(tensors[f"{own}.weight"].data, tensors[f"{own}.weight"].tensor_type).copy()
+        )
+        assert torch.equal(exact[whole], written.float())
+    for name, one in exact.items():
+        assert torch.equal(one.bfloat16(), rounded[name])
+        assert torch.equal(
+            older[name], rounded[name].float()
+        )  # a run of an earlier version keeps what it was trained on
+    assert any(not torch.equal(one, older[name]) for name, one in exact.items())
+
+
+@pytest.mark.usefixtures("reload_here")
+@pytest.mark.long
+def test_a_gguf_base_is_merged_into_its_own_numbers(base, tmp_path, config_of, eval_file):
+    file = make_gguf(tmp_path / "base.gguf", base, "Q4_0")
+    given = [
+        f"model.path={file}",
+        f"data.eval={eval_file}",
+        "train.max_steps=4",
+        "export=merged",
+        "export.dtype=float32",
+    ]
+    done = pipeline.train(config_of(*given))
+    report = json.loads((done.path / "merge_report.json").read_text())
+    assert report["merged_vs_model_as_trained"]["max_logit_diff"] < 1e-3  # of logits around 30
+    assert report["merged_vs_model_as_trained"]["kl"] < 1e-6
