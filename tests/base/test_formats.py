@@ -207,16 +207,18 @@ def test_it_resumes_to_the_same_bytes(config_of, tmp_path, eval_file, monkeypatc
 @pytest.mark.parametrize("execution", ["batched", "interleaved"])
 def test_members_share_it_and_train_as_alone(config_of, tmp_path, eval_file, execution, capsys):
     from lora_lab.sweep import cohort, jobs
+    from tests.sweep.test_sweep import UNLIKE, assert_same_run
 
-    each = [["adapter.r=2", "optim.lr=0.003"], ["adapter.r=8", "optim.lr=0.01"]]
-    common = [QUANT, f"data.eval={eval_file}", "train.max_steps=5", f"sweep.execution={execution}"]
-    found = jobs.jobs_of([config_of(*common, *own, f"run_dir={tmp_path}/{i}") for i, own in enumerate(each)])
+    common = [QUANT, f"data.eval={eval_file}", "train.epochs=2", f"sweep.execution={execution}"]
+    found = jobs.jobs_of([config_of(*common, *own, f"run_dir={tmp_path}/{i}") for i, own in enumerate(UNLIKE)])
     cohort.train(found)
+    assert [job.error for job in found] == [None] * len(UNLIKE)
     assert capsys.readouterr().out.count("quant torchao_int8") == 1
-    for own, job in zip(each, found, strict=True):
-        alone = pipeline.train(config_of(*common[:-1], *own, f"run_dir={tmp_path}/alone{own[0][-1]}"))
-        results = [json.loads(one.result.read_text())["tuned"]["loss"] for one in (alone, job.run)]
-        assert results[0] == pytest.approx(results[1], rel=1e-5)
+    for own, job in zip(UNLIKE, found, strict=True):
+        alone = pipeline.train(
+            config_of(*common[:-1], *own, f"run_dir={tmp_path}/alone{len(list(tmp_path.iterdir()))}")
+        )
+        assert_same_run(job.run.path, alone.path)
 
 
 def numbers_of(path, reader, dtype="float32") -> dict[str, torch.Tensor]:
