@@ -60,10 +60,12 @@ def own_products(model: nn.Module) -> None:
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model as it was before torchao quantized it, with the weights that training saw, in `dtype`."""
-    for module in model.modules():
-        if is_stored(getattr(module, "weight", None)):
-            module.weight = nn.Parameter(module.weight.dequantize().to(dtype), requires_grad=False)
-        if isinstance(module, Int8Linear):
-            module.__class__ = nn.Linear
-    model.hf_quantizer.remove_quantization_config(model)
+    layer: Any  # a module with torchao's own kind of tensor
+    for layer in model.modules():
+        if is_stored(getattr(layer, "weight", None)):
+            layer.weight = nn.Parameter(layer.weight.dequantize().to(dtype), requires_grad=False)
+        if isinstance(layer, Int8Linear):
+            layer.__class__ = nn.Linear
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
     return model
