@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab import cli
 from lora_lab.run import pipeline
-from tests.conftest import fails
+from tests.conftest import fails, write_jsonl
 from tests.fast.test_fast import assert_same, first_step, make_decoder
 from tests.faults.test_base_files import make_gguf
 
@@ -270,3 +271,18 @@ def test_a_gguf_base_is_merged_into_its_own_numbers(base, tmp_path, config_of, e
     report = json.loads((done.path / "merge_report.json").read_text())
     assert report["merged_vs_model_as_trained"]["max_logit_diff"] < 1e-3  # of logits around 30
     assert report["merged_vs_model_as_trained"]["kl"] < 1e-6
+
+
+@here
+@pytest.mark.long
+@pytest.mark.usefixtures("reload_here")
+def test_a_head_of_its_own_stays_whole(tmp_path, config_of):
+    """Trained whole beside the quantized layers, merged, and left whole by the export in torchao's 8 bits."""
+    rows = [{"text": f"cat {i}", "label": ["red", "blue"][i % 2]} for i in range(12)]
+    told = ["task=classification", f"data.train={write_jsonl(tmp_path / 'rows.jsonl', rows)}", "data.eval_ratio=0.3"]
+    export = ["export.targets=[hf,quantized]", "export.quantization=torchao_int8", "export.dtype=float32"]
+    done = pipeline.train(config_of(QUANT, *told, *export, "train.max_steps=2", "merge.max_loss_increase=9"))
+    assert json.loads(done.result.read_text())["merge"]["refused"] == []
+    saved = load_file(done.path / "export/quantized/model.safetensors")
+    assert saved["score.weight"].is_floating_point()
+    assert any(one.dtype == torch.int8 for one in saved.values())
