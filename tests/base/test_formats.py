@@ -286,3 +286,23 @@ def test_a_head_of_its_own_stays_whole(tmp_path, config_of):
     saved = load_file(done.path / "export/quantized/model.safetensors")
     assert saved["score.weight"].is_floating_point()
     assert any(one.dtype == torch.int8 for one in saved.values())
+
+
+@here
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert", "t5", "mixtral"])
+def test_every_kind_of_model_learns_alike(tmp_path, config_of, kind):
+    """As its plain modules, and with 8 bits near what it learns without."""
+    from tests.tasks.test_tasks import make_bert, make_t5
+
+    own = {"bert": make_bert, "t5": make_t5}.get(kind, lambda folder: make_decoder(folder, kind))(tmp_path / kind)
+    rows = [{"text": f"table {colour} lamp", "label": colour} for colour in ("red", "green", "blue", "red")]
+    task = {"bert": "classification", "t5": "seq2seq"}.get(kind)
+    if kind == "t5":
+        rows = [{"source": row["text"], "target": row["label"]} for row in rows]
+    told = [f"task={task}", f"data.train={write_jsonl(tmp_path / 'rows.jsonl', rows)}"] if task else []
+    given = [f"model.path={own}", *told]
+    fast = first_step(config_of(*given, QUANT))
+    assert len(stored(fast[2].model)) >= 3 * 8
+    assert_same(fast, first_step(config_of(*given, QUANT, "speed=plain")))
+    assert float(fast[0]) == pytest.approx(float(first_step(config_of(*given))[0]), rel=0.05)
