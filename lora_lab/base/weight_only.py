@@ -60,11 +60,11 @@ def own_products(model: nn.Module) -> None:
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model as it was before torchao quantized it, with the weights that training saw, in `dtype`."""
-    layer: Any  # a module with torchao's own kind of tensor
-    for layer in model.modules():
-        if is_stored(getattr(layer, "weight", None)):
+    for module in model.modules():
+        layer: Any = module  # its weight may be torchao's own kind of tensor
+        if is_stored(getattr(module, "weight", None)):
             layer.weight = nn.Parameter(layer.weight.dequantize().to(dtype), requires_grad=False)
-        if isinstance(layer, Int8Linear):
+        if type(module) is Int8Linear:
             layer.__class__ = nn.Linear
     quantizer: Any = model.hf_quantizer
     quantizer.remove_quantization_config(model)
