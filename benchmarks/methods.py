@@ -56,7 +56,11 @@ MODELS = {
     "encoder": ("classification", "bert"),
     "encoder-decoder": ("seq2seq", "t5"),
 }
-FORMATS = ("none", "nf4", "int8")
+FORMATS = {
+    "decoder": ("none", "nf4", "fp4", "int8", "torchao_int8"),
+    "encoder": ("none", "nf4", "int8"),
+    "encoder-decoder": ("none", "nf4", "int8"),
+}
 _STEPS = 4
 _IN_TURNS = 6  # methods that train beside LoRA on one base
 
@@ -90,10 +94,10 @@ def main() -> None:
 # -- one method -------------------------------------------------------------------------------------------------------------
 
 
-def row(method: str, models: tuple[str, ...] = tuple(MODELS), formats: tuple[str, ...] = FORMATS) -> dict[str, Any]:
+def row(method: str) -> dict[str, Any]:
     """What a method does on each model in each format, and as it is run."""
     found: dict[str, Any] = {}
-    for model in models:
+    for model, formats in FORMATS.items():
         for quant in formats:
             with tempfile.TemporaryDirectory() as folder, _promised(method), _silent():
                 found[f"{model} {quant}"] = cell(method, model, quant, Path(folder))
@@ -106,7 +110,7 @@ def row(method: str, models: tuple[str, ...] = tuple(MODELS), formats: tuple[str
 def _promised(method: str) -> Iterator[None]:
     """Inside the block the section says nothing against any format, or against merging."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ADAPTERS[method], "quantized", FORMATS)
+        patch.setattr(ADAPTERS[method], "quantized", FORMATS["decoder"])
         patch.setattr(ADAPTERS[method], "against_merging", "")
         yield
 
@@ -292,7 +296,7 @@ Every method of peft {peft} that lora_lab trains, tried on tiny models (decoder:
 {bitsandbytes}. `make methods-table` makes this page anew; `lora-lab methods` shows the first table in a terminal. A method is chosen with
 `adapter=NAME`; its settings have peft's names, and `lora-lab config --keys` lists them.
 
-- **nf4, int8**: whether it trains on such a base; a combination that does not is refused before anything is loaded.
+- **nf4, fp4, int8, torchao_int8**: whether it trains on such a base; a combination that does not is refused before anything is loaded.
 - **fresh**: *=* the fresh adapter gives what the base gives (to 1e-4 of a logit); *≠* it does not.
 - **merge**: the largest difference of a logit between the merged checkpoint and base + adapter, in float32.
 - **exports** beside the adapter itself, which every method has. **sweep**: whether members of a sweep share passes or take turns.
@@ -308,8 +312,8 @@ def page(known: dict[str, Any]) -> str:
     versions = {name: f"{name} {version}" for name, version in known["versions"].items()}
     lines = [_HEAD.format(**versions | {"peft": known["versions"]["peft"]})]
     lines += [
-        "| method | adapter= | nf4 | int8 | fresh | merge | exports | sweep | parameters | step | memory |",
-        "|" + "---|" * 11,
+        "| method | adapter= | nf4 | fp4 | int8 | torchao_int8 | fresh | merge | exports | sweep | parameters | step | memory |",
+        "|" + "---|" * 13,
     ]
     for method, found in known["methods"].items():
         lines.append("| " + " | ".join(_cells(method, found, known["speed"].get(method))) + " |")
@@ -320,7 +324,7 @@ def page(known: dict[str, Any]) -> str:
         "Trained on a model of each make, in each format; else what stands against it.",
         "",
     ]
-    names = [f"{model} {quant}" for model in MODELS for quant in FORMATS]
+    names = [f"{model} {quant}" for model, formats in FORMATS.items() for quant in formats]
     lines += ["| adapter= | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     lines += [
         f"| {method} | " + " | ".join(_mark(found[name]) for name in names) + " |"
@@ -342,7 +346,7 @@ def _cells(method: str, found: dict[str, Any], speed: dict[str, float] | None) -
     return [
         section.label,
         f"`{method}`",
-        *("no" if section.against_quant(quant) else "yes" for quant in ("nf4", "int8")),
+        *("no" if section.against_quant(quant) else "yes" for quant in FORMATS["decoder"][1:]),
         "=" if plain.get("fresh", 1) < 1e-4 else "≠",
         f"{merged:.0e}" if isinstance(merged, float) else "no",
         ", ".join(exports) or "–",
@@ -356,7 +360,7 @@ def _mark(cell: dict[str, Any]) -> str:
 
 
 def _against(section: AdapterSection) -> list[str]:
-    formats = {quant: section.against_quant(quant) for quant in ("nf4", "fp4", "int8")}
+    formats = {quant: section.against_quant(quant) for quant in FORMATS["decoder"][1:]}
     told = [
         f"{', '.join(quant for quant in formats if formats[quant] == why)}: {why}"
         for why in dict.fromkeys(filter(None, formats.values()))

@@ -30,6 +30,7 @@ Rank = Annotated[int, Field(ge=1, le=4096, description="rank of the update")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of what is drawn and stays frozen")]
 BITSANDBYTES = ("nf4", "fp4", "int8")  # formats of `quant.method`, for methods that only add to what a layer gives
+ANY_FORMAT = (*BITSANDBYTES, "torchao_int8")
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
 
 

@@ -11,6 +11,7 @@ from lora_lab import __version__
 from lora_lab.adapters import ADAPTERS
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
+from lora_lab.base.tokenizer import TOKENS_AS_WRITTEN
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.errors import AdapterError, CheckpointError
@@ -120,7 +121,8 @@ def check_base(folder: Path, base: BaseFiles) -> None:
             f"{folder}: trained on {trained_on.get('name')} (weights {str(trained_on.get('fingerprint'))[:12]}), and model.path="
             f"{base.name} has other weights ({base.fingerprint[:12]}). Name the base that it was trained on."
         )
-    if changed and trained_on.get("tokenizer_reader", 1) != base.reader:
+    readers = {min(reader, TOKENS_AS_WRITTEN) for reader in (trained_on.get("tokenizer_reader", 1), base.reader)}
+    if changed and len(readers) > 1:
         raise AdapterError(
             f"{folder}: trained on {trained_on.get('name')} with tokens as another version of lora-lab read them, so the same text is another "
             "to it. Take adapters that were trained with the same tokens; train the older one anew."

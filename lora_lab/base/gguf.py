@@ -1,6 +1,7 @@
 """A GGUF base is dequantized once into a cached transformers folder, so that later loads take a second.
 
-GGUF holds quantized blocks that transformers can read but not train on. The cache is keyed by the file's bytes.
+GGUF holds quantized blocks that transformers can read but not train on. What they stand for is trained on: to the bit in float32, rounded
+to bfloat16 once where a run computes in that. The cache is keyed by the file's bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from filelock import FileLock
 from lora_lab.base import cache, gguf_tokens, overruled
 from lora_lab.base.fingerprint import remembered_sha256
 from lora_lab.base.resolve import cache_dir
-from lora_lab.base.tokenizer import READER, chosen_template, save_tokenizer
+from lora_lab.base.tokenizer import (
+    NUMBERS_AS_WRITTEN,
+    READER,
+    TOKENS_AS_WRITTEN,
+    chosen_template,
+    save_tokenizer,
+)
 from lora_lab.errors import BaseModelError
 from lora_lab.runtime import storage
 from lora_lab.runtime.reading import check_file, reading
@@ -37,15 +44,13 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def to_safetensors(file: Path, reader: int = READER) -> Path:
+def to_safetensors(file: Path, reader: int = READER, dtype: str = "bfloat16") -> Path:
     """The folder with the dequantized model and its tokenizer, made on first use and verified on every other.
 
-    The weights are stored in bfloat16, the type that nearly all models in GGUF were published in; the rounding is far
-    below the error of the file's own quantization.
-
     Args:
-        reader: of its tokenizer, see `tokenizer.READER`; 1: transformers' own, which leaves most of `tokenizer.ggml.pre` aside. Each has an
-            entry of its own in the cache.
+        reader: see `tokenizer.READER`; 1: transformers' own tokenizer, which leaves most of `tokenizer.ggml.pre` aside.
+        dtype: that the run computes in. float32: the weights are stored as they are in the file, in float32; else rounded to bfloat16,
+            in half the space. Each has an entry of its own in the cache.
 
     Raises:
         BaseModelError: the file is not GGUF, is cut, holds an architecture that transformers cannot read, or splits texts in a way that
@@ -53,7 +58,9 @@ def to_safetensors(file: Path, reader: int = READER) -> Path:
     """
     check_file(file, BaseModelError, None)
     told = read_head(file)
-    folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{reader}"
+    exact = dtype == "float32" and reader >= NUMBERS_AS_WRITTEN
+    kept = f"{min(reader, TOKENS_AS_WRITTEN)}{'-float32' if exact else ''}"
+    folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{kept}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
@@ -65,7 +72,7 @@ def to_safetensors(file: Path, reader: int = READER) -> Path:
     try:  # another process may have been converting the same file
         storage.recover(folder.parent, folder.name)
         if not cache.usable(folder):
-            _convert(file, folder, told, reader)
+            _convert(file, folder, told, reader, "float32" if exact else "bfloat16")
     finally:
         lock.release()
     return folder
@@ -80,7 +87,7 @@ def tokenizer_of(file: Path) -> PreTrainedTokenizerBase:
     return gguf_tokens.build(file, read_head(file))[0]
 
 
-def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int) -> None:
+def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -95,13 +102,16 @@ def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int) -> Non
             source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
             tokenizer: PreTrainedTokenizerBase
             ends: list[int] = []
-            if reader < READER:
+            if reader < TOKENS_AS_WRITTEN:
                 tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
             else:
                 tokenizer, ends = gguf_tokens.build(file, told)
             tokenizer.chat_template = chosen_template(file, tokenizer.chat_template)
             model = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
+                **source,
+                dtype=getattr(torch, dtype),
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
             )
     except BaseModelError as error:
         if isinstance(error.__cause__, ImportError):
@@ -111,7 +121,7 @@ def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int) -> Non
         model.generation_config.eos_token_id = ends
     with storage.new_folder(folder, {"source": file.name}) as temporary:
         model.save_pretrained(temporary)
-        if reader < READER:
+        if reader < TOKENS_AS_WRITTEN:
             overruled.write(tokenizer, temporary)
         else:
             save_tokenizer(tokenizer, temporary)

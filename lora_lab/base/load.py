@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,13 @@ from lora_lab.runtime import console
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TorchAoConfig,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +51,7 @@ class BaseFiles:
     fingerprint: str  # see `fingerprint.py`
     companions: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of its tokenizer and so on, by name
     published: QuantConfig | None = None  # how its weights were quantized by whoever published them
-    reader: int = READER  # how its tokenizer is read, see `tokenizer.READER`
+    reader: int = READER  # how its files are read, see `tokenizer.READER`
 
     def recorded(self) -> dict[str, Any]:
         """What runs and adapters remember of it."""
@@ -79,7 +86,7 @@ def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
     """Find the base model, downloading or converting it when needed, and check its files.
 
     Args:
-        reader: how its tokenizer is read.
+        reader: how its files are read, see `tokenizer.READER`.
 
     Raises:
         BaseModelError: not found, not reachable, damaged, asking for code to be run, or quantized in a way that nobody trains on.
@@ -93,7 +100,7 @@ def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
             raise BaseModelError(
                 f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
             )
-        folder = gguf.to_safetensors(folder, reader)
+        folder = gguf.to_safetensors(folder, reader, model.dtype)
     weights = inspect.weight_files(folder)
     as_published = published.read(folder)
     return BaseFiles(model.path, folder, fingerprint(folder, weights), published=as_published, reader=reader)
@@ -266,6 +273,31 @@ def _refuse_larger(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
+def check_storage(quant: QuantConfig, model: PreTrainedModel) -> None:
+    """Refuse a format that is not there, or that would leave a base's layers as they are.
+
+    Args:
+        model: see `skeleton`.
+
+    Raises:
+        ConfigError: torchao is missing, or the layers are of a kind that it does not quantize.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if quant.method != "torchao_int8":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "quant.method=torchao_int8 needs torchao. pip install 'lora-lab[torchao]', or set quant=int8."
+        )
+    others = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    if others:
+        raise ConfigError(
+            f"quant.method=torchao_int8: torchao quantizes Linear layers alone, and {len(others)} layers of {type(model).__name__} are "
+            f"Conv1D (the first: {others[0]}). Set quant=int8 or quant=nf4, which do."
+        )
+
+
 def load_model(
     files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig, device: torch.device, seed: int
 ) -> PreTrainedModel:
@@ -280,6 +312,8 @@ def load_model(
     import transformers
     from transformers.utils import logging
 
+    from lora_lab.base import weight_only
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is missing or new is said below
     torch.manual_seed(seed)
@@ -287,7 +321,7 @@ def load_model(
     again = kept is not None and cache.usable(kept)
     how: dict[str, Any] = {"config": model_config(files.folder, kind)}
     quant = files.stored(quant)
-    quantization = bitsandbytes_config(quant, dtype, kind)
+    quantization = quantization_config(quant, dtype, kind)
     if files.published is not None:
         assert quantization is not None
         _describe_published(how["config"], quantization)
@@ -326,10 +360,11 @@ def load_model(
         # that. A frozen base stays as it is.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    weight_only.own_products(model)
     return model.requires_grad_(False).eval()
 
 
-def _describe_published(config: PretrainedConfig, quantization: BitsAndBytesConfig) -> None:
+def _describe_published(config: PretrainedConfig, quantization: BitsAndBytesConfig | TorchAoConfig) -> None:
     """Let transformers read weights that were published quantized: computed in our type, and without what is trained whole."""
     own = dict(config.quantization_config)
     for name in ("bnb_4bit_compute_dtype", "llm_int8_skip_modules"):
@@ -344,7 +379,7 @@ def _is_new(name: str, kind: ModelKind, model: PreTrainedModel) -> bool:
     return kind.head == "missing" and name.endswith(".bias") and not model.get_parameter(name).any()
 
 
-def bitsandbytes_config(quant: QuantConfig, dtype: str, kind: ModelKind) -> BitsAndBytesConfig | None:
+def quantization_config(quant: QuantConfig, dtype: str, kind: ModelKind) -> BitsAndBytesConfig | TorchAoConfig | None:
     """transformers' description of a quantization, which leaves what is trained whole alone; None for none."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -354,6 +389,11 @@ def bitsandbytes_config(quant: QuantConfig, dtype: str, kind: ModelKind) -> Bits
     skipped = quant.skip_modules
     if kind.new_modules:  # given a list, transformers no longer leaves the output layer alone of itself
         skipped = [*(["lm_head", "decoder"] if skipped is None else skipped), *kind.new_modules]
+    if quant.method == "torchao_int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
     if quant.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

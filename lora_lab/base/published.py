@@ -1,7 +1,7 @@
 """A base that was published in few bits: how, as its `config.json` says, and what can be done with it.
 
-bitsandbytes' weights are trained on as they are, and merged by dequantizing them. Of every other method the library that made it would
-have to be there, and what a merge would be is not defined: such a base is refused before anything is loaded.
+bitsandbytes' weights are trained on as they are, and merged by dequantizing them. A base of any other method is refused before anything
+is loaded, with what stands in its way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,22 @@ from lora_lab.runtime.reading import read_json
 _FORMATS: tuple[Literal["nf4", "fp4", "int8"], ...] = ("nf4", "fp4", "int8")
 _KEYS = ("quantization_config", "compression_config")
 _OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of older versions of these methods
+_GPTQMODEL = (
+    "gptqmodel, which reads them, needs a newer torch than lora_lab is tested with, and is built for each machine"
+)
+_INFERENCE = "transformers computes with them, and does not train on them"
+_ONE_WAY = "transformers turns them into plain numbers, and saves those so that it cannot read them again"
+_AGAINST = {  # as transformers 5.23 and peft 0.21 have it
+    "gptq": _GPTQMODEL,
+    "awq": _GPTQMODEL,
+    "hqq": "transformers has no code at present that loads them",
+    "fp8": _ONE_WAY,
+    "mxfp4": _ONE_WAY,
+    "compressed-tensors": "they need the package compressed-tensors, with which nothing is proved here",
+    "torchao": "they need not be those that torchao makes of the same model today",
+    **dict.fromkeys("auto-round fbgemm_fp8 higgs metal nvfp4 quark spqr vptq gemma".split(), _INFERENCE),
+}
+_INSTEAD = {"torchao": "quant=torchao_int8 to train on it in 8 bits"}
 
 
 def read(folder: Path) -> QuantConfig | None:
@@ -33,9 +49,12 @@ def read(folder: Path) -> QuantConfig | None:
     place, how = found
     method = how.get("quant_method") or ("bitsandbytes" if _bits(how) else "an unnamed method")
     if method != "bitsandbytes":
+        name = str(method)[:40]
+        reason = _AGAINST.get(name)
         raise BaseModelError(
-            f"{place}: these weights were published in few bits ({str(method)[:40]}), which lora_lab neither trains on nor merges. Name "
-            "the repository of the unquantized model, and set quant=nf4 to train on it in 4 bits."
+            f"{place}: these weights were published in few bits ({name}), which lora_lab neither trains on nor merges"
+            f"{f', because {reason}' if reason else ''}. Name the repository of the unquantized model, and set "
+            f"{_INSTEAD.get(name, 'quant=nf4 to train on it in 4 bits')}."
         )
     skipped = how.get("llm_int8_skip_modules")
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):

@@ -21,7 +21,10 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
 MAX_TEMPLATE = 2**20  # characters; the longest of known models has some 30,000
-READER = 2  # how tokenizers are read; raised when the same files give other tokens, because a run keeps its own
+# How a base's files are read, because a run keeps what it was trained with. 1: tokens as transformers' class makes them; 2: as the files
+# say; 3: as 2, and a GGUF file's numbers as they are, where a run computes in float32.
+READER = 3
+TOKENS_AS_WRITTEN, NUMBERS_AS_WRITTEN = 2, 3
 _DEFAULT = "default"  # transformers' name for the template that is used when none is named
 
 
@@ -99,7 +102,7 @@ def read_tokenizer(folder: Path, reader: int = READER) -> PreTrainedTokenizerBas
             folder, trust_remote_code=False, **_own_files(folder)
         )
         _try(tokenizer)
-    if reader < READER:
+    if reader < TOKENS_AS_WRITTEN:
         return tokenizer
     tokenizer, said = overruled.as_written(folder, tokenizer)
     if said:

@@ -18,9 +18,12 @@ class ModelConfig:
 
 @section
 class QuantConfig:
-    """How the frozen base is stored (bitsandbytes)."""
+    """How the frozen base is stored: by bitsandbytes (nf4, fp4, int8) or torchao (torchao_int8)."""
 
-    method: Annotated[Literal["none", "nf4", "fp4", "int8"], Field(description="bitsandbytes format")] = "none"
+    method: Annotated[
+        Literal["none", "nf4", "fp4", "int8", "torchao_int8"],
+        Field(description="nf4, fp4, int8: bitsandbytes' formats; torchao_int8: torchao's, of weights alone"),
+    ] = "none"
     double_quant: Annotated[bool, Field(description="quantize the scales too (nf4, fp4 only)")] = False
     skip_modules: Annotated[list[str] | None, Field(description="modules left unquantized; null: the output head")] = (
         None

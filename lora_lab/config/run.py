@@ -133,8 +133,10 @@ def contradictions(config: RunConfig) -> list[str]:
     if config.merge.base in ("dequantized", "corrected") and quant.method == "none":
         found.append(f"merge.base={config.merge.base}: no effect with quant.method=none. Drop it.")
     found += _merge_contradictions(config.merge)
-    if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4"):
-        found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")
+    if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4", "torchao_int8"):
+        found.append(
+            f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4, fp4 or torchao_int8, or drop it."
+        )
     if config.speed.prefix_cache:
         reasons = {
             f"task={task.name}, whose rows are padded": not task.packed,

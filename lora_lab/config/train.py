@@ -111,7 +111,9 @@ class SpeedConfig:
     ] = False
     dequantize: Annotated[
         Literal["auto", "once", "always"],
-        Field(description="4-bit weights: kept dequantized, or dequantized in every pass; auto: by the free memory"),
+        Field(
+            description="nf4, fp4, torchao_int8: weights are kept dequantized, or dequantized in every pass; auto: by the free memory"
+        ),
     ] = "auto"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.base.load import bitsandbytes_config
+from lora_lab.base.load import quantization_config
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.config.model import QuantConfig
 from lora_lab.errors import ExportError
@@ -67,11 +67,6 @@ def make(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _config(setup: Setup) -> BitsAndBytesConfig | TorchAoConfig:
-    method = setup.config.export.quantization
-    if method == "torchao_int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    return bitsandbytes_config(QuantConfig(method=method), setup.config.export.dtype, setup.kind)
+def _config(setup: Setup) -> BitsAndBytesConfig | TorchAoConfig | None:
+    own = QuantConfig(method=setup.config.export.quantization)
+    return quantization_config(own, setup.config.export.dtype, setup.kind)

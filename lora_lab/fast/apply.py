@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import Linear as LoraLayer
 from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -21,14 +21,15 @@ from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.fast import mlp, norm, prefix, rows
 from lora_lab.fast.forward import Forward
-from lora_lab.fast.frozen import FrozenWeight, Scratch
+from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
 from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_PLAIN = (nn.Linear, Linear4bit)
+_PLAIN = (nn.Linear, *QUANTIZED)
+_ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
 _STEPS = ("fused_mlp", "fused_projections", "fused_norms", "last_layer_rows", "prefix_cache")  # in this order
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
@@ -252,7 +253,7 @@ def _unfit(module: Any) -> str:
     """Why an adapted layer stays plain; empty if it need not."""
     if not isinstance(module, AnyLoraLayer):
         return f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"  # such as vera.Linear
-    if type(module) not in (LoraLayer, LoraLayer4bit) or type(module.base_layer) not in _PLAIN:
+    if type(module) not in _ADAPTED or type(module.base_layer) not in _PLAIN:
         return type(module.base_layer).__name__
     if module.lora_variant:
         return "DoRA" if any(module.use_dora.values()) else "a LoRA variant"
@@ -341,7 +342,7 @@ def _fuse_projections(
     sizes: dict[int, int] = {}
     for names in _same_input(projections, order):
         own = [projections[name] for name in names]
-        if not any(one.adapted or isinstance(one.base, Linear4bit) for one in own):
+        if not any(one.adapted or isinstance(one.base, QUANTIZED) for one in own):
             continue
         group = Group(own, scratch, applied.forward.routing)
         for place, one in enumerate(own):
@@ -390,7 +391,7 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:
-    """Decide whether 4-bit weights are dequantized once or in every pass."""
+    """Decide whether quantized weights are dequantized once or in every pass."""
     needed = sum(weight.num_bytes(base_of(model).dtype) for weight in applied.weights)
     if not needed:
         return
@@ -399,7 +400,7 @@ def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Appl
         weight.keep = keep
     applied.kept_bytes = needed if keep else 0
     amount = f"{needed / 2**30:.2f} GiB, {free / 2**30:.1f} free"
-    applied.lines.append(f"4-bit weights dequantized {'once' if keep else 'in every pass'} ({amount})")
+    applied.lines.append(f"quantized weights dequantized {'once' if keep else 'in every pass'} ({amount})")
 
 
 def _keep_prefix(model: PeftModel, free: int, applied: Applied) -> None:

@@ -9,6 +9,10 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from lora_lab.base.weight_only import Int8Linear
+
+QUANTIZED = (Linear4bit, Int8Linear)  # layers whose weight is dequantized here
+
 
 class Scratch:
     """One buffer for everybody who needs a dequantized weight for a moment."""
@@ -27,7 +31,7 @@ class Scratch:
 class FrozenWeight:
     """The weights [N_i, D] of some layers, one under another, [N, D].
 
-    The parameters of unquantized layers become views of the whole, so nothing is held twice. Layers in 4 bits are dequantized:
+    The parameters of unquantized layers become views of the whole, so nothing is held twice. Quantized layers are dequantized:
     every time into a shared buffer, or once and kept (`keep`), which is the same numbers in more memory and less time.
     """
 
@@ -36,7 +40,7 @@ class FrozenWeight:
         self.in_features = layers[0].in_features
         self.keep = False
         self._layers, self._scratch = layers, scratch
-        self._quantized = [isinstance(layer, Linear4bit) for layer in layers]
+        self._quantized = [isinstance(layer, QUANTIZED) for layer in layers]
         self._dense: torch.Tensor | None = None
         self.joined_bytes = 0  # of unquantized weights that were copied together
         self._bias = _joined_bias(layers)
@@ -66,7 +70,7 @@ class FrozenWeight:
             torch.empty(shape, dtype=dtype, device=device) if self.keep else self._scratch.like(*shape, dtype, device)
         )
         for layer, part in zip(self._layers, whole.split(self.sizes), strict=True):
-            _write(layer, part) if isinstance(layer, Linear4bit) else part.copy_(layer.weight)
+            _write(layer, part) if isinstance(layer, QUANTIZED) else part.copy_(layer.weight)
         if self.keep:
             self._dense = whole
         return whole
@@ -75,7 +79,10 @@ class FrozenWeight:
         return None if self._bias is None else self._bias.to(dtype)
 
 
-def _write(layer: Linear4bit, out: torch.Tensor) -> None:
+def _write(layer: Linear4bit | Int8Linear, out: torch.Tensor) -> None:
+    if isinstance(layer, Int8Linear):
+        out.copy_(layer.dequantized(out.dtype))
+        return
     weight: Any = layer.weight  # bitsandbytes' own kind of parameter
     state, data = weight.quant_state, weight.data.view(-1, 1)
     if state.dtype == out.dtype and out.device.type == "cuda":  # bitsandbytes writes in place there only

@@ -14,12 +14,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab.adapters.deltas import factored
+from lora_lab.base import weight_only
 from lora_lab.base.load import BaseFiles, load_model
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.run.setup import Setup
 
-_READING = "transformers.integrations.bitsandbytes"  # where the conversions of its published weights are defined
+# where the conversions of weights in few bits are defined
+_READING = ("transformers.integrations.bitsandbytes", "transformers.integrations.torchao")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +44,10 @@ def load(policy: str, setup: Setup) -> PreTrainedModel:
     dtype = getattr(torch, config.export.dtype)
     anew = dataclasses.replace(config.quant, cache=False)  # what is kept in 4 bits could not be saved in others
     quantized = load_model(base, kind, config.model.dtype, anew, device, config.seed)
-    as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
+    if config.quant.method == "torchao_int8":
+        as_trained = weight_only.dequantize(quantized, dtype).to(dtype)
+    else:
+        as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
     _forget_reading(as_trained)
     _turn_back(as_trained, setup.skeleton())
     if policy == "dequantized":
@@ -62,7 +67,7 @@ def _forget_reading(model: PreTrainedModel) -> None:
     model._weight_conversions = [
         one
         for one in conversions
-        if not any(type(step).__module__ == _READING for step in getattr(one, "operations", ()))
+        if not any(type(step).__module__ in _READING for step in getattr(one, "operations", ()))
     ] or None
 
 

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base import inspect, quantized
-from lora_lab.base.load import BaseFiles, ModelKind, bitsandbytes_config, skeleton
+from lora_lab.base import inspect, quantized, weight_only
+from lora_lab.base.load import BaseFiles, ModelKind, quantization_config, skeleton
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
@@ -32,6 +32,8 @@ from lora_lab.training import oom
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers.quantizers.base import HfQuantizer
 
     from lora_lab.data.encode import Example
     from lora_lab.tasks.base import Task
@@ -48,7 +50,7 @@ _MAPPED = 32 * MIB
 # blocks and small objects settle between them. Measured in NF4 0.39, with checkpointing 0.30, in float32 0.59, in bfloat16 0.83.
 _HOLES = 0.5
 # Heap that quantizing while loading leaves behind: 245 to 454 MiB in four 4-bit runs, 147 MiB in one of int8.
-_LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB}
+_LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB, "torchao_int8": 150 * MIB}
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
 _QUANTIZE_4BIT = 3 * 4  # bytes for each weight
 _BLOCK, _NESTED_BLOCK = 64, 256  # weights for each scale, and scales for each scale of scales (bitsandbytes' own)
@@ -175,7 +177,8 @@ def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[Peft
     """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantization = bitsandbytes_config(base.stored(config.quant), config.model.dtype, kind)
+    quant = base.stored(config.quant)
+    quantization = quantization_config(quant, config.model.dtype, kind)
     dtype = getattr(torch, config.model.dtype)
     model = skeleton(base.folder, kind, config.model.dtype)
     with torch.device("meta"):
@@ -189,6 +192,8 @@ def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[Peft
                     module.support_avx512bf16_for_cpu = False  # as load.py
                 elif isinstance(module, Linear8bitLt):
                     module.weight = _weight_8bit(module)
+            if quant.method == "torchao_int8":
+                _store_by_torchao(model, quantizer, dtype)
             quantizer.postprocess_model(model)
         model.requires_grad_(False).eval()
         adapted = attach(model, config.adapter, "default", kind, config.seed)
@@ -230,9 +235,30 @@ def _weight_8bit(module: Linear8bitLt) -> Int8Params:
     )  # fmt: skip
 
 
+def _store_by_torchao(model: PreTrainedModel, quantizer: HfQuantizer, dtype: torch.dtype) -> None:
+    """Give the layers that torchao would quantize a byte for each weight, and a scale and an offset for each output."""
+    model.hf_quantizer = quantizer  # peft asks for it
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and quantizer.param_needs_quantization(model, f"{name}.weight"):
+            module.weight = _weight_of_torchao(module.weight, dtype)
+    weight_only.own_products(model)
+
+
+def _weight_of_torchao(old: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    from torchao.quantization import Int8Tensor
+
+    rows, columns = old.shape
+    kept = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
+    own = Int8Tensor(*kept, [1, columns], dtype, zero_point=torch.empty(rows, 1, dtype=torch.int8))
+    return nn.Parameter(own, requires_grad=False)
+
+
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Parameters, and what quantized parameters carry; code tables are shared by all layers and left out."""
     for parameter in model.parameters():
+        if weight_only.is_stored(parameter):
+            yield from (parameter.qdata, parameter.scale, parameter.zero_point)
+            continue
         yield parameter
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -277,6 +303,8 @@ def _give_fake_storage(model: nn.Module, mode: FakeTensorMode) -> None:
     def fake(old: torch.Tensor | None) -> torch.Tensor | None:
         if old is None:
             return None
+        if id(old) not in known and weight_only.is_stored(old):
+            known[id(old)] = (_weight_of_torchao(old, old.dtype), old)
         if id(old) not in known:
             new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
             known[id(old)] = (_parameter(new, old, fake) if isinstance(old, nn.Parameter) else new, old)

@@ -20,7 +20,7 @@ from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.base.overruled import differing, shown
 from lora_lab.base.positions import check_lengths, embedded, usable_positions
-from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, load_tokenizer, pad_within
+from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, TOKENS_AS_WRITTEN, load_tokenizer, pad_within
 from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check
 from lora_lab.data.chat import ChatEncoder
@@ -64,7 +64,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     task.check_base(own)
     check_lengths(own)
     tokenizer = load_tokenizer(base.folder, task.encoder_class.chat, reader)
-    if reader < READER:
+    if recorded is not None and reader < TOKENS_AS_WRITTEN:
         _say_older_tokens(config, base, tokenizer)
     pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
@@ -73,6 +73,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     targets = check_adapter(config, base, model, kind)
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)
+    load.check_storage(base.stored(config.quant), model)
     _say_experts(model, config, base)
     if unread := set(bypassed(model)) - set(targets):
         console.say(
@@ -158,7 +159,7 @@ def _check_quant(config: RunConfig, base: BaseFiles) -> None:
 
 
 def _say_experts(model: PreTrainedModel, config: RunConfig, base: BaseFiles) -> None:
-    """bitsandbytes quantizes linear layers, and a mixture's experts are none: most of the base stays as it is."""
+    """Linear layers are quantized, and a mixture's experts are none: most of the base stays as it is."""
     experts = {name: one for name, one in expert_weights(model).items() if one.dim() == 3}
     if not experts or base.stored(config.quant).method == "none":
         return

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lora_lab.base.load import BaseFiles
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "safetensors")
+_EXTRAS = ("torchao",)  # these compute in a run as well, where they are installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,8 +359,12 @@ def versions() -> dict[str, str]:
     return {
         "lora_lab": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **{name: importlib.metadata.version(name) for name in (*_PACKAGES, *filter(_installed, _EXTRAS))},
     }
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _git_commit() -> str | None:

@@ -90,12 +90,17 @@ KEYS: dict[str, str] = {
     "num_beams": "task.num_beams", "prompt": "lora-lab chat takes it: lora-lab chat run=DIR prompt=TEXT",
 }  # fmt: skip
 
-# Group -> word -> choice of it, or lines that work (with `=`), or a sentence (with a blank).
+# Group -> word -> choice of it, or lines that work (with `=`), or a sentence (with a full stop).
 CHOICES: dict[str, dict[str, str]] = {
     "quant": {
         "4bit": "nf4", "4": "nf4", "4-bit": "nf4", "int4": "nf4", "qlora": "nf4", "bnb": "nf4", "bitsandbytes": "nf4", "true": "nf4",
         "8bit": "int8", "8": "int8", "8-bit": "int8", "llm_int8": "int8", "false": "none", "16": "none", "16bit": "none", "fp16": "none",
-        "bf16": "none", "no": "none", "off": "none", "gptq": "Bases are quantized by bitsandbytes here.", "awq": "Bases are quantized by bitsandbytes here.",
+        "bf16": "none", "no": "none", "off": "none",
+        "torchao": "torchao_int8", "int8_weight_only": "torchao_int8", "int8wo": "torchao_int8", "ao": "torchao_int8",
+        **dict.fromkeys(("torchao_int4", "int4_weight_only", "int4wo"), "torchao's int4 needs a GPU, and peft puts LoRA on its int8 alone. Set quant=nf4."),
+        **dict.fromkeys(("gptq", "awq"), "Bases are quantized while they load, without data. Name the unquantized model, and set quant=nf4."),
+        **dict.fromkeys(("hqq", "hqq4", "hqq8"), "transformers has no code at present that loads HQQ. Set quant=nf4, or quant=torchao_int8."),
+        "gguf": "A GGUF file is a base of its own: set model.path to it, and quant=none.",
     },
     "task": {
         "sft": "causal_lm", "chat": "causal_lm", "instruction": "causal_lm", "instruct": "causal_lm", "clm": "causal_lm", "text_generation": "causal_lm",
@@ -159,6 +164,8 @@ def of_choice(group: str, value: object) -> str:
     found = known.get(str(value).lower().replace(" ", "_"))
     if found is None:
         return ""
+    if found.endswith("."):
+        return f" {found}"
     if "=" in found:
         return f" Write {found}."
-    return f" {found}" if " " in found else f" Did you mean '{found}'? Write {group}={found}."
+    return f" Did you mean '{found}'? Write {group}={found}."

@@ -116,7 +116,15 @@ def quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are tokenized on all cores
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "huggingface_hub"):
+    for name in (
+        "bitsandbytes",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "huggingface_hub",
+        "torchao",
+        "torch.utils._pytree",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -199,7 +199,7 @@ def test_every_other_target_is_made_or_refused_before_training(told, llama_base,
     assert (Path(folder) / "export" / target).is_dir()
 
 
-LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("fp4", "int8")]
+LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("fp4", "int8", "torchao_int8")]
 
 
 @pytest.mark.parametrize("quant", ["nf4", *LATER])

@@ -130,6 +130,39 @@ def test_other_methods_are_refused_by_name(method, verb, overrides, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+def packed(folder, method):
+    """Give a folder weights as such a method packs them."""
+    from safetensors.torch import load_file, save_file
+
+    found = {}
+    for name, one in load_file(folder / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            found[name] = one
+        elif method == "fp8":
+            found |= {name: one.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+        else:
+            rows, columns, stem = *one.shape, name.removesuffix("weight")
+            integers = torch.zeros(columns // 8, rows, dtype=torch.int32)
+            found |= {
+                f"{stem}qweight": integers,
+                f"{stem}qzeros": integers[:1].clone(),
+                f"{stem}scales": torch.ones(1, rows).half(),
+            }
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "torchao", "hqq"])
+def test_the_reason_and_the_nearest_way_are_told(method, overrides, tmp_path, capsys):
+    folder = make_base(tmp_path / "base", num_hidden_layers=1)
+    packed(folder, method)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": _OTHERS[method]}))
+    assert cli.main(["plan", *overrides, f"model.path={folder}"]) == 2
+    said = capsys.readouterr().err
+    assert "nor merges, because " in said
+    assert ("quant=torchao_int8" if method == "torchao" else "quant=nf4") in said
+
+
 @pytest.mark.parametrize(
     ("file", "tree", "says"),
     [

@@ -331,9 +331,10 @@ def test_a_template_that_is_no_text_is_refused(template, copy):
 # -- GGUF ----------------------------------------------------------------------------------------------------------------
 
 
-def make_gguf(file: Path, folder: Path) -> Path:
-    """The base of `folder` as GGUF, in float32."""
-    from gguf import GGUFWriter
+def make_gguf(file: Path, folder: Path, kind: str | None = None) -> Path:
+    """The base of `folder` as GGUF: its matrices in `kind`, such as Q4_0; None: in float32."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
@@ -365,7 +366,11 @@ def make_gguf(file: Path, folder: Path) -> Path:
     for name, tensor in load_file(folder / WEIGHTS).items():
         name = name.removesuffix(".weight")
         layer, _, part = name.removeprefix("model.layers.").partition(".") if "layers" in name else ("", "", name)
-        writer.add_tensor(f"{f'blk.{layer}.' if layer else ''}{names[part]}.weight", tensor.numpy())
+        numbers, own = tensor.numpy(), None
+        if kind is not None and tensor.dim() == 2:
+            own = GGMLQuantizationType[kind]
+            numbers = quantize(numbers, own)
+        writer.add_tensor(f"{f'blk.{layer}.' if layer else ''}{names[part]}.weight", numbers, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_lab.adapters import layers
-from lora_lab.adapters.base import BITSANDBYTES, AdapterSection, Dropout, LayerAdapter, Rank
+from lora_lab.adapters.base import ANY_FORMAT, AdapterSection, Dropout, LayerAdapter, Rank
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -41,7 +41,7 @@ class LoraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "LORA"
     dropout_key: ClassVar[str] = "lora_dropout"
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     against_delta: ClassVar[str] = ""
 

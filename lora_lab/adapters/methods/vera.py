@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Seed
+from lora_lab.adapters.base import ANY_FORMAT, Dropout, LayerAdapter, Seed
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -40,7 +40,7 @@ class VeraAdapter(LayerAdapter):
     label: ClassVar[str] = "VeRA"
     dropout_key: ClassVar[str] = "vera_dropout"
     against_delta: ClassVar[str] = ""
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
 
     @property
