@@ -106,7 +106,7 @@ def test_it_is_frozen_to_the_byte(config_of, eval_file):
     )
     prepared, model = prepared_and_model(config)
     before, start = stored(model), adapter_of(model)
-    fit([member_of(prepared, model, config)], prepared.train, prepared.held_out, prepared.task, prepared.accelerator)
+    fit([member_of(prepared, model, config)], prepared.train, prepared.held_out, prepared.accelerator)
     after = stored(model)
     assert len(before) == 3 * 28
     assert all(torch.equal(before[name], after[name]) for name in before)
