@@ -46,6 +46,7 @@ class AdapterSection:
     against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
     against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
+    shares_passes: ClassVar[bool] = False  # whether members of a sweep can share passes; else they take turns
     fresh_differs: ClassVar[str] = ""  # why a fresh adapter changes the base's outputs
 
     # -- its place and its settings --

@@ -154,7 +154,8 @@ def _check_quant(config: RunConfig, base: BaseFiles) -> None:
     if against:
         how = "Take another base" if base.published else "Set quant=none"
         raise ConfigError(
-            f"quant.method={method}: {config.adapter.label} is not trained on it, because {against}. {how}, or adapter=lora."
+            f"quant.method={method}: {config.adapter.label} is not trained on it, because {against}. {how}, or adapter=lora; lora-lab methods "
+            "says what trains on what."
         )
 
 

@@ -247,8 +247,13 @@ def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
     """Stop before the update if the numbers cannot be used; the state before the step is saved.
 
     Raises:
-        TrainingError: naming the first module that is not finite, and the step's rows.
+        TrainingError: naming the first module that is not finite, and the step's rows; or no gradient reaches the adapter.
     """
+    if one.member.state.step == 0 and one.tokens and norm == 0:
+        raise TrainingError(
+            "Step 1: the gradient is zero, so nothing would ever be learned: no gradient reaches the adapter, or nothing of these "
+            "rows depends on it. Choose another adapter, other adapter.target_modules or other rows."
+        )
     if math.isfinite(one.loss) and norm.isfinite():
         return
     member, examples = one.member, [example for part in one.parts for example in part]

@@ -29,6 +29,7 @@ def reason_against(members: Sequence[Member]) -> str:
     train = [member.config.train for member in members]
     dropout = any(member.config.adapter.dropout for member in members)
     reasons = {
+        f"{members[0].config.adapter.label} cannot be told apart by row": not members[0].config.adapter.shares_passes,
         f"task={members[0].config.task.name} is not trained on packed rows, each by itself": not task.shares_passes,
         "train.neftune_alpha, train.fgm_epsilon or train.rdrop_alpha change the pass itself": any(
             one.neftune_alpha or one.fgm_epsilon or one.rdrop_alpha for one in train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.verbs import chat, config, data, evaluate, export, merge, plan, resume, shrink, train
+from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, resume, shrink, train
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
@@ -15,5 +15,6 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "shrink": shrink.VERB,
     "export": export.VERB,
     "chat": chat.VERB,
+    "methods": methods.VERB,
     "config": config.VERB,
 }

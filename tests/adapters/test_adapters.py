@@ -113,7 +113,7 @@ def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_sav
     )
 
 
-def test_an_interrupted_run_and_a_member_of_a_sweep_are_the_run_alone(config_for, monkeypatch, capsys):
+def test_an_interrupted_run_and_a_member_of_a_sweep_are_the_run_alone(config_for, method, monkeypatch, capsys):
     alone = pipeline.train(config_for("alone"))
     cli.signals.install()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -131,6 +131,7 @@ def test_an_interrupted_run_and_a_member_of_a_sweep_are_the_run_alone(config_for
     assert [job.error for job in found] == [None, None]
     assert adapter_bytes(found[1].run) != adapter_bytes(alone)
     assert_same_run(found[0].run.path, alone.path)
+    assert ("in each pass" in said) == ADAPTERS[method].shares_passes
     if "in each pass" not in said:
         assert "2 runs take turns on one base: " in said
         assert adapter_bytes(found[0].run) == adapter_bytes(alone)
@@ -152,7 +153,7 @@ def test_it_is_merged_and_exported_or_refused_before_training(told, config_for, 
         assert section.against_merging in fails(["merge", f"run={run.path}"], capsys)
     if "hf" in possible:
         report = json.loads(run.merge_report.read_text())
-        assert report["merged_vs_base_and_adapter"]["max_logit_diff"] < 1e-4
+        assert report["merged_vs_base_and_adapter"]["max_logit_diff"] < 3e-4  # rounding, of logits up to 30
         assert report["written"] == (
             f"from memory: {section.against_delta}" if section.against_delta else "file by file"
         )

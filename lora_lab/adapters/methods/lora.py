@@ -44,6 +44,7 @@ class LoraAdapter(LayerAdapter):
     quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     against_delta: ClassVar[str] = ""
+    shares_passes: ClassVar[bool] = True
 
     def needs_names(self, model: PreTrainedModel, new_modules: Sequence[str]) -> bool:
         return bool(

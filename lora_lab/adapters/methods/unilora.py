@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Rank, Seed
+from lora_lab.adapters.base import Dropout, LayerAdapter, Rank, Seed
 from lora_lab.schema.sections import section
 
 
@@ -24,6 +24,6 @@ class UniloraAdapter(LayerAdapter):
     label: ClassVar[str] = "Uni-LoRA"
     dropout_key: ClassVar[str] = "unilora_dropout"
     fixed: ClassVar[dict[str, Any]] = {"save_indices": True}
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    against_quantized: ClassVar[str] = "no gradient reaches its vector there"
     against_merging: ClassVar[str] = ""
     fresh_differs: ClassVar[str] = "its vector cannot begin with zeros"
