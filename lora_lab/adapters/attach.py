@@ -53,14 +53,16 @@ def attach(
     model: PreTrainedModel | PeftModel, adapter: AdapterSection, name: str, kind: ModelKind, seed: int
 ) -> PeftModel:
     """Add a fresh adapter under `name`; its float32 weights are drawn with `seed`, and only they and a copy of each new
-    module, in float32 too, are trainable.
+    module, in float32 too, are trainable. What is made of the base's weights or of rows, its section's `begin` gives it later.
 
     A fresh adapter leaves the base's outputs unchanged, unless its section says why not.
     """
     from peft import PeftModel
 
     base = base_of(model) if isinstance(model, PeftModel) else model
-    return _put(model, fresh_settings(base, adapter, kind), name, seed)
+    model = _put(model, fresh_settings(base, adapter, kind), name, seed)
+    adapter.shape(model, name)
+    return model
 
 
 def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKind) -> PeftConfig:

@@ -20,10 +20,12 @@ from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from lora_lab.adapters.beginnings import Given
     from lora_lab.adapters.deltas import Deltas
+    from lora_lab.config.run import RunConfig
 
 Rank = Annotated[int, Field(ge=1, le=4096, description="rank of the update")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")]
@@ -43,7 +45,6 @@ class AdapterSection:
     against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
     against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
-    fresh_differs: ClassVar[str] = ""  # why a fresh adapter changes the base's outputs
 
     # -- its place and its settings --
 
@@ -92,6 +93,28 @@ class AdapterSection:
     def settings(cls) -> tuple[str, ...]:
         """peft's names of what, beside the tensors, decides what a trained adapter does."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("method", *_WHERE))
+
+    def rules(self, config: RunConfig) -> list[str]:
+        """A sentence for each setting that the rest of the run contradicts, or leaves without effect."""
+        return []
+
+    # -- how a fresh one begins --
+
+    @property
+    def fresh_differs(self) -> str:
+        """Why a fresh adapter changes the base's outputs."""
+        return ""
+
+    def shape(self, model: PeftModel, name: str) -> None:
+        """Bring a fresh adapter that peft has just put on a model into the form that it trains in. Its tensors may have no content."""
+
+    def begin(self, model: PeftModel, name: str, given: Given) -> None:
+        """Give a fresh adapter the weights that it begins with, where they are made of the base's or of training rows. torch's generators
+        are seeded."""
+
+    def kept(self, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """Tensors that a checkpoint must hold beside the adapter as it is saved, by name. A resumed run writes into them."""
+        return {}
 
     # -- what it is called, and what is to be said of it --
 

@@ -238,15 +238,31 @@ def put(model: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
     """
     import torch
 
-    own = tensors_of(model, name)
+    from lora_lab.adapters.beginnings import Residual
+
+    whole = model.state_dict()
+    places = {id(tensor): place.rpartition(".")[0] for place, tensor in whole.items()}
+    own = tensors_of(model, name, whole)
     with torch.no_grad():
         for key, value in state.items():
-            own[key].copy_(value)
+            module = model.get_submodule(places.get(id(own[key]), ""))
+            if isinstance(module, Residual):
+                module.take(value)
+            else:
+                own[key].copy_(value)
 
 
-def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """What is saved of an adapter, by the names that peft writes it under."""
+def tensors_of(
+    model: PeftModel, name: str, whole: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """What is saved of an adapter, by the names that peft writes it under.
+
+    Args:
+        whole: the model's `state_dict()`, to find its tensors again.
+    """
     from peft import get_peft_model_state_dict
 
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, whole, adapter_name=name, save_embedding_layers=False
+    )
     return found

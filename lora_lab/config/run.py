@@ -160,7 +160,7 @@ def contradictions(config: RunConfig) -> list[str]:
             )
             if value
         ]
-    found += _task_contradictions(config) + _data_contradictions(data)
+    found += config.adapter.rules(config) + _task_contradictions(config) + _data_contradictions(data)
     if data.eval is None and data.eval_ratio is None:
         needs_eval = {
             "train.eval_steps": train.eval_steps,

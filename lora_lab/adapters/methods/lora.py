@@ -1,4 +1,5 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) and its variants that peft keeps in one class: rsLoRA, DoRA."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and its variants that peft keeps in one class: rsLoRA, DoRA, and what its factors begin
+with."""
 
 from __future__ import annotations
 
@@ -17,9 +18,18 @@ from lora_lab.schema.sections import section
 if TYPE_CHECKING:
     import peft
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from lora_lab.adapters.beginnings import Given
     from lora_lab.adapters.deltas import Deltas
+    from lora_lab.config.run import RunConfig
+
+
+Niter = Annotated[str, Field(pattern=r"^pissa_niter_\d{1,3}$")]
+_RESIDUAL = ("pissa", "olora", "corda", "lora_ga")  # begin with a product that is not zero, see `adapters.beginnings`
+_OF_ROWS = ("eva", "corda", "lora_ga")
+_OWN = ("init_rows", "corda_method")  # fields that peft's class does not have
 
 
 @section
@@ -35,8 +45,18 @@ class LoraAdapter(LayerAdapter):
     use_rslora: Annotated[bool, Field(description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")] = False
     use_dora: Annotated[bool, Field(description="train magnitudes apart from directions (arXiv:2402.09353)")] = False
     init_lora_weights: Annotated[
-        bool | Literal["gaussian"], Field(description="true or gaussian: the fresh adapter changes nothing")
+        Literal[True, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"] | Niter,
+        Field(
+            description="what the factors begin with: true, gaussian, orthogonal, of the base's weights (pissa, pissa_niter_N, olora, "
+            "loftq), of training rows (eva, corda, lora_ga)"
+        ),
     ] = True
+    init_rows: Annotated[
+        int, Field(ge=1, le=100_000, description="training rows that eva, corda and lora_ga look at, the run's first")
+    ] = 64
+    corda_method: Annotated[
+        Literal["ipm", "kpm"], Field(description="corda: begin where the task reads most (ipm) or least (kpm)")
+    ] = "ipm"
 
     peft_type: ClassVar[str] = "LORA"
     dropout_key: ClassVar[str] = "lora_dropout"
@@ -57,7 +77,90 @@ class LoraAdapter(LayerAdapter):
 
     @property
     def undefined_for_experts(self) -> list[str]:
-        return [name for name in ("lora_dropout", "use_dora") if getattr(self, name)]
+        own = [] if self.beginning in ("default", "gaussian") else ["init_lora_weights"]
+        return own + [name for name in ("lora_dropout", "use_dora") if getattr(self, name)]
+
+    # -- how a fresh one begins --
+
+    @property
+    def beginning(self) -> str:
+        """`init_lora_weights` without numbers."""
+        told = self.init_lora_weights
+        return "default" if isinstance(told, bool) else told.partition("_niter_")[0]
+
+    @property
+    def niter(self) -> int | None:
+        """Iterations of a fast decomposition; None: an exact one."""
+        number = str(self.init_lora_weights).partition("_niter_")[2]
+        return int(number) if number else None
+
+    @property
+    def residual(self) -> bool:
+        """Whether the factors' change alone trains, in an adapter of twice the rank."""
+        return self.beginning in _RESIDUAL
+
+    @property
+    def fresh_differs(self) -> str:
+        return "it begins with what quantizing took from the base" if self.beginning == "loftq" else ""
+
+    def rules(self, config: RunConfig) -> list[str]:
+        told, found = f"adapter.init_lora_weights={_word(self.init_lora_weights)}", []
+        if self.residual and self.lora_dropout:
+            found.append(
+                f"adapter.lora_dropout={self.lora_dropout:g}: not with {told}, whose factors hold a part of the base, which would be dropped "
+                "with them. Drop one of the two."
+            )
+        odd = [rank for rank in (self.r, *(self.rank_pattern or {}).values()) if rank % 2]
+        if self.beginning == "orthogonal" and odd:
+            found.append(f"adapter.r={odd[0]}: {told} shares an even number of vectors out. Use {odd[0] + 1}.")
+        if self.beginning == "loftq" and config.quant.method == "none":
+            found.append(f"{told}: begins with what quantizing takes away, and quant=none takes nothing. Use quant=nf4.")
+        if self.init_rows != 64 and self.beginning not in _OF_ROWS:
+            found.append(f"adapter.init_rows={self.init_rows}: no effect with {told}, which looks at no rows. Drop it.")
+        if self.corda_method != "ipm" and self.beginning != "corda":
+            found.append(f"adapter.corda_method={self.corda_method}: no effect with {told}. Drop it.")
+        return found
+
+    def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
+        """As in the base class. What `begin` does, peft is not told, nor whoever loads the adapter: it would change its base."""
+        fields = super().peft_fields(targets)
+        for name in _OWN:
+            del fields[name]
+        if self.beginning not in ("default", "gaussian"):
+            fields["init_lora_weights"] = True
+        if not self.residual:
+            return fields
+        factor = math.sqrt(2) if self.use_rslora else 2.0  # the scale stays
+        return fields | {
+            "r": 2 * self.r,
+            "lora_alpha": factor * self.lora_alpha,
+            "rank_pattern": {name: 2 * rank for name, rank in (self.rank_pattern or {}).items()},
+            "alpha_pattern": {name: factor * alpha for name, alpha in (self.alpha_pattern or {}).items()},
+        }
+
+    def shape(self, model: PeftModel, name: str) -> None:
+        if self.residual:
+            from lora_lab.adapters import beginnings
+
+            beginnings.divide(model, name)
+
+    def begin(self, model: PeftModel, name: str, given: Given) -> None:
+        if self.beginning not in ("default", "gaussian"):
+            from lora_lab.adapters import beginnings
+
+            beginnings.begin(self, model, name, given)
+
+    def kept(self, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        if not self.residual:
+            return {}
+        from lora_lab.adapters import beginnings
+
+        return beginnings.initial(model, name)
+
+    def describe(self) -> str:
+        if self.beginning == "default":
+            return super().describe()
+        return f"{super().describe()}, init_lora_weights={self.init_lora_weights}"
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:
@@ -87,7 +190,7 @@ class LoraAdapter(LayerAdapter):
 
     @property
     def widest(self) -> int:
-        return max([self.r, *(self.rank_pattern or {}).values()])
+        return max([self.r, *(self.rank_pattern or {}).values()]) * (2 if self.residual else 1)
 
     @classmethod
     def delta(cls, config: peft.LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> Deltas:
@@ -117,12 +220,17 @@ def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]
     first = like[0]
     if not isinstance(first, LoraAdapter):
         return LoraAdapter(r=rank, lora_alpha=float(rank), target_modules=list(names))
+    own = {name: getattr(LoraAdapter(), name) for name in ("init_lora_weights", *_OWN)}
     plain = dataclasses.replace(
-        first, r=rank, lora_alpha=float(rank), rank_pattern=None, alpha_pattern=None, use_rslora=False, lora_dropout=0.0
+        first, r=rank, lora_alpha=float(rank), rank_pattern=None, alpha_pattern=None, use_rslora=False, lora_dropout=0.0, **own
     )
     if all(isinstance(one, LoraAdapter) and one.place == first.place for one in like):
         return plain
     return dataclasses.replace(plain, target_modules=list(names), exclude_modules=None, layers_to_transform=None)
+
+
+def _word(value: bool | str) -> str:
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def _smaller_side(layer: Any) -> int:
