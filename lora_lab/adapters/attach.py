@@ -108,7 +108,7 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
-    config.inference_mode = False
+    config.inference_mode = isinstance(model, PeftModel)  # some methods let peft train one; `set_adapter` trains whichever it is
     if hasattr(config, "fan_in_fan_out"):  # as this base lies, not another
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:
@@ -122,6 +122,7 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     except (ValueError, NotImplementedError) as error:
         raise AdapterError(f"adapter: peft refuses it on this base ({error}).") from error
     model.set_adapter(name)
+    config.inference_mode = False
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     return model

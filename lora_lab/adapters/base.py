@@ -34,6 +34,17 @@ BITSANDBYTES = ("nf4", "fp4", "int8")  # formats of `quant.method`, for methods 
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An optimizer step of one adapter, for methods that have a part in it."""
+
+    model: PeftModel
+    name: str  # of the adapter in the model
+    parameters: dict[str, torch.nn.Parameter]  # all that is trained, by name, with its gradients
+    number: int  # of the step, from 1
+    total: int  # steps of the whole run
+
+
 class AdapterSection:
     """The `adapter` section of one method. Fields have the names of peft's configuration class."""
 
@@ -41,6 +52,7 @@ class AdapterSection:
     method: str
     peft_type: ClassVar[str]  # peft's `PeftType` name
     dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
+    second_factor: ClassVar[str] = ""  # part of the names of its parameters that are LoRA's B, see `optim.loraplus_lr_ratio`
     quantized: ClassVar[tuple[str, ...]] = ()  # formats of a base (`quant.method`) that it trains on
     against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
@@ -115,6 +127,14 @@ class AdapterSection:
     def kept(self, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         """Tensors that a checkpoint must hold beside the adapter as it is saved, by name. A resumed run writes into them."""
         return {}
+
+    # -- its part in a step --
+
+    def before_update(self, step: Step) -> None:
+        """Add to the gradients what belongs to the step and not to the loss over its rows; they are neither checked nor clipped yet."""
+
+    def after_update(self, step: Step) -> None:
+        """What is due when the optimizer has made its step, while the gradients are still there."""
 
     # -- what it is called, and what is to be said of it --
 

@@ -132,6 +132,11 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append(f"quant.cache=false: no effect with quant.method={quant.method}, which is never kept. Drop it.")
     if config.merge.base in ("dequantized", "corrected") and quant.method == "none":
         found.append(f"merge.base={config.merge.base}: no effect with quant.method=none. Drop it.")
+    if config.optim.loraplus_lr_ratio is not None and not config.adapter.second_factor:
+        found.append(
+            f"optim.loraplus_lr_ratio={config.optim.loraplus_lr_ratio:g}: no effect with adapter.method={config.adapter.method}, which has no second "
+            "factor. Drop it, or train with adapter=lora."
+        )
     found += _merge_contradictions(config.merge)
     if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4"):
         found.append(f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4 or fp4, or drop it.")

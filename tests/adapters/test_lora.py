@@ -18,7 +18,7 @@ from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
 from tests.adapters.test_adapters import adapter_bytes, logits
-from tests.conftest import fails
+from tests.conftest import fails, make_base
 from tests.training.test_resume import stop_at
 
 BEGINNINGS = ("orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "corda", "lora_ga")
@@ -30,11 +30,17 @@ def later(names, first: str):
     return [name if name == first else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """As everywhere, but with logits of a common size: what float32 rounds away grows with them."""
+    return make_base(tmp_path_factory.mktemp("models") / "calm", initializer_range=0.1)
+
+
 @pytest.fixture
 def told(overrides, eval_file, tmp_path):
     def overrides_of(name: str, *more: str) -> list[str]:
         own = ["adapter.r=4", "adapter.lora_alpha=6", "export.dtype=float32", "train.max_steps=4", "train.save_steps=2"]
-        return [*overrides, *own, f"data.eval={eval_file}", *more, f"run_dir={tmp_path}/{name}"]
+        return [*overrides, *own, "optim.lr=0.003", f"data.eval={eval_file}", *more, f"run_dir={tmp_path}/{name}"]
 
     return overrides_of
 
@@ -102,7 +108,7 @@ def test_it_resumes_merges_and_lies_on_the_published_base(name, told, config_for
     with prepared.loaded({"default": run.adapter}) as live:
         trained = logits(prepared, live.model)
         torch.testing.assert_close(plain_logits(base, run.adapter, prepared), trained, rtol=1e-4, atol=1e-4)
-    with prepared.loaded() as live:  # the same beginning again
+    with prepare(config_for("run", own)).loaded() as live:  # the same beginning again
         fresh = files.tensors_of(live.model, "default")
         for key, value in saved.items():
             assert not torch.equal(value, fresh[key])
@@ -111,7 +117,7 @@ def test_it_resumes_merges_and_lies_on_the_published_base(name, told, config_for
                     assert torch.equal(value.chunk(2, 1)[1], fresh[key].chunk(2, 1)[1])
                 else:
                     first, change = value.chunk(2, 0)
-                    torch.testing.assert_close(first - change, fresh[key].chunk(2, 0)[0], rtol=0, atol=1e-6)
+                    torch.testing.assert_close(first - change, fresh[key].chunk(2, 0)[0], rtol=0, atol=1e-5)
 
     cli.signals.install()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):

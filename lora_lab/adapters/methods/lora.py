@@ -61,6 +61,7 @@ class LoraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "LORA"
     dropout_key: ClassVar[str] = "lora_dropout"
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    second_factor: ClassVar[str] = "lora_B"
     quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
     against_merging: ClassVar[str] = ""
     against_delta: ClassVar[str] = ""
