@@ -92,8 +92,6 @@ class Allocation:
             allocator.ipt = dict(self.sums[_SUMS[0]])  # the names that it knows; their values it computes anew
             for kind in _SUMS:
                 setattr(allocator, kind, dict(self.sums[kind]))
-            if step.number == final:  # peft leaves it out at the last allocation, where a short run has nothing else to rank by
-                allocator.update_ipt(seen)
             _, pattern = allocator.update_and_allocate(seen, step.number, force_mask=step.number == final)
             for kind in _SUMS:
                 for key, value in getattr(allocator, kind).items():

@@ -75,11 +75,11 @@ def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKi
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    by_name = adapter.needs_names(base, kind.new_modules)
-    targets = adapter.targets(base, kind.new_modules) if by_name else None
+    by_name = adapter.needs_names(base, kind.whole)
+    targets = adapter.targets(base, kind.whole) if by_name else None
     config = adapter.peft_config(kind.peft_task_type, targets)
     vars(config)["modules_to_save"] = (
-        list(kind.new_modules) or None
+        list(kind.whole) or None
     )  # every method's class has it, peft's base class not
     convert_peft_config_for_transformers(config, base, None)
     experts, told = getattr(config, "target_parameters", None), adapter.undefined_for_experts

@@ -76,6 +76,14 @@ class AdapterSection:
         """Whether the section names layers, which a base may not have."""
         return True
 
+    def retrained(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Names of modules of the base that are trained whole beside the adapter, as a copy.
+
+        Raises:
+            AdapterError: a name in the section that matches nothing.
+        """
+        return ()
+
     def peft_config(self, task_type: str | None, targets: Sequence[str] | None = None) -> PeftConfig:
         """peft's configuration of this adapter.
 

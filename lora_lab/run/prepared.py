@@ -69,8 +69,9 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
-    kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
-    targets = config.adapter.targets(model, kind.new_modules)
+    new = load.new_modules(model, base.folder, kind.head)
+    kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model))
+    targets = config.adapter.targets(model, kind.whole)
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)
     _check_quant(config, base)
@@ -126,7 +127,7 @@ def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedT
 def with_task(config: RunConfig, found: ResolvedBase, learned: dict[str, Any]) -> tuple[ResolvedBase, AnyTask]:
     """The base as the task needs it, now that it is known what the training rows hold."""
     kind = config.task.load().kind(config, found.encoder.tokenizer, learned)
-    kind = dataclasses.replace(kind, new_modules=found.kind.new_modules)
+    kind = dataclasses.replace(kind, new_modules=found.kind.new_modules, retrained=found.kind.retrained)
     model = load.skeleton(found.base.folder, kind)
     task = config.task.load()(config, found.encoder, learned, model.config)
     return dataclasses.replace(found, kind=kind, model=model), task

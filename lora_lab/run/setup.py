@@ -144,8 +144,9 @@ class Setup:
             if not isinstance(own, Path):
                 live.begin(name, own)
         live.accelerate()
-        if self.kind.new_modules:
-            console.say("head", f"{', '.join(self.kind.new_modules)}: trained whole, in float32")
+        for title, names in (("head", self.kind.new_modules), ("modules", self.kind.retrained)):
+            if names:
+                console.say(title, f"{', '.join(names)}: trained whole, in float32")
         return live
 
 

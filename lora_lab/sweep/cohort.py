@@ -105,7 +105,7 @@ def _train_together(jobs: list[Job], budget: Budget) -> None:
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
     setup = prepare(jobs[0].config, begun=begun)
     skeleton = setup.skeleton()
-    jobs = _those(jobs, lambda job: job.config.adapter.targets(skeleton, setup.kind.new_modules))
+    jobs = _those(jobs, lambda job: job.config.adapter.targets(skeleton, setup.kind.whole))
     if not jobs:
         return
     with setup.loaded({_name(place): job.config for place, job in enumerate(jobs)}) as live:

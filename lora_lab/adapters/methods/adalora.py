@@ -99,7 +99,7 @@ class AdaLoraAdapter(LayerAdapter):
             AdapterError: no step is left between them.
         """
         first, last = (int(value) if value >= 1 else round(value * total) for value in (self.tinit, self.tfinal))
-        if first + last >= total:
+        if first + last >= total - 1:  # the last allocation ranks by the steps before it
             raise AdapterError(
                 f"adapter.tinit={self.tinit:g}, adapter.tfinal={self.tfinal:g}: of the run's {total} steps none is left in which ranks fall. Lower "
                 "them, or train longer."

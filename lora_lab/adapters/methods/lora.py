@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lora_lab.adapters import layers
 from lora_lab.adapters.base import BITSANDBYTES, AdapterSection, Dropout, LayerAdapter, Rank
-from lora_lab.errors import AdapterError
+from lora_lab.errors import AdapterError, nearest
 from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Niter = Annotated[str, Field(pattern=r"^pissa_niter_\d{1,3}$")]
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga")  # begin with a product that is not zero, see `adapters.beginnings`
 _OF_ROWS = ("eva", "corda", "lora_ga")
+_OF_THE_BASE = ("target_parameters", "trainable_token_indices", "modules_to_save", "ensure_weight_tying")  # wrap its modules
 _OWN = ("init_rows", "corda_method")  # fields that peft's class does not have
 
 
@@ -58,6 +59,20 @@ class LoraAdapter(LayerAdapter):
         Literal["ipm", "kpm"], Field(description="corda: begin where the task reads most (ipm) or least (kpm)")
     ] = "ipm"
 
+    target_parameters: Annotated[
+        list[str] | None, Field(description="weights of experts and routers to adapt too, by the endings of their names")
+    ] = None
+    trainable_token_indices: Annotated[
+        list[Annotated[int, Field(ge=0)]] | None,
+        Field(min_length=1, description="tokens whose rows of the input embeddings (and of a tied output head) are trained"),
+    ] = None
+    modules_to_save: Annotated[
+        list[str] | None, Field(description="embeddings, norms, output head to train whole, by the endings of their names")
+    ] = None
+    ensure_weight_tying: Annotated[
+        bool, Field(description="train modules_to_save and what is tied to them as one, so that they stay tied")
+    ] = False
+
     peft_type: ClassVar[str] = "LORA"
     dropout_key: ClassVar[str] = "lora_dropout"
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
@@ -75,6 +90,42 @@ class LoraAdapter(LayerAdapter):
             or layers.bypassed(model)
             or layers.tied(model)
         )
+
+    @property
+    def names_layers(self) -> bool:
+        told = [self.target_parameters, self.trainable_token_indices, self.modules_to_save]
+        return super().names_layers or any(one is not None for one in told)
+
+    def targets(self, model: PreTrainedModel, new_modules: Sequence[str] = ()) -> list[str]:
+        """As in the base class; without any layer, where `target_parameters` names what is adapted.
+
+        Raises:
+            AdapterError: also a name in `target_parameters` that matches no weight, a token that the model does not have.
+        """
+        found = [] if self.target_parameters and not self.target_modules else super().targets(model, new_modules)
+        _check_parameters(model, self.target_parameters or [])
+        _check_tokens(model, self.trainable_token_indices or [])
+        return found
+
+    def retrained(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """As in the base class.
+
+        Raises:
+            AdapterError: also a module that shares its weight with another, which would be changed by a merge as well.
+        """
+        found = layers.leaves(model, "adapter.modules_to_save", self.modules_to_save or [])
+        shared = [name for name in found if name in layers.sharing(model)]
+        if shared and not self.ensure_weight_tying:
+            raise AdapterError(
+                f"adapter.modules_to_save: '{shared[0]}' shares its weight with another module, and a merge would change both. Set "
+                "adapter.ensure_weight_tying=true, which trains them as one, or leave it out."
+            )
+        if self.ensure_weight_tying and not shared:
+            raise AdapterError(
+                "adapter.ensure_weight_tying=true: no effect, because no module in adapter.modules_to_save shares its weight with another"
+                f"{' (rows of tied embeddings always stay tied)' if self.trainable_token_indices else ''}. Drop it."
+            )
+        return tuple(found)
 
     @property
     def undefined_for_experts(self) -> list[str]:
@@ -116,6 +167,15 @@ class LoraAdapter(LayerAdapter):
             found.append(f"adapter.r={odd[0]}: {told} shares an even number of vectors out. Use {odd[0] + 1}.")
         if self.beginning == "loftq" and config.quant.method == "none":
             found.append(f"{told}: begins with what quantizing takes away, and quant=none takes nothing. Use quant=nf4.")
+        inputs = {"trainable_token_indices": self.trainable_token_indices, "modules_to_save": self.modules_to_save}
+        for key in [name for name, told in inputs.items() if told]:
+            if config.speed.prefix_cache:
+                found.append(f"speed.prefix_cache=true: not with adapter.{key}, which may change the first layer's input. Drop one of the two.")
+            if self.trainable_token_indices and (config.train.neftune_alpha or config.train.fgm_epsilon):
+                name = "neftune_alpha" if config.train.neftune_alpha else "fgm_epsilon"
+                found.append(
+                    f"train.{name}: not with adapter.{key}, where no module gives the embeddings of all tokens. Drop one of the two."
+                )
         if self.init_rows != 64 and self.beginning not in _OF_ROWS:
             found.append(f"adapter.init_rows={self.init_rows}: no effect with {told}, which looks at no rows. Drop it.")
         if self.corda_method != "ipm" and self.beginning != "corda":
@@ -183,11 +243,14 @@ class LoraAdapter(LayerAdapter):
         }
 
     def against_target(self, target: str) -> str:
+        if target in ("vllm", "gguf_lora") and (self.trainable_token_indices or self.modules_to_save):
+            key = "trainable_token_indices" if self.trainable_token_indices else "modules_to_save"
+            return f"loads LoRA's factors alone, and nothing that adapter.{key} trains"
         loaders = {"vllm": "loads no DoRA", "gguf_lora": "llama.cpp has no DoRA"}
         return loaders.get(target, "") if self.use_dora else ""
 
     def on_one_base(self) -> dict[str, Any]:
-        return {"method": self.method}
+        return {name: getattr(self, name) for name in ("method", *_OF_THE_BASE)}
 
     @property
     def widest(self) -> int:
@@ -232,6 +295,30 @@ def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]
 
 def _word(value: bool | str) -> str:
     return value if isinstance(value, str) else str(value).lower()
+
+
+def _check_parameters(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse a name in `target_parameters` that peft's rule finds no weight for."""
+    there = list(layers.expert_weights(model)) if names else []
+    for name in names:
+        if not any(one == name or one.endswith(f".{name}") for one in there):
+            endings = sorted({".".join(one.rsplit(".", 2)[-2:]) for one in there})
+            has = f"The model has: {', '.join(endings)}" if there else "The model has no weights of experts"
+            raise AdapterError(
+                f"adapter.target_parameters: {name} matches no weight of an expert or router.{nearest(name, endings)} {has}."
+            )
+
+
+def _check_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """Refuse tokens in `trainable_token_indices` that have no row, or several."""
+    rows = model.get_input_embeddings().weight.shape[0] if tokens else 0
+    for place, token in enumerate(tokens):
+        if token >= rows:
+            raise AdapterError(
+                f"adapter.trainable_token_indices: {token}: the model's tokens are 0 to {rows - 1}."
+            )
+        if token in tokens[:place]:
+            raise AdapterError(f"adapter.trainable_token_indices: {token} is there twice. Name it once.")
 
 
 def _smaller_side(layer: Any) -> int:
