@@ -24,7 +24,9 @@ _SUMS = ("exp_avg_ipt", "exp_avg_unc")  # of peft's allocator: importance and it
 def keep_orthogonal(parameters: Mapping[str, nn.Parameter], weight: float) -> None:
     """Add the gradient of weight times the mean of |P P^T - I| over the singular vectors P of all layers, as peft adds it to a loss."""
     factors = [
-        one if ".lora_A." in name else one.T for name, one in parameters.items() if ".lora_A." in name or ".lora_B." in name
+        one if ".lora_A." in name else one.T
+        for name, one in parameters.items()
+        if ".lora_A." in name or ".lora_B." in name
     ]
     with torch.enable_grad():
         gaps = [torch.linalg.norm(one @ one.T - torch.eye(len(one), device=one.device)) for one in factors]
@@ -53,7 +55,9 @@ class Allocation:
     def begin(cls, model: PeftModel, name: str) -> None:
         """Begin to remember, for an adapter that was just attached."""
         own = {
-            key: one for key, one in model.named_parameters() if "lora_" in key and key.endswith(f".{name}") and "ranknum" not in key
+            key: one
+            for key, one in model.named_parameters()
+            if "lora_" in key and key.endswith(f".{name}") and "ranknum" not in key
         }
         sums = {kind: {key: torch.zeros_like(one) for key, one in own.items()} for kind in _SUMS}
         held = {key: torch.ones_like(one) for key, one in own.items() if ".lora_E." in key}

@@ -78,9 +78,7 @@ def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKi
     by_name = adapter.needs_names(base, kind.whole)
     targets = adapter.targets(base, kind.whole) if by_name else None
     config = adapter.peft_config(kind.peft_task_type, targets)
-    vars(config)["modules_to_save"] = (
-        list(kind.whole) or None
-    )  # every method's class has it, peft's base class not
+    vars(config)["modules_to_save"] = list(kind.whole) or None  # every method's class has it, peft's base class not
     convert_peft_config_for_transformers(config, base, None)
     experts, told = getattr(config, "target_parameters", None), adapter.undefined_for_experts
     if experts and told:
@@ -108,7 +106,9 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
-    config.inference_mode = isinstance(model, PeftModel)  # some methods let peft train one; `set_adapter` trains whichever it is
+    config.inference_mode = isinstance(
+        model, PeftModel
+    )  # some methods let peft train one; `set_adapter` trains whichever it is
     if hasattr(config, "fan_in_fan_out"):  # as this base lies, not another
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:

@@ -52,7 +52,9 @@ class AdapterSection:
     method: str
     peft_type: ClassVar[str]  # peft's `PeftType` name
     dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
-    second_factor: ClassVar[str] = ""  # part of the names of its parameters that are LoRA's B, see `optim.loraplus_lr_ratio`
+    second_factor: ClassVar[str] = (
+        ""  # part of the names of its parameters that are LoRA's B, see `optim.loraplus_lr_ratio`
+    )
     quantized: ClassVar[tuple[str, ...]] = ()  # formats of a base (`quant.method`) that it trains on
     against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
@@ -137,6 +139,13 @@ class AdapterSection:
         return {}
 
     # -- its part in a step --
+
+    def check_length(self, steps: int) -> None:
+        """Refuse a run of so many steps.
+
+        Raises:
+            AdapterError: the section says what is to happen in more of them.
+        """
 
     def before_update(self, step: Step) -> None:
         """Add to the gradients what belongs to the step and not to the loss over its rows; they are neither checked nor clipped yet."""

@@ -58,9 +58,12 @@ def write_tensors(
     """
     from safetensors.torch import save_file
 
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    whole = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    seen = {one.data_ptr(): key for key, one in whole.items()}
+    apart = {
+        key: one if seen[one.data_ptr()] == key else one.clone() for key, one in whole.items()
+    }  # tied ones are one
+    save_file(apart, folder / WEIGHTS, {"format": "pt"})
     was_named, was_inference = peft_config.base_model_name_or_path, peft_config.inference_mode
     peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
     peft_config.inference_mode = True
@@ -252,9 +255,7 @@ def put(model: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
                 own[key].copy_(value)
 
 
-def tensors_of(
-    model: PeftModel, name: str, whole: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
+def tensors_of(model: PeftModel, name: str, whole: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """What is saved of an adapter, by the names that peft writes it under.
 
     Args:

@@ -34,6 +34,7 @@ from lora_lab.run.takes import Takes
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, tracking
 from lora_lab.tasks.base import AnyTask
+from lora_lab.training.batches import plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -246,6 +247,10 @@ def prepare(
     say_template(found.encoder)
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
+    if need_train and data.train is not None:
+        config.adapter.check_length(
+            plan_of(config, data.train).total_steps(config.train.epochs, config.train.max_steps)
+        )
     return assemble(config, found, data, task, device, stages)
 
 

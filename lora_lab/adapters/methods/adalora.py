@@ -106,6 +106,9 @@ class AdaLoraAdapter(LayerAdapter):
             )
         return first, last
 
+    def check_length(self, steps: int) -> None:
+        self.schedule(steps)
+
     def shape(self, model: PeftModel, name: str) -> None:
         from lora_lab.adapters.allocation import Allocation
 

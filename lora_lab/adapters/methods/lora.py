@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 Niter = Annotated[str, Field(pattern=r"^pissa_niter_\d{1,3}$")]
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga")  # begin with a product that is not zero, see `adapters.beginnings`
 _OF_ROWS = ("eva", "corda", "lora_ga")
-_OF_THE_BASE = ("target_parameters", "trainable_token_indices", "modules_to_save", "ensure_weight_tying")  # wrap its modules
+_OF_THE_BASE = (
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+    "ensure_weight_tying",
+)  # wrap its modules
 _OWN = ("init_rows", "corda_method")  # fields that peft's class does not have
 
 
@@ -60,14 +65,19 @@ class LoraAdapter(LayerAdapter):
     ] = "ipm"
 
     target_parameters: Annotated[
-        list[str] | None, Field(description="weights of experts and routers to adapt too, by the endings of their names")
+        list[str] | None,
+        Field(description="weights of experts and routers to adapt too, by the endings of their names"),
     ] = None
     trainable_token_indices: Annotated[
         list[Annotated[int, Field(ge=0)]] | None,
-        Field(min_length=1, description="tokens whose rows of the input embeddings (and of a tied output head) are trained"),
+        Field(
+            min_length=1,
+            description="tokens whose rows of the input embeddings (and of a tied output head) are trained",
+        ),
     ] = None
     modules_to_save: Annotated[
-        list[str] | None, Field(description="embeddings, norms, output head to train whole, by the endings of their names")
+        list[str] | None,
+        Field(description="embeddings, norms, output head to train whole, by the endings of their names"),
     ] = None
     ensure_weight_tying: Annotated[
         bool, Field(description="train modules_to_save and what is tied to them as one, so that they stay tied")
@@ -166,11 +176,15 @@ class LoraAdapter(LayerAdapter):
         if self.beginning == "orthogonal" and odd:
             found.append(f"adapter.r={odd[0]}: {told} shares an even number of vectors out. Use {odd[0] + 1}.")
         if self.beginning == "loftq" and config.quant.method == "none":
-            found.append(f"{told}: begins with what quantizing takes away, and quant=none takes nothing. Use quant=nf4.")
+            found.append(
+                f"{told}: begins with what quantizing takes away, and quant=none takes nothing. Use quant=nf4."
+            )
         inputs = {"trainable_token_indices": self.trainable_token_indices, "modules_to_save": self.modules_to_save}
         for key in [name for name, told in inputs.items() if told]:
             if config.speed.prefix_cache:
-                found.append(f"speed.prefix_cache=true: not with adapter.{key}, which may change the first layer's input. Drop one of the two.")
+                found.append(
+                    f"speed.prefix_cache=true: not with adapter.{key}, which may change the first layer's input. Drop one of the two."
+                )
             if self.trainable_token_indices and (config.train.neftune_alpha or config.train.fgm_epsilon):
                 name = "neftune_alpha" if config.train.neftune_alpha else "fgm_epsilon"
                 found.append(
@@ -286,7 +300,14 @@ def of_scale_one(like: Sequence[AdapterSection], rank: int, names: Sequence[str]
         return LoraAdapter(r=rank, lora_alpha=float(rank), target_modules=list(names))
     own = {name: getattr(LoraAdapter(), name) for name in ("init_lora_weights", *_OWN)}
     plain = dataclasses.replace(
-        first, r=rank, lora_alpha=float(rank), rank_pattern=None, alpha_pattern=None, use_rslora=False, lora_dropout=0.0, **own
+        first,
+        r=rank,
+        lora_alpha=float(rank),
+        rank_pattern=None,
+        alpha_pattern=None,
+        use_rslora=False,
+        lora_dropout=0.0,
+        **own,
     )
     if all(isinstance(one, LoraAdapter) and one.place == first.place for one in like):
         return plain
@@ -314,9 +335,7 @@ def _check_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> None:
     rows = model.get_input_embeddings().weight.shape[0] if tokens else 0
     for place, token in enumerate(tokens):
         if token >= rows:
-            raise AdapterError(
-                f"adapter.trainable_token_indices: {token}: the model's tokens are 0 to {rows - 1}."
-            )
+            raise AdapterError(f"adapter.trainable_token_indices: {token}: the model's tokens are 0 to {rows - 1}.")
         if token in tokens[:place]:
             raise AdapterError(f"adapter.trainable_token_indices: {token} is there twice. Name it once.")
 
