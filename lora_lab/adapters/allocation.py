@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -84,8 +84,9 @@ class Allocation:
         from peft.tuners.adalora.layer import RankAllocator
 
         final = step.total - last
+        own: Any = step.model.peft_config[step.name]  # AdaLoRA's
         settings = dataclasses.replace(
-            step.model.peft_config[step.name], tinit=first, tfinal=last, total_step=step.total, inference_mode=False
+            own, tinit=first, tfinal=last, total_step=step.total, inference_mode=False
         )
         seen = _Seen(step.parameters)
         if step.number <= final:

@@ -55,6 +55,7 @@ class Residual(nn.Module):
             dim: along which the rank lies: 0 of A [r, D], 1 of B [N, r].
         """
         super().__init__()
+        self.initial: torch.Tensor
         half = factor.weight.detach().chunk(2, dim)[0]
         self.dim = dim
         self.change = nn.Parameter(torch.zeros_like(half))
@@ -95,7 +96,7 @@ def divide(model: PeftModel, name: str) -> None:
 
 def initial(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """What the factors of a divided adapter began with, by names that files can have."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for place, layer in layers_of(model, name).items():
         found |= {f"{place}.{kind}": getattr(layer, kind)[name].initial for kind in ("lora_A", "lora_B")}
     return found

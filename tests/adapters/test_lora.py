@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lora_lab import cli
 from lora_lab.adapters import files
-from lora_lab.adapters.attach import trainable, without_adapter
+from lora_lab.adapters.attach import without_adapter
 from lora_lab.adapters.beginnings import layers_of, weight_of
 from lora_lab.errors import Interrupted
 from lora_lab.run import pipeline

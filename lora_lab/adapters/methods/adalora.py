@@ -37,7 +37,7 @@ class AdaLoraAdapter(LayerAdapter):
     method: Annotated[Literal["adalora"], Field(description="adapter family")] = "adalora"
     init_r: Annotated[int, Field(ge=1, le=4096, description="rank of every layer at the beginning")] = 24
     target_r: Annotated[int, Field(ge=1, le=4096, description="mean rank of the layers at the end")] = 16
-    lora_alpha: Annotated[float, Field(gt=0, description="scale: the update is multiplied by lora_alpha / init_r")] = 32
+    lora_alpha: Annotated[float, Field(gt=0, description="scale: the update is multiplied by lora_alpha / init_r")] = 16
     lora_dropout: Dropout = 0.0
     tinit: Annotated[
         float, Field(ge=0, description="steps before the ranks begin to fall; below 1: share of all steps")
