@@ -85,9 +85,7 @@ class Allocation:
 
         final = step.total - last
         own: Any = step.model.peft_config[step.name]  # AdaLoRA's
-        settings = dataclasses.replace(
-            own, tinit=first, tfinal=last, total_step=step.total, inference_mode=False
-        )
+        settings = dataclasses.replace(own, tinit=first, tfinal=last, total_step=step.total, inference_mode=False)
         seen = _Seen(step.parameters)
         if step.number <= final:
             for parameter in step.parameters.values():

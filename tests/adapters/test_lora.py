@@ -168,13 +168,10 @@ def test_loftq_takes_back_what_quantizing_took(config_for, monkeypatch):
     assert adapter_bytes(run.path.parent / "stopped") == adapter_bytes(run)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("reload_here")
 @pytest.mark.parametrize(
-    "own",
-    later(
-        ["adapter.use_rslora=true", "adapter.rank_pattern={q_proj: 2}", "adapter.use_dora=true"],
-        "adapter.use_dora=true",
-    ),
+    "own", ["adapter.use_rslora=true", "adapter.rank_pattern={q_proj: 2}", "adapter.use_dora=true"]
 )
 def test_a_beginning_goes_with_other_settings(own, config_for):
     told = ["adapter.init_lora_weights=pissa", own]
