@@ -1,6 +1,7 @@
 """Adapter methods: one file each, a section of the configuration that answers for itself (see `base.py`). Nothing here imports torch."""
 
 from lora_lab.adapters.base import AdapterSection
+from lora_lab.adapters.methods.adalora import AdaLoraAdapter
 from lora_lab.adapters.methods.adamss import AdamssAdapter
 from lora_lab.adapters.methods.boft import BoftAdapter
 from lora_lab.adapters.methods.c3a import C3aAdapter
@@ -67,6 +68,7 @@ ADAPTERS: dict[str, type[AdapterSection]] = {
     "trainable_tokens": TrainableTokensAdapter,
     "unilora": UniloraAdapter,
     "vblora": VbloraAdapter,
+    "adalora": AdaLoraAdapter,
     "vera": VeraAdapter,
     "waveft": WaveftAdapter,
 }

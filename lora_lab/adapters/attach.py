@@ -67,14 +67,16 @@ def attach(
     model: PreTrainedModel | PeftModel, adapter: AdapterSection, name: str, kind: ModelKind, seed: int
 ) -> PeftModel:
     """Add a fresh adapter under `name`; its float32 weights are drawn with `seed`, and only they and a copy of each new
-    module, in float32 too, are trainable.
+    module, in float32 too, are trainable. What is made of the base's weights or of rows, its section's `begin` gives it later.
 
     A fresh adapter leaves the base's outputs unchanged, unless its section says why not.
     """
     from peft import PeftModel
 
     base = base_of(model) if isinstance(model, PeftModel) else model
-    return _put(model, fresh_settings(base, adapter, kind), name, seed)
+    model = _put(model, fresh_settings(base, adapter, kind), name, seed)
+    adapter.shape(model, name)
+    return model
 
 
 def beside(model: PreTrainedModel) -> PreTrainedModel:
@@ -106,12 +108,10 @@ def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKi
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    by_name = adapter.needs_names(base, kind.new_modules)
-    targets = adapter.targets(base, kind.new_modules) if by_name else None
+    by_name = adapter.needs_names(base, kind.whole)
+    targets = adapter.targets(base, kind.whole) if by_name else None
     config = adapter.peft_config(kind.peft_task_type, targets)
-    vars(config)["modules_to_save"] = (
-        list(kind.new_modules) or None
-    )  # every method's class has it, peft's base class not
+    vars(config)["modules_to_save"] = list(kind.whole) or None  # every method's class has it, peft's base class not
     convert_peft_config_for_transformers(config, base, None)
     experts, told = getattr(config, "target_parameters", None), adapter.undefined_for_experts
     if experts and told:
@@ -139,7 +139,9 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
-    config.inference_mode = False
+    config.inference_mode = isinstance(
+        model, PeftModel
+    )  # some methods let peft train one; `set_adapter` trains whichever it is
     if hasattr(config, "fan_in_fan_out"):  # as this base lies, not another
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:
@@ -155,6 +157,7 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     except (ValueError, NotImplementedError) as error:
         raise AdapterError(f"adapter: peft refuses it on this base ({error}).") from error
     model.set_adapter(name)
+    config.inference_mode = False
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     return model

@@ -21,10 +21,12 @@ from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from lora_lab.adapters.beginnings import Given
     from lora_lab.adapters.deltas import Deltas
+    from lora_lab.config.run import RunConfig
 
 Rank = Annotated[int, Field(ge=1, le=4096, description="rank of the update")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")]
@@ -32,6 +34,17 @@ Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of what is drawn a
 BITSANDBYTES = ("nf4", "fp4", "int8")  # formats of `quant.method`, for methods that only add to what a layer gives
 ANY_FORMAT = (*BITSANDBYTES, "torchao_int8")
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # fields that name layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An optimizer step of one adapter, for methods that have a part in it."""
+
+    model: PeftModel
+    name: str  # of the adapter in the model
+    parameters: dict[str, torch.nn.Parameter]  # all that is trained, by name, with its gradients
+    number: int  # of the step, from 1
+    total: int  # steps of the whole run
 
 
 class AdapterSection:
@@ -42,12 +55,16 @@ class AdapterSection:
     peft_type: ClassVar[str]  # peft's `PeftType` name
     dropout_key: ClassVar[str | None] = None  # the field that is the rate of the adapter's dropout
     fixed: ClassVar[dict[str, Any]] = {}  # what peft's class is always given beside the fields
+    second_factor: ClassVar[str] = (
+        ""  # part of the names of its parameters that are LoRA's B, see `optim.loraplus_lr_ratio`
+    )
     quantized: ClassVar[tuple[str, ...]] = ()  # formats of a base (`quant.method`) that it trains on
     against_quantized: ClassVar[str] = "it has not been shown to train on quantized weights"  # on other formats
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
     against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
     shares_passes: ClassVar[bool] = False  # whether members of a sweep can share passes; else they take turns
-    fresh_differs: ClassVar[str] = ""  # why a fresh adapter changes the base's outputs
+    saved_once: ClassVar[tuple[str, ...]] = ()  # parts of the names of tensors that layers share
+    modules_to_save: list[str] | None = None  # names of modules that train whole beside it, where it has such a field
 
     # -- its place and its settings --
 
@@ -66,6 +83,14 @@ class AdapterSection:
     def names_layers(self) -> bool:
         """Whether the section names layers, which a base may not have."""
         return True
+
+    def retrained(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Names of modules of the base that are trained whole beside the adapter, as a copy.
+
+        Raises:
+            AdapterError: a name in the section that matches nothing.
+        """
+        return ()
 
     def peft_config(self, task_type: str | None, targets: Sequence[str] | None = None) -> PeftConfig:
         """peft's configuration of this adapter.
@@ -97,6 +122,43 @@ class AdapterSection:
     def settings(cls) -> tuple[str, ...]:
         """peft's names of what, beside the tensors, decides what a trained adapter does."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.name not in ("method", *_WHERE))
+
+    def rules(self, config: RunConfig) -> list[str]:
+        """A sentence for each setting that the rest of the run contradicts, or leaves without effect."""
+        return []
+
+    # -- how a fresh one begins --
+
+    @property
+    def fresh_differs(self) -> str:
+        """Why a fresh adapter changes the base's outputs."""
+        return ""
+
+    def shape(self, model: PeftModel, name: str) -> None:
+        """Bring a fresh adapter that peft has just put on a model into the form that it trains in. Its tensors may have no content."""
+
+    def begin(self, model: PeftModel, name: str, given: Given) -> None:
+        """Give a fresh adapter the weights that it begins with, where they are made of the base's or of training rows. torch's generators
+        are seeded."""
+
+    def kept(self, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        """Tensors that a checkpoint must hold beside the adapter as it is saved, by name. A resumed run writes into them."""
+        return {}
+
+    # -- its part in a step --
+
+    def check_length(self, steps: int) -> None:
+        """Refuse a run of so many steps.
+
+        Raises:
+            AdapterError: the section says what is to happen in more of them.
+        """
+
+    def before_update(self, step: Step) -> None:
+        """Add to the gradients what belongs to the step and not to the loss over its rows; they are neither checked nor clipped yet."""
+
+    def after_update(self, step: Step) -> None:
+        """What is due when the optimizer has made its step, while the gradients are still there."""
 
     # -- what it is called, and what is to be said of it --
 

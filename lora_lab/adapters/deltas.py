@@ -109,6 +109,8 @@ def reason_against(folder: Path) -> str:
     experts = getattr(config, "target_parameters", None)
     if experts:
         return f"it reaches into experts ({', '.join(sorted(experts))}), whose updates are no single matrices"
+    if getattr(config, "trainable_token_indices", None):
+        return "it trains rows of the embeddings, which are replaced and not added to"
     return files.method_of(config).against_delta
 
 

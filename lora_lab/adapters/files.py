@@ -59,9 +59,12 @@ def write_tensors(
     """
     from safetensors.torch import save_file
 
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    whole = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    seen = {one.data_ptr(): key for key, one in whole.items()}
+    apart = {
+        key: one if seen[one.data_ptr()] == key else one.clone() for key, one in whole.items()
+    }  # tied ones are one
+    save_file(apart, folder / WEIGHTS, {"format": "pt"})
     was_named, was_inference = peft_config.base_model_name_or_path, peft_config.inference_mode
     peft_config.base_model_name_or_path = base.name if is_hub_id(base.name) else str(base.folder)
     peft_config.inference_mode = True
@@ -240,25 +243,38 @@ def put(model: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
     """
     import torch
 
-    own = tensors_of(model, name)
+    from lora_lab.adapters.beginnings import Residual
+
+    whole = model.state_dict()
+    places = {id(tensor): place.rpartition(".")[0] for place, tensor in whole.items()}
+    own = tensors_of(model, name, whole)
     with torch.no_grad():
         for key, value in state.items():
-            own[key].copy_(value)
+            module = model.get_submodule(places.get(id(own[key]), ""))
+            if isinstance(module, Residual):
+                module.take(value)
+            else:
+                own[key].copy_(value)
 
 
-def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """What is saved of an adapter, by the names that peft writes it under."""
+def tensors_of(model: PeftModel, name: str, whole: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """What is saved of an adapter, by the names that peft writes it under.
+
+    Args:
+        whole: the model's `state_dict()`, to find its tensors again.
+    """
     from peft import get_peft_model_state_dict
 
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return _without_aliases(found)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, whole, adapter_name=name, save_embedding_layers=False
+    )
+    return _once(found, method_of(model.peft_config[name]).saved_once)
 
 
-def _without_aliases(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _once(tensors: dict[str, torch.Tensor], shared: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """What layers share, once, under its shortest name: peft names it for each of them."""
-    found: dict[tuple[Any, ...], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     for name in sorted(tensors, key=lambda name: (len(name), name)):
-        one = tensors[name]
-        found.setdefault((one.data_ptr(), one.shape, one.stride()), name)
-    names = set(found.values())
-    return {name: one for name, one in tensors.items() if name in names}
+        first.setdefault((tensors[name].data_ptr(), tensors[name].shape), name)
+    names = set(first.values())
+    return {name: one for name, one in tensors.items() if name in names or not any(part in name for part in shared)}

@@ -111,6 +111,31 @@ def tied(model: PreTrainedModel) -> list[str]:
     return [name for name in linear_layers(model) if name in names and model.get_submodule(name) is not head]
 
 
+def sharing(model: PreTrainedModel) -> set[str]:
+    """All modules that share their weight with another one."""
+    return {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+
+
+def leaves(model: PreTrainedModel, key: str, names: Sequence[str]) -> list[str]:
+    """The modules without parts, such as embeddings and norms, that endings of names mean.
+
+    Raises:
+        AdapterError: a name that matches none.
+    """
+    there = [
+        name
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children()) and any(True for _ in module.parameters())
+    ]
+    for name in names:
+        if not any(one == name or one.endswith(f".{name}") for one in there):
+            endings = sorted({one.rpartition(".")[2] for one in there if not one.rpartition(".")[2].isdecimal()})
+            raise AdapterError(
+                f"{key}: {name} matches no module that can be trained whole.{nearest(name, endings)} The model has: {', '.join(endings)}."
+            )
+    return [one for one in there if any(one == name or one.endswith(f".{name}") for name in names)]
+
+
 def _refuse_tied(named: list[str]) -> None:
     if named:
         raise AdapterError(

@@ -40,6 +40,12 @@ class ModelKind:
     )
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of config.json, such as id2label
     new_modules: tuple[str, ...] = ()  # found by `new_modules`: trained whole, in float32, beside the adapter
+    retrained: tuple[str, ...] = ()  # modules of the base itself that are trained so, by the adapter's section
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """All that is trained whole."""
+        return (*self.new_modules, *self.retrained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,8 +393,8 @@ def quantization_config(quant: QuantConfig, dtype: str, kind: ModelKind) -> Bits
     if quant.method == "none":
         return None
     skipped = quant.skip_modules
-    if kind.new_modules:  # given a list, transformers no longer leaves the output layer alone of itself
-        skipped = [*(["lm_head", "decoder"] if skipped is None else skipped), *kind.new_modules]
+    if kind.whole:  # given a list, transformers no longer leaves the output layer alone of itself
+        skipped = [*(["lm_head", "decoder"] if skipped is None else skipped), *kind.whole]
     if quant.method == "torchao_int8":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig

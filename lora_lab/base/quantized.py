@@ -27,7 +27,7 @@ _FORMAT = 1  # raised when what is kept changes, so that older cache entries are
 
 def folder_of(files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig, device: str) -> Path | None:
     """Where this base is kept in 4 bits; None where it is not: nothing to quantize, or parts that every run makes anew."""
-    if files.published is not None or quant.method not in ("nf4", "fp4") or not quant.cache or kind.new_modules:
+    if files.published is not None or quant.method not in ("nf4", "fp4") or not quant.cache or kind.whole:
         return None
     versions = [importlib.metadata.version(name) for name in ("bitsandbytes", "transformers", "torch")]
     made_of = [

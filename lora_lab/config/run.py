@@ -132,6 +132,11 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append(f"quant.cache=false: no effect with quant.method={quant.method}, which is never kept. Drop it.")
     if config.merge.base in ("dequantized", "corrected") and quant.method == "none":
         found.append(f"merge.base={config.merge.base}: no effect with quant.method=none. Drop it.")
+    if config.optim.loraplus_lr_ratio is not None and not config.adapter.second_factor:
+        found.append(
+            f"optim.loraplus_lr_ratio={config.optim.loraplus_lr_ratio:g}: no effect with adapter.method={config.adapter.method}, which has no second "
+            "factor. Drop it, or train with adapter=lora."
+        )
     found += _merge_contradictions(config.merge)
     if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4", "torchao_int8"):
         found.append(
@@ -162,7 +167,7 @@ def contradictions(config: RunConfig) -> list[str]:
             )
             if value
         ]
-    found += _task_contradictions(config) + _data_contradictions(data)
+    found += config.adapter.rules(config) + _task_contradictions(config) + _data_contradictions(data)
     if data.eval is None and data.eval_ratio is None:
         needs_eval = {
             "train.eval_steps": train.eval_steps,

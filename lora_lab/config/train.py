@@ -16,6 +16,10 @@ class OptimConfig:
         Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Field(description="torch AdamW, or bitsandbytes' 8-bit")
     ] = "adamw"
     lr: Annotated[float, Field(gt=0, le=0.1, description="peak learning rate")] = 2e-4
+    loraplus_lr_ratio: Annotated[
+        float | None,
+        Field(ge=1, le=1000, description="LoRA+: B learns so many times faster than A (arXiv:2402.12354); null: alike"),
+    ] = None
     weight_decay: Annotated[float, Field(ge=0, le=1, description="decoupled weight decay")] = 0.0
     betas: Annotated[
         list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2, description="AdamW betas")

@@ -38,8 +38,8 @@ def check_vllm(setup: Setup) -> Iterator[str]:
         yield f"export.targets: vllm needs a causal LM; task={setup.config.task.name} produces a different model type. Drop it."
     if setup.experts:
         yield "export.targets: vllm: the adapter reaches into experts. Export hf (merged), or name other adapter.target_modules."
-    if setup.kind.new_modules:
-        yield f"export.targets: vllm: loads no whole modules beside LoRA ({', '.join(setup.kind.new_modules)}). Export hf (merged)."
+    if setup.kind.whole:
+        yield f"export.targets: vllm: loads no whole modules beside LoRA ({', '.join(setup.kind.whole)}). Export hf (merged)."
     widest = 0 if setup.config.adapter.against_delta else setup.config.adapter.widest
     if widest > _VLLM_RANKS[-1]:
         yield f"export.targets: vllm: loads ranks up to {_VLLM_RANKS[-1]}, not {widest}. Lower adapter.r, or export hf (merged)."

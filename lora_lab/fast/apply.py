@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lora_lab.adapters.attach import base_of, trainable
@@ -218,6 +219,8 @@ def _alone(model: PeftModel, applied: Applied, refused: str) -> str:
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not adapted:
         return "the adapter sits on no layer that knows whose rows it sees"
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        return "modules that are trained whole, or rows of them, know no members"
     lacking = [name for name, module in adapted if id(module) not in replaced]
     return f"{len(lacking)} layers compute by themselves (the first: {lacking[0]})" if lacking else ""
 

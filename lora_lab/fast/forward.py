@@ -14,6 +14,7 @@ from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
 from lora_lab.fast import prefix, segments
 from lora_lab.fast.loss import TokenLosses, plain_head, without_head
+from lora_lab.fast.modules import computed_in
 from lora_lab.fast.routing import Routing
 from lora_lab.runtime.memory import is_out_of_memory
 
@@ -127,7 +128,7 @@ class Forward:
         """The loss of each supervised token [S], and the likeliest token there [S, 1]; their logits never exist at once."""
         base = base_of(model)
         with without_head(base):
-            hidden = self.logits(model, batch)
+            hidden = computed_in(self.logits(model, batch))
         head = base.get_output_embeddings()
         weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
         losses, likeliest = TokenLosses.apply(hidden, weight, bias, batch.targets, smoothing)

@@ -37,7 +37,7 @@ def make(
     with run_dir.created(config) as run:
         run_dir.write_manifest(run, config, setup.base, setup.data_hashes(), made_of)
         peft_config = config.adapter.peft_config(setup.kind.peft_task_type)
-        peft_config.modules_to_save = list(setup.kind.new_modules) or None
+        peft_config.modules_to_save = list(setup.kind.whole) or None
         with storage.new_folder(run.adapter) as temporary:
             state = adapter.tensors(config.adapter.r)
             learned = setup.task.learned

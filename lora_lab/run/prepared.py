@@ -34,6 +34,7 @@ from lora_lab.run.takes import Takes
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, tracking
 from lora_lab.tasks.base import AnyTask
+from lora_lab.training.batches import plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,8 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> Reso
     pad_within(tokenizer, getattr(own.get_text_config(), "vocab_size", None), base.folder)
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
-    kind = dataclasses.replace(kind, new_modules=load.new_modules(model, base.folder, kind.head))
+    new = load.new_modules(model, base.folder, kind.head)
+    kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model))
     targets = check_adapter(config, base, model, kind)
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)
@@ -105,7 +107,7 @@ def check_adapter(config: RunConfig, base: BaseFiles, model: PreTrainedModel, ki
         AdapterError: it does not fit these layers.
         ConfigError: it cannot be trained on a base that is stored so, or with what else the run is told.
     """
-    targets = config.adapter.targets(model, kind.new_modules)
+    targets = config.adapter.targets(model, kind.whole)
     _check_quant(config, base)
     fresh_settings(model, config.adapter, kind)
     if config.speed.prefix_cache and min((layer_number(name) or 0 for name in targets), default=0) == 0:
@@ -141,7 +143,7 @@ def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedT
 def with_task(config: RunConfig, found: ResolvedBase, learned: dict[str, Any]) -> tuple[ResolvedBase, AnyTask]:
     """The base as the task needs it, now that it is known what the training rows hold."""
     kind = config.task.load().kind(config, found.encoder.tokenizer, learned)
-    kind = dataclasses.replace(kind, new_modules=found.kind.new_modules)
+    kind = dataclasses.replace(kind, new_modules=found.kind.new_modules, retrained=found.kind.retrained)
     model = load.skeleton(found.base.folder, kind)
     task = config.task.load()(config, found.encoder, learned, model.config)
     return dataclasses.replace(found, kind=kind, model=model), task
@@ -261,6 +263,10 @@ def prepare(
     say_template(found.encoder)
     with stages("data"):
         data, found, task = build_data(config, found, need_train, learned)
+    if need_train and data.train is not None:
+        config.adapter.check_length(
+            plan_of(config, data.train).total_steps(config.train.epochs, config.train.max_steps)
+        )
     return assemble(config, found, data, task, device, stages)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters.attach import attach, attach_trained, beside, coverage, fresh_settings, without_adapter
+from lora_lab.adapters.beginnings import Given
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.data import build
 from lora_lab.data.dataset import Dataset, Stream, first_examples
@@ -30,6 +33,7 @@ from lora_lab.fast import apply, isolation
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.tasks.base import AnyTask, EvalResult
+from lora_lab.training.batches import plan_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -124,8 +128,9 @@ class Setup:
         """
         [base] = self.bases()
         live = self.on(base, members or {ADAPTER: self.config})
-        if self.kind.new_modules:
-            console.say("head", f"{', '.join(self.kind.new_modules)}: trained whole, in float32")
+        for title, names in (("head", self.kind.new_modules), ("modules", self.kind.retrained)):
+            if names:
+                console.say(title, f"{', '.join(names)}: trained whole, in float32")
         return live
 
     def bases(self, count: int = 1) -> list[PreTrainedModel]:
@@ -154,6 +159,9 @@ class Setup:
         more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
         console.say("adapter", f"{coverage(live.model, name)}{more}")
         live.decide_packing()
+        for name, own in members.items():
+            if not isinstance(own, Path):
+                live.begin(name, own)
         live.accelerate()
         return live
 
@@ -262,6 +270,42 @@ class Live:
             raise ConfigError(f"train.packing: {reason} {way_out}.")
         task.forward.part_rows()
         console.say("packing", f"rows one by one: {reason}")
+
+    def begin(self, name: str, config: RunConfig) -> None:
+        """Give a fresh adapter what it begins with, where that is made of the base or of rows.
+
+        Args:
+            config: that it was made by.
+        """
+        setup = self.setup
+
+        def published() -> PreTrainedModel:
+            return load.load_model(
+                setup.base, setup.kind, config.model.dtype, QuantConfig(), torch.device("cpu"), config.seed
+            )
+
+        torch.manual_seed(config.seed)
+        config.adapter.begin(self.model, name, Given(published, functools.partial(self._pass_rows, name, config)))
+
+    def _pass_rows(self, name: str, config: RunConfig, count: int, backward: bool) -> None:
+        """Let the first rows of a run's training go through the model with a fresh adapter, one at a time, forward or backward too; in
+        evaluation, so that nothing is dropped. No gradient is left behind."""
+        rows, task, model = self.setup.training_rows(), self.setup.task, self.model.eval()
+        plan = plan_of(config, rows)
+        places = itertools.chain.from_iterable(
+            itertools.chain.from_iterable(plan.step(step)) for step in range(plan.steps_per_epoch)
+        )
+        active = model.active_adapter
+        model.set_adapter(name)
+        for place in itertools.islice(places, count):
+            with torch.set_grad_enabled(backward), self.autocast():
+                parts = [[example] for example in rows[int(place)]]
+                for batch in task.step(model, parts, np.random.default_rng(config.seed)).batches:
+                    loss = task.loss(model, batch.to(model.device)).loss
+                    if backward:
+                        loss.backward()
+        model.zero_grad()
+        model.set_adapter(active)
 
     def accelerate(self) -> None:
         """Replace what the configuration allows, and say what was replaced."""

@@ -53,7 +53,7 @@ def _of_targets(config: RunConfig) -> list[str]:
     except LoraLabError:  # told by the runs themselves, with all that they know
         return []
     try:
-        config.adapter.targets(model, whole)
+        config.adapter.targets(model, (*whole, *config.adapter.retrained(model)))
     except AdapterError as error:
         return [str(error)]
     return []

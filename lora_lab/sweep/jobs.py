@@ -164,6 +164,7 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     shared = {key: value for name in _SHARED for key, value in leaves(tree[name], f"{name}.")}
     shared |= {f"train.{name}": tree["train"][name] for name in _SHARED_OF_TRAIN}
+    shared["adapter.modules_to_save"] = config.adapter.modules_to_save  # the base is loaded with them unquantized
     if config.task.load().head != "none":
         shared["seed"] = config.seed  # a new head is drawn with it while the base is loaded
     if config.tracker.name not in _TRACKERS_OF_MANY:

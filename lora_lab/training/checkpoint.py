@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"^step-(\d+)$")
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+_KEPT = "kept.safetensors"  # what the adapter's section keeps beside; few do
 _UNWRITTEN = "unwritten_metrics"  # lines of metrics.jsonl that no disk took
 _LATER = {"best_lost"}  # fields that checkpoints of earlier versions do not have
 
@@ -44,6 +45,8 @@ def save(member: Member) -> Path:
     with storage.new_folder(folder, {"step": member.state.step}) as temporary:
         files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
         save_file(tensors, temporary / _OPTIMIZER)
+        if kept := member.config.adapter.kept(member.model, member.name):
+            save_file({key: one.detach().cpu().contiguous() for key, one in kept.items()}, temporary / _KEPT)
         (temporary / _STATE).write_text(storage.dump_json(state), encoding="utf-8")
     _purge(member)
     return folder
@@ -152,12 +155,27 @@ def restore(member: Member, folder: Path) -> None:
     if saved["schedule"].keys() != member.schedule.state_dict().keys():
         raise CheckpointError(f"{folder / _STATE}: its schedule is of another kind than the run's.")
     files.read_into(folder, member.model, member.name)
+    _restore_kept(member, folder)
     with reading.reading(folder, CheckpointError):
         member.schedule.load_state_dict(saved["schedule"])
         member.optimizer.load_state_dict(optimizer)
     member.state = type(member.state)(**saved["member"])
     member.log.unwritten = saved.get(_UNWRITTEN, [])
     _replace_lost_best(member)
+
+
+@torch.no_grad()
+def _restore_kept(member: Member, folder: Path) -> None:
+    kept = member.config.adapter.kept(member.model, member.name)
+    if not kept:
+        return
+    with reading.reading(folder / _KEPT, CheckpointError):
+        saved = load_file(folder / _KEPT)
+    other = sorted(saved.keys() ^ kept.keys()) or [key for key in kept if saved[key].shape != kept[key].shape]
+    if other:
+        raise CheckpointError(f"{folder / _KEPT}: does not fit the run's adapter, first at {other[0]}.")
+    for key, tensor in kept.items():
+        tensor.copy_(saved[key])
 
 
 def _replace_lost_best(member: Member) -> None:

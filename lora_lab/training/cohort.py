@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lora_lab.adapters.attach import trainable
+from lora_lab.adapters.base import Step
 from lora_lab.base.load import BaseFiles
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import PackedBatch
@@ -83,7 +84,7 @@ class Member:
         self.parameters: dict[str, torch.nn.Parameter] = trainable(model)
         self.plan = plan_of(config, data)
         self.total_steps = self.plan.total_steps(config.train.epochs, config.train.max_steps)
-        self.optimizer = build_optimizer(config.optim, self.parameters.values())
+        self.optimizer = build_optimizer(config.optim, self.parameters, config.adapter.second_factor)
         self.schedule = build_schedule(config.optim, self.optimizer, self.total_steps)
         self.state = State()
         self.stop_at = self.total_steps  # where it rests, which may be before its end
@@ -98,9 +99,15 @@ class Member:
         states: list[torch.Tensor] = [
             value for state in self.optimizer.state.values() for value in state.values() if hasattr(value, "nbytes")
         ]
+        kept = self.config.adapter.kept(self.model, self.name).values()
         return 2 * sum(parameter.nbytes for parameter in self.parameters.values()) + sum(
-            value.nbytes for value in states
+            value.nbytes for value in [*states, *kept]
         )
+
+    @property
+    def coming(self) -> Step:
+        """The step that it makes next, as its adapter's section sees it."""
+        return Step(self.model, self.name, self.parameters, self.state.step + 1, self.total_steps)
 
     @property
     def done(self) -> bool:

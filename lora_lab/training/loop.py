@@ -238,9 +238,12 @@ def _need_less(members: list[Member], loop: Loop) -> None:
 
 
 def _gradient_norm(one: Share) -> torch.Tensor:
-    """The norm of all of a member's gradients together; of all processes' if there are several."""
-    ranks.sum_gradients(one.member.parameters.values())
-    return get_total_norm([p.grad for p in one.member.parameters.values() if p.grad is not None])
+    """The norm of all of a member's gradients together, with what its adapter adds to them; of all processes' if there are several."""
+    member = one.member
+    ranks.sum_gradients(member.parameters.values())
+    if one.tokens:
+        member.config.adapter.before_update(member.coming)
+    return get_total_norm([p.grad for p in member.parameters.values() if p.grad is not None])
 
 
 def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
@@ -284,6 +287,7 @@ def _update(one: Share) -> float:
     lr = float(member.schedule.get_last_lr()[0])
     if one.tokens:
         member.optimizer.step()
+        member.config.adapter.after_update(member.coming)
         member.measured = None
     member.schedule.step()
     member.optimizer.zero_grad()

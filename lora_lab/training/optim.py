@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lora_lab.config.train import OptimConfig
 from lora_lab.errors import ConfigError
@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` names, over the adapter's parameters."""
+def build_optimizer(
+    config: OptimConfig, parameters: Mapping[str, torch.nn.Parameter], second_factor: str = ""
+) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` names, over the adapter's parameters.
+
+    Args:
+        parameters: by name.
+        second_factor: part of the names of those that `optim.loraplus_lr_ratio` is about.
+    """
     import bitsandbytes
     import torch
 
@@ -23,8 +30,13 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[torch.nn.Parameter
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     options = {"fused": True} if config.name == "adamw" else {}  # one kernel for all tensors
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]  # the first one's rate is the logged one
+    if config.loraplus_lr_ratio is not None:
+        faster = {name: one for name, one in parameters.items() if second_factor in name}
+        slower = [one for name, one in parameters.items() if name not in faster]
+        groups = [{"params": slower}, {"params": list(faster.values()), "lr": config.loraplus_lr_ratio * config.lr}]
     optimizer: torch.optim.Optimizer = classes[config.name](
-        list(parameters),
+        groups,
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,

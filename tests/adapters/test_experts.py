@@ -85,6 +85,11 @@ def test_a_mixture_trains_resumes_and_merges(name, config_of, tmp_path, eval_fil
     [
         (["adapter.lora_dropout=0.1"], "adapter.lora_dropout: not defined for the weights of experts"),
         (["adapter=dora"], "adapter.use_dora: not defined for the weights of experts"),
+        (["adapter=pissa"], "adapter.init_lora_weights: not defined for the weights of experts"),
+        (
+            ["adapter.target_parameters=[expertz.down_proj]"],
+            "expertz.down_proj matches no weight of an expert or router. Did you mean",
+        ),
         (["export.targets=[vllm]"], "vllm: the adapter reaches into experts"),
         (["export.targets=[gguf_lora]"], "gguf_lora: the adapter reaches into experts"),
     ],
@@ -110,3 +115,40 @@ def test_experts_that_stay_unquantized_are_told(overrides, tmp_path, capsys):
     experts = [one for one in expert_weights(load.skeleton(base, load.ModelKind())).values() if one.dim() == 3]
     assert f"{len(experts)} weights of experts" in said
     assert "stay unquantized" in said
+
+
+@pytest.mark.usefixtures("reload_here")
+@pytest.mark.parametrize(
+    ("name", "told", "layers", "experts"),
+    [
+        ("GraniteMoe", ["adapter.target_parameters=[experts.down_proj]"], 8, 2),
+        pytest.param("Qwen2Moe", ["adapter.target_parameters=[experts.gate_up_proj,experts.down_proj,gate.weight]"], None, 6, marks=pytest.mark.long),
+        pytest.param("Llama4Text", ["adapter.target_parameters=[experts.down_proj]"], None, 2, marks=pytest.mark.long),
+        pytest.param("Mixtral", ["adapter.target_modules=[]", "adapter.target_parameters=[experts.down_proj]"], 0, 2, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_weights_of_experts_are_adapted_by_their_own_names(
+    name, told, layers, experts, config_of, tmp_path, eval_file, monkeypatch
+):
+    base = make_mixture(tmp_path / "base", name)
+    told = [
+        f"model.path={base}",
+        f"data.eval={eval_file}",
+        "train.max_steps=3",
+        "train.save_steps=1",
+        "export.dtype=float32",
+        *told,
+    ]
+    done = pipeline.train(config_of(*told, "export=merged"))
+    result = json.loads(done.result.read_text())
+    assert result["coverage"]["matched_experts"] == experts
+    if layers is not None:
+        assert result["coverage"]["matched"] == layers
+    assert result["merge"]["merged_vs_base_and_adapter"]["max_logit_diff"] < 1e-4
+    cli.signals.install()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 2)
+        pipeline.train(config_of(*told, f"run_dir={tmp_path}/again"))
+    pipeline.resume(f"{tmp_path}/again", [])
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (done.path / weights).read_bytes()

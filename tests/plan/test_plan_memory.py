@@ -51,7 +51,7 @@ def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
     adapter = sum(memory._nbytes(parameter) for parameter in trainable(model).values())
     assert (found.base, found.adapter, found.gradients) == (base, adapter, adapter)
 
-    optimizer = build_optimizer(config.optim, trainable(model).values())
+    optimizer = build_optimizer(config.optim, trainable(model))
     for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

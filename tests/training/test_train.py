@@ -46,7 +46,7 @@ def test_total_steps():
 
 def learning_rates(steps: int, **options) -> list[float]:
     config = OptimConfig(lr=0.1, **options)
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+    optimizer = build_optimizer(config, {"one": torch.nn.Parameter(torch.zeros(2))})
     schedule = build_schedule(config, optimizer, steps)
     rates = []
     for _ in range(steps):

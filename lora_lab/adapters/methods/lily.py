@@ -24,3 +24,4 @@ class LilyAdapter(LayerAdapter):
     label: ClassVar[str] = "Lily"
     quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
     against_merging: ClassVar[str] = "what it adds depends on the input"
+    saved_once: ClassVar[tuple[str, ...]] = ("lily_A", "lily_B")

@@ -29,3 +29,4 @@ class RandloraAdapter(LayerAdapter):
     dropout_key: ClassVar[str] = "randlora_dropout"
     quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
     against_merging: ClassVar[str] = ""
+    saved_once: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")
