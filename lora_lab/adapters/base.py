@@ -8,6 +8,7 @@ such as "it has no merged form"; empty means that nothing stands against it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -44,6 +45,7 @@ class AdapterSection:
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
     against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
     fresh_differs: ClassVar[str] = ""  # why a fresh adapter changes the base's outputs
+    registered_by: ClassVar[str] = ""  # the module that makes peft know it when it is imported; empty: peft has it
 
     # -- its place and its settings --
 
@@ -70,10 +72,16 @@ class AdapterSection:
             task_type: peft's `TaskType` name, or None.
             targets: names of the layers to adapt; None: as the section says them.
         """
+        return self.config_class()(task_type=task_type, **self.peft_fields(targets))
+
+    @classmethod
+    def config_class(cls) -> type[PeftConfig]:
+        """peft's class for configurations of this method."""
         import peft
 
-        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.peft_type)]
-        return kind(task_type=task_type, **self.peft_fields(targets))
+        if cls.registered_by:
+            importlib.import_module(cls.registered_by)
+        return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(cls.peft_type)]
 
     def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
         """What peft's configuration class is given, beside the task type; `targets` as in `peft_config`."""

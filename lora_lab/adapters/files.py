@@ -158,10 +158,12 @@ def settings(folder: Path) -> PeftConfig:
     tree = read_json(file, AdapterError)
     method, mapping = tree.pop("peft_type", None), tree.pop("auto_mapping", None)
     tree.pop("base_model_name_or_path", None)  # which base it is, its fingerprint says
-    methods = sorted({section.peft_type for section in ADAPTERS.values()})
+    methods = {section.peft_type: section for section in ADAPTERS.values()}
     if method not in methods:
-        raise AdapterError(f"{file}: peft_type={method}: lora_lab does not train it. There are: {', '.join(methods)}.")
-    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+        raise AdapterError(
+            f"{file}: peft_type={method}: lora_lab does not train it. There are: {', '.join(sorted(methods))}."
+        )
+    kind = methods[method].config_class()
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(tree) - known)
     if mapping or unknown:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from lora_lab.adapters import files
 from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
@@ -136,7 +137,7 @@ def reloaded_outputs(
         script = str(Path(__file__).with_name("reload.py"))
         # -P: the script's own folder is not searched for modules, so nothing of lora_lab can be imported by accident
         command = [sys.executable, "-P", script, str(folder), auto_class, rows_file, outputs_file, str(device), dtype]
-        command += [] if adapter is None else [str(adapter)]
+        command += [] if adapter is None else [str(adapter), *_registration(adapter)]
         done = children.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -144,6 +145,12 @@ def reloaded_outputs(
             raise MergeError(f"{folder}: plain transformers cannot load the merged checkpoint ({reason}).")
         saved = load_file(outputs_file)
     return [{name: saved[f"{n}.{name}"] for name in OUTPUTS if f"{n}.{name}" in saved} for n in range(len(passes))]
+
+
+def _registration(adapter: Path) -> list[str]:
+    """The module that plain peft needs to know the method of an adapter folder, if there is one."""
+    module = files.method_of(files.settings(adapter)).registered_by
+    return [module] if module else []
 
 
 def outputs_of_rows(rows: Probe, outputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:

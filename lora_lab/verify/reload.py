@@ -1,11 +1,12 @@
-"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE DTYPE [ADAPTER]
+"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE DTYPE [ADAPTER [MODULE]]
 
 Started in a process of its own and not importing lora_lab, nor peft without ADAPTER, so that it sees what a deployment would see.
 
 FOLDER: a transformers model folder. AUTO_CLASS: transformers' class that loads it. ROWS: safetensors with the inputs of
 forward pass i as `i.input_ids` [1, T] and so on, and perhaps `i.positions` [S] int64, of which logits are wanted.
 OUTPUTS: where to write the outputs of pass i as `i.logits` and so on, float32, without the batch dimension.
-DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder.
+DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder. MODULE: to be
+imported before, because peft has not got the adapter's method.
 """
 
 import sys
@@ -14,8 +15,17 @@ OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
 def main(
-    folder: str, auto_class: str, rows_file: str, outputs_file: str, device: str, dtype: str, adapter: str | None = None
+    folder: str,
+    auto_class: str,
+    rows_file: str,
+    outputs_file: str,
+    device: str,
+    dtype: str,
+    adapter: str | None = None,
+    module: str | None = None,
 ) -> None:
+    import importlib
+
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -33,6 +43,8 @@ def main(
     if adapter is not None:
         from peft import PeftModel
 
+        if module is not None:
+            importlib.import_module(module)
         model = PeftModel.from_pretrained(model, adapter)
     model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
     passes: dict[str, dict[str, torch.Tensor]] = {}
