@@ -32,16 +32,19 @@ class Coverage:
     base_parameters: int
     matched_experts: int = 0  # adapted weights of experts and routers
     experts: int = 0  # all of them
+    virtual_tokens: int = 0  # before each row
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.base_parameters
         experts = (
             f" and {self.matched_experts} of {self.experts} weights of experts and routers" if self.experts else ""
         )
-        return (
-            f"{self.matched} of {self.linear_layers} linear layers{experts} adapted, "
-            f"{self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
+        where = (
+            f"{self.virtual_tokens} virtual tokens before each row"
+            if self.virtual_tokens
+            else f"{self.matched} of {self.linear_layers} linear layers{experts} adapted"
         )
+        return f"{where}, {self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:
@@ -139,8 +142,13 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
 
 
 def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The active adapter's parameters by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The active adapter's parameters by name. peft lets those of virtual tokens have gradients in every adapter."""
+    other = tuple(f"prompt_encoder.{name}." for name in model.peft_config if name != model.active_adapter)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(other)
+    }
 
 
 def coverage(model: PeftModel, name: str) -> Coverage:
@@ -153,6 +161,7 @@ def coverage(model: PeftModel, name: str) -> Coverage:
     layers = [layer for layer in linear_layers(model) if ".modules_to_save." not in layer]
     # peft's wrapper of a weight; some families' routers are linear layers all the same
     experts = [n for n, m in adapted.items() if hasattr(m, "parameter_name") and n not in layers]
+    virtual = getattr(model.peft_config[name], "num_virtual_tokens", 0)
     return Coverage(
-        len(adapted) - len(experts), len(layers), own, total - own, len(experts), len(expert_weights(model))
+        len(adapted) - len(experts), len(layers), own, total - own, len(experts), len(expert_weights(model)), virtual
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lora_lab.adapters.deltas import Deltas
+    from lora_lab.tasks.section import TaskSection
 
 Rank = Annotated[int, Field(ge=1, le=4096, description="rank of the update")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")]
@@ -45,6 +46,8 @@ class AdapterSection:
     against_merging: ClassVar[str] = "it has not been shown to merge"  # empty where it merges
     against_delta: ClassVar[str] = "what it does to a weight is no product of two small matrices"  # see `delta`
     fresh_differs: ClassVar[str] = ""  # why a fresh adapter changes the base's outputs
+    against_packing: ClassVar[str] = ""  # why each row needs a pass of its own
+    against_checkpointing: ClassVar[str] = ""  # why activations cannot be computed again in the backward pass
     registered_by: ClassVar[str] = ""  # the module that makes peft know it when it is imported; empty: peft has it
 
     # -- its place and its settings --
@@ -121,11 +124,20 @@ class AdapterSection:
         """Rate of the adapter's dropout."""
         return getattr(self, self.dropout_key) if self.dropout_key else 0.0
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that it takes before each row."""
+        return 0
+
     # -- what can be done with it --
 
     def against_quant(self, method: str) -> str:
         """Why it cannot be trained on a base that is stored in this format (`quant.method`, but for none)."""
         return "" if method in self.quantized else self.against_quantized
+
+    def against_task(self, task: TaskSection) -> str:
+        """Why it is not trained for a task."""
+        return ""
 
     def against_target(self, target: str) -> str:
         """What stands against one of `export.targets`, beside what follows from merging and `delta`."""

@@ -26,6 +26,10 @@ VARIANTS = ("houlsby", "pfeiffer", "parallel")
 NON_LINEARITIES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU,
 }  # fmt: skip
+_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+_NO_OUTPUT = re.compile(
+    r"gate|(^|_)(q|k|v|kv|qkv|query|key|value)(_|$)"
+)  # layers of an attention that give no hidden states
 _NO_MERGE = (
     "a bottleneck adapter cannot be merged: it has a non-linearity between two matrices, which no weight can hold"
 )
@@ -86,7 +90,8 @@ class Place:
     name: str
     width: int  # of the hidden states
     of_mlp: bool
-    reads: str | None = None  # the MLP's first linear layer; None: the module itself reads what the MLP reads
+    linear: bool  # else a block, which itself reads what the MLP reads
+    reads: str | None = None  # of an MLP that ends in a linear layer: one that reads what it reads
 
 
 def places(model: nn.Module, variant: str, new_modules: Sequence[str] = ()) -> list[Place]:
@@ -109,6 +114,11 @@ def places(model: nn.Module, variant: str, new_modules: Sequence[str] = ()) -> l
         )
     if variant == "houlsby":
         return found
+    unread = [place.name for place in found if place.of_mlp and place.linear and place.reads is None]
+    if variant == "parallel" and unread:
+        raise AdapterError(
+            f"adapter.variant=parallel: nothing was found that reads the hidden states for {unread[0]}. Use variant=pfeiffer."
+        )
     return [place for place in found if place.of_mlp]
 
 
@@ -124,14 +134,17 @@ def _found(model: nn.Module, new_modules: Sequence[str]) -> list[Place]:
     for layer in _layers(model, giving, attentions, blocks):
         own = [name for name in giving if name.startswith(layer)]
         seen = [name for name in attentions if name.startswith(layer)]
-        found += [Place([one for one in own if _inside(one, name)][-1], width, False) for name in seen]
-        mixtures = sorted(name for name in blocks if name.startswith(layer))
-        rest = [name for name in own if not any(_inside(name, one) for one in seen)]
+        for name in seen:
+            outputs = [one for one in own if _inside(one, name) and not _NO_OUTPUT.search(one.rpartition(".")[2])]
+            found += [Place(one, width, False, True) for one in outputs[-1:]]
+        outside_of = [name for name in (*own, *blocks) if not any(_inside(name, one) for one in seen)]
+        mixtures = sorted(name for name in outside_of if name in blocks and name.startswith(layer))
+        readers = {name: _reader(name, layer, sizes, seen, width) for name in outside_of if name not in blocks}
         if mixtures:
-            found += [Place(name, width, True) for name in mixtures]
-        elif rest:
-            output = max(reversed(rest), key=lambda name: sizes[name][0])
-            found.append(Place(output, width, True, _reader(output, layer, sizes, seen, width)))
+            found += [Place(name, width, True, False) for name in mixtures]
+        elif readers:
+            output = max(reversed(readers), key=lambda name: (_beside(readers[name], name), sizes[name][0]))
+            found.append(Place(output, width, True, True, readers[output]))
     return found
 
 
@@ -154,8 +167,9 @@ def _attentions(model: nn.Module, giving: Sequence[str]) -> list[str]:
     """Names of the attentions inside of layers, the outermost of those that lie in each other."""
     found: list[str] = []
     for name, module in model.named_modules():
-        named = re.search("attn|attention", name.rpartition(".")[2] + type(module).__name__, re.IGNORECASE)
-        within = re.search(r"\.\d+\.", name) and not name.rpartition(".")[2].isdigit()
+        own = name.rpartition(".")[2]
+        named = _ATTENTION.search(f"{own} {type(module).__name__}") and "norm" not in own
+        within = re.search(r"\.\d+\.", name) and not own.isdigit()
         if not named or not within or any(_inside(name, one) for one in found):
             continue
         if any(_inside(one, name) for one in giving):
@@ -188,19 +202,23 @@ def _list_of(layer: str) -> str:
 def _reader(
     output: str, layer: str, sizes: dict[str, tuple[int, int]], attentions: Sequence[str], width: int
 ) -> str | None:
-    """The first linear layer of the MLP that ends in `output`: it reads hidden states, and gives as many values as that reads, or a
+    """The linear layer before it in an MLP that ends in `output`: it reads hidden states, and gives as many values as that reads, or a
     multiple (gates)."""
+    names = list(sizes)
     fits = [
         name
-        for name, (reads, gives) in sizes.items()
+        for name in names[: names.index(output)]
         if name.startswith(layer)
-        and name != output
-        and reads == width
-        and gives % sizes[output][0] == 0
+        and sizes[name][0] == width
+        and sizes[name][1] % sizes[output][0] == 0
         and not any(_inside(name, one) for one in attentions)
     ]
-    beside = [name for name in fits if name.rpartition(".")[0] == output.rpartition(".")[0]]
-    return next(iter(beside or fits), None)
+    beside = [name for name in fits if _beside(name, output)]
+    return (beside or fits or [None])[-1]
+
+
+def _beside(name: str | None, other: str) -> bool:
+    return name is not None and name.rpartition(".")[0] == other.rpartition(".")[0]
 
 
 # -- the modules ------------------------------------------------------------------------------------------------------
@@ -316,6 +334,10 @@ class BottleneckModel(BaseTuner):
                 place.name for place in places(self.model, peft_config.variant, peft_config.modules_to_save or ())
             }
         return peft_config
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """peft's own looks for a weight, which a mixture's block has none of."""
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__
-from lora_lab.adapters import ADAPTERS
+from lora_lab.adapters import ADAPTERS, prompts
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config.model import QuantConfig
@@ -250,5 +250,7 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """What is saved of an adapter, by the names that peft writes it under."""
     from peft import get_peft_model_state_dict
 
+    if prompts.is_prompt(model, name):
+        return prompts.tensors_of(model, name)
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return found

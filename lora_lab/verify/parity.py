@@ -20,7 +20,7 @@ from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
 from lora_lab.runtime import children, storage
-from lora_lab.verify.reload import OUTPUTS
+from lora_lab.verify.reload import OUTPUTS, at
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,14 +91,9 @@ def logits(model: PreTrainedModel | PeftModel, rows: Probe) -> list[torch.Tensor
         outputs = []
         for inputs, positions in passes:
             result = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-            outputs.append({name: _at(result[name], positions) for name in OUTPUTS if name in result})
+            outputs.append({name: at(result[name][0], positions, inputs) for name in OUTPUTS if name in result})
         found.append(rows.task.compared(outputs, example))
     return found
-
-
-def _at(output: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    row = output[0]
-    return (row if positions is None else row[positions.to(row.device)]).float().cpu()
 
 
 def reloaded_logits(

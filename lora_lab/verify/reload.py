@@ -14,6 +14,13 @@ import sys
 OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
+def at(row, positions, inputs):
+    """What a model gave of a row [T, C] at the wanted positions, float32 on the CPU. Virtual tokens of an adapter may stand before it."""
+    if positions is not None:
+        row = row[len(row) - inputs["input_ids"].shape[1] :][positions.to(row.device)]
+    return row.float().cpu()
+
+
 def main(
     folder: str,
     auto_class: str,
@@ -57,8 +64,7 @@ def main(
             positions = inputs.pop("positions", None)
             outputs = model(**inputs)
             for name in filter(outputs.__contains__, OUTPUTS):
-                row = outputs[name][0]
-                found[f"{number}.{name}"] = (row if positions is None else row[positions]).float().cpu().contiguous()
+                found[f"{number}.{name}"] = at(outputs[name][0], positions, inputs).contiguous()
     save_file(found, outputs_file)
 
 

@@ -65,9 +65,10 @@ def adapter_bytes(run: run_dir.RunDir | Path) -> bytes:
 
 
 def logits(prepared, model) -> torch.Tensor:
-    batch = prepared.task.collate([prepared.train[0][0], prepared.train[1][0]], np.random.default_rng(0))
+    rows = [prepared.train[0][0], prepared.train[1][0]]
+    batches = prepared.task.step(model, [rows], np.random.default_rng(0)).batches
     with torch.no_grad():
-        return prepared.task.logits(model.eval(), batch)
+        return torch.cat([prepared.task.logits(model.eval(), batch) for batch in batches])
 
 
 def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_saved(config_for, tmp_path):
@@ -200,10 +201,13 @@ def test_it_trains_on_a_quantized_base_or_is_refused_before_training(config_for,
         assert not Path(config.run_dir).exists()
         return
     prepared = prepare(config)
-    fresh = {name: one.detach().clone() for name, one in trainable(prepared.loaded().model).items()}
+    model = prepared.loaded().model
+    trained = {one.data_ptr() for one in trainable(model).values()}
+    saved_of = files.tensors_of(model, "default").items()
+    before = {name: one.clone() for name, one in saved_of if one.data_ptr() in trained}
+    assert len(before) == len(trained)
     run = pipeline.train(config)
     saved = load_file(run.adapter / files.WEIGHTS)
-    before = {name.replace(".default", ""): one for name, one in fresh.items()}
     assert before.keys() <= saved.keys()
     still = [name for name, one in before.items() if torch.equal(one, saved[name])]
     assert not still
