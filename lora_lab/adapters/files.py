@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__
-from lora_lab.adapters import ADAPTERS, prompts
+from lora_lab.adapters import ADAPTERS, prompts, reason_against
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.config.model import QuantConfig
@@ -160,8 +160,9 @@ def settings(folder: Path) -> PeftConfig:
     tree.pop("base_model_name_or_path", None)  # which base it is, its fingerprint says
     methods = {section.peft_type: section for section in ADAPTERS.values()}
     if method not in methods:
+        why = f", because {reason}" if (reason := reason_against(method)) else ""
         raise AdapterError(
-            f"{file}: peft_type={method}: lora_lab does not train it. There are: {', '.join(sorted(methods))}."
+            f"{file}: peft_type={method}: lora_lab does not train it{why}. There are: {', '.join(methods)}."
         )
     kind = methods[method].config_class()
     known = {field.name for field in dataclasses.fields(kind)}

@@ -192,17 +192,13 @@ def test_a_base_without_such_layers_is_refused(config_of):
 
 @pytest.mark.long
 def test_plain_peft_loads_it_after_one_import(config_of, base):
-    run = pipeline.train(
-        config_of("adapter=houlsby", "adapter.bottleneck_size=4", "train.max_steps=2")
-    )
+    run = pipeline.train(config_of("adapter=houlsby", "adapter.bottleneck_size=4", "train.max_steps=2"))
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM; import lora_lab.adapters.bottleneck; from peft import PeftModel\n"
         "m = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])\n"
         "print(sum(p.numel() for n, p in m.named_parameters() if '.bottleneck_' in n), m(torch.tensor([[1, 5, 6]])).logits.sum().item())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, base, run.adapter], check=False, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, base, run.adapter], check=False, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     count, total = done.stdout.split()
     assert int(count) == 8 * (2 * 64 * 4 + 64 + 4)
