@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
@@ -21,6 +21,9 @@ from torch import nn
 
 from lora_lab.adapters import layers
 from lora_lab.errors import AdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
 NON_LINEARITIES: dict[str, type[nn.Module]] = {
@@ -39,7 +42,7 @@ def _enter() -> PeftType:
     """peft's entry for this method: its registration asks for one, and its enumeration is closed."""
     entry: Any = str.__new__(PeftType, "BOTTLENECK")
     entry._name_ = entry._value_ = "BOTTLENECK"
-    PeftType.BOTTLENECK = entry
+    type.__setattr__(PeftType, "BOTTLENECK", entry)
     PeftType._member_map_["BOTTLENECK"] = PeftType._value2member_map_["BOTTLENECK"] = entry
     PeftType._member_names_.append("BOTTLENECK")
     return PeftType("BOTTLENECK")
@@ -56,7 +59,7 @@ class BottleneckConfig(PeftConfig):
         target_modules: names of the modules behind which the adapters lie; None: as the variant and the model's structure say.
     """
 
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     variant: str = "pfeiffer"
@@ -94,7 +97,7 @@ class Place:
     reads: str | None = None  # of an MLP that ends in a linear layer: one that reads what it reads
 
 
-def places(model: nn.Module, variant: str, new_modules: Sequence[str] = ()) -> list[Place]:
+def places(model: PreTrainedModel, variant: str, new_modules: Sequence[str] = ()) -> list[Place]:
     """Where a variant puts its adapters in a base, found by the base's structure.
 
     A layer is an entry of a list of modules that holds an attention (by its name or its class's) and, outside of it, linear layers that
@@ -122,7 +125,7 @@ def places(model: nn.Module, variant: str, new_modules: Sequence[str] = ()) -> l
     return [place for place in found if place.of_mlp]
 
 
-def _found(model: nn.Module, new_modules: Sequence[str]) -> list[Place]:
+def _found(model: PreTrainedModel, new_modules: Sequence[str]) -> list[Place]:
     width = _hidden_size(model)
     outside = tuple(f"{name}." for name in (*new_modules, *layers.towers(model), *layers.bypassed(model)))
     sizes = {name: _sizes(model.get_submodule(name)) for name in layers.linear_layers(model)}
@@ -148,15 +151,18 @@ def _found(model: nn.Module, new_modules: Sequence[str]) -> list[Place]:
     return found
 
 
-def _hidden_size(model: Any) -> int:
-    config = getattr(model, "config", None)
-    size = None if config is None else getattr(config.get_text_config(), "hidden_size", None)
-    return int(size or model.get_input_embeddings().weight.shape[-1])
+def _hidden_size(model: PreTrainedModel) -> int:
+    table: Any = model.get_input_embeddings()
+    return int(getattr(model.config.get_text_config(), "hidden_size", None) or table.weight.shape[-1])
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """How many values a linear layer reads and gives."""
-    return _get_in_out_features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+    layer: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    reads, gives = _get_in_out_features(layer)
+    assert reads is not None
+    assert gives is not None
+    return reads, gives
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -214,7 +220,7 @@ def _reader(
         and not any(_inside(name, one) for one in attentions)
     ]
     beside = [name for name in fits if _beside(name, output)]
-    return (beside or fits or [None])[-1]
+    return next(reversed(beside or fits), None)
 
 
 def _beside(name: str | None, other: str) -> bool:
@@ -285,10 +291,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds, of values [..., d]; in the adapter's own dtype."""
-        down = self.bottleneck_down[name]
-        return self.scalings[name] * self.bottleneck_up[name](
-            self.bottleneck_inner[name](down(x.to(down.weight.dtype)))
-        )
+        down: Any = self.bottleneck_down[name]
+        inner: torch.Tensor = self.bottleneck_inner[name](down(x.to(down.weight.dtype)))
+        found: torch.Tensor = self.bottleneck_up[name](inner)
+        return self.scalings[name] * found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         found = self.base_layer(*args, **kwargs)
@@ -325,9 +331,8 @@ class BottleneckModel(BaseTuner):
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         self._places = {place.name: place for place in _found(self.model, peft_config.modules_to_save or ())}
         if peft_config.target_modules is None:
             peft_config.target_modules = {
@@ -341,7 +346,7 @@ class BottleneckModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,

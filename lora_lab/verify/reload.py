@@ -10,11 +10,12 @@ imported before, because peft has not got the adapter's method.
 """
 
 import sys
+from typing import Any
 
 OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
-def at(row, positions, inputs):
+def at(row: Any, positions: Any, inputs: Any) -> Any:
     """What a model gave of a row [T, C] at the wanted positions, float32 on the CPU. Virtual tokens of an adapter may stand before it."""
     if positions is not None:
         row = row[len(row) - inputs["input_ids"].shape[1] :][positions.to(row.device)]
