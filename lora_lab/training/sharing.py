@@ -28,7 +28,9 @@ def reason_against(task: AnyTask, members: Sequence[Member]) -> str:
     """Why these members cannot share passes; empty if they can."""
     train = [member.config.train for member in members]
     dropout = any(member.config.adapter.dropout for member in members)
+    apart = members[0].config.adapter.against_packing
     reasons = {
+        apart: bool(apart),
         f"task={members[0].config.task.name} is not trained on packed rows, each by itself": not task.shares_passes,
         "train.neftune_alpha, train.fgm_epsilon or train.rdrop_alpha change the pass itself": any(
             one.neftune_alpha or one.fgm_epsilon or one.rdrop_alpha for one in train

@@ -145,7 +145,9 @@ def test_it_is_merged_and_exported_or_refused_before_training(told, config_for, 
         assert report["written"] == (
             f"from memory: {section.against_delta}" if section.against_delta else "file by file"
         )
-    assert f"- adapter: {section.label}, {section.describe()}\n" in (run.path / "export/adapter/README.md").read_text()
+    card = (run.path / "export/adapter/README.md").read_text()
+    assert f"- adapter: {section.label}, {section.describe()}\n" in card
+    assert ("peft loads it after" in card) == bool(section.registered_by)
 
 
 def method_of(config_for) -> str:

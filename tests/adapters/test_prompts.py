@@ -16,9 +16,11 @@ from lora_lab.adapters.attach import base_of, trainable, without_adapter
 from lora_lab.adapters.prompts import PromptAdapter, positions_before
 from lora_lab.config import compose
 from lora_lab.data.collate import pad
+from lora_lab.plan.plan import plan
 from lora_lab.run import pipeline
 from lora_lab.run.answering import Answering
 from lora_lab.run.prepared import prepare
+from lora_lab.sweep import cohort, jobs
 from tests.conftest import fails, make_base
 
 METHODS = [name for name, section in ADAPTERS.items() if issubclass(section, PromptAdapter)]
@@ -135,6 +137,54 @@ def test_what_it_cannot_do_is_said_before_training(config_for, overrides, method
     ):
         assert said in " ".join(fails(["train", *plain, f"adapter={method}", *more], capsys).split())
     assert not (tmp_path / "run").exists()
+
+
+def test_its_memory_is_planned_and_members_take_turns_for_a_reason(config_for, method, tmp_path, capsys):
+    plan(config_for(f"adapter={method}"))
+    said = capsys.readouterr().out
+    assert "peak of each phase (estimated, GiB)" in said
+    assert "cannot be estimated" not in said
+    found = [
+        config_for(f"adapter={method}", "train.max_steps=1", f"seed={n}", f"run_dir={tmp_path}/sweep/{n}")
+        for n in range(2)
+    ]
+    cohort.train(jobs.jobs_of(found))
+    assert "2 runs take turns on one base: its virtual tokens stand before each row" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.dtype=bfloat16"],
+        ["model.dtype=bfloat16", "quant=nf4"],
+        ["train.neftune_alpha=5"],
+        ["train.fgm_epsilon=0.5"],
+        ["task.generate_rows=3", "task.num_beams=2", "task.max_new_tokens=4", "task.few_shot=1"],
+    ],
+    ids=lambda more: more[-1].partition("=")[0],
+)
+def test_it_trains_with_whatever_else_a_run_is_told(config_for, method, more):
+    run = pipeline.train(config_for(f"adapter={method}", *more))
+    result = json.loads(run.result.read_text())
+    assert result["tuned"]["loss"] != result["base"]["loss"]
+    assert result["tuned"].keys() >= result["base"].keys()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"prefix_tuning"}))
+def test_recomputed_layers_give_the_same_weights(config_for, method, tmp_path):
+    runs = [
+        pipeline.train(
+            config_for(f"adapter={method}", f"train.gradient_checkpointing={on}", f"run_dir={tmp_path}/{on}")
+        )
+        for on in ("true", "false")
+    ]
+    ones, others = (load_file(run.adapter / files.WEIGHTS) for run in runs)
+    for name, one in ones.items():
+        torch.testing.assert_close(one, others[name], rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_layers_are_refused_where_the_prefix_lies_in_the_cache(config_for):
