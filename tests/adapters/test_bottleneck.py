@@ -153,7 +153,7 @@ def config_of(overrides):
     return lambda *more: compose.compose([*plain, *more])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*(pytest.param(one, marks=pytest.mark.long) for one in VARIANTS[:2]), VARIANTS[2]])
 def test_packed_and_recomputed_rows_have_the_gradients_of_rows_alone(config_of, variant):
     def gradients(*more: str) -> torch.Tensor:
         prepared = prepare(

@@ -139,6 +139,7 @@ def test_what_it_cannot_do_is_said_before_training(config_for, overrides, method
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_its_memory_is_planned_and_members_take_turns_for_a_reason(config_for, method, tmp_path, capsys):
     plan(config_for(f"adapter={method}"))
     said = capsys.readouterr().out
