@@ -135,6 +135,10 @@ class AdapterSection:
         """Why it cannot be trained on a base that is stored in this format (`quant.method`, but for none)."""
         return "" if method in self.quantized else self.against_quantized
 
+    def rules(self) -> list[str]:
+        """A sentence for each value that is fine alone, but not beside others of the section."""
+        return []
+
     def against_task(self, task: TaskSection) -> str:
         """Why it is not trained for a task."""
         return ""

@@ -264,7 +264,7 @@ def _merge_contradictions(merge: MergeConfig) -> list[str]:
 
 def _task_contradictions(config: RunConfig) -> list[str]:
     task, data, train, adapter = config.task, config.data, config.train, config.adapter
-    found = task.rules(config)
+    found = task.rules(config) + adapter.rules()
     if against := adapter.against_task(task):
         found.append(f"task={task.name}: not with adapter={adapter.method}, because {against}. Use adapter=lora.")
     if train.packing and adapter.against_packing:

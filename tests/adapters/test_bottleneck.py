@@ -17,7 +17,7 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import trainable
 from lora_lab.adapters.bottleneck import VARIANTS, BottleneckConfig, BottleneckLayer, places
 from lora_lab.config import compose
-from lora_lab.errors import AdapterError
+from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
@@ -178,6 +178,8 @@ def test_packed_and_recomputed_rows_have_the_gradients_of_rows_alone(config_of, 
 
 
 def test_a_base_without_such_layers_is_refused(config_of):
+    with pytest.raises(ConfigError, match=r"adapter.reduction_factor=8: no effect with adapter.bottleneck_size=4"):
+        config_of("adapter=bottleneck", "adapter.bottleneck_size=4", "adapter.reduction_factor=8")
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
     with pytest.raises(AdapterError, match="no layers of an attention and an MLP"):
         places(mamba, "pfeiffer")

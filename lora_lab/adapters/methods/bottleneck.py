@@ -79,5 +79,12 @@ class BottleneckAdapter(AdapterSection):
         )
         return f"{size}, {self.non_linearity}"
 
+    def rules(self) -> list[str]:
+        if self.bottleneck_size is None or self.reduction_factor == 16:
+            return []
+        return [
+            f"adapter.reduction_factor={self.reduction_factor:g}: no effect with adapter.bottleneck_size={self.bottleneck_size}. Drop it."
+        ]
+
     def on_one_base(self) -> dict[str, Any]:
         return {"method": self.method}
