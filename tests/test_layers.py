@@ -52,6 +52,7 @@ EXCEPTIONS = {
     ("config.data", "data.formats"): "the names of the row formats",
     ("config.run", "adapters"): "the sections of adapters, by name",
     ("config.run", "tasks"): "the sections of tasks, by name",
+    ("config.compose", "adapters"): "why some of peft's methods are not there",
     ("config.hydra_app", "sweep.jobs"): "what Hydra's launchers and sweepers hand over",
 }
 

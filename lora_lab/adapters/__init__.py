@@ -4,6 +4,7 @@ from lora_lab.adapters.base import AdapterSection
 from lora_lab.adapters.methods.adalora import AdaLoraAdapter
 from lora_lab.adapters.methods.adamss import AdamssAdapter
 from lora_lab.adapters.methods.boft import BoftAdapter
+from lora_lab.adapters.methods.bottleneck import BottleneckAdapter
 from lora_lab.adapters.methods.c3a import C3aAdapter
 from lora_lab.adapters.methods.deft import DeftAdapter
 from lora_lab.adapters.methods.delora import DeloraAdapter
@@ -22,7 +23,10 @@ from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.adapters.methods.miss import MissAdapter
 from lora_lab.adapters.methods.oft import OftAdapter
 from lora_lab.adapters.methods.osf import OsfAdapter
+from lora_lab.adapters.methods.p_tuning import PTuningAdapter
 from lora_lab.adapters.methods.peanut import PeanutAdapter
+from lora_lab.adapters.methods.prefix_tuning import PrefixTuningAdapter
+from lora_lab.adapters.methods.prompt_tuning import PromptTuningAdapter
 from lora_lab.adapters.methods.psoft import PsoftAdapter
 from lora_lab.adapters.methods.pvera import PveraAdapter
 from lora_lab.adapters.methods.randlora import RandloraAdapter
@@ -38,8 +42,10 @@ from lora_lab.adapters.methods.waveft import WaveftAdapter
 
 ADAPTERS: dict[str, type[AdapterSection]] = {
     "lora": LoraAdapter,
+    "adalora": AdaLoraAdapter,
     "adamss": AdamssAdapter,
     "boft": BoftAdapter,
+    "bottleneck": BottleneckAdapter,
     "c3a": C3aAdapter,
     "deft": DeftAdapter,
     "delora": DeloraAdapter,
@@ -57,7 +63,10 @@ ADAPTERS: dict[str, type[AdapterSection]] = {
     "miss": MissAdapter,
     "oft": OftAdapter,
     "osf": OsfAdapter,
+    "p_tuning": PTuningAdapter,
     "peanut": PeanutAdapter,
+    "prefix_tuning": PrefixTuningAdapter,
+    "prompt_tuning": PromptTuningAdapter,
     "psoft": PsoftAdapter,
     "pvera": PveraAdapter,
     "randlora": RandloraAdapter,
@@ -68,7 +77,22 @@ ADAPTERS: dict[str, type[AdapterSection]] = {
     "trainable_tokens": TrainableTokensAdapter,
     "unilora": UniloraAdapter,
     "vblora": VbloraAdapter,
-    "adalora": AdaLoraAdapter,
     "vera": VeraAdapter,
     "waveft": WaveftAdapter,
 }
+
+# peft's types that are not trained here: a clause why not, and the nearest that is.
+NOT_TRAINED: dict[str, str] = {
+    "XLORA": "it trains how adapters that exist already are mixed at each token, and no adapter of its own (nearest: merge.adapters)",
+    "POLY": "it needs the number of a task beside each row, which rows have not got (nearest: adapter=lora)",
+    "MULTITASK_PROMPT_TUNING": "it needs the number of a task beside each row, which rows have not got (nearest: adapter=prompt_tuning)",
+    "CPT": "it learns by a loss of its own over the tokens of examples in its prompt, each marked by its kind (nearest: adapter=prompt_tuning)",
+    "ADAPTION_PROMPT": "peft puts it into the attention of Llama, Mistral and GPT-2 alone (nearest: adapter=prefix_tuning)",
+    "SHADOW": "it trains a second network beside the base, whose own loss is part of the model's (nearest: adapter=parallel)",
+    "CARTRIDGE": "it is a prefix that stands for one long text and learns what the base says of that text (nearest: adapter=prefix_tuning)",
+}
+
+
+def reason_against(name: object) -> str:
+    """Why a type of peft's is not trained here; empty if nothing is known of it."""
+    return NOT_TRAINED.get(str(name).upper(), "")

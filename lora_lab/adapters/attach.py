@@ -41,6 +41,7 @@ class Coverage:
     matched_experts: int = 0  # adapted weights of experts and routers
     experts: int = 0  # all of them
     matched_others: int = 0  # adapted normalizations and embeddings
+    virtual_tokens: int = 0  # before each row
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / self.base_parameters
@@ -48,14 +49,14 @@ class Coverage:
             f" and {self.matched_experts} of {self.experts} weights of experts and routers" if self.experts else ""
         )
         linear = f"{self.matched} of {self.linear_layers} linear layers{experts}"
-        others = f"{self.matched_others} normalizations and embeddings"
-        told = " and ".join(
-            [linear] * bool(self.matched or not self.matched_others) + [others] * bool(self.matched_others)
+        others = f"{self.matched_others} normalizations, blocks and embeddings"
+        adapted = [linear] * bool(self.matched or not self.matched_others) + [others] * bool(self.matched_others)
+        where = (
+            f"{self.virtual_tokens} virtual tokens before each row"
+            if self.virtual_tokens
+            else f"{' and '.join(adapted)} adapted"
         )
-        return (
-            f"{told} adapted, "
-            f"{self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
-        )
+        return f"{where}, {self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:
@@ -177,8 +178,13 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
 
 
 def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The active adapter's parameters by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The active adapter's parameters by name. peft lets those of virtual tokens have gradients in every adapter."""
+    other = tuple(f"prompt_encoder.{name}." for name in model.peft_config if name != model.active_adapter)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(other)
+    }
 
 
 def coverage(model: PeftModel, name: str) -> Coverage:
@@ -200,4 +206,5 @@ def coverage(model: PeftModel, name: str) -> Coverage:
         len(experts),
         len(expert_weights(model)),
         len(others),
+        getattr(model.peft_config[name], "num_virtual_tokens", 0),
     )

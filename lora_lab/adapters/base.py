@@ -8,6 +8,7 @@ such as "it has no merged form"; empty means that nothing stands against it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lora_lab.adapters.beginnings import Given
     from lora_lab.adapters.deltas import Deltas
     from lora_lab.config.run import RunConfig
+    from lora_lab.tasks.section import TaskSection
 
 Rank = Annotated[int, Field(ge=1, le=4096, description="rank of the update")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input")]
@@ -65,6 +67,9 @@ class AdapterSection:
     shares_passes: ClassVar[bool] = False  # whether members of a sweep can share passes; else they take turns
     saved_once: ClassVar[tuple[str, ...]] = ()  # parts of the names of tensors that layers share
     modules_to_save: list[str] | None = None  # names of modules that train whole beside it, where it has such a field
+    against_packing: ClassVar[str] = ""  # why each row needs a pass of its own
+    against_checkpointing: ClassVar[str] = ""  # why activations cannot be computed again in the backward pass
+    registered_by: ClassVar[str] = ""  # the module that makes peft know it when it is imported; empty: peft has it
 
     # -- its place and its settings --
 
@@ -99,10 +104,16 @@ class AdapterSection:
             task_type: peft's `TaskType` name, or None.
             targets: names of the layers to adapt; None: as the section says them.
         """
+        return self.config_class()(task_type=task_type, **self.peft_fields(targets))
+
+    @classmethod
+    def config_class(cls) -> type[PeftConfig]:
+        """peft's class for configurations of this method."""
         import peft
 
-        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.peft_type)]
-        return kind(task_type=task_type, **self.peft_fields(targets))
+        if cls.registered_by:
+            importlib.import_module(cls.registered_by)
+        return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(cls.peft_type)]
 
     def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:
         """What peft's configuration class is given, beside the task type; `targets` as in `peft_config`."""
@@ -180,11 +191,20 @@ class AdapterSection:
         """Rate of the adapter's dropout."""
         return getattr(self, self.dropout_key) if self.dropout_key else 0.0
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that it takes before each row."""
+        return 0
+
     # -- what can be done with it --
 
     def against_quant(self, method: str) -> str:
         """Why it cannot be trained on a base that is stored in this format (`quant.method`, but for none)."""
         return "" if method in self.quantized else self.against_quantized
+
+    def against_task(self, task: TaskSection) -> str:
+        """Why it is not trained for a task."""
+        return ""
 
     def against_target(self, target: str) -> str:
         """What stands against one of `export.targets`, beside what follows from merging and `delta`."""

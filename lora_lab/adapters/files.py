@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import __version__
-from lora_lab.adapters import ADAPTERS
+from lora_lab.adapters import ADAPTERS, prompts, reason_against
 from lora_lab.base.load import BaseFiles
 from lora_lab.base.resolve import is_hub_id
 from lora_lab.base.tokenizer import TOKENS_AS_WRITTEN
@@ -163,10 +163,13 @@ def settings(folder: Path) -> PeftConfig:
     tree = read_json(file, AdapterError)
     method, mapping = tree.pop("peft_type", None), tree.pop("auto_mapping", None)
     tree.pop("base_model_name_or_path", None)  # which base it is, its fingerprint says
-    methods = sorted({section.peft_type for section in ADAPTERS.values()})
+    methods = {section.peft_type: section for section in ADAPTERS.values()}
     if method not in methods:
-        raise AdapterError(f"{file}: peft_type={method}: lora_lab does not train it. There are: {', '.join(methods)}.")
-    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+        why = f", because {reason}" if (reason := reason_against(method)) else ""
+        raise AdapterError(
+            f"{file}: peft_type={method}: lora_lab does not train it{why}. There are: {', '.join(methods)}."
+        )
+    kind = methods[method].config_class()
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(tree) - known)
     if mapping or unknown:
@@ -265,6 +268,8 @@ def tensors_of(model: PeftModel, name: str, whole: dict[str, torch.Tensor] | Non
     """
     from peft import get_peft_model_state_dict
 
+    if prompts.is_prompt(model, name):
+        return prompts.tensors_of(model, name)
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, whole, adapter_name=name, save_embedding_layers=False
     )

@@ -240,11 +240,11 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             experts[name] = parameter
         elif parameter.dim() == 2 and (not isinstance(module, (nn.Linear, nn.Embedding)) or is_router(module)):
             others[name] = parameter
-    blocks = {_block(name) for name in experts}
-    return {**experts, **{name: one for name, one in others.items() if _block(name) in blocks}}
+    blocks = {block_of(name) for name in experts}
+    return {**experts, **{name: one for name, one in others.items() if block_of(name) in blocks}}
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """The module that holds the module of a parameter, whatever wraps that."""
     return name.replace(".base_layer", "").rpartition(".")[0].rpartition(".")[0]
 

@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.adapters import reason_against
 from lora_lab.config import allowed, interpolation, quoting
 from lora_lab.config.run import SCHEMA_VERSION, RunConfig, all_keys, parse
 from lora_lab.errors import ConfigError, LoraLabError, nearest
@@ -209,6 +210,8 @@ _OPENING = {
 
 def _choice_meant(group: str, value: Any, known: Sequence[str]) -> str:
     """' Did you mean ...?' for a choice that there is not."""
+    if group == "adapter" and (reason := reason_against(value)):
+        return f" lora_lab does not train it, because {reason}."
     found = synonyms.of_choice(group, value)
     is_place = isinstance(value, str) and ("/" in value or "." in value or _is_there(value))
     if not found and is_place and group in _OPENING:

@@ -146,6 +146,7 @@ def contradictions(config: RunConfig) -> list[str]:
         reasons = {
             f"task={task.name}, whose rows are padded": not task.packed,
             "train.packing=false": train.packing is False,
+            f"adapter={config.adapter.method}, whose rows have passes of their own": config.adapter.against_packing,
             "quant=int8, which rounds a row by the rows beside it": quant.method == "int8",
             "train.neftune_alpha": train.neftune_alpha,
             "train.fgm_epsilon": train.fgm_epsilon,
@@ -269,8 +270,18 @@ def _merge_contradictions(merge: MergeConfig) -> list[str]:
 
 
 def _task_contradictions(config: RunConfig) -> list[str]:
-    task, data, train = config.task, config.data, config.train
+    task, data, train, adapter = config.task, config.data, config.train, config.adapter
     found = task.rules(config)
+    if against := adapter.against_task(task):
+        found.append(f"task={task.name}: not with adapter={adapter.method}, because {against}. Use adapter=lora.")
+    if train.packing and adapter.against_packing:
+        found.append(
+            f"train.packing=true: not with adapter={adapter.method}, because {adapter.against_packing}. Leave train.packing out."
+        )
+    if train.gradient_checkpointing and adapter.against_checkpointing:
+        found.append(
+            f"train.gradient_checkpointing=true: not with adapter={adapter.method}, because {adapter.against_checkpointing}. Drop it."
+        )
     if train.packing and not task.packed:
         found.append(f"train.packing=true: rows of task={task.name} are padded. Leave train.packing out.")
     if train.packing is False and task.packed and task.compares_rows:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import log_softmax
 
+from lora_lab.adapters.prompts import generating
 from lora_lab.base import overruled
 from lora_lab.data.formats import Message, RowError
 from lora_lab.errors import DataError, ExportError
@@ -373,18 +374,19 @@ def _greedy(model: PreTrainedModel, encoder: Encoder, prompt: Prompt) -> list[in
     """
     ids = torch.tensor([prompt.ids], device=model.device)
     settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": NEW_TOKENS}
-    done = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        eos_token_id=ends_of(encoder),
-        pad_token_id=encoder.tokenizer.pad_token_id,
-        **settings,
-    )
+    with generating():
+        done = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            eos_token_id=ends_of(encoder),
+            pad_token_id=encoder.tokenizer.pad_token_id,
+            **settings,
+        )
     answer = done[0, ids.shape[1] :]
     while len(
         answer
     ):  # of some models what is said of a token depends on how many follow, so what is left is read again
-        read = model(input_ids=torch.cat([ids[0], answer[:-1]])[None]).logits[0, ids.shape[1] - 1 :].argmax(-1)
+        read = model(input_ids=torch.cat([ids[0], answer[:-1]])[None]).logits[0, -len(answer) :].argmax(-1)
         same = int((read == answer).cumprod(0).sum())
         if same == len(answer):
             break

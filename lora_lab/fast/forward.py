@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.adapters.attach import base_of
+from lora_lab.adapters.prompts import positions_before
 from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
 from lora_lab.fast import prefix, segments
@@ -111,7 +112,9 @@ class Forward:
             }
         if segmented and self.kept_prefix:
             extra["row_keys"] = prefix.row_keys(batch.input_ids, batch.lengths)
-        extra["wanted_positions" if self.wanted_rows else "logits_to_keep"] = batch.logit_positions
+        before = positions_before(model)
+        wanted = batch.logit_positions + before
+        extra["wanted_positions" if self.wanted_rows else "logits_to_keep"] = wanted
         try:
             with segments.attending(model) if segmented else contextlib.nullcontext():
                 found = model(input_ids=batch.input_ids, use_cache=False, **extra).logits[0]
@@ -120,7 +123,7 @@ class Forward:
                 raise TrainingError(f"this model cannot be packed ({error}).") from error
             raise
         # A first token is never predicted, so that there are fewer wanted positions than tokens: some models give all of them.
-        return found[batch.logit_positions] if len(found) == batch.num_tokens else found
+        return found[wanted] if len(found) == batch.num_tokens + before else found
 
     def losses_in_chunks(
         self, model: PeftModel, batch: PackedBatch, smoothing: float

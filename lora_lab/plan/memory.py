@@ -317,6 +317,9 @@ def _give_fake_storage(model: nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = fake(tensor)
             if isinstance(module, Linear8bitLt):
                 module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
+        places: dict[str, torch.Tensor] = getattr(model, "prompt_tokens", {})  # peft keeps them outside of all modules
+        for name, tensor in places.items():
+            places[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _parameter(new: torch.Tensor, old: nn.Parameter, fake: Callable) -> nn.Parameter:

@@ -86,6 +86,10 @@ def _training(config: RunConfig, result: dict[str, Any]) -> list[str]:
         f"- adapter: {adapter.label}, {adapter.describe()}",
         f"- {optim.name}, lr={optim.lr:g}, {optim.schedule}; {config.train.batch_size} rows a step; seed {config.seed}",
     ]
+    if adapter.registered_by:
+        lines.append(
+            f"- peft loads it after `import {adapter.registered_by}` (`pip install lora-lab`), and not without"
+        )
     if result.get("made_of"):
         made = result["made_of"]
         parts = ", ".join(f"{Path(one['run']).name} x {one['weight']:g}" for one in made["adapters"])

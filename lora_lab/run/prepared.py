@@ -190,7 +190,7 @@ def build_data(
     for part in (data.train, data.held_out):
         if part is not None:
             console.say(part.key.removeprefix("data."), part)
-            _check_positions(part, found.model)
+            _check_positions(part, found.model, config.adapter.virtual_tokens)
     if learned is None:
         assert data.train is not None, "a fresh run is made with need_train"
         learned = config.task.load().learn(config, data.train)
@@ -230,13 +230,18 @@ def _check_dropout(model: PreTrainedModel, config: RunConfig) -> None:
         )
 
 
-def _check_positions(data: Dataset | Stream, model: PreTrainedModel) -> None:
+def _check_positions(data: Dataset | Stream, model: PreTrainedModel, virtual: int) -> None:
     positions = usable_positions(model)
     longest = data.longest if isinstance(data, Dataset) else data.encoder.config.max_tokens
-    if positions is not None and longest > positions:
+    if positions is not None and virtual >= positions:
+        raise ConfigError(
+            f"adapter.num_virtual_tokens={virtual}: the model has {positions} positions, so none is left for rows. Lower it."
+        )
+    if positions is not None and longest + virtual > positions:
+        more = f" and {virtual} virtual ones before it" if virtual else ""
         raise DataError(
-            f"{data.key}: a row has {longest} tokens, and the model has {positions} positions. Set data.max_tokens={positions} "
-            "or less, and data.too_long."
+            f"{data.key}: a row has {longest} tokens{more}, and the model has {positions} positions. Set data.max_tokens="
+            f"{positions - virtual} or less, and data.too_long."
         )
 
 

@@ -247,6 +247,9 @@ class Live:
             ConfigError: it does, and the rows must lie so (`train.packing=true`, or a task that compares the rows of one pass).
         """
         task, data = self.setup.task, self.setup.rows
+        adapter = self.setup.config.adapter
+        if adapter.against_packing:
+            console.say("packing", f"rows one by one: {adapter.label}: {adapter.against_packing}")
         if data is None or not task.forward.together:
             return
         try:

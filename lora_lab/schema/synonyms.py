@@ -123,6 +123,10 @@ CHOICES: dict[str, dict[str, str]] = {
     "adapter": {
         "qlora": "adapter=lora quant=nf4", "full": "The base stays frozen here; only adapters are trained.", "pissa": "lora",
         "freeze": "The base stays frozen here; only adapters are trained.", "none": "Only adapters are trained.",
+        "prompt": "prompt_tuning", "soft_prompt": "prompt_tuning", "prefix": "prefix_tuning", "ptuning": "p_tuning", "p-tuning": "p_tuning",
+        "prompt_encoder": "p_tuning", "p_tuning_v2": "prefix_tuning", "ptuning_v2": "prefix_tuning", "adapter": "bottleneck",
+        "adapters": "bottleneck", "pfeiffer": "bottleneck", "adapterp": "bottleneck", "seq_bn": "bottleneck", "adapterh": "houlsby",
+        "double_seq_bn": "houlsby", "par_bn": "parallel",
     },
     "hardware": {"gpu": "cuda", "cuda:0": "hardware.device=cuda:0", "nvidia": "cuda", "mps": "cpu"},
     "tracker": {"all": "auto", "wandb.ai": "wandb", "tb": "tensorboard", "weights_and_biases": "wandb", "false": "none", "null": "none", "off": "none"},

@@ -126,7 +126,7 @@ class Task(Generic[Section, B]):
         self.learned = learned
         self.model = model
         self.forward = Forward(
-            self.config.packed, together=config.train.packing is not False
+            self.config.packed, together=config.train.packing is not False and not config.adapter.against_packing
         )  # of the model, once it is loaded
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from lora_lab.adapters.prompts import generating
 from lora_lab.data.collate import pad
 from lora_lab.runtime import console
 from lora_lab.tasks.section import Generating
@@ -42,9 +43,10 @@ def generate_all(
     }
     texts: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
+    size = 1 if model.active_peft_config.is_prompt_learning else _ROWS  # padding would come behind virtual tokens
     with console.steps(title, len(rows)) if title else contextlib.nullcontext() as progress:
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             texts.update(zip(chosen, _generate(model, tokenizer, [rows[i] for i in chosen], settings), strict=True))
             if progress is not None:
                 progress.advance(len(chosen))
@@ -60,5 +62,6 @@ def _generate(
     else:  # a decoder goes on where its prompt ends, so padding stands before it
         ids = pad([row[::-1] for row in rows], tokenizer.pad_token_id).flip(1)
         mask = pad([[1] * len(row) for row in rows], 0).flip(1)
-    done = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings)
+    with generating():
+        done = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings)
     return tokenizer.batch_decode(done if encoder_decoder else done[:, ids.shape[1] :], skip_special_tokens=True)

@@ -70,10 +70,13 @@ def recompute(model: PeftModel, every: int, offload: bool) -> None:
 def step_down(member: Member) -> str | None:
     """Let the member's steps need less memory; what was done, or None if nothing is left to do."""
     state, size = member.state, member.plan.micro_batch_size
-    if size > 1 and member.config.train.packing is not False:
+    apart = member.config.train.packing is False or member.config.adapter.against_packing
+    if size > 1 and not apart:
         state.micro_batch_size = size // 2
         apply(member)
         return f"micro-batches of {state.micro_batch_size} instead of {size} rows"
+    if member.config.adapter.against_checkpointing:
+        return None
     if not _checkpointed(member) or (not state.checkpointing and member.config.train.recompute_every > 1):
         state.checkpointing = True
         apply(member)

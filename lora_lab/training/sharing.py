@@ -28,7 +28,9 @@ def reason_against(members: Sequence[Member]) -> str:
     task = members[0].task
     train = [member.config.train for member in members]
     dropout = any(member.config.adapter.dropout for member in members)
+    apart = members[0].config.adapter.against_packing
     reasons = {
+        apart: bool(apart),
         f"{members[0].config.adapter.label} cannot be told apart by row": not members[0].config.adapter.shares_passes,
         f"task={members[0].config.task.name} is not trained on packed rows, each by itself": not task.shares_passes,
         "train.neftune_alpha, train.fgm_epsilon or train.rdrop_alpha change the pass itself": any(

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from lora_lab.adapters import files
 from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
 from lora_lab.runtime import children, storage
-from lora_lab.verify.reload import OUTPUTS
+from lora_lab.verify.reload import OUTPUTS, at
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -90,14 +91,9 @@ def logits(model: PreTrainedModel | PeftModel, rows: Probe) -> list[torch.Tensor
         outputs = []
         for inputs, positions in passes:
             result = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-            outputs.append({name: _at(result[name], positions) for name in OUTPUTS if name in result})
+            outputs.append({name: at(result[name][0], positions, inputs) for name in OUTPUTS if name in result})
         found.append(rows.task.compared(outputs, example))
     return found
-
-
-def _at(output: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    row = output[0]
-    return (row if positions is None else row[positions.to(row.device)]).float().cpu()
 
 
 def reloaded_logits(
@@ -136,7 +132,7 @@ def reloaded_outputs(
         script = str(Path(__file__).with_name("reload.py"))
         # -P: the script's own folder is not searched for modules, so nothing of lora_lab can be imported by accident
         command = [sys.executable, "-P", script, str(folder), auto_class, rows_file, outputs_file, str(device), dtype]
-        command += [] if adapter is None else [str(adapter)]
+        command += [] if adapter is None else [str(adapter), *_registration(adapter)]
         done = children.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -144,6 +140,12 @@ def reloaded_outputs(
             raise MergeError(f"{folder}: plain transformers cannot load the merged checkpoint ({reason}).")
         saved = load_file(outputs_file)
     return [{name: saved[f"{n}.{name}"] for name in OUTPUTS if f"{n}.{name}" in saved} for n in range(len(passes))]
+
+
+def _registration(adapter: Path) -> list[str]:
+    """The module that plain peft needs to know the method of an adapter folder, if there is one."""
+    module = files.method_of(files.settings(adapter)).registered_by
+    return [module] if module else []
 
 
 def outputs_of_rows(rows: Probe, outputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:

@@ -1,22 +1,40 @@
-"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE DTYPE [ADAPTER]
+"""Run a saved checkpoint on given rows with plain transformers: python reload.py FOLDER AUTO_CLASS ROWS OUTPUTS DEVICE DTYPE [ADAPTER [MODULE]]
 
 Started in a process of its own and not importing lora_lab, nor peft without ADAPTER, so that it sees what a deployment would see.
 
 FOLDER: a transformers model folder. AUTO_CLASS: transformers' class that loads it. ROWS: safetensors with the inputs of
 forward pass i as `i.input_ids` [1, T] and so on, and perhaps `i.positions` [S] int64, of which logits are wanted.
 OUTPUTS: where to write the outputs of pass i as `i.logits` and so on, float32, without the batch dimension.
-DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder.
+DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder. MODULE: to be
+imported before, because peft has not got the adapter's method.
 """
 
 import sys
 import warnings
+from typing import Any
 
 OUTPUTS = ("logits", "start_logits", "end_logits")
 
 
+def at(row: Any, positions: Any, inputs: Any) -> Any:
+    """What a model gave of a row [T, C] at the wanted positions, float32 on the CPU. Virtual tokens of an adapter may stand before it."""
+    if positions is not None:
+        row = row[len(row) - inputs["input_ids"].shape[1] :][positions.to(row.device)]
+    return row.float().cpu()
+
+
 def main(
-    folder: str, auto_class: str, rows_file: str, outputs_file: str, device: str, dtype: str, adapter: str | None = None
+    folder: str,
+    auto_class: str,
+    rows_file: str,
+    outputs_file: str,
+    device: str,
+    dtype: str,
+    adapter: str | None = None,
+    module: str | None = None,
 ) -> None:
+    import importlib
+
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -34,6 +52,8 @@ def main(
     if adapter is not None:
         from peft import PeftModel
 
+        if module is not None:
+            importlib.import_module(module)
         with warnings.catch_warnings():
             # of tensors that layers share, which are in the file once, and of BOFT without its extension; what it gives is compared
             warnings.simplefilter("ignore", UserWarning)
@@ -49,8 +69,7 @@ def main(
             positions = inputs.pop("positions", None)
             outputs = model(**inputs)
             for name in filter(outputs.__contains__, OUTPUTS):
-                row = outputs[name][0]
-                found[f"{number}.{name}"] = (row if positions is None else row[positions]).float().cpu().contiguous()
+                found[f"{number}.{name}"] = at(outputs[name][0], positions, inputs).contiguous()
     save_file(found, outputs_file)
 
 

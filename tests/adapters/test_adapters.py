@@ -75,9 +75,10 @@ def adapter_bytes(run: run_dir.RunDir | Path) -> bytes:
 
 
 def logits(prepared, model) -> torch.Tensor:
-    batch = prepared.task.collate([prepared.train[0][0], prepared.train[1][0]], np.random.default_rng(0))
+    rows = [prepared.train[0][0], prepared.train[1][0]]
+    batches = prepared.task.step(model, [rows], np.random.default_rng(0)).batches
     with torch.no_grad():
-        return prepared.task.logits(model.eval(), batch)
+        return torch.cat([prepared.task.logits(model.eval(), batch) for batch in batches])
 
 
 def test_a_fresh_one_is_the_base_and_it_alone_trains_and_is_loaded_as_it_was_saved(config_for, tmp_path):
@@ -157,7 +158,9 @@ def test_it_is_merged_and_exported_or_refused_before_training(told, config_for, 
         assert report["written"] == (
             f"from memory: {section.against_delta}" if section.against_delta else "file by file"
         )
-    assert f"- adapter: {section.label}, {section.describe()}\n" in (run.path / "export/adapter/README.md").read_text()
+    card = (run.path / "export/adapter/README.md").read_text()
+    assert f"- adapter: {section.label}, {section.describe()}\n" in card
+    assert ("peft loads it after" in card) == bool(section.registered_by)
 
 
 def method_of(config_for) -> str:
