@@ -46,6 +46,10 @@ _MAY_DIFFER = (
 )  # beside ids of tokens
 _LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 _LENGTHS = ("n_positions", "max_position_embeddings")
+_OF_WHOLE_LAYERS = {
+    "head_dim": "global_head_dim",
+    "num_key_value_heads": "num_global_key_value_heads",
+}  # layers without a window
 
 
 def main(
@@ -155,6 +159,12 @@ def _with_older_names(settings: dict, saved: dict | None = None) -> dict:
         found["num_kv_heads"] = 1  # transformers says the number of heads, which Falcon does not look at
     if saved.get("model_type") == "granitemoehybrid" and saved.get("layer_types"):
         found["layer_types"] = [_LAYERS.get(kind, kind) for kind in saved["layer_types"]]
+    if found.get("scoring_func") == "noaux_tc":  # dots.llm1 names how experts are chosen; they are scored so
+        found["scoring_func"] = "sigmoid"
+    for key, older in _OF_WHOLE_LAYERS.items():  # Gemma 4's, which are kept for each layer that differs
+        own = {layer[key] for layer in (saved.get("per_layer_config") or {}).values() if key in layer}
+        if len(own) == 1 and older not in found:
+            found[older] = own.pop()
     length = next((saved[key] for key in _LENGTHS if key in saved), None)
     if length is not None and "n_ctx" not in saved:
         found["n_ctx"] = length

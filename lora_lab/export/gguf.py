@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax
 
 from lora_lab.adapters import deltas
 from lora_lab.base import load
+from lora_lab.base.gguf import read_head
 from lora_lab.base.load import ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import READER, save_tokenizer
@@ -245,10 +246,10 @@ def _beginning(encoder: Encoder, file: Path) -> dict[str, bool]:
     """
     import gguf
 
-    field = gguf.GGUFReader(file).get_field(gguf.Keys.Tokenizer.ADD_BOS)
-    if field is None:
+    said = read_head(file).get(gguf.Keys.Tokenizer.ADD_BOS)
+    if said is None:
         return {}
-    tokenizer, adds = encoder.tokenizer, bool(field.contents())
+    tokenizer, adds = encoder.tokenizer, bool(said)
     if adds != (tokenizer.bos_token_id in encoder.marks.before):
         raise ExportError(
             f"{file.name}: llama.cpp would {'put' if adds else 'not put'} {tokenizer.bos_token!r} before every text, and the tokenizer "
