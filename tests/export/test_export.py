@@ -709,20 +709,24 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))
 
 
-def test_a_run_with_old_tokens_is_told_to_train_anew(config_of, tmp_path, monkeypatch):
-    """The adapter too before anything is converted: everybody's GGUF files of its base have the right tokens."""
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("gguf_lora", "gguf_lora: GGUF files of the base make other tokens than this run's"),  # nothing was converted
+        pytest.param("gguf", "gguf: llama.cpp's conversion cannot take this base", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_with_old_tokens_is_told_to_train_anew(config_of, tmp_path, monkeypatch, target, said):
     from lora_lab.run import prepared
     from tests.base.test_overruled import _digits_base
 
     base = _digits_base(tmp_path / "base")
     monkeypatch.setattr(prepared, "READER", 1)
-    said = problems(config_of(f"model.path={base}", "export.targets=[gguf,gguf_lora]"))
-    lora, merged = sorted(said.splitlines(), key=lambda line: "gguf_lora" not in line)[:2]
-    assert "gguf_lora: GGUF files of the base make other tokens than this run's" in lora
-    assert "llama.cpp's conversion cannot take this base" in merged
-    for line in (lora, merged):
-        assert "the run keeps those tokens: train it anew, or drop the target." in line
-        assert "Take a base" not in line
+    found = problems(config_of(f"model.path={base}", f"export.targets=[{target}]"))
+    assert said in found
+    assert "the run keeps those tokens: train it anew, or drop the target." in found
+    assert "Take a base" not in found
+    assert "hf and adapter always load" not in found
 
 
 EVERY_CONVERSION = """
