@@ -639,6 +639,23 @@ def test_fewer_bits_report_their_loss(trained, rows_file, method):
     assert folder.exists()  # what was there before is kept
 
 
+@pytest.mark.parametrize(("hidden_size", "refused"), [(96, True), (64, False)])
+def test_widths_that_bitsandbytes_does_not_compute_with_are_refused(config_of, tmp_path, hidden_size, refused):
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes packs 4-bit weights on CPUs with AVX512-BF16 alone")
+    base = make_base(tmp_path / "base", hidden_size=hidden_size)
+    told = [f"model.path={base}", "export=quantized"]
+    if not refused:
+        targets.check(prepare(config_of(*told, "export.quantization=nf4")))
+        return
+    said = problems(config_of(*told, "export.quantization=nf4"))
+    assert "export.quantization=nf4: model.layers.0.self_attn.q_proj is 96 x 96" in said
+    assert "Choose int8, or export on a GPU" in said
+    targets.check(prepare(config_of(*told, "export.quantization=int8", f"run_dir={tmp_path}/other")))
+
+
 TEMPLATES = {
     "chatml": CHATML,
     "default_system": "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
