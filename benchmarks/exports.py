@@ -59,6 +59,12 @@ _LINEAR_WITH_PARTS = {  # of what turns, a quarter of each head: three parts, as
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
     },
 }  # fmt: skip
+_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
 _WINDOWED = {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]}
 _AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what llama.cpp has built in of a family, as its published models are made
     "bamba": {"attn_rotary_emb": 8},
@@ -70,6 +76,8 @@ _AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what llama.cpp has built in of a
     },
     "gpt2": {"n_inner": None}, "gpt-sw3": {"n_inner": None}, "gpt_bigcode": {"n_inner": 256},
     "granitemoehybrid": {"num_experts_per_tok": 0},
+    "ministral3": _YARN,
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"]},
     "phi": {"num_key_value_heads": 4, "intermediate_size": 256},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_moe": _LINEAR,
@@ -83,6 +91,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {  # settings that published models have
     "dots1": {"scoring_func": "noaux_tc"},
     "falcon_h1": {"head_dim": 16},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
     "hunyuan_v1_moe": {"moe_intermediate_size": [128, 128], "moe_topk": [2, 2], "num_shared_expert": [1, 1]},
     "kimi_linear": {
         "first_k_dense_replace": 1, "moe_router_activation_func": "sigmoid", "num_shared_experts": 1,
@@ -143,7 +152,8 @@ def main() -> None:
     if told.write:
         _DOCUMENT.write_text(page(known), encoding="utf-8")
         return
-    results = known["families"] if known.get("versions") == state["versions"] else {}
+    kept = known.get("families", {}) if known.get("versions") == state["versions"] else {}
+    results = {family: one for family, one in kept.items() if "code" in one}
     only = set(filter(None, told.only.split(",")))
     shared = _shared()
     state |= {"digest": code, "shared": len(shared)}
