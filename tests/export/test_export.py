@@ -429,10 +429,30 @@ def test_what_is_saved_wins_over_the_published_settings():
     assert nested["text_config"]["rotary_pct"] == 0.25
 
 
+YARN = {  # as Ministral 3 is published
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
 def test_settings_of_other_names_are_told_by_those_that_the_conversion_knows():
     read = {"model_type": "dots1", "num_hidden_layers": 2}
     assert convert.completed(read, {**read, "scoring_func": "noaux_tc"}, read)["scoring_func"] == "sigmoid"
     assert convert.completed(read, {**read, "scoring_func": "softmax"}, read)["scoring_func"] == "softmax"
+    kinds = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "full_attention", "mlp", "moe"]}
+    found = convert.completed(
+        kinds, {**kinds, "num_hidden_layers": 52, "hybrid_override_pattern": "M-" * 26}, kinds, same=True
+    )
+    assert (found["num_hidden_layers"], found["hybrid_override_pattern"]) == (4, "M*-E")
+    lite = {"model_type": "glm4_moe_lite"}
+    assert convert.completed(lite, lite, lite)["scoring_func"] == "sigmoid"
     differing = {"5": {"head_dim": 512, "num_key_value_heads": 1}, "11": {"head_dim": 512, "num_key_value_heads": 1}}
     saved = {"model_type": "gemma4_text", "head_dim": 256, "per_layer_config": differing}
     found = convert.completed(saved, saved, saved)
@@ -449,6 +469,10 @@ def test_settings_of_other_names_are_told_by_those_that_the_conversion_knows():
         *((family, {}, {}) for family in ("gpt_neox", "stablelm", "nemotron", "falcon")),
         ("phi", {"num_key_value_heads": 4, "intermediate_size": 256}, {}),
         ("granitemoehybrid", {"num_experts_per_tok": 0}, {}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "attention", "moe"]}, {}),
+        ("glm4_moe_lite", {}, {"first_k_dense_replace": 1}),
+        ("dots1", {"num_key_value_heads": 4}, {"scoring_func": "noaux_tc"}),
+        ("ministral3", {"rope_parameters": YARN}, {}),
     ],
 )
 @pytest.mark.long
