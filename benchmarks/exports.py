@@ -1,8 +1,9 @@
 """Export every causal family that transformers and llama.cpp's conversion share: python -m benchmarks.exports [--only FAMILY,...]
 
 Each is built tiny with random weights and the default base's tokenizer (tests/families.py), trained three steps, exported as a merged
-folder and as GGUF, and proved as any export is. Results are kept in benchmarks/results/exports.json as they come, with a digest of the
-code that they were made with: results of another state are not kept. docs/exports.md is written from them.
+folder and as GGUF, and proved as any export is. Results are kept in benchmarks/results/exports.json as they come, each with a digest of the
+code that it was made with: those of another state are made anew, after those that are missing, and docs/exports.md, which is written from
+them, names them until then.
 """
 
 from __future__ import annotations
@@ -52,17 +53,35 @@ _SCRIPTS = {"reload.py": reload.main, "convert.py": convert.main, "llama.py": ll
 # llama.cpp has the places of windowed layers of each published model built in, or has none; a window beyond the rows makes them alike
 families._SIZES["sliding_window"] = 4096
 _LINEAR = {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"]}
+_LINEAR_WITH_PARTS = {  # of what turns, a quarter of each head: three parts, as for pictures
+    **_LINEAR, "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+    },
+}  # fmt: skip
+_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
 _WINDOWED = {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]}
 _AS_PUBLISHED: dict[str, dict[str, Any]] = {  # what llama.cpp has built in of a family, as its published models are made
     "bamba": {"attn_rotary_emb": 8},
     "dots1": {"num_key_value_heads": 4},
-    "gemma3_text": _WINDOWED,
-    "gemma3n_text": {"altup_num_inputs": 4},
+    "gemma3_text": _WINDOWED, "gemma4_text": {**_WINDOWED, "num_experts": None},
+    "gemma3n_text": {
+        "num_hidden_layers": 5, "layer_types": [*["sliding_attention"] * 4, "full_attention"], "activation_sparsity_pattern": [0.95] * 5,
+        "altup_num_inputs": 4, "hidden_size_per_layer_input": 256, "laurel_rank": 64, "num_kv_shared_layers": 0,
+    },
     "gpt2": {"n_inner": None}, "gpt-sw3": {"n_inner": None}, "gpt_bigcode": {"n_inner": 256},
     "granitemoehybrid": {"num_experts_per_tok": 0},
+    "ministral3": _YARN,
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"]},
     "phi": {"num_key_value_heads": 4, "intermediate_size": 256},
     "qwen3_moe": {"norm_topk_prob": True},
-    "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_text": _LINEAR, "qwen3_5_moe": _LINEAR, "qwen3_5_moe_text": _LINEAR,
+    "qwen3_next": _LINEAR, "qwen3_5": _LINEAR, "qwen3_5_moe": _LINEAR,
+    "qwen3_5_text": _LINEAR_WITH_PARTS, "qwen3_5_moe_text": _LINEAR_WITH_PARTS,
 }  # fmt: skip
 for _family, _settings in _AS_PUBLISHED.items():
     families._OWN[_family] = {**families._OWN.get(_family, {}), **_settings}
@@ -71,14 +90,19 @@ _PUBLISHED: dict[str, dict[str, Any]] = {  # settings that published models have
     "deepseek_v3": {"scoring_func": "sigmoid"},
     "dots1": {"scoring_func": "noaux_tc"},
     "falcon_h1": {"head_dim": 16},
-    "hunyuan_v1_moe": {"moe_intermediate_size": [128, 128]},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    "hunyuan_v1_moe": {"moe_intermediate_size": [128, 128], "moe_topk": [2, 2], "num_shared_expert": [1, 1]},
     "kimi_linear": {
+        "first_k_dense_replace": 1, "moe_router_activation_func": "sigmoid", "num_shared_experts": 1,
         "linear_attn_config": {
             "full_attn_layers": [2], "kda_layers": [1], "head_dim": 16, "num_heads": 4, "short_conv_kernel_size": 4,
         },
     },
 }  # fmt: skip
-_SENTENCEPIECE = ("ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "jamba", "minicpm3", "phi3")  # have no other tokenizer
+_SENTENCEPIECE = (  # have no other tokenizer
+    "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3n_text", "jamba", "minicpm3", "nemotron", "phi3",
+)  # fmt: skip
 _NAMED_TOKENS = {  # that the conversion looks for
     "glm": ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]", "<sop>"],
 }
@@ -97,7 +121,7 @@ and exported with `export.targets=[hf,gguf]` at f16. `make exports` makes this p
 - A family that knows SentencePiece alone gets such a tokenizer, of letters and bytes, without a chat template.
 
 Made with {versions}; code {digest}. {count} families exported and proved, {refused} refused before training, {after} refused after it,
-{not_built} that transformers does not build tiny from these settings; {left} of {shared} have not been run in this state of the code.
+{not_built} that transformers does not build tiny from these settings; {left} of {shared} have not been run.{earlier}
 """
 
 
@@ -107,6 +131,7 @@ class Outcome:
 
     family: str
     model: str
+    code: str  # digest of the sources
     report: dict[str, Any] = dataclasses.field(default_factory=dict)  # of gguf
     merged: dict[str, Any] = dataclasses.field(default_factory=dict)
     refused: str = ""  # the sentence, before training
@@ -121,25 +146,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="only write the page from the results that there are")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
-    state = {
-        "digest": sources("benchmarks/exports.py"),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
+    code = sources("benchmarks/exports.py")
+    state: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in _PACKAGES}}
     known = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     if told.write:
         _DOCUMENT.write_text(page(known), encoding="utf-8")
         return
-    results = known["families"] if all(known.get(name) == value for name, value in state.items()) else {}
+    kept = known.get("families", {}) if known.get("versions") == state["versions"] else {}
+    results = {family: one for family, one in kept.items() if "code" in one}
     only = set(filter(None, told.only.split(",")))
     shared = _shared()
-    state["shared"] = len(shared)
-    for family, model in shared.items():
-        if (only and family not in only) or (not only and family in results):
-            continue
-        results[family] = dataclasses.asdict(_attempted(family, model))
-        storage.write_text(_RESULTS, storage.dump_json({**state, "families": results}))
+    state |= {"digest": code, "shared": len(shared)}
+    wanted = only or {family for family in shared if results.get(family, {}).get("code") != code}
+    for family in sorted(wanted & shared.keys(), key=lambda family: (family in results, family)):
+        results[family] = dataclasses.asdict(_attempted(family, shared[family], code))
+        storage.write_text(_RESULTS, storage.dump_json({**state, "families": dict(sorted(results.items()))}))
         print(family, {name: value for name, value in results[family].items() if value}, flush=True)
-    _DOCUMENT.write_text(page({**state, "families": results}), encoding="utf-8")
+    _DOCUMENT.write_text(page({**state, "families": dict(sorted(results.items()))}), encoding="utf-8")
     faults = [name for name, one in results.items() if one["fault"]]
     if faults:
         sys.exit(f"faults: {', '.join(faults)}")
@@ -156,14 +179,14 @@ def _shared() -> dict[str, str]:
     return {family: name for family, name in CLASSES.items() if isinstance(name, str) and name in known}
 
 
-def _attempted(family: str, model: str) -> Outcome:
+def _attempted(family: str, model: str, code: str) -> Outcome:
     def late(*_: Any) -> None:
         raise TimeoutError(f"more than {_SECONDS} seconds")
 
     signal.signal(signal.SIGALRM, late)
     with tempfile.TemporaryDirectory(prefix="exports_") as place:
         os.environ["LORA_LAB_CACHE"] = f"{place}/cache"
-        found = Outcome(family, model)
+        found = Outcome(family, model, code)
         signal.alarm(_SECONDS)
         try:
             _attempt(found, Path(place))
@@ -211,7 +234,7 @@ def _attempt(found: Outcome, place: Path) -> None:
 
 def _tokenizer(family: str, base: Path) -> Any:
     if family in _SENTENCEPIECE:
-        return letters_with_a_beginning(base)
+        return letters_with_a_beginning(base, blank=not family.startswith("gemma"))
     tokenizer = smollm2_tokenizer()
     tokenizer.chat_template = CHATML
     named = next((tokens for name, tokens in _NAMED_TOKENS.items() if family.startswith(name)), [])
@@ -276,7 +299,7 @@ def page(known: dict[str, Any]) -> str:
             transformers=versions["transformers"], auto_round=versions["auto-round"], gguf=versions["gguf"], new_tokens=NEW_TOKENS,
             versions=", ".join(f"{name} {version}" for name, version in versions.items()), digest=known["digest"],
             count=len(good), refused=len(before), after=len(after), not_built=len(not_built),
-            shared=known["shared"], left=known["shared"] - len(every),
+            shared=known["shared"], left=known["shared"] - len(every), earlier=_earlier(known),
         ),
         "| family | class | tokens | KL | same token | answers | near ties |",
         "|---|---|---|---|---|---|---|",
@@ -297,6 +320,15 @@ def page(known: dict[str, Any]) -> str:
             lines += ["", f"## {title}", "", "| family | reason |", "|---|---|"]
             lines += [f"| {one['family']} | {_cell(one[name])} |" for one in part]
     return "\n".join(lines) + "\n"
+
+
+def _earlier(known: dict[str, Any]) -> str:
+    """Which results are of another state of the code than the page's."""
+    of: dict[str, list[str]] = {}
+    for family, one in known["families"].items():
+        of.setdefault(one["code"], []).append(family)
+    of.pop(known["digest"], None)
+    return "".join(f"\n\nRun with code {code}: {', '.join(families)}." for code, families in of.items())
 
 
 def _cell(text: str) -> str:

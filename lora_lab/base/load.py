@@ -127,6 +127,19 @@ def tokenizer_now(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
     return overruled.as_written(folder, read_tokenizer(folder, reader=1))[0]
 
 
+def tokenized_otherwise(model: ModelConfig, base: BaseFiles, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Hard texts of which a run that is begun now would make other tokens than `tokenizer`.
+
+    Raises:
+        BaseModelError: it could not be begun now.
+    """
+    now = tokenizer_now(model, base.folder)
+    return overruled.differing(
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        lambda text: now(text, add_special_tokens=False)["input_ids"],
+    )
+
+
 def torch_device(hardware: HardwareConfig) -> torch.device:
     """The device that `hardware.device` names.
 

@@ -45,7 +45,19 @@ _MAY_DIFFER = (
     "use_cache",
 )  # beside ids of tokens
 _LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
+_LETTERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}  # Nemotron H's
 _LENGTHS = ("n_positions", "max_position_embeddings")
+_OF_WHOLE_LAYERS = {
+    "head_dim": "global_head_dim",
+    "num_key_value_heads": "num_global_key_value_heads",
+}  # layers without a window
 
 
 def main(
@@ -155,6 +167,21 @@ def _with_older_names(settings: dict, saved: dict | None = None) -> dict:
         found["num_kv_heads"] = 1  # transformers says the number of heads, which Falcon does not look at
     if saved.get("model_type") == "granitemoehybrid" and saved.get("layer_types"):
         found["layer_types"] = [_LAYERS.get(kind, kind) for kind in saved["layer_types"]]
+    if saved.get("model_type") == "nemotron_h" and (
+        kinds := saved.get("layers_block_type") or saved.get("layer_types")
+    ):
+        found |= {
+            "num_hidden_layers": len(kinds),
+            "hybrid_override_pattern": "".join(_LETTERS.get(kind, "?") for kind in kinds),
+        }
+    if found.get("scoring_func") == "noaux_tc":  # dots.llm1 names how experts are chosen; they are scored so
+        found["scoring_func"] = "sigmoid"
+    if saved.get("model_type") == "glm4_moe_lite":  # llama.cpp knows it by the published number of layers alone
+        found.setdefault("scoring_func", "sigmoid")
+    for key, older in _OF_WHOLE_LAYERS.items():  # Gemma 4's, which are kept for each layer that differs
+        own = {layer[key] for layer in (saved.get("per_layer_config") or {}).values() if key in layer}
+        if len(own) == 1 and older not in found:
+            found[older] = own.pop()
     length = next((saved[key] for key in _LENGTHS if key in saved), None)
     if length is not None and "n_ctx" not in saved:
         found["n_ctx"] = length
@@ -230,13 +257,15 @@ def _convert(
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     model_class = conversion.get_model_class(architecture)
     if kind == CHECK:
-        model = model_class(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(out))
+        model = _of(model_class, Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(out))
         model.set_gguf_parameters()
         _with_ends(model, ends)
         model.set_vocab()
         _write_tiny(model, out)
         return
-    model = model_class(Path(folder), getattr(gguf.LlamaFileType, TYPES["f32" if kind == RANDOM else kind]), Path(out))
+    model = _of(
+        model_class, Path(folder), getattr(gguf.LlamaFileType, TYPES["f32" if kind == RANDOM else kind]), Path(out)
+    )
     if kind == RANDOM:
         vocabulary = _bytes(hparams)
         model.set_vocab = lambda: _write_vocabulary(model.gguf_writer, *vocabulary)
@@ -245,8 +274,14 @@ def _convert(
         _with_ends(model, ends)
     model.write()
     if adapter is not None:
-        model = model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
+        model = _of(model_class, Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
         _write_adapter(model, adapter_out, adapter)
+
+
+def _of(model_class: type, *words: object, **options: object) -> object:
+    """A model of the conversion; Mistral 3's class hands everything to one of another class, which does the writing."""
+    model = model_class(*words, **options)
+    return getattr(model, "impl", model)
 
 
 def _with_ends(model: object, ends: str) -> None:

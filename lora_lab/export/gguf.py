@@ -22,11 +22,12 @@ from torch.nn.functional import log_softmax
 
 from lora_lab.adapters import deltas
 from lora_lab.base import load
+from lora_lab.base.gguf import read_head
 from lora_lab.base.load import ModelKind
 from lora_lab.base.overruled import SENTENCEPIECE
-from lora_lab.base.tokenizer import save_tokenizer
+from lora_lab.base.tokenizer import READER, save_tokenizer
 from lora_lab.base.weights import Weights
-from lora_lab.errors import ConfigError, ExportError
+from lora_lab.errors import BaseModelError, ConfigError, ExportError
 from lora_lab.export import ollama, text, tiny
 from lora_lab.export.convert import CHECK, K_QUANTS, RANDOM
 from lora_lab.run.prepared import Trained
@@ -45,6 +46,7 @@ _WAY_OUT = (
     "Take a base whose tokenizer and chat template llama.cpp reads as transformers does, or drop the target: hf, adapter and vllm use "
     "transformers' own."
 )
+_WAY_OUT_OF_OLD_TOKENS = "An earlier version read this base's tokenizer wrongly, and the run keeps those tokens: train it anew, or drop the target."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,21 +99,32 @@ def check(setup: Setup, target: str) -> Iterator[str]:
         except ConfigError as error:
             yield str(error)
             return
+    old_tokens = setup.base.reader < READER
+    if target == "gguf_lora" and old_tokens and _tokenized_otherwise_now(setup):
+        yield f"export.targets: {target}: GGUF files of the base make other tokens than this run's. {_WAY_OUT_OF_OLD_TOKENS}"
+        return
     reason = _reason_against(setup.base.folder, setup.encoder)
     if reason:
         yield (
-            f"export.targets: {target}: llama.cpp's conversion cannot take this base ({reason}). Drop the target; hf and adapter always "
-            "load."
+            f"export.targets: {target}: llama.cpp's conversion cannot take this base ({reason}). "
+            f"{_WAY_OUT_OF_OLD_TOKENS if old_tokens else 'Drop the target; hf and adapter always load.'}"
         )
         return
     reason = _architecture_against(setup.base.folder)
     if reason:
         yield f"export.targets: {target}: {reason} Drop the target; hf and adapter always load."
         return
-    if target != "gguf_lora":
-        said = _text_against(setup.base.folder, setup.encoder, target == "ollama")
-        if said:
-            yield f"export.targets: {target}: {said} {_WAY_OUT}"
+    said = _text_against(setup.base.folder, setup.encoder, target == "ollama")
+    if said:
+        yield f"export.targets: {target}: {said} {_WAY_OUT_OF_OLD_TOKENS if old_tokens else _WAY_OUT}"
+
+
+def _tokenized_otherwise_now(setup: Setup) -> bool:
+    """Whether a run that is begun now would have other tokens, as everybody's GGUF files of its base have, or would be refused."""
+    try:
+        return bool(load.tokenized_otherwise(setup.config.model, setup.base, setup.encoder.tokenizer))
+    except BaseModelError:
+        return True
 
 
 @functools.lru_cache(maxsize=2)
@@ -233,10 +246,10 @@ def _beginning(encoder: Encoder, file: Path) -> dict[str, bool]:
     """
     import gguf
 
-    field = gguf.GGUFReader(file).get_field(gguf.Keys.Tokenizer.ADD_BOS)
-    if field is None:
+    said = read_head(file).get(gguf.Keys.Tokenizer.ADD_BOS)
+    if said is None:
         return {}
-    tokenizer, adds = encoder.tokenizer, bool(field.contents())
+    tokenizer, adds = encoder.tokenizer, bool(said)
     if adds != (tokenizer.bos_token_id in encoder.marks.before):
         raise ExportError(
             f"{file.name}: llama.cpp would {'put' if adds else 'not put'} {tokenizer.bos_token!r} before every text, and the tokenizer "

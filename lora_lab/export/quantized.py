@@ -17,13 +17,42 @@ from lora_lab.run.setup import Setup
 from lora_lab.verify.parity import Probe, compare, loss_increase, reloaded_logits
 
 if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig, TorchAoConfig
+
+_PACKED_IN, _PACKED_OUT = 64, 32  # of bitsandbytes on CPUs
 
 
 def check(setup: Setup) -> Iterator[str]:
-    """A library that is missing."""
-    if setup.config.export.quantization == "torchao_int8" and importlib.util.find_spec("torchao") is None:
+    """A library that is missing, or layers that it does not compute with here."""
+    method = setup.config.export.quantization
+    if method == "torchao_int8" and importlib.util.find_spec("torchao") is None:
         yield "export.quantization=torchao_int8 needs torchao. pip install 'lora-lab[torchao]'"
+    odd = _not_packed(setup) if method in ("nf4", "fp4") and setup.device.type == "cpu" else []
+    if odd:
+        name, layer = odd[0]
+        yield (
+            f"export.quantization={method}: {name} is {layer.in_features} x {layer.out_features}, and on this CPU bitsandbytes computes in 4 "
+            f"bits only with multiples of {_PACKED_IN} inputs and {_PACKED_OUT} outputs ({len(odd)} layers are others). Choose int8, or export "
+            "on a GPU."
+        )
+
+
+def _not_packed(setup: Setup) -> list[tuple[str, Linear4bit]]:
+    """Layers that bitsandbytes cannot pack: it packs 4-bit weights in whole blocks before it computes, where a CPU multiplies bfloat16
+    (`bitsandbytes.functional._convert_weight_packed_for_cpu`)."""
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if not has_avx512bf16():
+        return []
+    model = setup.skeleton()
+    with torch.device("meta"):
+        AutoHfQuantizer.from_config(_config(setup)).preprocess_model(model, device_map={"": "cpu"})
+    layers = [(name, one) for name, one in model.named_modules() if isinstance(one, Linear4bit)]
+    return [(name, one) for name, one in layers if one.in_features % _PACKED_IN or one.out_features % _PACKED_OUT]
 
 
 def make(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:

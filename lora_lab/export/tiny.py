@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 VOCABULARY = 320
 LARGE, TOO_LARGE = 2**28, 2**29  # parameters above which feed-forward parts are narrowed, and above which none is made
 _WIDTH = 256  # of a feed-forward part that is narrowed
+_MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # others, such as pictures', are no token of `ids`
 _SPREAD = 3.0  # standard deviation of the logits: a trained model's are spread about so, and equal ones tell nothing
-_PER_LAYER = re.compile(r"layer|types|pattern")
+_PER_LAYER = re.compile(r"layer|types|pattern|intermediate_size")
 _FEED_FORWARD = re.compile(r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|block_ff_dim)")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -101,9 +102,11 @@ def _cut(config: PretrainedConfig, whole: PreTrainedModel) -> PretrainedConfig:
                 setattr(part, name, VOCABULARY)
         for name, value in list(vars(part).items()):
             if name.endswith("token_id") and name != "decoder_start_token_id" and isinstance(value, (int, list)):
-                setattr(part, name, {"bos_token_id": 1, "eos_token_id": 2}.get(name))
+                setattr(part, name, _MARKS.get(name, VOCABULARY - 1))
     for name, value in lists.items():
         setattr(text, name, value[:fewest])
+    if getattr(text, "num_kv_shared_layers", None):  # the last ones take keys and values of earlier layers
+        text.num_kv_shared_layers = max(0, fewest - (layers - text.num_kv_shared_layers))
     text.num_hidden_layers = fewest
     if isinstance(getattr(text, "initializer_range", None), float):  # else attention would see all positions alike
         text.initializer_range = max(text.initializer_range, text.hidden_size**-0.5)
@@ -125,8 +128,12 @@ def _narrow(config: PretrainedConfig) -> None:
     for part in _parts(config):
         if hasattr(part, "num_attention_heads"):  # else it may be the width of a state
             for name, value in list(vars(part).items()):
-                if _FEED_FORWARD.fullmatch(name) and isinstance(value, int):
+                if not _FEED_FORWARD.fullmatch(name):
+                    continue
+                if isinstance(value, int):
                     setattr(part, name, min(value, _WIDTH))
+                elif isinstance(value, list):  # of each layer
+                    setattr(part, name, [min(one, _WIDTH) for one in value])
         groups = getattr(part, "n_group", None) or 1
         chosen = max((getattr(part, name, None) or 1 for name in _CHOSEN), default=1)
         for name in _EXPERTS:

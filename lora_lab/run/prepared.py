@@ -18,7 +18,7 @@ from lora_lab.base import load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.load import BaseFiles, ModelKind
-from lora_lab.base.overruled import differing, shown
+from lora_lab.base.overruled import shown
 from lora_lab.base.positions import check_lengths, embedded, usable_positions
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, READER, TOKENS_AS_WRITTEN, load_tokenizer, pad_within
 from lora_lab.config.run import RunConfig
@@ -122,16 +122,12 @@ def check_adapter(config: RunConfig, base: BaseFiles, model: PreTrainedModel, ki
 def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedTokenizerBase) -> None:
     """Tell of a run whose text becomes other tokens than it would in one that is begun today."""
     try:
-        now = load.tokenizer_now(config.model, base.folder)
+        other = load.tokenized_otherwise(config.model, base, tokenizer)
     except BaseModelError as error:  # it could not be begun today at all
         console.say(
             "tokenizer", f"this run keeps the tokens that it was trained with; a new one would be refused: {error}"
         )
         return
-    other = differing(
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        lambda text: now(text, add_special_tokens=False)["input_ids"],
-    )
     if other:
         console.say(
             "tokenizer",

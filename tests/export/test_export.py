@@ -133,8 +133,12 @@ os._exit(0)  # taking the server down now and then waits for ever
 """
 
 
-def letters_with_a_beginning(folder: Path):
-    """Llama 2's kind of tokenizer, of letters and bytes alone: it begins every text, and has no chat template."""
+def letters_with_a_beginning(folder: Path, blank: bool = True):
+    """Llama 2's kind of tokenizer, of letters and bytes alone: it begins every text, and has no chat template.
+
+    Args:
+        blank: whether it puts one before a text, as Llama 2's does and Gemma's does not.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -142,10 +146,10 @@ def letters_with_a_beginning(folder: Path):
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    before = [normalizers.Prepend("▁")] if blank else []
+    core.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    after = [decoders.Strip(" ", 1, 0)] if blank else []
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after])
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
@@ -425,6 +429,37 @@ def test_what_is_saved_wins_over_the_published_settings():
     assert nested["text_config"]["rotary_pct"] == 0.25
 
 
+YARN = {  # as Ministral 3 is published
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def test_settings_of_other_names_are_told_by_those_that_the_conversion_knows():
+    read = {"model_type": "dots1", "num_hidden_layers": 2}
+    assert convert.completed(read, {**read, "scoring_func": "noaux_tc"}, read)["scoring_func"] == "sigmoid"
+    assert convert.completed(read, {**read, "scoring_func": "softmax"}, read)["scoring_func"] == "softmax"
+    kinds = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "full_attention", "mlp", "moe"]}
+    found = convert.completed(
+        kinds, {**kinds, "num_hidden_layers": 52, "hybrid_override_pattern": "M-" * 26}, kinds, same=True
+    )
+    assert (found["num_hidden_layers"], found["hybrid_override_pattern"]) == (4, "M*-E")
+    lite = {"model_type": "glm4_moe_lite"}
+    assert convert.completed(lite, lite, lite)["scoring_func"] == "sigmoid"
+    differing = {"5": {"head_dim": 512, "num_key_value_heads": 1}, "11": {"head_dim": 512, "num_key_value_heads": 1}}
+    saved = {"model_type": "gemma4_text", "head_dim": 256, "per_layer_config": differing}
+    found = convert.completed(saved, saved, saved)
+    assert (found["head_dim"], found["global_head_dim"], found["num_global_key_value_heads"]) == (256, 512, 1)
+    assert convert.completed(saved, {**saved, "global_head_dim": 128}, saved)["global_head_dim"] == 128
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "expected"),
     [
@@ -434,6 +469,10 @@ def test_what_is_saved_wins_over_the_published_settings():
         *((family, {}, {}) for family in ("gpt_neox", "stablelm", "nemotron", "falcon")),
         ("phi", {"num_key_value_heads": 4, "intermediate_size": 256}, {}),
         ("granitemoehybrid", {"num_experts_per_tok": 0}, {}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "attention", "moe"]}, {}),
+        ("glm4_moe_lite", {}, {"first_k_dense_replace": 1}),
+        ("dots1", {"num_key_value_heads": 4}, {"scoring_func": "noaux_tc"}),
+        ("ministral3", {"rope_parameters": YARN}, {}),
     ],
 )
 @pytest.mark.long
@@ -487,6 +526,23 @@ def test_a_small_model_has_a_layer_of_each_kind(tmp_path):
     moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=700, num_hidden_layers=6, **shape, **sparse))
     moe.save_pretrained(tmp_path / "moe")
     assert tiny.model(tmp_path / "moe")[0].config.num_hidden_layers == 4  # the fourth is the first with experts
+
+
+def test_a_small_model_shares_keys_as_the_base_does(tmp_path, monkeypatch):
+    """Its last layers take them of the same ones, and lists of a width for each layer are cut with the layers."""
+    from tests import families
+
+    layers = {
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "num_kv_shared_layers": 4,
+        "intermediate_size": [128] * 8,
+        "activation_sparsity_pattern": [0.0] * 8,
+    }
+    monkeypatch.setitem(families._OWN, "gemma3n_text", {**families._OWN["gemma3n_text"], **layers})
+    families.make("completion", "gemma3n_text", tmp_path)
+    config = tiny.model(tmp_path)[0].config
+    assert (config.num_hidden_layers, config.num_kv_shared_layers, config.intermediate_size) == (6, 2, [128] * 6)
 
 
 TOOLED = (
@@ -607,6 +663,23 @@ def test_fewer_bits_report_their_loss(trained, rows_file, method):
     assert folder.exists()  # what was there before is kept
 
 
+@pytest.mark.parametrize(("hidden_size", "refused"), [(96, True), (64, False)])
+def test_widths_that_bitsandbytes_does_not_compute_with_are_refused(config_of, tmp_path, hidden_size, refused):
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes packs 4-bit weights on CPUs with AVX512-BF16 alone")
+    base = make_base(tmp_path / "base", hidden_size=hidden_size)
+    told = [f"model.path={base}", "export=quantized"]
+    if not refused:
+        targets.check(prepare(config_of(*told, "export.quantization=nf4")))
+        return
+    said = problems(config_of(*told, "export.quantization=nf4"))
+    assert "export.quantization=nf4: model.layers.0.self_attn.q_proj is 96 x 96" in said
+    assert "Choose int8, or export on a GPU" in said
+    targets.check(prepare(config_of(*told, "export.quantization=int8", f"run_dir={tmp_path}/other")))
+
+
 TEMPLATES = {
     "chatml": CHATML,
     "default_system": "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -675,6 +748,26 @@ def test_targets_that_could_not_load_it_are_refused_before_training(config_of, t
         assert part in said
     assert "HF_HUB_OFFLINE is set" in problems(config_of("export=vllm", "export.push_to_hub=me/model"))
     assert "must be owner/name" in problems(config_of("export=vllm", "export.push_to_hub=nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("gguf_lora", "gguf_lora: GGUF files of the base make other tokens than this run's"),  # nothing was converted
+        pytest.param("gguf", "gguf: llama.cpp's conversion cannot take this base", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_with_old_tokens_is_told_to_train_anew(config_of, tmp_path, monkeypatch, target, said):
+    from lora_lab.run import prepared
+    from tests.base.test_overruled import _digits_base
+
+    base = _digits_base(tmp_path / "base")
+    monkeypatch.setattr(prepared, "READER", 1)
+    found = problems(config_of(f"model.path={base}", f"export.targets=[{target}]"))
+    assert said in found
+    assert "the run keeps those tokens: train it anew, or drop the target." in found
+    assert "Take a base" not in found
+    assert "hf and adapter always load" not in found
 
 
 EVERY_CONVERSION = """
