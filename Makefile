@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LORA_LAB_ENGINES ?= .engines
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults test-engines bench architectures exports lint install clean
+.PHONY: demo test test-long test-faults test-engines bench architectures exports methods-table lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, verify
 	$(BIN)/lora-lab train recipe=demo
@@ -35,6 +35,10 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 
 architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; a quarter of an hour
 	$(BIN)/python -m benchmarks.architectures
+
+methods-table: install  ## docs/methods.md: every adapter method on three makes of model in five formats, then on the default base; about an hour
+	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.methods --speed
 
 exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and verified; half an hour
 	$(BIN)/python -m benchmarks.exports

@@ -105,8 +105,6 @@ def _cut(config: PretrainedConfig, whole: PreTrainedModel) -> PretrainedConfig:
                 setattr(part, name, _MARKS.get(name, VOCABULARY - 1))
     for name, value in lists.items():
         setattr(text, name, value[:fewest])
-    if getattr(text, "num_kv_shared_layers", None):  # the last ones take keys and values of earlier layers
-        text.num_kv_shared_layers = max(0, fewest - (layers - text.num_kv_shared_layers))
     text.num_hidden_layers = fewest
     if isinstance(getattr(text, "initializer_range", None), float):  # else attention would see all positions alike
         text.initializer_range = max(text.initializer_range, text.hidden_size**-0.5)

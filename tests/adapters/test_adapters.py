@@ -42,10 +42,11 @@ FITTING = {  # settings for the tiny bases of these tests, whose narrowest layer
     "trainable_tokens": [f"adapter.token_indices={list(range(5, 95))}".replace(" ", "")],
     "waveft": ["adapter.n_frequency=512"],
 }
+DAILY = ("lora", "vera", "oft", "bottleneck")  # one of each make; all others in the long tier
 CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
 
 
-@pytest.fixture(params=ADAPTERS)
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in DAILY else pytest.mark.long) for name in ADAPTERS])
 def method(request) -> str:
     return request.param
 
