@@ -146,6 +146,7 @@ def cell(method: str, model: str, quant: str, folder: Path) -> dict[str, Any]:
 
 def _config(method: str, model: str, quant: str, folder: Path, *more: str) -> RunConfig:
     task, family = MODELS[model]
+    family = "starcoder2" if method == "beft" and model == "decoder" else family  # whose layers have a bias
     base, rows = folder / "base", [folder / "train.jsonl", folder / "eval.jsonl"]
     if not base.exists():
         base.mkdir()

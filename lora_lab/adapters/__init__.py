@@ -3,6 +3,7 @@
 from lora_lab.adapters.base import AdapterSection
 from lora_lab.adapters.methods.adalora import AdaLoraAdapter
 from lora_lab.adapters.methods.adamss import AdamssAdapter
+from lora_lab.adapters.methods.beft import BeftAdapter
 from lora_lab.adapters.methods.boft import BoftAdapter
 from lora_lab.adapters.methods.bottleneck import BottleneckAdapter
 from lora_lab.adapters.methods.c3a import C3aAdapter
@@ -44,6 +45,7 @@ ADAPTERS: dict[str, type[AdapterSection]] = {
     "lora": LoraAdapter,
     "adalora": AdaLoraAdapter,
     "adamss": AdamssAdapter,
+    "beft": BeftAdapter,
     "boft": BoftAdapter,
     "bottleneck": BottleneckAdapter,
     "c3a": C3aAdapter,

@@ -49,6 +49,8 @@ def load(policy: str, setup: Setup) -> PreTrainedModel:
     else:
         as_trained = quantized.dequantize(dtype=dtype).to(dtype).requires_grad_(False).eval()
     _forget_reading(as_trained)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # peft's IA3 goes by them
+        vars(as_trained).pop(flag, None)
     _turn_back(as_trained, setup.skeleton())
     if policy == "dequantized":
         return as_trained

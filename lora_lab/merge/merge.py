@@ -28,7 +28,7 @@ from lora_lab.verify import parity
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 def merge(trained: Trained, as_trained: parity.Reference) -> dict[str, Any]:
@@ -113,10 +113,20 @@ def _write(folder: Path, model: PeftModel, policy: str, trained: Trained) -> str
             _carry_along(skeleton, setup.encoder)
             stream.write(skeleton, weights, found, getattr(torch, export.dtype), export.max_shard_size, folder)
             return "file by file"
-    merged = model.merge_and_unload(safe_merge=True)
+    merged = _unwrapped(model.merge_and_unload(safe_merge=True))
     _carry_along(merged, setup.encoder)
     merged.save_pretrained(folder, max_shard_size=export.max_shard_size)
     return f"from memory: {reason}"
+
+
+def _unwrapped(merged: PreTrainedModel) -> PreTrainedModel:
+    """The model with what was trained whole in its place, where peft's method has left its wrapper (LN tuning does)."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            merged.set_submodule(name, module.unload_and_optionally_merge_module(True, True, None))
+    return merged
 
 
 def adapted(policy: str, trained: Trained) -> PeftModel:

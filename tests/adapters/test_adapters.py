@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_lab import cli
-from lora_lab.adapters import ADAPTERS, files
+from lora_lab.adapters import ADAPTERS, NOT_TRAINED, files
 from lora_lab.adapters.attach import attach_trained, base_of, trainable, without_adapter
 from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
@@ -22,12 +23,13 @@ from lora_lab.config import compose
 from lora_lab.config.run import all_keys
 from lora_lab.errors import ConfigError, Interrupted
 from lora_lab.export.targets import TARGETS, reason_against
+from lora_lab.report.methods import formats
 from lora_lab.run import pipeline, run_dir
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import fit
-from tests.conftest import fails
+from tests.conftest import fails, make_base
 from tests.export.test_export import llama_base, smollm2_tokenizer  # noqa: F401 - fixtures
 from tests.sweep.test_sweep import assert_same_run
 from tests.training.test_resume import stop_at
@@ -42,6 +44,7 @@ FITTING = {  # settings for the tiny bases of these tests, whose narrowest layer
     "trainable_tokens": [f"adapter.token_indices={list(range(5, 95))}".replace(" ", "")],
     "waveft": ["adapter.n_frequency=512"],
 }
+BIASED = ("beft",)  # sit on layers with a bias
 DAILY = ("lora", "vera", "oft", "bottleneck")  # one of each make; all others in the long tier
 CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
 
@@ -56,6 +59,9 @@ def told(method, overrides, eval_file):
     """A small float32 run of the method with its own defaults; in a folder of this name."""
     plain = [text for text in overrides if not text.startswith(("adapter.", "optim.lr=", "run_dir="))]
     folder = Path(next(text for text in overrides if text.startswith("run_dir=")).partition("=")[2]).parent
+    if method in BIASED:
+        biased = make_base(folder / "biased", attention_bias=True, mlp_bias=True)
+        plain = [f"model.path={biased}" if text.startswith("model.path=") else text for text in plain]
     shared = [*plain, "optim.lr=0.003", f"data.eval={eval_file}", f"train.max_steps={STEPS}", "train.save_steps=2"]
     own = [f"adapter={method}", *FITTING.get(method, [])]
 
@@ -247,6 +253,32 @@ def test_every_method_has_a_group_and_every_group_a_method():
         assert section().method == name
         assert f"method: {name}" in told[name]
     assert all(any(f"method: {name}\n" in text for name in ADAPTERS) for text in told.values())
+
+
+def test_each_of_pefts_types_is_trained_or_said_why_not():
+    trained = {section.peft_type for section in ADAPTERS.values()}
+    assert trained.isdisjoint(NOT_TRAINED)
+    assert trained | {*NOT_TRAINED} >= {kind.value for kind in peft.PeftType}
+
+
+def test_the_documented_table_is_what_the_methods_say():
+    """`docs/methods.md` is made of these measurements: a method that promises more, or less, than was measured shows here."""
+    measured = json.loads((CONF.parents[1] / "benchmarks/results/methods.json").read_text())["methods"]
+    assert measured.keys() == ADAPTERS.keys()
+    said = {(name, quant): not ADAPTERS[name]().against_quant(quant) for name in ADAPTERS for quant in formats()}
+    found = {(name, quant): _trains(measured[name], f"decoder {quant}") for name in ADAPTERS for quant in formats()}
+    assert said == found
+    for name, section in ADAPTERS.items():
+        row, plain = measured[name], measured[name]["decoder none"]
+        assert (plain["fresh"] > 1e-4) == bool(section().fresh_differs), name
+        merged = plain["merged"]["full_precision"]
+        assert (isinstance(merged, float) and merged <= 1e-4) == (not section().against_merging), name
+        assert row["run"]["in a sweep"] == ("passes" if section().shares_passes else "turns"), name
+        assert row["run"]["resumed"] == 0, name
+
+
+def _trains(row: dict, cell: str) -> bool:
+    return bool(row[cell].get("trains") and row[cell].get("frozen"))
 
 
 def test_methods_load_no_torch():

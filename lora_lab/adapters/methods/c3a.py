@@ -22,7 +22,8 @@ class C3aAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "C3A"
     label: ClassVar[str] = "C3A"
     fixed: ClassVar[dict[str, Any]] = {"init_weights": True}
-    quantized: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
-    against_quantized: ClassVar[str] = "peft adds to what a layer gives in place, which 8-bit layers do not allow"
+    against_quantized: ClassVar[str] = (
+        "peft adds to what a layer gives in place, which quantized layers do not always allow"
+    )
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"block_size": ("inputs", "outputs")}

@@ -24,7 +24,8 @@ class GraloraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "GRALORA"
     label: ClassVar[str] = "GraLoRA"
     dropout_key: ClassVar[str] = "gralora_dropout"
-    quantized: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
-    against_quantized: ClassVar[str] = "peft adds to what a layer gives in place, which 8-bit layers do not allow"
+    against_quantized: ClassVar[str] = (
+        "peft adds to what a layer gives in place, which quantized layers do not always allow"
+    )
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"gralora_k": ("inputs", "outputs")}

@@ -27,5 +27,8 @@ class LokrAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "LOKR"
     label: ClassVar[str] = "LoKr"
     dropout_key: ClassVar[str] = "rank_dropout"
-    against_quantized: ClassVar[str] = "peft has it for whole weights only"
+    quantized: ClassVar[tuple[str, ...]] = ("int8",)
+    against_quantized: ClassVar[str] = (
+        "peft makes its update as large as the stored weight, which has another shape there"
+    )
     against_merging: ClassVar[str] = ""
