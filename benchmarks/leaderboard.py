@@ -59,7 +59,7 @@ SETS = {
         ["train.batch_size=16", "data.max_train_rows=null"],
     ),
     "instructions": Set(
-        "assistant", ("alpaca_en_1k/train.jsonl",) * 3, (96, 32, 32), "loss", ["train.batch_size=8", "data.max_tokens=128"],
+        "assistant", ("alpaca_en_1k/train.jsonl",) * 3, (64, 24, 24), "loss", ["train.batch_size=8", "data.max_tokens=128"],
     ),
 }  # fmt: skip
 LIKE = {  # settings by which a method has about the parameters of LoRA with rank 4; others have what their defaults give
@@ -86,6 +86,10 @@ LIKE = {  # settings by which a method has about the parameters of LoRA with ran
     "ln_tuning": [],
     "vblora": [],
     "unilora": ["adapter.theta_d_length=20000"],
+    "adalora": ["adapter.init_r=6", "adapter.target_r=4"],
+    "pissa": ["adapter.r=4", "adapter.lora_alpha=8"],
+    "eva": ["adapter.r=4", "adapter.lora_alpha=8"],
+    "bottleneck": ["adapter.bottleneck_size=35"],
 }
 
 
