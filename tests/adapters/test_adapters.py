@@ -21,7 +21,7 @@ from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.config.run import all_keys
-from lora_lab.errors import ConfigError, Interrupted
+from lora_lab.errors import ConfigError, Interrupted, TrainingError
 from lora_lab.export.targets import TARGETS, reason_against
 from lora_lab.report.methods import formats
 from lora_lab.run import pipeline, run_dir
@@ -279,6 +279,52 @@ def test_the_documented_table_is_what_the_methods_say():
 
 def _trains(row: dict, cell: str) -> bool:
     return bool(row[cell].get("trains") and row[cell].get("frozen"))
+
+
+def test_a_method_that_no_gradient_reaches_is_an_error(config_of, overrides, monkeypatch):
+    """Uni-LoRA on 4 bits: peft runs it, and its vector would stay as it is without a word."""
+    monkeypatch.setattr(ADAPTERS["unilora"], "quantized", ("nf4",))
+    plain = [text for text in overrides if not text.startswith("adapter.")]
+    with pytest.raises(TrainingError, match="Step 1: the gradient is zero, so nothing would ever be learned"):
+        pipeline.train(compose.compose([*plain, "adapter=unilora", "quant=nf4"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (
+            "c3a",
+            [],
+            "adapter.block_size=64: does not divide the 32 outputs of model.layers.0.self_attn.k_proj. 32 divides",
+        ),
+        ("road", ["adapter.group_size=48"], "adapter.group_size=48: does not divide the 64 outputs"),
+        ("shira", [], "adapter.r=32: model.layers.0.self_attn.k_proj (64 inputs, 32 outputs) can have 21 at most"),
+        ("gralora", ["adapter.r=33"], "adapter.r=33: adapter.gralora_k=2 does not divide it"),
+        ("beft", [], "adapter.method=beft: model.layers.0.self_attn.q_proj has no bias, as 28 of 28 layers"),
+        ("trainable_tokens", [], "adapter.token_indices=[]: no token would train"),
+        (
+            "trainable_tokens",
+            ["adapter.token_indices=[99999]"],
+            "adapter.token_indices: 99999 is no token of this base",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_base_is_refused_before_the_run(overrides, capsys, tmp_path, method, settings, said):
+    plain = [text for text in overrides if not text.startswith("adapter.")]
+    assert said in " ".join(fails(["train", *plain, f"adapter={method}", *settings], capsys).split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_methods_are_listed_and_explained(capsys):
+    assert cli.main(["methods"]) == 0
+    said = capsys.readouterr().out
+    assert all(section().label in said for section in ADAPTERS.values())
+    assert cli.main(["methods", "adapter=loha"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "arXiv:2108.06098" in said
+    assert "adapter.alpha=8" in said
+    assert "Did you mean 'loha'?" in fails(["methods", "adapter=lohaa"], capsys)
+    assert "no effect here" in fails(["methods", "seed=3"], capsys)
 
 
 def test_methods_load_no_torch():

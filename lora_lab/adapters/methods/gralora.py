@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from lora_lab.adapters.base import Dropout, LayerAdapter, Rank
 from lora_lab.schema.sections import section
+
+if TYPE_CHECKING:
+    from lora_lab.config.run import RunConfig
 
 
 @section
@@ -29,3 +32,8 @@ class GraloraAdapter(LayerAdapter):
     )
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"gralora_k": ("inputs", "outputs")}
+
+    def rules(self, config: RunConfig) -> list[str]:
+        if self.r % self.gralora_k == 0:
+            return []
+        return [f"adapter.r={self.r}: adapter.gralora_k={self.gralora_k} does not divide it. Choose a multiple."]
