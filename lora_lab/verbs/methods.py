@@ -17,7 +17,7 @@ def _run(told: Told) -> int:
             f"{told.overrides[0]}: no effect here. Say at most adapter=NAME, such as lora-lab methods adapter=vera."
         )
     quiet_libraries()
-    from lora_lab.report import methods
+    from lora_lab.plan import methods
 
     name = told.word("adapter")
     if name is None:

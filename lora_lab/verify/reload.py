@@ -19,7 +19,8 @@ OUTPUTS = ("logits", "start_logits", "end_logits")
 def at(row: Any, positions: Any, inputs: Any) -> Any:
     """What a model gave of a row [T, C] at the wanted positions, float32 on the CPU. Virtual tokens of an adapter may stand before it."""
     if positions is not None:
-        row = row[len(row) - inputs["input_ids"].shape[1] :][positions.to(row.device)]
+        ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+        row = row[len(row) - ids.shape[1] :][positions.to(row.device)]
     return row.float().cpu()
 
 

@@ -23,7 +23,7 @@ from lora_lab.config import compose
 from lora_lab.config.run import all_keys
 from lora_lab.errors import ConfigError, Interrupted, TrainingError
 from lora_lab.export.targets import TARGETS, reason_against
-from lora_lab.report.methods import formats
+from lora_lab.plan.methods import formats
 from lora_lab.run import pipeline, run_dir
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs

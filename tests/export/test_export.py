@@ -528,23 +528,6 @@ def test_a_small_model_has_a_layer_of_each_kind(tmp_path):
     assert tiny.model(tmp_path / "moe")[0].config.num_hidden_layers == 4  # the fourth is the first with experts
 
 
-def test_a_small_model_shares_keys_as_the_base_does(tmp_path, monkeypatch):
-    """Its last layers take them of the same ones, and lists of a width for each layer are cut with the layers."""
-    from tests import families
-
-    layers = {
-        "num_hidden_layers": 8,
-        "layer_types": ["sliding_attention", "full_attention"] * 4,
-        "num_kv_shared_layers": 4,
-        "intermediate_size": [128] * 8,
-        "activation_sparsity_pattern": [0.0] * 8,
-    }
-    monkeypatch.setitem(families._OWN, "gemma3n_text", {**families._OWN["gemma3n_text"], **layers})
-    families.make("completion", "gemma3n_text", tmp_path)
-    config = tiny.model(tmp_path)[0].config
-    assert (config.num_hidden_layers, config.num_kv_shared_layers, config.intermediate_size) == (6, 2, [128] * 6)
-
-
 TOOLED = (
     "{% if tools %}[tools]{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<done>{% endfor %}"

@@ -550,7 +550,11 @@ def _losses(monkeypatch, losses) -> None:
             return dataclasses.replace(found, metrics={**found.metrics, "loss": next(losses)})
 
     def evaluated(member, inside):
-        return real(member, dataclasses.replace(inside, task=Task(inside.task)))
+        own, member.task = member.task, Task(member.task)
+        try:
+            return real(member, inside)
+        finally:
+            member.task = own
 
     monkeypatch.setattr(loop, "_evaluate", evaluated)
 

@@ -63,7 +63,7 @@ def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
 def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     config = config_of(f"model.dtype={dtype}")
     found, prepared = _estimate(config, device="cuda"), stages.prepare(config)
-    member = SimpleNamespace(config=config, model=prepared.loaded().model.train())
+    member = SimpleNamespace(config=config, model=prepared.loaded().model.train(), task=prepared.task)
     batch, usage = memory.blank(LONG), memory._Usage(memory._MAPPED)
     share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
     with usage, prepared.task.forward.segments(member.model):

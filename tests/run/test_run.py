@@ -172,7 +172,7 @@ def test_embedded_base_end_to_end(tmp_path, cache, capsys):
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["coverage"] == {
         "matched": 210, "linear_layers": 211, "trainable_parameters": 4_884_480, "base_parameters": 134_515_008,
-        "matched_experts": 0, "experts": 0,
+        "matched_experts": 0, "experts": 0, "matched_others": 0, "virtual_tokens": 0,
     }  # fmt: skip
     assert result["merge"]["refused"] == []
     assert result["merge"]["merged_vs_base_and_adapter"]["top1_agreement"] >= 0.97

@@ -333,8 +333,10 @@ def _check_parameters(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 def _check_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> None:
     """Refuse tokens in `trainable_token_indices` that have no row, or several."""
+    if not tokens:
+        return
     embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0] if tokens else 0
+    rows = embeddings.weight.shape[0]
     for place, token in enumerate(tokens):
         if token >= rows:
             raise AdapterError(f"adapter.trainable_token_indices: {token}: the model's tokens are 0 to {rows - 1}.")
