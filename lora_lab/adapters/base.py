@@ -210,8 +210,8 @@ class AdapterSection:
         """What stands against one of `export.targets`, beside what follows from merging and `delta`."""
         return ""
 
-    def on_one_base(self) -> dict[str, Any]:
-        """Values that adapters must have in common to lie on one loaded base, by field."""
+    def on_same_modules(self) -> dict[str, Any]:
+        """Values that adapters must have in common to lie on the same modules of a base, by field."""
         return dataclasses.asdict(self)
 
     # -- its change of each weight, where `against_delta` is empty --

@@ -55,7 +55,7 @@ class PromptAdapter(AdapterSection):
     def targets(self, model: PreTrainedModel, new_modules: Sequence[str] = ()) -> list[str]:
         return []
 
-    def on_one_base(self) -> dict[str, Any]:
+    def on_same_modules(self) -> dict[str, Any]:
         return {"method": self.method}
 
 

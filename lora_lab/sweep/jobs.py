@@ -176,7 +176,7 @@ def by_method(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs of a group whose adapters can lie on the same modules, together, in order."""
     found: dict[str, list[Job]] = {}
     for job in jobs:
-        found.setdefault(json.dumps(job.config.adapter.on_one_base(), sort_keys=True), []).append(job)
+        found.setdefault(json.dumps(job.config.adapter.on_same_modules(), sort_keys=True), []).append(job)
     return list(found.values())
 
 

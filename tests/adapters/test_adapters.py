@@ -362,7 +362,7 @@ def test_what_a_method_says_against_something_is_asked_before_training(config_of
 def test_adapters_that_cannot_lie_on_the_same_modules_are_parts_of_a_group(config_of, monkeypatch):
     found = jobs.jobs_of([config_of(f"adapter.r={r}", f"run_dir=r{r}") for r in (2, 4)])
     assert len(jobs.groups(found)) == len(jobs.by_method(found)) == 1
-    monkeypatch.setattr(LoraAdapter, "on_one_base", dataclasses.asdict)
+    monkeypatch.setattr(LoraAdapter, "on_same_modules", dataclasses.asdict)
     assert len(jobs.groups(found)) == 1
     assert jobs.by_method(found) == [[found[0]], [found[1]]]
 
@@ -376,7 +376,7 @@ METHODS = (
 
 
 @pytest.mark.parametrize("quant", ["none", *(pytest.param(name, marks=pytest.mark.long) for name in ("nf4", "int8"))])
-def test_a_sweep_over_methods_is_one_cohort_on_one_base(overrides, eval_file, tmp_path, capsys, monkeypatch, quant):
+def test_a_sweep_over_methods_is_one_cohort_on_same_modules(overrides, eval_file, tmp_path, capsys, monkeypatch, quant):
     plain = [text for text in overrides if not text.startswith("adapter.")]
     shared = [*plain, f"data.eval={eval_file}", f"train.max_steps={STEPS}", f"quant={quant}"]
 

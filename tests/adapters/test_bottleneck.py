@@ -240,7 +240,7 @@ def test_encoders_encoder_decoders_and_mixtures_train(config_of, tmp_path, task,
 
 
 @pytest.mark.long
-def test_variants_take_turns_on_one_base(config_of, tmp_path, capsys):
+def test_variants_take_turns_on_same_modules(config_of, tmp_path, capsys):
     told = ["adapter=bottleneck", "adapter.bottleneck_size=4", "train.max_steps=3"]
     alone = [
         pipeline.train(config_of(*told, f"adapter.variant={name}", f"run_dir={tmp_path}/{name}")) for name in VARIANTS

@@ -88,5 +88,5 @@ class BottleneckAdapter(AdapterSection):
             f"adapter.reduction_factor={self.reduction_factor:g}: no effect with adapter.bottleneck_size={self.bottleneck_size}. Drop it."
         ]
 
-    def on_one_base(self) -> dict[str, Any]:
+    def on_same_modules(self) -> dict[str, Any]:
         return {"method": self.method}

@@ -264,7 +264,7 @@ class LoraAdapter(LayerAdapter):
         loaders = {"vllm": "loads no DoRA", "gguf_lora": "llama.cpp has no DoRA"}
         return loaders.get(target, "") if self.use_dora else ""
 
-    def on_one_base(self) -> dict[str, Any]:
+    def on_same_modules(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("method", *_OF_THE_BASE)}
 
     @property
