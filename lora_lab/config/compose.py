@@ -268,7 +268,8 @@ def compose_prepared(
             values = _without_missing(check(tree))
         gone = _void(values, prepared)
         if gone:
-            prepared, single = [*prepared, *gone.values()], [*single, *gone.values()]
+            single = [*single, *gone.values()]
+            prepared = prepared if multirun else single  # other points may have a use for it
             with composed(single) as tree:
                 values = _without_missing(check(tree))
         config = parse(values)
@@ -288,7 +289,8 @@ def compose_prepared(
 def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
     """What the overrides leave without effect: key -> the override that gives it its default."""
     overrides = [parse_override(text) for text in prepared]
-    told = [one.key_or_group for one in overrides if not one.is_sweep_override() and one.key_or_group != "recipe"]
+    keys = [one.key_or_group for one in overrides if one.key_or_group in GROUPS or not one.is_sweep_override()]
+    told = [key for key in keys if key != "recipe"]
     try:
         config = parse(values, told)
     except ConfigError:  # told when the whole is read
@@ -359,13 +361,16 @@ def started() -> Iterator[None]:
         yield
 
 
-def to_run_config(tree: DictConfig) -> RunConfig:
+def to_run_config(tree: DictConfig, told: Iterable[str] = ()) -> RunConfig:
     """Resolve a composed tree and hand it to the schema.
+
+    Args:
+        told: keys and groups of the command line; what they leave without effect of a recipe's settings goes.
 
     Raises:
         ConfigError: interpolations that do not resolve, a `_target_`, a secret, or any problem the schema finds.
     """
-    return parse(_without_missing(check(tree)))
+    return parse(_without_missing(check(tree)), told)
 
 
 _USED = ("launcher", "sweeper", "sweep")  # what Hydra makes use of in its own section

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -57,6 +57,7 @@ def multirun(
     """
     first, prepared = compose_prepared(overrides, config_dir, multirun=True)
     overriding = [parse_override(text) for text in prepared]
+    told = _told(overriding)
     search = any(one.key_or_group == "hydra/sweeper" for one in overriding)
     if not (search or first.sweep.seeds or any(one.is_sweep_override() for one in overriding)):
         raise ConfigError(
@@ -82,7 +83,7 @@ def multirun(
             try:
                 with open_dict(tree):
                     tree.run_dir = str(folder)
-                configs[place] = to_run_config(tree)
+                configs[place] = to_run_config(tree, told)
             except LoraLabError as error:
                 failures.append((str(folder), error))
         values = dict(zip(configs, launch(list(configs.values()), Nodes(**on) if on else None), strict=True))
@@ -109,7 +110,7 @@ def _every_point(prepared: Sequence[str]) -> list[RunConfig]:
     Raises:
         ConfigError: everything that is wrong with any of them.
     """
-    values = [_values(text) for text in prepared]
+    values, told = [_values(text) for text in prepared], _told(map(parse_override, prepared))
     if any(parse_override(text).key_or_group == "hydra/sweeper" for text in prepared):
         firsts = [found[0] for found in values]
         points = [
@@ -129,7 +130,7 @@ def _every_point(prepared: Sequence[str]) -> list[RunConfig]:
                     for text in filter(_is_light, point):
                         override = parse_override(text)
                         OmegaConf.update(tree, override.key_or_group, override.value(), merge=False, force_add=True)
-                    configs.append(to_run_config(tree))
+                    configs.append(to_run_config(tree, told))
                 except ConfigError as error:
                     wrong.update(error.problems)
                 except OmegaConfBaseException as error:
@@ -142,6 +143,11 @@ def _every_point(prepared: Sequence[str]) -> list[RunConfig]:
             )
         )
     return configs
+
+
+def _told(overrides: Iterable[Override]) -> set[str]:
+    """Keys and groups that the command line says, but for the recipe."""
+    return {one.key_or_group for one in overrides} - {"recipe"}
 
 
 def _values(text: str) -> list[str]:

@@ -118,7 +118,8 @@ def jobs_of(configs: list[RunConfig], known: Sequence[Job] = ()) -> list[Job]:
     flat = [_values(config) for config in configs]
     found: list[Job] = []
     seen: dict[str, str] = {}
-    differing = [key for key in flat[0] if any(one.get(key) != flat[0][key] for one in flat)] if flat else []
+    said = {key: [one[key] for one in flat if key in one] for key in dict.fromkeys(itertools.chain(*flat))}
+    differing = [key for key, those in said.items() if any(value != those[0] for value in those)]
     for config, values in zip(configs, flat, strict=True):
         text = json.dumps(values, sort_keys=True)
         if text in seen:
@@ -126,7 +127,7 @@ def jobs_of(configs: list[RunConfig], known: Sequence[Job] = ()) -> list[Job]:
             continue
         seen[text] = config.run_dir
         job = outcomes.get(config.run_dir) or Job(config, {})
-        found.append(dataclasses.replace(job, values={key: values.get(key) for key in differing}))
+        found.append(dataclasses.replace(job, values={key: values[key] for key in differing if key in values}))
     return found
 
 

@@ -19,7 +19,7 @@ from lora_lab.adapters import ADAPTERS, NOT_TRAINED, files
 from lora_lab.adapters.attach import attach_trained, base_of, trainable, without_adapter
 from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.base import load
-from lora_lab.config import compose
+from lora_lab.config import compose, hydra_app
 from lora_lab.config.run import all_keys
 from lora_lab.errors import ConfigError, Interrupted, TrainingError
 from lora_lab.export.targets import TARGETS, reason_against
@@ -357,6 +357,24 @@ def test_what_a_method_says_against_something_is_asked_before_training(config_of
         assert not (tmp_path / "run").exists()
     message = fails(["merge", f"run={done.path}"], capsys)
     assert "LoRA cannot be merged, because it changes the input of a layer. Use the adapter as it is" in message
+
+
+def test_a_recipes_keys_of_another_method_go_in_a_sweep_and_typed_ones_do_not(tmp_path, capsys):
+    seen: list = []
+
+    def launch(configs, nodes):
+        seen.extend(configs)
+        return [jobs.Outcome(None) for _ in configs]
+
+    told = ["recipe=demo", "adapter=vera,lora,oft", f"hydra.sweep.dir={tmp_path}"]
+    assert hydra_app.multirun(told, None, launch) == []
+    assert [(one.adapter.method, getattr(one.adapter, "lora_alpha", None)) for one in seen] == [
+        ("vera", None), ("lora", 32), ("oft", None),
+    ]  # fmt: skip
+    found = jobs.jobs_of(seen)
+    assert [job.values for job in found] == [{"adapter.method": name} for name in ("vera", "lora", "oft")]
+    with pytest.raises(ConfigError, match="adapter.lora_alpha=8: no effect with adapter=vera"):
+        hydra_app.multirun([*told, "adapter.lora_alpha=8"], None, launch)
 
 
 def test_adapters_that_cannot_lie_on_the_same_modules_are_parts_of_a_group(config_of, monkeypatch):
