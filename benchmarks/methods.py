@@ -261,9 +261,10 @@ def _speed(methods: list[str], folder: Path) -> dict[str, dict[str, float]]:
     tokens = {"trainable_tokens": [f"adapter.token_indices={list(range(64))}".replace(" ", "")]}
     told = [
         "recipe=demo",
+        "quant=none",
         "data.eval=null",
         "task.generate_rows=0",
-        "train.max_steps=8",
+        "train.max_steps=6",
         "tracker=none",
         "hardware=cpu",
         "export.targets=[]",
