@@ -58,10 +58,11 @@ MODELS = {
 }
 FORMATS = {
     "decoder": ("none", "nf4", "fp4", "int8", "torchao_int8"),
-    "encoder": ("none", "nf4", "int8"),
-    "encoder-decoder": ("none", "nf4", "int8"),
+    "encoder": ("none", "nf4", "int8", "torchao_int8"),
+    "encoder-decoder": ("none", "nf4", "int8", "torchao_int8"),
 }
 _STEPS = 4
+_ROUNDING = 1e-4  # of a logit
 _IN_TURNS = 6  # methods that train beside LoRA on one base
 
 
@@ -168,7 +169,7 @@ def _trained(live: Live, config: RunConfig) -> dict[str, Any]:
         base = _logits(live)
     fresh = float((_logits(live) - base).abs().max())
     own = {one.data_ptr() for one in trainable(model).values()}
-    frozen = {name: one.clone() for name, one in model.state_dict().items() if one.data_ptr() not in own}
+    frozen = {name: _content(one) for name, one in model.state_dict().items() if _place(one) not in own}
     before = {name: one.clone() for name, one in files.tensors_of(model, "default").items() if one.data_ptr() in own}
     member = Member("default", config, run_dir.create(config), setup.base, model, setup.training_rows(), setup.task)
     fit([member], setup.training_rows(), None, setup.accelerator)
@@ -176,9 +177,18 @@ def _trained(live: Live, config: RunConfig) -> dict[str, Any]:
     return {
         "fresh": fresh,
         "trains": all(not torch.equal(one, after[name]) for name, one in before.items()),
-        "frozen": all(torch.equal(model.state_dict()[name], one) for name, one in frozen.items()),
+        "frozen": all(torch.equal(_content(model.state_dict()[name]), one) for name, one in frozen.items()),
         "scale": float(base.abs().max()),
     }
+
+
+def _content(tensor: torch.Tensor) -> torch.Tensor:
+    """What is stored, also of torchao's tensors."""
+    return tensor.qdata.clone() if hasattr(tensor, "qdata") else tensor.clone()
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.qdata.data_ptr() if hasattr(tensor, "qdata") else tensor.data_ptr()
 
 
 @torch.no_grad()
@@ -329,7 +339,9 @@ def page(known: dict[str, Any]) -> str:
     names = [f"{model} {quant}" for model, formats in FORMATS.items() for quant in formats]
     lines += ["| adapter= | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     lines += [
-        f"| {method} | " + " | ".join(_mark(found[name]) for name in names) + " |"
+        f"| {method} | "
+        + " | ".join(("yes" if works(found[name], ADAPTERS[method]()) else "no") for name in names)
+        + " |"
         for method, found in known["methods"].items()
     ]
     lines += ["", "## What stands against it", ""]
@@ -357,8 +369,16 @@ def _cells(method: str, found: dict[str, Any], speed: dict[str, float] | None) -
     ]
 
 
-def _mark(cell: dict[str, Any]) -> str:
-    return "yes" if cell.get("trains") and cell.get("frozen") else "no"
+def works(cell: dict[str, Any], section: AdapterSection) -> bool:
+    """Whether a method does in a cell what it must: it alone trains, a fresh one is the base where it is said to be, and what can be
+    merged is."""
+    merged = all(isinstance(one, float) and one <= _ROUNDING for one in cell.get("merged", {}).values())
+    return bool(
+        cell.get("trains")
+        and cell.get("frozen")
+        and (section.fresh_differs or cell["fresh"] < _ROUNDING)
+        and (section.against_merging or merged)
+    )
 
 
 def _against(section: AdapterSection) -> list[str]:

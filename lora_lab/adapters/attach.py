@@ -140,9 +140,8 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
-    config.inference_mode = isinstance(
-        model, PeftModel
-    )  # some methods let peft train one; `set_adapter` trains whichever it is
+    # some methods let peft train one adapter only; `set_adapter` trains whichever it is. A prompt's network is not made then
+    config.inference_mode = isinstance(model, PeftModel) and not config.is_prompt_learning
     if hasattr(config, "fan_in_fan_out"):  # as this base lies, not another
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:

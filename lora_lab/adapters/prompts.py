@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, AdapterSection
+from lora_lab.adapters.base import ANY_FORMAT, AdapterSection
 from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class PromptAdapter(AdapterSection):
     method: str
     num_virtual_tokens: VirtualTokens = 20
 
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = "it changes no weight but puts virtual tokens before each row"
     against_delta: ClassVar[str] = against_merging
     fresh_differs: ClassVar[str] = "the model reads its virtual tokens from the beginning"

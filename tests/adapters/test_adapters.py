@@ -27,6 +27,7 @@ from lora_lab.plan.methods import formats
 from lora_lab.run import pipeline, run_dir
 from lora_lab.run.prepared import prepare
 from lora_lab.sweep import cohort, jobs
+from lora_lab.tasks import TASKS
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import fit
 from tests.conftest import fails, make_base
@@ -41,7 +42,7 @@ FITTING = {  # settings for the tiny bases of these tests, whose narrowest layer
     "road": ["adapter.group_size=32"],
     "shira": ["adapter.r=8"],
     "vblora": ["adapter.vector_length=32"],
-    "trainable_tokens": [f"adapter.token_indices={list(range(5, 95))}".replace(" ", "")],
+    "trainable_tokens": [f"adapter.token_indices={list(range(5, 80))}".replace(" ", "")],
     "waveft": ["adapter.n_frequency=512"],
 }
 BIASED = ("beft",)  # sit on layers with a bias
@@ -263,11 +264,20 @@ def test_each_of_pefts_types_is_trained_or_said_why_not():
 
 def test_the_documented_table_is_what_the_methods_say():
     """`docs/methods.md` is made of these measurements: a method that promises more, or less, than was measured shows here."""
+    from benchmarks.methods import MODELS, works
+
     measured = json.loads((CONF.parents[1] / "benchmarks/results/methods.json").read_text())["methods"]
     assert measured.keys() == ADAPTERS.keys()
-    said = {(name, quant): not ADAPTERS[name]().against_quant(quant) for name in ADAPTERS for quant in formats()}
-    found = {(name, quant): _trains(measured[name], f"decoder {quant}") for name in ADAPTERS for quant in formats()}
-    assert said == found
+    for name, section in ADAPTERS.items():
+        own = section()
+        tasks = {model: TASKS[task]() for model, (task, _) in MODELS.items() if not own.against_task(TASKS[task]())}
+        for quant in formats():
+            cells = [found for model in tasks if (found := measured[name].get(f"{model} {quant}"))]
+            shown = [works(found, own) for found in cells]
+            if not own.against_quant(quant):
+                assert all(shown), (name, quant, cells)
+            elif len(cells) == len(MODELS):
+                assert not all(shown), f"adapter={name} could be trained on {quant}"
     for name, section in ADAPTERS.items():
         row, plain = measured[name], measured[name]["decoder none"]
         assert (plain["fresh"] > 1e-4) == bool(section().fresh_differs), name
@@ -275,10 +285,6 @@ def test_the_documented_table_is_what_the_methods_say():
         assert (isinstance(merged, float) and merged <= 1e-4) == (not section().against_merging), name
         assert row["run"]["in a sweep"] == ("passes" if section().shares_passes else "turns"), name
         assert row["run"]["resumed"] == 0, name
-
-
-def _trains(row: dict, cell: str) -> bool:
-    return bool(row[cell].get("trains") and row[cell].get("frozen"))
 
 
 def test_a_method_that_no_gradient_reaches_is_an_error(config_of, overrides, monkeypatch):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -23,7 +23,7 @@ class BeftAdapter(LayerAdapter):
 
     peft_type: ClassVar[str] = "BEFT"
     label: ClassVar[str] = "BEFT"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
 
     def targets(self, model: PreTrainedModel, new_modules: Sequence[str] = ()) -> list[str]:

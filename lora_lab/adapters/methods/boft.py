@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter
 from lora_lab.schema.sections import section
 
 
@@ -24,6 +24,6 @@ class BoftAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "BOFT"
     label: ClassVar[str] = "BOFT"
     dropout_key: ClassVar[str] = "boft_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"boft_block_size": ("inputs",)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_lab.adapters import layers
-from lora_lab.adapters.base import BITSANDBYTES, AdapterSection
+from lora_lab.adapters.base import ANY_FORMAT, AdapterSection
 from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class BottleneckAdapter(AdapterSection):
     peft_type: ClassVar[str] = "BOTTLENECK"
     registered_by: ClassVar[str] = "lora_lab.adapters.bottleneck"
     dropout_key: ClassVar[str] = "bottleneck_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = "it has a non-linearity between its two matrices, which no weight can hold"
     against_delta: ClassVar[str] = "what it adds depends on the values that pass, so it is no change of a weight"
 

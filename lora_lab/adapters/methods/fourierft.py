@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter, Seed
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter, Seed
 from lora_lab.adapters.layers import Size
 from lora_lab.schema.sections import section
 
@@ -23,7 +23,7 @@ class FourierftAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "FOURIERFT"
     label: ClassVar[str] = "FourierFT"
     fixed: ClassVar[dict[str, Any]] = {"init_weights": True}
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
 
     def most(self, size: Size) -> dict[str, int]:

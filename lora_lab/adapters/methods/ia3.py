@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter
 from lora_lab.schema.sections import section
 
 
@@ -23,7 +23,7 @@ class Ia3Adapter(LayerAdapter):
 
     peft_type: ClassVar[str] = "IA3"
     label: ClassVar[str] = "IA3"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
 
     def peft_fields(self, targets: Sequence[str] | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter, Rank
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter, Rank
 from lora_lab.schema.sections import section
 
 
@@ -22,6 +22,6 @@ class LilyAdapter(LayerAdapter):
 
     peft_type: ClassVar[str] = "LILY"
     label: ClassVar[str] = "Lily"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = "what it adds depends on the input"
     saved_once: ClassVar[tuple[str, ...]] = ("lily_A", "lily_B")

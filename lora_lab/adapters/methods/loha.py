@@ -23,7 +23,7 @@ class LohaAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "LOHA"
     label: ClassVar[str] = "LoHa"
     dropout_key: ClassVar[str] = "rank_dropout"
-    quantized: ClassVar[tuple[str, ...]] = ("int8",)
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "torchao_int8")
     against_quantized: ClassVar[str] = (
         "peft makes its update as large as the stored weight, which has another shape there"
     )

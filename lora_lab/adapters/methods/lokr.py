@@ -27,7 +27,7 @@ class LokrAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "LOKR"
     label: ClassVar[str] = "LoKr"
     dropout_key: ClassVar[str] = "rank_dropout"
-    quantized: ClassVar[tuple[str, ...]] = ("int8",)
+    quantized: ClassVar[tuple[str, ...]] = ("int8", "torchao_int8")
     against_quantized: ClassVar[str] = (
         "peft makes its update as large as the stored weight, which has another shape there"
     )

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter
+from lora_lab.adapters.base import ANY_FORMAT, Dropout, LayerAdapter
 from lora_lab.schema.sections import section
 
 
@@ -21,5 +21,5 @@ class MissAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "MISS"
     label: ClassVar[str] = "MiSS"
     dropout_key: ClassVar[str] = "miss_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter
 from lora_lab.schema.sections import section
 
 
@@ -27,6 +27,6 @@ class OftAdapter(LayerAdapter):
     label: ClassVar[str] = "OFT"
     dropout_key: ClassVar[str] = "module_dropout"
     fixed: ClassVar[dict[str, Any]] = {"r": 0}
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"oft_block_size": ("inputs",)}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Rank, Seed
+from lora_lab.adapters.base import ANY_FORMAT, Dropout, LayerAdapter, Rank, Seed
 from lora_lab.schema.sections import section
 
 
@@ -23,5 +23,5 @@ class PveraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "PVERA"
     label: ClassVar[str] = "PVeRA"
     dropout_key: ClassVar[str] = "pvera_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Seed
+from lora_lab.adapters.base import ANY_FORMAT, Dropout, LayerAdapter, Seed
 from lora_lab.schema.sections import section
 
 
@@ -27,6 +27,6 @@ class RandloraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "RANDLORA"
     label: ClassVar[str] = "RandLoRA"
     dropout_key: ClassVar[str] = "randlora_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     saved_once: ClassVar[tuple[str, ...]] = ("randlora_A", "randlora_B")

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter
 from lora_lab.schema.sections import section
 
 
@@ -25,6 +25,6 @@ class RoadAdapter(LayerAdapter):
 
     peft_type: ClassVar[str] = "ROAD"
     label: ClassVar[str] = "RoAd"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"group_size": ("outputs",)}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter, Seed
+from lora_lab.adapters.base import LayerAdapter, Seed
 from lora_lab.adapters.layers import Size
 from lora_lab.schema.sections import section
 
@@ -21,7 +21,8 @@ class ShiraAdapter(LayerAdapter):
 
     peft_type: ClassVar[str] = "SHIRA"
     label: ClassVar[str] = "SHiRA"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ("nf4", "fp4", "torchao_int8")
+    against_quantized: ClassVar[str] = "a fresh one would not be the base there"
     against_merging: ClassVar[str] = ""
 
     def most(self, size: Size) -> dict[str, int]:

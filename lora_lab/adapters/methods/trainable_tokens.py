@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, AdapterSection
+from lora_lab.adapters.base import ANY_FORMAT, AdapterSection
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -27,7 +27,7 @@ class TrainableTokensAdapter(AdapterSection):
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     label: ClassVar[str] = "trainable tokens"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
 
     def describe(self) -> str:

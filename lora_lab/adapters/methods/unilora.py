@@ -24,6 +24,7 @@ class UniloraAdapter(LayerAdapter):
     label: ClassVar[str] = "Uni-LoRA"
     dropout_key: ClassVar[str] = "unilora_dropout"
     fixed: ClassVar[dict[str, Any]] = {"save_indices": True}
+    quantized: ClassVar[tuple[str, ...]] = ("torchao_int8",)
     against_quantized: ClassVar[str] = "no gradient reaches its vector there"
     against_merging: ClassVar[str] = ""
     fresh_differs: ClassVar[str] = "its vector cannot begin with zeros"

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Rank
+from lora_lab.adapters.base import ANY_FORMAT, Dropout, LayerAdapter, Rank
 from lora_lab.schema.sections import section
 
 
@@ -26,7 +26,7 @@ class VbloraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "VBLORA"
     label: ClassVar[str] = "VB-LoRA"
     dropout_key: ClassVar[str] = "vblora_dropout"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
     fresh_differs: ClassVar[str] = "its bank cannot begin with zeros"
     divides: ClassVar[dict[str, tuple[str, ...]]] = {"vector_length": ("inputs", "outputs")}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import BITSANDBYTES, LayerAdapter, Seed
+from lora_lab.adapters.base import ANY_FORMAT, LayerAdapter, Seed
 from lora_lab.adapters.layers import Size
 from lora_lab.schema.sections import section
 
@@ -22,7 +22,7 @@ class WaveftAdapter(LayerAdapter):
 
     peft_type: ClassVar[str] = "WAVEFT"
     label: ClassVar[str] = "WaveFT"
-    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
     against_merging: ClassVar[str] = ""
 
     def most(self, size: Size) -> dict[str, int]:
