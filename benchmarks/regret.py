@@ -116,8 +116,8 @@ def main() -> None:
         known |= {"versions": _versions(), "machine": _machine()}
         with tempfile.TemporaryDirectory(prefix="lora_lab_regret_") as folder:
             bench = Bench(known, Path(folder))
-            for part, seed in itertools.product(told.part.split(","), told.seeds):
-                bench.measure(part, seed)
+            for part in told.part.split(","):
+                bench.measure(part, told.seeds)
     _DOCUMENT.write_text(page(known), encoding="utf-8")
 
 
@@ -184,14 +184,14 @@ class Bench:
         ]  # fmt: skip
         return compose.compose([*_RECIPE, *adapter, *told])
 
-    def measure(self, part: str, seed: int) -> None:
-        """Make the runs of a part with this seed that are not known yet."""
-        default = Run(Arm(), _DEFAULT, seed)
+    def measure(self, part: str, seeds: list[int]) -> None:
+        """Make the runs of a part with these seeds that are not known yet."""
         if part == "default":
-            if "test" not in self.losses.get(default, {}):
-                self.cohort([default])
+            runs = [Run(Arm(), _DEFAULT, seed) for seed in seeds]
+            if missing := [run for run in runs if "test" not in self.losses.get(run, {})]:
+                self.cohort(missing)
             return
-        while runs := [run for arm in arms(part) for run in wanted(arm, seed, self.losses)]:
+        while runs := [run for arm in arms(part) for seed in seeds for run in wanted(arm, seed, self.losses)]:
             lora = [run for run in runs if run.arm.kind == "lora"]
             full = [run for run in runs if run.arm.kind == "full"]
             if lora:
@@ -469,6 +469,10 @@ def claims(losses: Losses) -> list[Claim]:
         rate(
             f"LoRA's best rate is about 10 times (5 to 20) full fine-tuning's: rank {rank}", Arm(rank=rank), FULL, 5, 20
         )
+    if got := _together(losses):
+        verdict = got.verdict(math.log10(5), math.log10(20))
+        says = "the same, geometric mean of these ranks"
+        found.append(Claim(says, f"{got.ratio()} times", verdict, len(got.values)))
     for rank in RANKS[1:]:
         rate(
             f"the best rate does not depend on the rank (0.5 to 2 times): rank {rank} beside rank 1",
@@ -504,6 +508,15 @@ def claims(losses: Losses) -> list[Claim]:
         says = f"LoRA loses more than full fine-tuning from batches of {BATCHES[0]} to {BATCHES[-1]}: how much more"
         found.append(Claim(says, str(got), got.verdict(0.0, _INFINITE), len(got.values)))
     return found
+
+
+def _together(losses: Losses) -> Estimate | None:
+    """How far the mean over ranks of log10 of LoRA's best rate lies above that of full fine-tuning."""
+    every = [between(optimum, Arm(rank=rank), FULL, losses) for rank in RANKS]
+    values = [one.values for one in every if one is not None]
+    if len(values) < len(RANKS) or len(set(map(len, values))) > 1:
+        return None
+    return Estimate([statistics.fmean(of_seed) for of_seed in zip(*values, strict=True)])
 
 
 def _penalty(losses: Losses) -> Estimate | None:
@@ -560,9 +573,19 @@ def page(known: dict[str, Any]) -> str:
     lines += [f"| {one.says} | {one.measured} | {one.seeds} | {one.verdict} |" for one in claims(losses)]
     for part, title in _TITLES.items():
         lines += ["", f"## {title}", ""]
-        lines += ["| | parameters | best rate | its rate by seed | test loss | seeds |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| | parameters | best rate (interval) | by seed | test loss ± sd | seeds |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [_line(arm, losses) for arm in arms(part) if any(run.arm == arm for run in losses)]
-    lines += ["", "## Losses on dev by learning rate", "", *_grid(losses)]
+    lines += [
+        "",
+        "## Losses on dev by learning rate",
+        "",
+        "Means over the seeds that were tried there.",
+        "",
+        *_grid(losses),
+    ]
     return "\n".join(lines) + "\n" + _LIMITS.format(seen=_SEEN)
 
 
