@@ -577,7 +577,7 @@ def page(known: dict[str, Any]) -> str:
             "| | parameters | best rate (interval) | by seed | test loss ± sd | seeds |",
             "|---|---|---|---|---|---|",
         ]
-        lines += [_line(arm, losses) for arm in arms(part) if any(run.arm == arm for run in losses)]
+        lines += [_line(arm, losses) for arm in arms(part)]
     lines += [
         "",
         "## Losses on dev by learning rate",
@@ -599,13 +599,15 @@ _TITLES = {
 
 def _line(arm: Arm, losses: Losses) -> str:
     seeds = sorted({run.seed for run in losses if run.arm == arm})
+    if not seeds:
+        return f"| {arm.title} | not measured | | | | 0 |"
     rates = [rate for seed in seeds if (rate := optimum(arm, seed, losses)) is not None]
     tests = [loss for seed in seeds if (loss := on_test(arm, seed, losses)) is not None]
     count = next(losses[run]["parameters"] for run in losses if run.arm == arm)
     spread = f" ± {statistics.stdev(tests):.4f}" if len(tests) > 1 else ""
     cells = [
         arm.title, f"{count:,.0f}", Estimate(rates).ratio() if rates else "", ", ".join(f"{10**rate:.2g}" for rate in rates),
-        f"{statistics.fmean(tests):.4f}{spread}", str(len(seeds)),
+        f"{statistics.fmean(tests):.4f}{spread}" if tests else "", str(len(seeds)),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
