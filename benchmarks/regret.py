@@ -377,9 +377,9 @@ def optimum(arm: Arm, seed: int, losses: Losses) -> float | None:
 
 
 def on_test(arm: Arm, seed: int, losses: Losses) -> float | None:
-    """The loss on the rows of test at the arm's own best learning rate."""
+    """The loss on the rows of test at the arm's own best learning rate; None: that was not found, because the best has no neighbours."""
     run = best(arm, seed, losses)
-    return None if run is None else losses[run].get("test")
+    return None if run is None or optimum(arm, seed, losses) is None else losses[run].get("test")
 
 
 def by_default(arm: Arm, losses: Losses) -> Estimate | None:
@@ -607,7 +607,7 @@ def _line(arm: Arm, losses: Losses) -> str:
     spread = f" ± {statistics.stdev(tests):.4f}" if len(tests) > 1 else ""
     cells = [
         arm.title, f"{count:,.0f}", Estimate(rates).ratio() if rates else "", ", ".join(f"{10**rate:.2g}" for rate in rates),
-        f"{statistics.fmean(tests):.4f}{spread}" if tests else "", str(len(seeds)),
+        f"{statistics.fmean(tests):.4f}{spread}" if tests else "best rate not reached", str(len(seeds)),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
