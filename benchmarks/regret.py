@@ -315,7 +315,7 @@ class Whole(torch.nn.Module):
 
 def fine_tune(model: Whole, task: AnyTask, config: RunConfig, train: Dataset, accelerator: Accelerator) -> None:
     """Train every weight of the model, on the batches and with the optimizer and schedule that a run of this configuration has."""
-    plan, parameters = plan_of(config, train), list(model.parameters())
+    plan, parameters = plan_of(config, train), dict(model.named_parameters())
     total = plan.total_steps(config.train.epochs, config.train.max_steps)
     optimizer = build_optimizer(config.optim, parameters)
     schedule = build_schedule(config.optim, optimizer, total)
@@ -323,7 +323,7 @@ def fine_tune(model: Whole, task: AnyTask, config: RunConfig, train: Dataset, ac
         parts = [[example for place in part for example in train[int(place)]] for part in plan.step(step)]
         backward(model, task, parts, plan.dropout_seed(step), accelerator)
         if config.optim.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), config.optim.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
