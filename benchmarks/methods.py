@@ -334,15 +334,14 @@ def page(known: dict[str, Any]) -> str:
         "",
         "## By model",
         "",
-        "Trained on a model of each make, in each format; else what stands against it.",
+        "Trained on a model of each make, in each format. *part*: some of its tensors get no gradient there. *no*: it cannot be trained or "
+        "merged so, or a fresh one is not the base; what is promised by a method is what works on all three.",
         "",
     ]
     names = [f"{model} {quant}" for model, formats in FORMATS.items() for quant in formats]
     lines += ["| adapter= | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     lines += [
-        f"| {method} | "
-        + " | ".join(("yes" if works(found[name], ADAPTERS[method]()) else "no") for name in names)
-        + " |"
+        f"| {method} | " + " | ".join(_mark(found[name], ADAPTERS[method]()) for name in names) + " |"
         for method, found in known["methods"].items()
     ]
     lines += ["", "## What stands against it", ""]
@@ -380,6 +379,12 @@ def works(cell: dict[str, Any], section: AdapterSection) -> bool:
         and (section.fresh_differs or cell["fresh"] < _ROUNDING)
         and (section.against_merging or merged)
     )
+
+
+def _mark(cell: dict[str, Any], section: AdapterSection) -> str:
+    if works(cell, section):
+        return "yes"
+    return "part" if cell.get("frozen") and not cell["trains"] else "no"
 
 
 def _against(section: AdapterSection) -> list[str]:

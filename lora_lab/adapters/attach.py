@@ -112,7 +112,12 @@ def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKi
     by_name = adapter.needs_names(base, kind.whole)
     targets = adapter.targets(base, kind.whole) if by_name else None
     config = adapter.peft_config(kind.peft_task_type, targets)
-    vars(config)["modules_to_save"] = list(kind.whole) or None  # every method's class has it, peft's base class not
+    if kind.whole and not hasattr(config, "modules_to_save"):
+        raise AdapterError(
+            f"adapter.method={adapter.method}: peft saves no module that trains whole beside it, and {kind.whole[0]} would. Use adapter=lora."
+        )
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = list(kind.whole) or None
     convert_peft_config_for_transformers(config, base, None)
     experts, told = getattr(config, "target_parameters", None), adapter.undefined_for_experts
     if experts and told:

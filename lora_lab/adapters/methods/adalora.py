@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_lab.adapters.base import ANY_FORMAT, Dropout, LayerAdapter, Step
+from lora_lab.adapters.base import BITSANDBYTES, Dropout, LayerAdapter, Step
 from lora_lab.errors import AdapterError
 from lora_lab.schema.sections import section
 
@@ -55,7 +55,8 @@ class AdaLoraAdapter(LayerAdapter):
     peft_type: ClassVar[str] = "ADALORA"
     label: ClassVar[str] = "AdaLoRA"
     dropout_key: ClassVar[str] = "lora_dropout"
-    quantized: ClassVar[tuple[str, ...]] = ANY_FORMAT
+    quantized: ClassVar[tuple[str, ...]] = BITSANDBYTES
+    against_quantized: ClassVar[str] = "peft adds to what a layer gives in place, which such layers do not always allow"
     against_merging: ClassVar[str] = ""
     against_delta: ClassVar[str] = ""
 
