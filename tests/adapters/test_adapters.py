@@ -401,7 +401,7 @@ METHODS = (
 
 
 @pytest.mark.parametrize("quant", ["none", *(pytest.param(name, marks=pytest.mark.long) for name in ("nf4", "int8"))])
-def test_a_sweep_over_methods_is_one_cohort_on_same_modules(overrides, eval_file, tmp_path, capsys, monkeypatch, quant):
+def test_a_sweep_over_methods_is_one_cohort_on_one_base(overrides, eval_file, tmp_path, capsys, monkeypatch, quant):
     plain = [text for text in overrides if not text.startswith("adapter.")]
     shared = [*plain, f"data.eval={eval_file}", f"train.max_steps={STEPS}", f"quant={quant}"]
 
