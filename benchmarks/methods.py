@@ -314,7 +314,7 @@ Every method of peft {peft} that lora_lab trains, tried on tiny models (decoder:
 - **merge**: the largest difference of a logit between the merged checkpoint and base + adapter, in float32.
 - **exports** beside the adapter itself, which every method has. **sweep**: whether members of a sweep share passes or take turns.
 - **parameters**, **step** and **memory** on SmolLM2-135M with the method's own defaults: what trains, the time of a step (2 rows, about 250 tokens) as a multiple of
-  LoRA's in the same process, and MiB for adapter, gradients and optimizer.
+  LoRA's in the same process, and MiB for adapter, gradients and optimizer; –: not measured.
 
 Of every method it was shown besides: only the adapter trains, every frozen tensor keeps its bytes, the saved adapter is loaded as it was,
 a resumed run is the run to the bit, and a member that takes turns with others is the run alone to the bit.

@@ -8,6 +8,7 @@ import typing
 
 from lora_lab.adapters import ADAPTERS
 from lora_lab.adapters.base import AdapterSection
+from lora_lab.config.origins import as_override
 from lora_lab.config.run import all_keys
 from lora_lab.errors import ConfigError, nearest
 from lora_lab.export.targets import TARGETS, reason_against
@@ -35,7 +36,9 @@ def show_one(name: str) -> None:
     console.say("method", source(section))
     for field in dataclasses.fields(section)[1:]:
         console.setting(
-            f"adapter.{field.name}", getattr(section, field.name), all_keys()[f"adapter.{field.name}"].description or ""
+            f"adapter.{field.name}",
+            as_override(getattr(section, field.name)),
+            all_keys()[f"adapter.{field.name}"].description or "",
         )
     for against in reasons(section):
         console.say("not", against)
