@@ -17,6 +17,7 @@ from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.run import run_dir
 from lora_lab.run.pipeline import finish, measure_base
 from lora_lab.run.prepared import check_adapter, prepare
+from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import Live, Setup
 from lora_lab.runtime import console, storage
 from lora_lab.runtime.reading import reading
@@ -113,13 +114,30 @@ def _allow_files(members: int) -> None:
 
 def _train_together(jobs: list[Job], budget: Budget) -> None:
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
-    setup = prepare(jobs[0].config, begun=begun)
+    setup = _prepared(by_method(jobs), begun)
     skeleton = setup.skeleton()
-    jobs = _those(jobs, lambda job: check_adapter(job.config, setup.base, skeleton, setup.kind))
+    jobs = _those(
+        [job for job in jobs if job.error is None],
+        lambda job: check_adapter(job.config, setup.base, skeleton, setup.kind),
+    )
     if not jobs:
         return
     with contextlib.ExitStack() as stack:
         _train_loaded(jobs, setup, stack, budget)
+
+
+def _prepared(parts: Sequence[list[Job]], begun: RunDir | None) -> Setup:
+    """What the jobs share, by the first method that this base and these rows allow; jobs of a method before it have its error.
+
+    Raises:
+        LoraLabError: no method is allowed.
+    """
+    for part in parts[:-1]:
+        try:
+            return prepare(part[0].config, begun=begun)
+        except LoraLabError as error:
+            _fail(part, error)
+    return prepare(parts[-1][0].config, begun=begun)
 
 
 def _train_loaded(jobs: list[Job], setup: Setup, stack: contextlib.ExitStack, budget: Budget) -> None:

@@ -366,6 +366,18 @@ def test_what_a_method_says_against_something_is_asked_before_training(config_of
     assert "LoRA cannot be merged, because it changes the input of a layer. Use the adapter as it is" in message
 
 
+def test_a_method_that_the_base_does_not_allow_leaves_the_others_alone(overrides, eval_file, tmp_path):
+    plain = [text for text in overrides if not text.startswith("adapter.")]
+    told = [*plain, f"data.eval={eval_file}", "train.max_steps=1", "quant=nf4"]
+    found = jobs.jobs_of(
+        [compose.compose([*told, f"adapter={name}", f"run_dir={tmp_path}/{name}"]) for name in ("loha", "vera")]
+    )
+    cohort.train(found)
+    assert "LoHa is not trained on it" in str(found[0].error)
+    assert found[1].error is None
+    assert found[1].result["steps"] == 1
+
+
 def test_a_recipes_keys_of_another_method_go_in_a_sweep_and_typed_ones_do_not(tmp_path, capsys):
     seen: list = []
 
