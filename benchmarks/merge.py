@@ -1,4 +1,8 @@
-"""Merging, measured: python -m benchmarks.merge [--parts write,bases,combine,gguf] [--runs demo=DIR,...] [--out RESULT.json]
+"""Merging, measured: python -m benchmarks.merge [--parts memory,write,bases,combine,gguf] [--runs demo=DIR,...] [--out RESULT.json]
+
+memory: `lora-lab merge` of runs on a base of the shape of Llama 3.2 1B (random weights in bfloat16), unquantized and in 4 bits: the
+peak memory of its process and of the one that reloads the checkpoint, as the kernel counts it: all that is resident, and of that what
+is not mapped from files. What is mapped from files can be taken back at any time.
 
 write: the merged checkpoint of a model of more than a gigabyte (random weights, the shape of Llama 3.2 1B), written file by file
 and by peft's `merge_and_unload` with `save_pretrained`: seconds and peak memory, each in a process of its own, in turns.
@@ -20,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +81,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=["write", "bases", "combine", "gguf"])
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=["memory", "write", "bases", "combine", "gguf"]
+    )
     parser.add_argument("--runs", type=lambda text: dict(part.split("=", 1) for part in text.split(",")), default={})
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=_OUT)
@@ -86,6 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lora_lab_merge_") as temporary:
         folder = Path(temporary)
         parts = {
+            "memory": lambda: {quant: _memory(folder, quant) for quant in ("none", "nf4")},
             "write": lambda: _write(folder, args.repeats),
             "bases": lambda: {name: _bases(_run(name, args.runs, folder)) for name in ("demo", "gemma")},
             "combine": lambda: _combine({name: _run(name, args.runs, folder) for name in _METRICS}),
@@ -139,6 +147,103 @@ def _write(folder: Path, repeats: int) -> dict[str, Any]:
         system: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for system, runs in found.items()
     }
     return {"model_gib": size, "runs": found, "medians": medians, "largest_difference": gap}
+
+
+def _memory(folder: Path, quant: str) -> dict[str, Any]:
+    """Peaks of a merge, the size of its base, and what was compared."""
+    base, run = folder / "llama", folder / f"memory_{quant}"
+    if not base.exists():
+        make_llama(base)
+    short = [{"prompt": row["prompt"][:120], "completion": row["completion"][:120]} for row in speed.gsm8k()[:8]]
+    for name, rows in (("train", short[:4]), ("eval", short[4:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _lora_lab(
+        "train", f"model.path={base}", f"quant={quant}", f"data.train={folder}/train.jsonl", f"data.eval={folder}/eval.jsonl",
+        "hardware=cpu", "train.max_steps=1", "train.batch_size=1", "task.generate_rows=0", "export=adapter", "tracker=none",
+        f"run_dir={run}",
+    )  # fmt: skip
+    loose = ("merge.parity_rows=4", "merge.max_kl=9", "merge.max_loss_increase=9", "merge.min_top1_agreement=0.01")
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_lab", "merge", f"run={run}", *loose],
+        cwd=speed._ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    peaks = _peaks(process)
+    report = json.loads((run / "merge_report.json").read_text())
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2**30
+    kept = ("base", "written", "merged_vs_base_and_adapter", "merged_vs_model_as_trained", "refused")
+    return {
+        "model_gib": size,
+        "seconds": time.perf_counter() - began,
+        "peaks": peaks,
+        **{key: report[key] for key in kept},
+    }
+
+
+def _peaks(process: subprocess.Popen[bytes]) -> dict[str, dict[str, float]]:
+    """GiB of a process and of those that it starts, until it ends; looked at every 10 ms."""
+    found: dict[str, dict[str, float]] = {}
+    while process.poll() is None:
+        for pid, name in _family(process.pid).items():
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except OSError:  # it has just ended
+                continue
+            lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            if "VmHWM" not in lines:
+                continue
+            own = found.setdefault(name, {"resident": 0.0, "anonymous": 0.0})
+            for key, field in (("resident", "VmHWM"), ("anonymous", "RssAnon")):
+                own[key] = max(own[key], int(lines[field].split()[0]) / 2**20)
+        time.sleep(0.01)
+    return found
+
+
+def _family(parent: int) -> dict[int, str]:
+    """A process, which merges, and its children that reload."""
+    found = {parent: "merge"}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            above = int(stat.read_text().rpartition(")")[2].split()[1])
+            if above == parent and b"reload.py" in (stat.parent / "cmdline").read_bytes():
+                found[int(stat.parent.name)] = "reload"
+        except OSError:
+            continue
+    return found
+
+
+def make_llama(folder: Path) -> None:
+    """A base of the shape of Llama 3.2 1B, written layer by layer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192, head_dim=64,
+        vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=131072, rms_norm_eps=1e-5, dtype="bfloat16",
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(speed._models() / "smollm2-135m-instruct-hf").save_pretrained(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    torch.manual_seed(0)
+    where = {}
+    for number, part in enumerate((model.model.embed_tokens, *model.model.layers, model.model.norm), 1):
+        top = next(name for name, module in model.named_modules() if module is part)
+        shapes = {f"{top}.{name}": one.shape for name, one in part.named_parameters()}
+        tensors = {
+            name: torch.ones(shape, dtype=torch.bfloat16)
+            if "norm" in name
+            else torch.randn(shape).mul_(0.02).bfloat16()
+            for name, shape in shapes.items()
+        }
+        file = f"model-{number:05d}-of-{len(model.model.layers) + 2:05d}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def make_random(folder: Path) -> None:
@@ -283,6 +388,17 @@ def table(result: dict[str, Any]) -> str:
         f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; commit {result['commit']}",
         f"- {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
     ]  # fmt: skip
+    if "memory" in result:
+        size = result["memory"]["none"]["model_gib"]
+        lines += [
+            "", f"## Peak memory of a merge ({size:.2f} GiB in bfloat16)", "",
+            "| base | process | resident GiB | of that not mapped from files | seconds in all |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for quant, part in result["memory"].items():
+            for name, peak in part["peaks"].items():
+                lines.append(
+                    f"| {quant} | {name} | {peak['resident']:.2f} | {peak['anonymous']:.2f} | {part['seconds']:.0f} |"
+                )
     if "write" in result:
         part = result["write"]
         lines += [

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_lab.base.load import BaseFiles, ModelKind
 
+SHARD = "2GB"  # a file of weights from a GPU is in main memory while it is written
 _FORMAT = 1  # raised when what is kept changes, so that older cache entries are not used
 
 
@@ -52,4 +53,4 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
             storage.recover(folder.parent, folder.name)
             if not folder.exists():
                 with storage.new_folder(folder, {}) as temporary:
-                    model.save_pretrained(temporary)
+                    model.save_pretrained(temporary, max_shard_size=SHARD)

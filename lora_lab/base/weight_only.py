@@ -6,6 +6,7 @@ in floating point from the forward pass to the backward pass, which for a whole 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,12 +59,19 @@ def own_products(model: nn.Module) -> None:
             module.__class__ = Int8Linear
 
 
-def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model as it was before torchao quantized it, with the weights that training saw, in `dtype`."""
+def dequantize(
+    model: PreTrainedModel, dtype: torch.dtype, put: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """The model as it was before torchao quantized it, with the weights that training saw, in `dtype`.
+
+    Args:
+        put: where to, each weight as soon as it is read back; None: it stays in memory.
+    """
     for module in model.modules():
         layer: Any = module  # its weight may be torchao's own kind of tensor
         if is_stored(getattr(module, "weight", None)):
-            layer.weight = nn.Parameter(layer.weight.dequantize().to(dtype), requires_grad=False)
+            weight = layer.weight.dequantize().to(dtype)
+            layer.weight = nn.Parameter(weight if put is None else put(weight), requires_grad=False)
         if type(module) is Int8Linear:
             layer.__class__ = nn.Linear
     quantizer: Any = model.hf_quantizer

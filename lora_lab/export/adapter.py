@@ -100,11 +100,9 @@ def _with_tokenizer(setup: Setup, rows: Probe, folder: Path) -> bool:
 def _proved(trained: Trained, rows: Probe, folder: Path, target: str) -> dict[str, Any]:
     """Compare the folder, loaded by plain peft, with the adapter as lora_lab puts it on the unquantized base."""
     setup, auto_class = trained.setup, trained.setup.kind.auto_class
-    model = adapted("full_precision" if setup.base.published is None else "dequantized", trained)
-    reference = logits(model, rows)
-    writes = auto_class == "AutoModelForCausalLM"
-    answers = text.Answers.of(setup.encoder, rows.examples, model if writes else None)
-    del model
+    one = adapted("full_precision" if setup.base.published is None else "dequantized", trained)
+    reference, answers = logits(one.model, rows, setup.device), one.answers(rows)
+    del one
     found, agreed = answers.compared(
         setup.base.folder, auto_class, rows, reference, setup.device, setup.config.export.dtype, folder
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.base.load import quantization_config
+from lora_lab.base.quantized import SHARD
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.config.model import QuantConfig
 from lora_lab.errors import ExportError
@@ -68,7 +69,7 @@ def make(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
     model = getattr(transformers, auto_class).from_pretrained(
         merged, quantization_config=_config(setup), dtype="auto", device_map={"": setup.device}, use_safetensors=True
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     save_tokenizer(setup.encoder.tokenizer, folder)
     writes = auto_class == "AutoModelForCausalLM"
     answers = text.Answers.of(setup.encoder, rows.examples, model.eval() if writes else None)

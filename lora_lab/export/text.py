@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lora_lab.base import overruled
 from lora_lab.data.formats import Message, RowError
 from lora_lab.errors import DataError, ExportError
 from lora_lab.runtime.reading import read_json, reading
-from lora_lab.verify import parity
+from lora_lab.verify import layers, parity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -282,11 +283,25 @@ class Answers:
     ids: list[list[int]]  # the answers
 
     @classmethod
-    def of(cls, encoder: Encoder, examples: Iterable[Example], model: PreTrainedModel | None) -> Answers:
-        """What a model in memory answers; nothing without one."""
+    def of(
+        cls,
+        encoder: Encoder,
+        examples: Iterable[Example],
+        model: PreTrainedModel | None,
+        device: torch.device | None = None,
+    ) -> Answers:
+        """What a model in memory answers; nothing without one.
+
+        Args:
+            device: to compute on; None: where the model is.
+        """
         asked = prompts(encoder, examples)
-        chosen = [] if model is None else answered(asked)
-        return cls(encoder, asked, chosen, [_greedy(model, encoder, prompt) for prompt in chosen])
+        if model is None:
+            return cls(encoder, asked, [], [])
+        chosen, there = answered(asked), torch.device(model.device) if device is None else device
+        with generating():
+            answers = layers.run(model, [partial(_greedy, model, encoder, one, there) for one in chosen], there)
+        return cls(encoder, asked, chosen, answers)
 
     @property
     def passes(self) -> list[Pass]:
@@ -365,23 +380,21 @@ def _spacing(scores: torch.Tensor) -> float:
     return 0.0
 
 
-@torch.no_grad()
-def _greedy(model: PreTrainedModel, encoder: Encoder, prompt: Prompt) -> list[int]:
+def _greedy(model: PreTrainedModel, encoder: Encoder, prompt: Prompt, device: torch.device) -> list[int]:
     """A greedy answer of a model in memory, with its end token where it comes to one.
 
     Some models generate otherwise than they read (positions that are counted from a cache), whatever was done to them: the answer is
     cut where it is not what the model itself, reading it as a whole, says.
     """
-    ids = torch.tensor([prompt.ids], device=model.device)
+    ids = torch.tensor([prompt.ids], device=device)
     settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": NEW_TOKENS}
-    with generating():
-        done = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            eos_token_id=ends_of(encoder),
-            pad_token_id=encoder.tokenizer.pad_token_id,
-            **settings,
-        )
+    done = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=ends_of(encoder),
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        **settings,
+    )
     answer = done[0, ids.shape[1] :]
     while len(
         answer

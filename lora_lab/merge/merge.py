@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +15,21 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters import deltas
 from lora_lab.adapters.attach import attach_trained, trainable
+from lora_lab.base.load import load_model
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
 from lora_lab.base.weights import Weights
 from lora_lab.config.run import RunConfig
+from lora_lab.data.dataset import first_examples
 from lora_lab.data.encode import Encoder
 from lora_lab.errors import MergeError
 from lora_lab.export import text
 from lora_lab.merge import bases, stream
 from lora_lab.report import card
 from lora_lab.run.prepared import Trained
-from lora_lab.run.setup import Setup
+from lora_lab.run.setup import ADAPTER, Setup
 from lora_lab.runtime import console, storage
-from lora_lab.verify import parity
+from lora_lab.verify import layers, parity
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,34 +52,34 @@ def merge(trained: Trained, as_trained: parity.Reference) -> dict[str, Any]:
     run, setup, rows = trained.run, trained.setup, as_trained.rows
     config, base = setup.config, setup.base
     names, measured = bases.policies(config, base), {}
-    model = None
+    one: Adapted | None = None
     for name in names:
-        if model is not None:
-            model = None
+        if one is not None:
+            one = None
             clear_device_cache(garbage_collection=True)  # models hold cycles: the last one is still here otherwise
-        model = adapted(name, trained)
-        merging = parity.Reference(rows, parity.logits(model, rows))
+        one = adapted(name, trained)
+        merging = parity.Reference(rows, parity.logits(one.model, rows, setup.device))
         measured[name] = parity.compare(as_trained.logits, merging.logits, rows)
     chosen = min(measured, key=lambda name: measured[name].loss)
-    if chosen != names[-1]:
-        model = None
+    if one is None or chosen != names[-1]:
+        one = None
         clear_device_cache(garbage_collection=True)
-        model = adapted(chosen, trained)
-        merging = parity.Reference(rows, parity.logits(model, rows))
-    writes = setup.kind.auto_class == "AutoModelForCausalLM"
-    answers = text.Answers.of(setup.encoder, rows.examples, model if writes else None)
+        one = adapted(chosen, trained)
+        merging = parity.Reference(rows, parity.logits(one.model, rows, setup.device))
+    answers, layered = one.answers(rows), one.told
     with storage.new_folder(run.merged, {"base": base.fingerprint, "made_with": settings(config)}) as temporary:
-        how = _write(temporary, model, chosen, trained)
+        how = _write(temporary, one, trained)
         save_tokenizer(setup.encoder.tokenizer, temporary)
         if (base.folder / SENTENCEPIECE).is_file():
             shutil.copy(base.folder / SENTENCEPIECE, temporary)
-        del model
+        del one
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, setup, merging, as_trained, answers)
         report |= {
             "base": chosen,
             "bases": {name: dataclasses.asdict(gap) for name, gap in measured.items()},
             "written": how,
+            "compared": layered,
         }
         (temporary / "README.md").write_text(_card(trained, report), encoding="utf-8")
         storage.write_text(run.merge_report, storage.dump_json(report))
@@ -87,36 +92,59 @@ def merge(trained: Trained, as_trained: parity.Reference) -> dict[str, Any]:
     return report
 
 
+def reference(trained: Trained) -> parity.Reference:
+    """What the trained model, on its own base, says of the rows that a merge is judged on; in no more memory than the base's files
+    ask for."""
+    setup, config = trained.setup, trained.setup.config
+    rows = judged_on(setup)
+    model = load_model(setup.base, setup.kind, config.model.dtype, config.quant, setup.device, config.seed)
+    model = attach_trained(model, trained.run.adapter, ADAPTER).eval()
+    said = parity.logits(model, rows, setup.device, setup.accelerator.autocast)
+    del model
+    clear_device_cache(garbage_collection=True)
+    return parity.Reference(rows, said)
+
+
+def judged_on(setup: Setup) -> parity.Probe:
+    """The rows that a merge is judged on."""
+    count = setup.config.merge.parity_rows
+    return parity.probe(first_examples(setup.some_rows(), count), count, setup.task)
+
+
 def settings(config: RunConfig) -> dict[str, Any]:
     """What decides the merged weights, beside base and adapter."""
     merge = config.merge
     return {"dtype": config.export.dtype, "base": merge.base, "correction_rank": merge.correction_rank}
 
 
-def _write(folder: Path, model: PeftModel, policy: str, trained: Trained) -> str:
-    """Write the merged checkpoint, file by file where that can be done; how it was written.
+def _write(folder: Path, one: Adapted, trained: Trained) -> str:
+    """Write the merged checkpoint, tensor by tensor where that can be done; how it was written.
 
     Args:
-        model: the adapter on the base of `policy`; it is merged, where the files alone do not do.
+        one: it is merged, where tensors alone do not do.
     """
-    setup, adapter = trained.setup, trained.run.adapter
+    setup, adapter, model = trained.setup, trained.run.adapter, one.model
     export = setup.config.export
-    reason = f"merge.base={policy} is made in memory"
-    if policy == "full_precision":
-        reason = deltas.reason_against(adapter)
+    reason = deltas.reason_against(adapter)
     if not reason:
-        skeleton, weights = setup.skeleton(), Weights(setup.base.folder)
+        skeleton, weights = setup.skeleton(), _weights(one, setup)
         reason = stream.reason_against(skeleton, weights, found := deltas.read(adapter, skeleton))
         if not reason:
             if skeleton.can_generate():
                 skeleton.generation_config = model.get_base_model().generation_config
             _carry_along(skeleton, setup.encoder)
+            vars(skeleton.config).pop("quantization_config", None)  # of a base that was published in few bits
             stream.write(skeleton, weights, found, getattr(torch, export.dtype), export.max_shard_size, folder)
-            return "file by file"
-    merged = _unwrapped(model.merge_and_unload(safe_merge=True))
-    _carry_along(merged, setup.encoder)
-    merged.save_pretrained(folder, max_shard_size=export.max_shard_size)
+            return "file by file" if one.policy == "full_precision" else f"tensor by tensor: merge.base={one.policy}"
+    with one.merging() as merged:
+        _carry_along(merged, setup.encoder)
+        merged.save_pretrained(folder, max_shard_size=export.max_shard_size)
     return f"from memory: {reason}"
+
+
+def _weights(one: Adapted, setup: Setup) -> Weights | stream.Held:
+    """The base's tensors: of its files, or, of a base that was made, of the model."""
+    return Weights(setup.base.folder) if one.policy == "full_precision" else stream.Held(one.base)
 
 
 def _unwrapped(merged: PreTrainedModel) -> PreTrainedModel:
@@ -129,15 +157,69 @@ def _unwrapped(merged: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def adapted(policy: str, trained: Trained) -> PeftModel:
+@dataclasses.dataclass
+class Adapted:
+    """A run's adapter on an unquantized base."""
+
+    policy: str
+    trained: Trained
+    model: PeftModel
+    base: dict[str, torch.Tensor]  # the base's tensors by name, without the adapter
+    in_files: bool  # the base's weights are mapped from files, and lie on the CPU
+
+    @property
+    def told(self) -> str:
+        """How it is compared."""
+        count = len(dict.fromkeys(layers.of(self.model)))
+        if not self.in_files:
+            return "as a whole"
+        return f"{count} layers, one after another" if count else "as a whole: it has no list of layers"
+
+    def answers(self, rows: parity.Probe) -> text.Answers:
+        """What it answers, where it is a model that writes."""
+        setup = self.trained.setup
+        writes = setup.kind.auto_class == "AutoModelForCausalLM"
+        return text.Answers.of(setup.encoder, rows.examples, self.model if writes else None, setup.device)
+
+    @contextlib.contextmanager
+    def merging(self) -> Iterator[PreTrainedModel]:
+        """The merged model, in files again where the base is."""
+        model, where = self.model, self.trained.run.path
+        self.base.clear()  # else what is replaced would stay in memory
+        with storage.scratch(where) if self.in_files else contextlib.nullcontext() as scratch:
+            if scratch is not None:
+                _merge_into(model, bases.Drawer(scratch))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+                merged = model.merge_and_unload(safe_merge=True)
+            yield _unwrapped(merged)
+
+
+def _merge_into(model: PeftModel, drawer: bases.Drawer) -> None:
+    """Merge the adapter into each layer in turn, whose new weights go to files."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in list(model.modules()):
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        module.merge(safe_merge=True)
+        for parameter in module.get_base_layer().parameters():
+            parameter.data = drawer(parameter.data)
+
+
+def adapted(policy: str, trained: Trained) -> Adapted:
     """The run's adapter on the base that a policy names."""
     setup = trained.setup
-    model = bases.load(policy, setup)
-    model = attach_trained(model, trained.run.adapter, "default").eval()
+    whole = bases.as_a_whole(setup)
+    # the files have no name any more when this is done, and go with the tensors
+    with contextlib.nullcontext() if whole else storage.scratch(trained.run.path) as scratch:
+        base = bases.load(policy, setup, None if scratch is None else bases.Drawer(scratch))
+    tensors = base.state_dict()
+    model = attach_trained(base, trained.run.adapter, ADAPTER).eval()
     for name, parameter in trainable(model).items():
         if ".modules_to_save." in name:  # heads are trained in float32 and stored like the rest of the checkpoint
             parameter.data = parameter.data.to(getattr(torch, setup.config.export.dtype))
-    return model
+    return Adapted(policy, trained, model, tensors, not whole)
 
 
 def _card(trained: Trained, report: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""Merge file by file: each of the base's tensors is read, changed and written in turn, so that memory holds one of them."""
+"""Merge tensor by tensor: each of the base's is read, changed and written in turn, so that memory holds one of them."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,27 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of the safetensors format
 
 
-def reason_against(skeleton: PreTrainedModel, weights: Weights, deltas: Deltas) -> str:
-    """Why this base cannot be merged file by file; empty if it can.
+class Held:
+    """The tensors of a model as `Weights` gives those of a folder."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Args:
+            tensors: its `state_dict`.
+        """
+        self._tensors = tensors
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.floating = {name: tensor.is_floating_point() for name, tensor in tensors.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].cpu()
+
+
+def reason_against(skeleton: PreTrainedModel, weights: Weights | Held, deltas: Deltas) -> str:
+    """Why this base cannot be merged tensor by tensor; empty if it can.
 
     Args:
         skeleton: the merged model without its weights (see `base.load.skeleton`).
@@ -45,7 +64,12 @@ def _needed(skeleton: PreTrainedModel) -> list[str]:
 
 
 def write(
-    skeleton: PreTrainedModel, weights: Weights, deltas: Deltas, dtype: torch.dtype, shard_size: str, folder: Path
+    skeleton: PreTrainedModel,
+    weights: Weights | Held,
+    deltas: Deltas,
+    dtype: torch.dtype,
+    shard_size: str,
+    folder: Path,
 ) -> None:
     """Write the merged checkpoint into a folder: config, generation settings, shards, and the index last.
 
@@ -86,7 +110,7 @@ def _shards(shapes: dict[str, torch.Size], itemsize: int, shard_size: str) -> It
 
 
 def _write_shard(
-    file: Path, shapes: dict[str, torch.Size], weights: Weights, deltas: Deltas, dtype: torch.dtype
+    file: Path, shapes: dict[str, torch.Size], weights: Weights | Held, deltas: Deltas, dtype: torch.dtype
 ) -> None:
     """One safetensors file: length of the header (8 bytes), header (JSON), tensors. safetensors' own writer takes all tensors
     at once."""
@@ -103,7 +127,7 @@ def _write_shard(
 
 
 @torch.no_grad()
-def _merged(name: str, weights: Weights, deltas: Deltas, dtype: torch.dtype) -> torch.Tensor:
+def _merged(name: str, weights: Weights | Held, deltas: Deltas, dtype: torch.dtype) -> torch.Tensor:
     if name in deltas.whole:
         return deltas.whole[name].to(dtype).flatten()
     tensor, update = weights[name], deltas.layers.get(name.removesuffix(".weight"))

@@ -18,6 +18,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.errors import ConfigError, ExportError, Interrupted, MergeError
 from lora_lab.export import targets
 from lora_lab.merge.combine import combine as combine_adapters
+from lora_lab.merge.merge import judged_on, reference
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.report import summary
@@ -274,18 +275,13 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _merge(trained: Trained) -> dict[str, Any]:
-    with trained.loaded() as live:
-        as_trained = _as_trained(live)
-    return merge_adapter(trained, as_trained)
+    return merge_adapter(trained, reference(trained))
 
 
 def _as_trained(live: Live) -> parity.Reference:
     """What the trained model says of the rows that a merge is judged on."""
-    setup = live.setup
-    count = setup.config.merge.parity_rows
-    rows = parity.probe(first_examples(setup.some_rows(), count), count, setup.task)
-    with live.autocast():
-        return parity.Reference(rows, parity.logits(live.model.eval(), rows))
+    rows = judged_on(live.setup)
+    return parity.Reference(rows, parity.logits(live.model.eval(), rows, inside=live.autocast))
 
 
 def _is_merged(trained: Trained) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from lora_lab.config.merge import MergeConfig
 from lora_lab.data.encode import Example
 from lora_lab.errors import MergeError
 from lora_lab.runtime import children, storage
+from lora_lab.verify import layers
 from lora_lab.verify.reload import OUTPUTS, at
 
 if TYPE_CHECKING:
@@ -83,17 +86,29 @@ def probe(examples: Iterable[Example], rows: int, task: Task, most: int = _MAX_P
     return Probe(chosen, [task.passes(example) for example in chosen], task)
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel | PeftModel, rows: Probe) -> list[torch.Tensor]:
-    """Logits [S, C] float32 of each row on the CPU, one plain forward pass per sequence."""
-    found = []
-    for example, passes in zip(rows.examples, rows.passes, strict=True):
+def logits(
+    model: PreTrainedModel | PeftModel,
+    rows: Probe,
+    device: torch.device | None = None,
+    inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> list[torch.Tensor]:
+    """Logits [S, C] float32 of each row on the CPU, one plain forward pass per sequence; see `layers.run`.
+
+    Args:
+        device: to compute on; None: where the model is.
+        inside: what each row's passes run in, such as autocast.
+    """
+    there = torch.device(model.device) if device is None else device
+
+    def said(place: int) -> torch.Tensor:
         outputs = []
-        for inputs, positions in passes:
-            result = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-            outputs.append({name: at(result[name][0], positions, inputs) for name in OUTPUTS if name in result})
-        found.append(rows.task.compared(outputs, example))
-    return found
+        with inside():
+            for inputs, positions in rows.passes[place]:
+                result = model(**{name: tensor.to(there) for name, tensor in inputs.items()})
+                outputs.append({name: at(result[name][0], positions, inputs) for name in OUTPUTS if name in result})
+        return rows.task.compared(outputs, rows.examples[place])
+
+    return layers.run(model, [functools.partial(said, place) for place in range(len(rows.examples))], there)
 
 
 def reloaded_logits(

@@ -9,8 +9,10 @@ DTYPE: that it is loaded as; auto: its own. ADAPTER: a peft folder. MODULE: to b
 imported before, because peft has not got the adapter's method.
 """
 
+import functools
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 OUTPUTS = ("logits", "start_logits", "end_logits")
@@ -59,19 +61,44 @@ def main(
             # of tensors that layers share, which are in the file once, and of BOFT without its extension; what it gives is compared
             warnings.simplefilter("ignore", UserWarning)
             model = PeftModel.from_pretrained(model, adapter)
-    model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+    layers, where = _layers(), torch.device(device)
+    whole = getattr(model, "is_quantized", False)  # it may not be moved
+    if not whole and layers.fits(layers.size(model), where):
+        model = model.to(device)
+    model.eval()
     passes: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(rows_file, device=device).items():
         number, _, name = name.partition(".")
         passes.setdefault(number, {})[name] = tensor
-    found = {}
-    with torch.no_grad():
-        for number, inputs in passes.items():
-            positions = inputs.pop("positions", None)
-            outputs = model(**inputs)
-            for name in filter(outputs.__contains__, OUTPUTS):
-                found[f"{number}.{name}"] = at(outputs[name][0], positions, inputs).contiguous()
-    save_file(found, outputs_file)
+
+    def said(number: str) -> dict[str, torch.Tensor]:
+        inputs = dict(passes[number])
+        positions = inputs.pop("positions", None)
+        outputs = model(**inputs)
+        return {
+            f"{number}.{name}": at(outputs[name][0], positions, inputs).contiguous()
+            for name in filter(outputs.__contains__, OUTPUTS)
+        }
+
+    calls = [functools.partial(said, number) for number in passes]
+    if whole:
+        with torch.no_grad():
+            told = [call() for call in calls]
+    else:
+        told = layers.run(model, calls, where)
+    save_file({name: tensor for one in told for name, tensor in one.items()}, outputs_file)
+
+
+def _layers() -> Any:
+    """The file beside this one, which is in no package here."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("layers", Path(__file__).with_name("layers.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

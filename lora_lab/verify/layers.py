@@ -1,0 +1,203 @@
+"""Let several calls of a model go through it layer by layer: all of them through one layer, then through the next.
+
+A base whose weights are mapped from files need then never be in memory as a whole, and each of its layers is read, or copied to a
+GPU, once for all rows. Numbers are those of whole calls, one after another: the same products of the same tensors.
+
+Imports nothing of lora_lab: `reload.py` uses it too.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+SMALL = 2**28  # bytes of a model below which nothing is gained
+_ROOM = 2**30  # that passes need on a GPU, beside the weights
+_DONTNEED = 4  # of madvise(2)
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes is better held on its device as a whole: it is small, or a GPU has room for it."""
+    if nbytes < SMALL:
+        return True
+    return device.type == "cuda" and 1.25 * nbytes + _ROOM < torch.cuda.mem_get_info(device)[0]
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of its weights."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model: what its outermost lists of modules hold."""
+    found: list[nn.Module] = []
+    for module in model.children():
+        parts = list(module) if isinstance(module, nn.ModuleList) else [module]
+        for part in parts:
+            listed = isinstance(module, nn.ModuleList) and not isinstance(part, nn.ModuleList)
+            found += [part] if listed else of(part)
+    return found
+
+
+def run(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """What calls of the model give, without gradients; layer by layer where its weights lie in files or on another device than
+    theirs.
+
+    Args:
+        model: nothing writes to its weights meanwhile.
+        calls: of the model with tensors on `device`.
+    """
+    elsewhere = any(parameter.device != device for parameter in model.parameters())
+    mapped = _Mapped() if device.type == "cpu" else None
+    if not elsewhere and (mapped is None or sum(map(mapped.bytes_of, model.parameters())) < SMALL):
+        with torch.no_grad():
+            return [call() for call in calls]
+    return in_step(model, calls, device)
+
+
+def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """As `run`, always layer by layer. Each call has a thread of its own, of which one runs at a time: it stops before each layer until
+    all that wait for that layer can go through it."""
+    layers = of(model)
+    inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    outside = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
+    handles = [layer.register_forward_pre_hook(_stop) for layer in dict.fromkeys(layers)]
+    passes = [_Pass(call) for call in calls]
+    try:
+        with _brought(outside, device):
+            for one in passes:
+                one.go_on()
+            while waiting := [one for one in passes if one.before is not None]:
+                layer = min(waiting, key=lambda one: one.passed).before
+                assert layer is not None
+                with _brought(_tensors(layer), device):
+                    for one in waiting:
+                        if one.before is layer:
+                            one.go_on()
+    finally:
+        for one in passes:
+            one.give_up()
+        for handle in handles:
+            handle.remove()
+    return [one.result for one in passes]
+
+
+class _GivenUp(BaseException):
+    """Ends a call of which nothing is wanted any more."""
+
+
+class _Pass(threading.Thread):
+    """A call in a thread of its own, which runs only inside `go_on`."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._call, self._go, self._stopped = call, threading.Semaphore(0), threading.Semaphore(0)
+        self.before: nn.Module | None = None  # the layer that it waits for
+        self.passed = 0  # layers
+        self.result: Any = None
+        self._error: BaseException | None = None
+        self._given_up = False
+        self.start()
+
+    def go_on(self) -> None:
+        """Let it run to the next layer, or to its end.
+
+        Raises:
+            Exception: that the call has raised.
+        """
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self, layer: nn.Module) -> None:
+        """Wait before a layer; called by the thread itself."""
+        self.before, self.passed = layer, self.passed + 1
+        self._stopped.release()
+        self._go.acquire()
+        self.before = None
+        if self._given_up:
+            raise _GivenUp
+
+    def give_up(self) -> None:
+        """End it, wherever it is."""
+        self._given_up = True
+        self._go.release()
+        self.join()
+
+    def run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._given_up:
+                with torch.no_grad():
+                    self.result = self._call()
+        except BaseException as error:  # it is raised by `go_on`
+            self._error = error
+        self._stopped.release()
+
+
+def _stop(layer: nn.Module, _: Any) -> None:
+    current = threading.current_thread()
+    if isinstance(current, _Pass):
+        current.stop(layer)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextlib.contextmanager
+def _brought(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Inside the block tensors are on a device. What they occupy for that is given back after it."""
+    if device.type == "cpu":
+        try:
+            yield
+        finally:
+            _Mapped().forget(tensors)
+        return
+    there = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in there:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in there:
+            tensor.data = data
+
+
+class _Mapped:
+    """Where this process has mapped tensors from files (Linux; elsewhere nowhere)."""
+
+    def __init__(self) -> None:
+        try:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+        except OSError:
+            lines = []
+        ranges = [line.split(maxsplit=5) for line in lines if ".safetensors" in line]
+        self._ranges = [[int(end, 16) for end in parts[0].split("-")] for parts in ranges]
+
+    def bytes_of(self, tensor: torch.Tensor) -> int:
+        """How much of it is mapped: all, or nothing."""
+        if tensor.device.type != "cpu":
+            return 0
+        start = tensor.data_ptr()
+        return tensor.nbytes if any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges) else 0
+
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give back the pages of tensors that were only read. They are read from the file again when they are needed."""
+        library = ctypes.CDLL(None)
+        for tensor in tensors:
+            if not self.bytes_of(tensor):
+                continue
+            first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it alone
+            last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
