@@ -6,7 +6,6 @@ is the published base plus the largest part, by singular values, of what quantiz
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +89,7 @@ def load(policy: str, setup: Setup, drawer: Drawer | None = None) -> PreTrainedM
         if isinstance(module, (nn.Linear, Conv1D)):
             seen = as_trained.get_submodule(name).weight
             weight = _corrected(module.weight, seen, config.merge.correction_rank)
+            layers.forget([module.weight, seen])
             module.weight.data = weight if drawer is None else drawer(weight)
     return model
 
@@ -107,8 +107,7 @@ def _published(setup: Setup, drawer: Drawer | None) -> PreTrainedModel:
 def _dequantized(setup: Setup, drawer: Drawer | None) -> PreTrainedModel:
     """The base as training saw it."""
     config, dtype = setup.config, getattr(torch, setup.config.export.dtype)
-    anew = dataclasses.replace(config.quant, cache=False)  # what is kept in 4 bits could not be saved in others
-    quantized = load_model(setup.base, setup.kind, config.model.dtype, anew, setup.device, config.seed)
+    quantized = load_model(setup.base, setup.kind, config.model.dtype, config.quant, setup.device, config.seed)
     if config.quant.method == "torchao_int8":
         model = weight_only.dequantize(quantized, dtype, drawer)
     elif drawer is None:
@@ -144,7 +143,9 @@ def _moved(model: PreTrainedModel, dtype: str, drawer: Drawer) -> PreTrainedMode
     for name, parameter in model.named_parameters():
         own = torch.float32 if any(pattern.search(name) for pattern in kept) else target
         if parameter.device.type != "cpu" or parameter.dtype != own:
-            parameter.data = drawer(parameter.data.to(own))
+            moved = drawer(parameter.data.to(own))
+            layers.forget([parameter.data])
+            parameter.data = moved
     for buffer in model.buffers():
         buffer.data = buffer.data.cpu()
     return model

@@ -216,6 +216,7 @@ def adapted(policy: str, trained: Trained) -> Adapted:
         base = bases.load(policy, setup, None if scratch is None else bases.Drawer(scratch))
     tensors = base.state_dict()
     model = attach_trained(base, trained.run.adapter, ADAPTER).eval()
+    layers.forget(model.parameters())  # of which some methods look at all
     for name, parameter in trainable(model).items():
         if ".modules_to_save." in name:  # heads are trained in float32 and stored like the rest of the checkpoint
             parameter.data = parameter.data.to(getattr(torch, setup.config.export.dtype))

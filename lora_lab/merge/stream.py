@@ -13,6 +13,7 @@ import torch
 from lora_lab.adapters.deltas import Deltas
 from lora_lab.base.weights import Weights
 from lora_lab.runtime import storage
+from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,11 @@ class Held:
         return name in self._tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name].cpu()
+        """A copy; what is mapped from a file leaves memory with it."""
+        tensor = self._tensors[name]
+        own = tensor.to("cpu", copy=True)
+        layers.forget([tensor])
+        return own
 
 
 def reason_against(skeleton: PreTrainedModel, weights: Weights | Held, deltas: Deltas) -> str:

@@ -55,21 +55,28 @@ def run(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.device
         model: nothing writes to its weights meanwhile.
         calls: of the model with tensors on `device`.
     """
-    elsewhere = any(parameter.device != device for parameter in model.parameters())
-    mapped = _Mapped() if device.type == "cpu" else None
-    if not elsewhere and (mapped is None or sum(map(mapped.bytes_of, model.parameters())) < SMALL):
-        with torch.no_grad():
-            return [call() for call in calls]
-    return in_step(model, calls, device)
+    if device.type == "cpu":
+        layered = sum(map(_Mapped().bytes_of, model.parameters())) >= max(SMALL, 1)
+    else:
+        layered = all(parameter.device != device for parameter in model.parameters())
+    if layered:
+        return in_step(model, calls, device)
+    with torch.no_grad():
+        return [call() for call in calls]
+
+
+def forget(tensors: Iterable[torch.Tensor]) -> None:
+    """Give back the pages of tensors that are mapped from files and were only read; others stay as they are."""
+    _Mapped().forget(tensors)
 
 
 def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
     """As `run`, always layer by layer. Each call has a thread of its own, of which one runs at a time: it stops before each layer until
     all that wait for that layer can go through it."""
-    layers = of(model)
-    inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
-    outside = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
-    handles = [layer.register_forward_pre_hook(_stop) for layer in dict.fromkeys(layers)]
+    layers = list(dict.fromkeys(of(model)))
+    inside = {id(one) for layer in layers for one in layer.modules()}
+    outside = [one for one in model.modules() if id(one) not in inside]
+    handles = [layer.register_forward_pre_hook(_stop) for layer in layers]
     passes = [_Pass(call) for call in calls]
     try:
         with _brought(outside, device):
@@ -78,7 +85,7 @@ def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.de
             while waiting := [one for one in passes if one.before is not None]:
                 layer = min(waiting, key=lambda one: one.passed).before
                 assert layer is not None
-                with _brought(_tensors(layer), device):
+                with _brought(layer.modules(), device):
                     for one in waiting:
                         if one.before is layer:
                             one.go_on()
@@ -150,27 +157,32 @@ def _stop(layer: nn.Module, _: Any) -> None:
         current.stop(layer)
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
 @contextlib.contextmanager
-def _brought(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Inside the block tensors are on a device. What they occupy for that is given back after it."""
+def _brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the block the own tensors of modules are on a device. What they occupy for that is given back after it."""
+    stores = [store for module in modules for store in (module._parameters, module._buffers)]
+    there: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (store, name, tensor) for store in stores for name, tensor in store.items() if tensor is not None
+    ]
     if device.type == "cpu":
         try:
             yield
         finally:
-            _Mapped().forget(tensors)
+            forget(tensor for _, _, tensor in there)
         return
-    there = [(tensor, tensor.data) for tensor in tensors]
+    brought: dict[int, torch.Tensor] = {}  # modules may share them
     try:
-        for tensor, data in there:
-            tensor.data = data.to(device)
+        for store, name, tensor in there:
+            if id(tensor) not in brought:
+                own = tensor.detach().to(device)
+                brought[id(tensor)] = (
+                    nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
+                )
+            store[name] = brought[id(tensor)]
         yield
     finally:
-        for tensor, data in there:
-            tensor.data = data
+        for store, name, tensor in there:
+            store[name] = tensor
 
 
 class _Mapped:
@@ -188,11 +200,14 @@ class _Mapped:
         """How much of it is mapped: all, or nothing."""
         if tensor.device.type != "cpu":
             return 0
-        start = tensor.data_ptr()
+        try:
+            start = tensor.data_ptr()
+        except RuntimeError:  # it is made of others, as torchao's
+            return 0
         return tensor.nbytes if any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges) else 0
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give back the pages of tensors that were only read. They are read from the file again when they are needed."""
+        """As the function: they are read from the file again when they are needed."""
         library = ctypes.CDLL(None)
         for tensor in tensors:
             if not self.bytes_of(tensor):

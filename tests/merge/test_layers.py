@@ -153,6 +153,26 @@ def test_calls_go_through_each_layer_together():
         assert torch.equal(one, call())
 
 
+def test_each_layer_is_on_the_device_while_it_is_used():
+    """Parts outside of layers all the time; afterwards all are where they were."""
+    model, seen, device = Stack(), [], torch.device("meta")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+    def note(*_) -> None:
+        seen.append("".join(layer.weight.device.type[0] for layer in (*layers.of(model), model.last)))
+
+    for layer in layers.of(model):
+        layer.register_forward_hook(note)
+    calls = [lambda: model(torch.zeros(1, 4, device=device))] * 2
+    found = layers.run(model, calls, device)
+    assert [one.device for one in found] == [device] * 2
+    assert seen == ["mccm"] * 2 + ["cmcm"] * 2 + ["ccmm"] * 2
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == places[name]
+        assert torch.equal(parameter, before[name])
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_in_one_call_ends_them_all(error):
     model, threads = Stack(), threading.active_count()
