@@ -175,13 +175,21 @@ def _own(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def scratch(where: Path | None = None) -> Iterator[Path]:
-    """A folder for the moment, in `where` or the system's temporary folder (TMPDIR).
+    """A folder for the moment, in the system's temporary folder (TMPDIR), or in `where`: there it has a name and a lock by which
+    `recover` removes what a process that died has left.
 
     Raises:
         RunError: there is no room in it, with its name.
     """
+    descriptor = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix="lora_lab_", dir=where))
+        if where is None:
+            folder = Path(tempfile.mkdtemp(prefix="lora_lab_"))
+        else:
+            folder = _temporary(where / "scratch", "tmp")
+            folder.mkdir()
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            _own(descriptor)
     except OSError as error:
         raise _no_scratch(where or Path(os.environ.get("TMPDIR", "the system's temporary folder")), error) from error
     place = folder.parent
@@ -191,6 +199,8 @@ def scratch(where: Path | None = None) -> Iterator[Path]:
         raise _no_scratch(place, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_scratch(folder: Path, said: str) -> None:

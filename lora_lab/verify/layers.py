@@ -22,6 +22,7 @@ T = TypeVar("T")
 SMALL = 2**28  # bytes of a model below which nothing is gained
 _ROOM = 2**30  # that passes need on a GPU, beside the weights
 _DONTNEED = 4  # of madvise(2)
+_NO_FILES = ("/dev/", "/memfd:", "/SYSV")  # though they have names in /proc/self/maps
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
@@ -77,11 +78,12 @@ def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.de
     inside = {id(one) for layer in layers for one in layer.modules()}
     outside = [one for one in model.modules() if id(one) not in inside]
     handles = [layer.register_forward_pre_hook(_stop) for layer in layers]
-    passes = [_Pass(call) for call in calls]
+    passes: list[_Pass] = []
     try:
         with _brought(outside, device):
-            for one in passes:
-                one.go_on()
+            for call in calls:
+                passes.append(_Pass(call))
+                passes[-1].go_on()
             while waiting := [one for one in passes if one.before is not None]:
                 layer = min(waiting, key=lambda one: one.passed).before
                 assert layer is not None
@@ -193,8 +195,9 @@ class _Mapped:
             lines = Path("/proc/self/maps").read_text().splitlines()
         except OSError:
             lines = []
-        ranges = [line.split(maxsplit=5) for line in lines if ".safetensors" in line]
-        self._ranges = [[int(end, 16) for end in parts[0].split("-")] for parts in ranges]
+        parts = [line.split(maxsplit=5) for line in lines]
+        files = [one for one in parts if len(one) == 6 and one[5].startswith("/") and not one[5].startswith(_NO_FILES)]
+        self._ranges = [[int(end, 16) for end in one[0].split("-")] for one in files]
 
     def bytes_of(self, tensor: torch.Tensor) -> int:
         """How much of it is mapped: all, or nothing."""

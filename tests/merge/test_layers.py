@@ -89,7 +89,7 @@ def check_same(trained: Trained, in_layers, written: str) -> None:
     assert {key: layered[key] for key in ("base", "refused", "answers", "positions")} == {
         key: whole[key] for key in ("base", "refused", "answers", "positions")
     }
-    assert not [path for path in trained.run.path.iterdir() if path.name.startswith("lora_lab_")]
+    assert not [path for path in trained.run.path.iterdir() if storage.is_temporary(path.name)]
 
 
 @pytest.mark.usefixtures("reload_here")
@@ -188,13 +188,15 @@ def test_an_error_in_one_call_ends_them_all(error):
 
 
 def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path):
-    """As the kernel counts the pages."""
+    """As the kernel counts the pages; of a file behind a link, as the hub's cache has them."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4
     )  # fmt: skip
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    blob = (tmp_path / "model.safetensors").rename(tmp_path / "blob_of_weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     one = layers.size(layers.of(model)[0])
     ids = torch.arange(8)[None]
@@ -213,11 +215,11 @@ def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path):
 
 
 def mapped_bytes() -> int:
-    """Resident bytes of safetensors files."""
+    """Resident bytes of the file."""
     found, own = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            own = "model.safetensors" in line
+            own = "blob_of_weights" in line
         elif own and line.startswith("Rss:"):
             found += 1024 * int(line.split()[1])
     return found
@@ -241,6 +243,19 @@ def test_what_begins_with_the_base_merges_into_both_bases(beginning, config_of, 
         assert report["merged_vs_base_and_adapter"]["top1_agreement"] == 1
         same = report["merged_vs_model_as_trained"]["max_logit_diff"] < 1e-3
         assert same is (policy == "dequantized")
+
+
+def test_what_a_merge_that_died_left_of_its_base_is_removed(tmp_path):
+    import os
+
+    with storage.scratch(tmp_path) as folder:
+        assert storage.is_temporary(folder.name)
+        assert storage.recover(tmp_path) == []
+        assert folder.exists()  # its owner lives
+        left = folder.rename(tmp_path / folder.name.replace(f".{os.getpid()}-", ".1-"))
+    (left / "0.safetensors").write_bytes(b"weights")
+    storage.recover(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_base_in_4_bits_is_kept_in_small_files(base, config_of, monkeypatch):
