@@ -8,6 +8,7 @@ Imports nothing of lora_lab: `reload.py` uses it too.
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import nn
 T = TypeVar("T")
 
 SMALL = 2**28  # bytes of a model below which nothing is gained
+SLICE = 2**26  # bytes of a weight that are read at once where it is no layer's
 _ROOM = 2**30  # that passes need on a GPU, beside the weights
 _DONTNEED = 4  # of madvise(2)
 _NO_FILES = ("/dev/", "/memfd:", "/SYSV")  # though they have names in /proc/self/maps
@@ -80,7 +82,7 @@ def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.de
     handles = [layer.register_forward_pre_hook(_stop) for layer in layers]
     passes: list[_Pass] = []
     try:
-        with _brought(outside, device):
+        with _brought(outside, device), _sliced(outside, device):
             for call in calls:
                 passes.append(_Pass(call))
                 passes[-1].go_on()
@@ -96,7 +98,14 @@ def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.de
             one.give_up()
         for handle in handles:
             handle.remove()
+        trim()
     return [one.result for one in passes]
+
+
+def trim() -> None:
+    """Give memory back to the system that is free inside this process (glibc; elsewhere nothing)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _GivenUp(BaseException):
@@ -185,6 +194,31 @@ def _brought(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Non
     finally:
         for store, name, tensor in there:
             store[name] = tensor
+
+
+@contextlib.contextmanager
+def _sliced(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the block large linear layers on the CPU, such as a language model's output layer, read their weights a slice at a time: a
+    product in 16 bits may copy the whole weight."""
+    wide = [one for one in modules if type(one) is nn.Linear and one.weight.nbytes > SLICE and device.type == "cpu"]
+    for module in wide:
+        vars(module)["forward"] = functools.partial(_by_slices, module)
+    try:
+        yield
+    finally:
+        for module in wide:
+            del vars(module)["forward"]
+
+
+def _by_slices(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    rows = max(1, SLICE // (module.weight.nbytes // module.out_features))
+    found = []
+    for start in range(0, module.out_features, rows):
+        weight = module.weight[start : start + rows]
+        bias = None if module.bias is None else module.bias[start : start + rows]
+        found.append(nn.functional.linear(x, weight, bias))
+        forget([weight])
+    return torch.cat(found, -1)
 
 
 class _Mapped:

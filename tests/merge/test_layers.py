@@ -44,6 +44,7 @@ def in_layers(monkeypatch):
 
     def begin() -> None:
         monkeypatch.setattr(layers, "SMALL", 0)
+        monkeypatch.setattr(layers, "SLICE", 2**12)
         monkeypatch.setattr(bases, "_WORTH_A_FILE", 0)
         monkeypatch.setattr(reload, "_layers", lambda: layers)
 
@@ -187,7 +188,7 @@ def test_an_error_in_one_call_ends_them_all(error):
     assert not any(layer._forward_pre_hooks for layer in layers.of(model))
 
 
-def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path):
+def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path, monkeypatch):
     """As the kernel counts the pages; of a file behind a link, as the hub's cache has them."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -212,6 +213,10 @@ def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path):
     assert len(seen) == 12
     assert 0.9 * one < max(seen) < 1.5 * one  # the kernel reads a little ahead
     assert all(map(torch.equal, found, expected))
+    monkeypatch.setattr(layers, "SLICE", 2**13)  # of the output layer, 16 of 64 rows
+    for sliced, own in zip(layers.in_step(model, calls, CPU), expected, strict=True):
+        torch.testing.assert_close(sliced, own, rtol=0, atol=2e-2)  # bfloat16's spacing at the largest is 1.6e-2
+    assert "forward" not in vars(model.lm_head)
 
 
 def mapped_bytes() -> int:
