@@ -45,8 +45,20 @@ _MERGE = """
 import sys
 from lora_lab import cli
 from lora_lab.export import text
+from lora_lab.runtime import children
 text.NEW_TOKENS = 1
+run, watched = children.run, sys.argv.pop(1)
+def told(command, **options):
+    return run([*command[:2], "-c", watched, *command[2:]] if command[2].endswith("reload.py") else command, **options)
+children.run = told
 sys.exit(cli.main(["merge", *sys.argv[1:]]))
+"""
+# runs reload.py as it is run, and waits at its end until it has been looked at
+_WATCHED = """
+import runpy, sys, time
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+time.sleep(2)
 """
 _METRICS = {"demo": ("loss", "exact_match"), "dialogue_summary": ("loss", "rougeL"), "shakespeare": ("loss",)}
 
@@ -174,7 +186,7 @@ def _memory(folder: Path, quant: str) -> dict[str, Any]:
     loose = ("merge.parity_rows=1", "merge.max_kl=9", "merge.max_loss_increase=9", "merge.min_top1_agreement=0.01")
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-c", _MERGE, f"run={run}", f"data.eval={folder}/eval.jsonl", *loose],
+        [sys.executable, "-c", _MERGE, _WATCHED, f"run={run}", f"data.eval={folder}/eval.jsonl", *loose],
         cwd=speed._ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.DEVNULL,

@@ -87,7 +87,7 @@ def load(policy: str, setup: Setup, drawer: Drawer | None = None) -> PreTrainedM
     torch.manual_seed(config.seed)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            seen = as_trained.get_submodule(name).weight
+            seen: Any = as_trained.get_submodule(name).weight
             weight = _corrected(module.weight, seen, config.merge.correction_rank)
             layers.forget([module.weight, seen])
             module.weight.data = weight if drawer is None else drawer(weight)
