@@ -252,9 +252,7 @@ def prepare(
     """
     stages = Stages()
     tracking.tracker_name(config.tracker)
-    device = load.torch_device(config.hardware)
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
+    device = load.start_device(config.hardware)
     learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
         found = find_base(config, _recorded_base(trained or begun))
