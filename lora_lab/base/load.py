@@ -181,11 +181,15 @@ def _refuse_idle_card(key: str) -> None:
     )
 
 
-def start_device(hardware: HardwareConfig) -> torch.device:
+def start_device(hardware: HardwareConfig, dtype: str, trains: bool) -> torch.device:
     """Make the device ready for a run: threads, kernels that repeat exactly, and how much of a card is taken.
 
+    Args:
+        dtype: that the run computes in.
+        trains: whether it is a run that begins or goes on; a trained one is what it is.
+
     Raises:
-        ConfigError: as `torch_device`; also what the section asks of a device that cannot give it.
+        ConfigError: as `torch_device`; also what is asked of a device that cannot give it.
     """
     import torch
 
@@ -198,6 +202,8 @@ def start_device(hardware: HardwareConfig) -> torch.device:
                 f"hardware.memory_gib={hardware.memory_gib:g}: no effect on the CPU. Set hardware.memory_gib=null."
             )
         return device
+    if dtype == "bfloat16":
+        cards.check_bfloat16(device.index, trains)
     if hardware.deterministic:
         cards.repeat_exactly()
     capped = cards.cap_memory(device.index, hardware.memory_gib)
@@ -424,7 +430,18 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     weight_only.own_products(model)
+    if dtype == "float16":
+        _refuse_infinite(files, model)
     return model.requires_grad_(False).eval()
+
+
+def _refuse_infinite(files: BaseFiles, model: PreTrainedModel) -> None:
+    """float16 ends at 65504, far below the other types: a weight beyond it has become infinite."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise BaseModelError(
+                f"model.path={files.name}: {name} holds numbers beyond what float16 can (65504). Use bfloat16, or float32."
+            )
 
 
 def _describe_published(config: PretrainedConfig, quantization: BitsAndBytesConfig | TorchAoConfig) -> None:

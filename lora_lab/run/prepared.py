@@ -252,7 +252,7 @@ def prepare(
     """
     stages = Stages()
     tracking.tracker_name(config.tracker)
-    device = load.start_device(config.hardware)
+    device = load.start_device(config.hardware, config.model.dtype, trains=trained is None)
     learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
         found = find_base(config, _recorded_base(trained or begun))
@@ -313,11 +313,28 @@ def assemble(
     config: RunConfig, found: ResolvedBase, data: build.Data, task: AnyTask, device: torch.device, stages: Stages
 ) -> Setup:
     """Put together what was found."""
-    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no"
+    return Setup(
+        config,
+        found.base,
+        found.kind,
+        found.encoder,
+        task,
+        data,
+        device,
+        _accelerator(config.model.dtype, device),
+        stages,
     )
-    return Setup(config, found.base, found.kind, found.encoder, task, data, device, accelerator, stages)
+
+
+def _accelerator(dtype: str, device: torch.device) -> Accelerator:
+    """What computes in a run's precision on its device."""
+    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
+    precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[dtype]
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    if dtype == "float16":
+        accelerator.native_amp = True  # accelerate knows float16 on cards only
+        accelerator.scaler = None  # each member scales its own loss, see `cohort.Member`
+    return accelerator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from lora_lab.errors import ConfigError
-from lora_lab.runtime import children
+from lora_lab.runtime import children, console
 
 _DRIVER = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia"))
 _ASKED = "nvidia-smi"
@@ -19,6 +19,7 @@ _SECONDS = 20  # that nvidia-smi may take; a card that hangs lets it wait for ev
 _HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every card
 _BUILT = re.compile(r"(sm|compute)_(\d+)([a-z]?)")
 _REPEATABLE = (":4096:8", ":16:8")  # workspaces with which cuBLAS sums in one order
+_BFLOAT16 = (8, 0)  # compute capability from which a card multiplies bfloat16
 _BESIDE = 0.25  # GiB of a card that stay free beside what torch takes: workspaces of libraries, and the driver's own
 
 
@@ -104,6 +105,27 @@ def _runs(kind: str, number: int, letter: str, capability: tuple[int, int]) -> b
     if kind == "compute":
         return own <= capability
     return own[0] == capability[0] and own[1] <= capability[1]
+
+
+def check_bfloat16(index: int, trains: bool) -> None:
+    """Refuse to train in bfloat16 on a card that has no units for it: torch would compute it in another way, six to ten times as slowly,
+    without a word.
+
+    Raises:
+        ConfigError: the card is of before 2020 (compute capability below 8.0).
+    """
+    import torch
+
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None or capability >= _BFLOAT16:
+        return
+    name = f"{torch.cuda.get_device_name(index)} (compute capability {capability[0]}.{capability[1]})"
+    if trains:
+        raise ConfigError(
+            f"model.dtype=bfloat16: {name} has no units for it, so each step would take several times as long. Set "
+            "model.dtype=float16, or float32."
+        )
+    console.say("slow", f"{name} has no units for bfloat16, in which this run was trained; hardware=cpu may be as fast")
 
 
 def repeat_exactly() -> None:

@@ -44,6 +44,10 @@ def _pretend(monkeypatch, count=1, capability=(8, 6), built=("sm_80", "sm_90"), 
     return told
 
 
+def _start(hardware, dtype="bfloat16", trains=True):
+    return load.start_device(hardware, dtype, trains)
+
+
 # -- a card that torch cannot use -------------------------------------------------------------------------------------------
 
 
@@ -160,7 +164,7 @@ def test_kernels_repeat_exactly_on_a_card(monkeypatch, deterministic):
     _pretend(monkeypatch)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before afterwards
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    load.start_device(HardwareConfig(device="cuda", deterministic=deterministic))
+    _start(HardwareConfig(device="cuda", deterministic=deterministic))
     assert torch.are_deterministic_algorithms_enabled() is deterministic
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
@@ -173,14 +177,14 @@ def test_a_workspace_that_the_user_chose(monkeypatch, told, refused):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", told)
     if refused:
         with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:8192:4: .*hardware\.deterministic=false"):
-            load.start_device(HardwareConfig(device="cuda"))
+            _start(HardwareConfig(device="cuda"))
         return
-    load.start_device(HardwareConfig(device="cuda"))
+    _start(HardwareConfig(device="cuda"))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == told
 
 
 def test_nothing_is_set_on_the_cpu():
-    load.start_device(HardwareConfig(device="cpu"))
+    _start(HardwareConfig(device="cpu"))
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
@@ -198,7 +202,7 @@ def test_nothing_is_set_on_the_cpu():
 def test_memory_of_a_card_that_is_taken(monkeypatch, capsys, release, asked, taken):
     told = _pretend(monkeypatch)
     monkeypatch.setattr("platform.release", lambda: release)
-    load.start_device(HardwareConfig(device="cuda", deterministic=False, memory_gib=asked))
+    _start(HardwareConfig(device="cuda", deterministic=False, memory_gib=asked))
     assert told == ({} if taken is None else {0: pytest.approx(taken)})
     assert ("of the card" in capsys.readouterr().out) is (taken is not None)
 
@@ -206,18 +210,43 @@ def test_memory_of_a_card_that_is_taken(monkeypatch, capsys, release, asked, tak
 def test_more_memory_than_the_card_has(monkeypatch):
     _pretend(monkeypatch)
     with pytest.raises(ConfigError, match=r"hardware\.memory_gib=24: Card has 12\.0 GiB"):
-        load.start_device(HardwareConfig(device="cuda", deterministic=False, memory_gib=24))
+        _start(HardwareConfig(device="cuda", deterministic=False, memory_gib=24))
 
 
 def test_memory_of_a_card_means_nothing_on_the_cpu():
     with pytest.raises(ConfigError, match=r"hardware\.memory_gib=8: no effect on the CPU"):
-        load.start_device(HardwareConfig(memory_gib=8))
+        _start(HardwareConfig(memory_gib=8))
 
 
 @pytest.mark.parametrize("told", ["hardware.deterministic=false", "hardware.memory_gib=8"])
 def test_settings_of_a_card_are_refused_on_the_cpu(config_of, told):
     with pytest.raises(ConfigError, match=rf"{told}(\.0)?: no effect with hardware\.device=cpu"):
         config_of(told)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "trains", "refused"),
+    [
+        ((7, 5), "bfloat16", True, True),
+        ((7, 0), "bfloat16", True, True),
+        ((7, 5), "bfloat16", False, False),  # a trained run is what it is
+        ((7, 5), "float16", True, False),
+        ((7, 5), "float32", True, False),
+        ((8, 0), "bfloat16", True, False),
+        ((12, 0), "bfloat16", True, False),
+    ],
+)
+def test_bfloat16_is_not_trained_on_a_card_that_emulates_it(monkeypatch, capsys, capability, dtype, trains, refused):
+    _pretend(monkeypatch, capability=capability, built=())
+    hardware = HardwareConfig(device="cuda", deterministic=False)
+    if refused:
+        with pytest.raises(
+            ConfigError, match=r"model\.dtype=bfloat16: Card \(.* 7\.\d\) .*model\.dtype=float16, or float32"
+        ):
+            _start(hardware, dtype, trains)
+        return
+    _start(hardware, dtype, trains)
+    assert ("no units for bfloat16" in capsys.readouterr().out) is (not trains)
 
 
 # -- what torch is told before it starts ------------------------------------------------------------------------------------
