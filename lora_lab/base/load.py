@@ -181,6 +181,18 @@ def _refuse_idle_card(key: str) -> None:
     )
 
 
+def _refuse_for_cards(hardware: HardwareConfig) -> None:
+    """What is told of a card has no effect on the CPU, which `auto` has chosen."""
+    if hardware.memory_gib is not None:
+        raise ConfigError(
+            f"hardware.memory_gib={hardware.memory_gib:g}: no effect on the CPU. Set hardware.memory_gib=null."
+        )
+    if hardware.offload_embeddings:
+        raise ConfigError(
+            "hardware.offload_embeddings=true: no effect on the CPU. Set hardware.offload_embeddings=false."
+        )
+
+
 def start_device(hardware: HardwareConfig, dtype: str, trains: bool) -> torch.device:
     """Make the device ready for a run: threads, kernels that repeat exactly, and how much of a card is taken.
 
@@ -197,10 +209,7 @@ def start_device(hardware: HardwareConfig, dtype: str, trains: bool) -> torch.de
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     if device.type == "cpu":
-        if hardware.memory_gib is not None:
-            raise ConfigError(
-                f"hardware.memory_gib={hardware.memory_gib:g}: no effect on the CPU. Set hardware.memory_gib=null."
-            )
+        _refuse_for_cards(hardware)
         return device
     if dtype == "bfloat16":
         cards.check_bfloat16(device.index, trains)

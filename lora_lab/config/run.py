@@ -276,6 +276,7 @@ def _hardware_contradictions(hardware: HardwareConfig) -> list[str]:
     told = {
         "hardware.deterministic=false": not hardware.deterministic,
         f"hardware.memory_gib={hardware.memory_gib}": hardware.memory_gib is not None,
+        "hardware.offload_embeddings=true": hardware.offload_embeddings,
     }
     return [f"{key}: no effect with hardware.device=cpu. Drop it." for key, given in told.items() if given]
 

@@ -102,6 +102,10 @@ class HardwareConfig:
             description="GPU: take at most this much; null: all of it, under WSL what is free at the start",
         ),
     ] = None
+    offload_embeddings: Annotated[
+        bool,
+        Field(description="GPU: frozen input embeddings stay in main memory, and each pass copies its tokens' rows"),
+    ] = False
 
 
 @section

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import fresh_settings
 from lora_lab.adapters.layers import bypassed, expert_weights, layer_number, tied, towers
-from lora_lab.base import load, published
+from lora_lab.base import embeddings, load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.load import BaseFiles, ModelKind
@@ -109,7 +109,9 @@ def check_adapter(config: RunConfig, base: BaseFiles, model: PreTrainedModel, ki
     """
     targets = config.adapter.targets(model, kind.whole)
     _check_quant(config, base)
-    fresh_settings(model, config.adapter, kind)
+    settings = fresh_settings(model, config.adapter, kind)
+    if config.hardware.offload_embeddings:
+        embeddings.check(model, {*targets, *kind.whole}, settings)
     if config.speed.prefix_cache and min((layer_number(name) or 0 for name in targets), default=0) == 0:
         raise ConfigError(
             "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "

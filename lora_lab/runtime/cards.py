@@ -143,7 +143,8 @@ def repeat_exactly() -> None:
             "hardware.deterministic=false."
         )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was never written
+    # nothing here reads what was never written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def on_wsl() -> bool:

@@ -102,7 +102,7 @@ def test_resume_is_exact_in_float16(config_of, tmp_path, eval_file, monkeypatch,
     state = json.loads(next((tmp_path / "whole/checkpoints").glob("step-12/state.json")).read_text())["member"]
     assert state["loss_scale"] >= 1
     assert len(losses_of(tmp_path / "whole")) == 12  # none is skipped
-    for micro_batch in (0, 16):
+    for micro_batch in (16,):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             stop_at(patch, micro_batch)
             start(f"stopped{micro_batch}")
