@@ -60,7 +60,7 @@ class CohortLauncher(Launcher):
 
 
 _TARGET = "hydra_plugins.lora_lab_launcher.launcher.CohortLauncher"
-_CHOICES: dict[str, dict] = {
+_CHOICES: dict[str, dict[str, object]] = {
     "cohort": {},
     "cohort_local": {"executor": "local", "workers": None, "parameters": {"timeout_min": 10000}},
     "cohort_slurm": {"executor": "slurm", "workers": 4, "parameters": {"timeout_min": 600, "gpus_per_node": 1}},

@@ -86,6 +86,6 @@ def offload(model: PreTrainedModel) -> None:
         if type(module) is nn.Embedding and module.weight is weight:  # an encoder-decoder has several
             del module.weight
             module.__class__ = HostEmbedding
-            module.held = held  # type: ignore[attr-defined]
+            module.held = held  # type: ignore[assignment]
             # transformers reads a model's type and device from its first parameter
             module.register_parameter("place", nn.Parameter(weight.new_empty(0), requires_grad=False))
