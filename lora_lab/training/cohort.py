@@ -110,10 +110,6 @@ class Member:
             value.nbytes for value in [*states, *kept]
         )
 
-    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss as the backward pass starts from it."""
-        return loss if self.state.loss_scale is None else loss * self.state.loss_scale
-
     def unscale(self) -> None:
         """Give the gradients their own size again; scales are powers of two, so this is exact."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
@@ -172,10 +168,16 @@ class Share:
     batches: StepBatches[Any]
     weight: float  # what the losses of all its batches are divided by
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
+    scale: float = 1.0  # what the loss is multiplied by before the backward pass, see `State.loss_scale`
     loss: float = 0.0  # weighted sum
     tokens: int = 0
     supervised: int = 0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)  # weighted sums
+
+    def as_learned(self, loss: torch.Tensor) -> torch.Tensor:
+        """A weighted sum of losses as the backward pass starts from it."""
+        mean = loss / self.weight
+        return mean if self.scale == 1 else mean * self.scale
 
     def add(self, tokens: int, found: LossSum) -> None:
         """Count what a batch gave."""
@@ -217,7 +219,8 @@ def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Ac
     with accelerator.autocast():
         batches = member.task.step(member.model, parts, np.random.default_rng(seed))
     generator = None if alone else torch.Generator(member.model.device).manual_seed(seed)
-    return Share(member, parts, batches, ranks.sum(batches.weight), generator)
+    scale = member.state.loss_scale or 1.0
+    return Share(member, parts, batches, ranks.sum(batches.weight), generator, scale)
 
 
 def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:
@@ -239,9 +242,7 @@ def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None
                 found = task.losses_of_members(model, batches)
             else:
                 found = [task.loss(model, batches[0], train.rdrop_alpha).without_logits()]  # gradients need the room
-        accelerator.backward(
-            sum(part.member.scaled(one.loss / part.weight) for one, part in zip(found, shares, strict=True))
-        )
+        accelerator.backward(sum(part.as_learned(one.loss) for one, part in zip(found, shares, strict=True)))
         return found
 
     if routes:

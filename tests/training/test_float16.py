@@ -71,12 +71,12 @@ def test_a_step_whose_gradient_overflows_is_made_again(config_of, tmp_path, monk
 def test_gradients_that_are_too_small_without_a_scale(config_of, tmp_path, monkeypatch):
     """Of a loss that is far smaller than the numbers which float16 has."""
     told = ("train.max_steps=2", "optim.max_grad_norm=null", "optim.eps=1e-16", "speed=plain")
-    scaled = cohort.Member.scaled
+    as_learned = cohort.Share.as_learned
     gaps = {}
     for scale in (2.0**16, 1.0):
         monkeypatch.setattr(cohort, "_LOSS_SCALE", scale)
         with monkeypatch.context() as patch:
-            patch.setattr(cohort.Member, "scaled", lambda self, loss: scaled(self, loss) * 2.0**-14)
+            patch.setattr(cohort.Share, "as_learned", lambda self, loss: as_learned(self, loss) * 2.0**-14)
             exact, _ = train_once(config_of(*told), tmp_path / f"{scale}-a")
             found, _ = train_once(config_of(*told, FLOAT16), tmp_path / f"{scale}-b")
         gaps[scale] = relative_gap(found, exact)
