@@ -252,7 +252,9 @@ def _gradient_norm(one: Share) -> torch.Tensor:
 
 def _again_with_less(one: Share, norm: torch.Tensor) -> bool:
     """Whether the gradient alone is too large, and only because of the loss's scale, which is lowered: the step is made again."""
-    if norm.isfinite() or not math.isfinite(one.loss) or not one.member.lower_scale():
+    if one.member.state.loss_scale is None or not math.isfinite(one.loss):
+        return False  # before the card is waited for
+    if norm.isfinite() or not one.member.lower_scale():
         return False
     one.member.optimizer.zero_grad()
     scale = one.member.state.loss_scale
