@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # help, version, or a wrong option: argparse has printed it
         raise SystemExit(_written(int(done.code or 0), needed=True)) from None
     signals.install()
+    environment.before_torch()
     return _written(_run(args), needed=VERBS[args.verb].output_is_all)
 
 
@@ -115,6 +116,11 @@ def _of_machine(error: Exception) -> str | None:
         return f"{where or 'the system'}: {error.strerror or error}."
     if isinstance(error, RecursionError):
         return "a value or a file is nested too deep to be read. Make it flatter."
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        return (
+            f"CUDA cannot compute this in a way that repeats exactly ({str(error).partition(',')[0]}). Set hardware.deterministic=false; "
+            "what is resumed is then equal up to rounding."
+        )
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return (
             f"memory ran out ({str(error).partition(chr(10))[0] or 'no room'}). Set a smaller data.max_tokens or "

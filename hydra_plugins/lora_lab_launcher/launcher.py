@@ -23,7 +23,7 @@ class CohortLauncher(Launcher):
         """
         Args:
             executor: of submitit; None: train here.
-            workers: cohorts at the same time.
+            workers: cohorts at the same time; None: one for each card of this machine, or two on its CPU.
             parameters: submitit's own.
         """
         self.nodes = executor and {"executor": executor, "workers": workers, "parameters": dict(parameters or {})}
@@ -60,9 +60,9 @@ class CohortLauncher(Launcher):
 
 
 _TARGET = "hydra_plugins.lora_lab_launcher.launcher.CohortLauncher"
-_CHOICES = {
+_CHOICES: dict[str, dict[str, object]] = {
     "cohort": {},
-    "cohort_local": {"executor": "local", "workers": 2, "parameters": {"timeout_min": 10000}},
+    "cohort_local": {"executor": "local", "workers": None, "parameters": {"timeout_min": 10000}},
     "cohort_slurm": {"executor": "slurm", "workers": 4, "parameters": {"timeout_min": 600, "gpus_per_node": 1}},
 }
 for _name, _settings in _CHOICES.items():

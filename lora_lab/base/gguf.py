@@ -49,8 +49,8 @@ def to_safetensors(file: Path, reader: int = READER, dtype: str = "bfloat16") ->
 
     Args:
         reader: see `tokenizer.READER`; 1: transformers' own tokenizer, which leaves most of `tokenizer.ggml.pre` aside.
-        dtype: that the run computes in. float32: the weights are stored as they are in the file, in float32; else rounded to bfloat16,
-            in half the space. Each has an entry of its own in the cache.
+        dtype: that the run computes in. bfloat16: the weights are rounded to it, in half the space; else stored as they are in the file, in
+            float32. Each has an entry of its own in the cache.
 
     Raises:
         BaseModelError: the file is not GGUF, is cut, holds an architecture that transformers cannot read, or splits texts in a way that
@@ -58,7 +58,7 @@ def to_safetensors(file: Path, reader: int = READER, dtype: str = "bfloat16") ->
     """
     check_file(file, BaseModelError, None)
     told = read_head(file)
-    exact = dtype == "float32" and reader >= NUMBERS_AS_WRITTEN
+    exact = dtype != "bfloat16" and reader >= NUMBERS_AS_WRITTEN
     kept = f"{min(reader, TOKENS_AS_WRITTEN)}{'-float32' if exact else ''}"
     folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{kept}"
     try:

@@ -16,7 +16,7 @@ from lora_lab.base.tokenizer import READER, read_tokenizer
 from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.config.train import HardwareConfig
 from lora_lab.errors import BaseModelError, ConfigError, LoraLabError
-from lora_lab.runtime import console
+from lora_lab.runtime import cards, console
 
 if TYPE_CHECKING:
     import torch
@@ -144,22 +144,81 @@ def torch_device(hardware: HardwareConfig) -> torch.device:
     """The device that `hardware.device` names.
 
     Raises:
-        ConfigError: CUDA is asked for and torch has none.
+        ConfigError: CUDA is asked for and torch has none, or torch cannot use a card that is there.
     """
     import torch
 
-    name = hardware.device
+    name, key = hardware.device, f"hardware.device={hardware.device}"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"hardware.device={hardware.device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
-                "devices. Use hardware=cpu, or install a CUDA build of torch."
-            )
-        name = f"cuda:{index}"
-    return torch.device(name)
+        if not torch.cuda.is_available():
+            _refuse_idle_card(key)
+            return torch.device("cpu")
+        name = "cuda"
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError(
+            f"{key}: no CUDA device can be used ({cards.why_unusable()}). Use hardware=cpu, or install a CUDA build of torch and a "
+            "driver that fits it."
+        )
+    if index >= count:
+        raise ConfigError(
+            f"{key}: torch {torch.__version__} sees {count} CUDA devices, numbered from 0. Use hardware.device=cuda:{count - 1}."
+        )
+    cards.check_architecture(key, index)
+    return torch.device(f"cuda:{index}")
+
+
+def _refuse_idle_card(key: str) -> None:
+    """A card that is there and is not used would make a run slower by orders of magnitude, without a word."""
+    sign = cards.sign()
+    if sign is None:
+        return
+    raise ConfigError(
+        f"{key}: {sign}, but no card can be used ({cards.why_unusable()}). Install a torch and a driver that fit each other, or set "
+        "hardware=cpu to train on the CPU."
+    )
+
+
+def _refuse_for_cards(hardware: HardwareConfig) -> None:
+    """What is told of a card has no effect on the CPU, which `auto` has chosen."""
+    if hardware.memory_gib is not None:
+        raise ConfigError(
+            f"hardware.memory_gib={hardware.memory_gib:g}: no effect on the CPU. Set hardware.memory_gib=null."
+        )
+    if hardware.offload_embeddings:
+        raise ConfigError(
+            "hardware.offload_embeddings=true: no effect on the CPU. Set hardware.offload_embeddings=false."
+        )
+
+
+def start_device(hardware: HardwareConfig, dtype: str, trains: bool) -> torch.device:
+    """Make the device ready for a run: threads, kernels that repeat exactly, and how much of a card is taken.
+
+    Args:
+        dtype: that the run computes in.
+        trains: whether it is a run that begins or goes on; a trained one is what it is.
+
+    Raises:
+        ConfigError: as `torch_device`; also what is asked of a device that cannot give it.
+    """
+    import torch
+
+    device = torch_device(hardware)
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    if device.type == "cpu":
+        _refuse_for_cards(hardware)
+        return device
+    if dtype == "bfloat16":
+        cards.check_bfloat16(device.index, trains)
+    if hardware.deterministic:
+        cards.repeat_exactly()
+    capped = cards.cap_memory(device.index, hardware.memory_gib)
+    if capped is not None:
+        console.say("memory", f"at most {capped:.1f} GiB of the card are taken")
+    return device
 
 
 def skeleton(folder: Path, kind: ModelKind, dtype: str | None = None) -> PreTrainedModel:
@@ -380,7 +439,18 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     weight_only.own_products(model)
+    if dtype == "float16":
+        _refuse_infinite(files, model)
     return model.requires_grad_(False).eval()
+
+
+def _refuse_infinite(files: BaseFiles, model: PreTrainedModel) -> None:
+    """float16 ends at 65504, far below the other types: a weight beyond it has become infinite."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise BaseModelError(
+                f"model.path={files.name}: {name} holds numbers beyond what float16 can (65504). Use bfloat16, or float32."
+            )
 
 
 def _describe_published(config: PretrainedConfig, quantization: BitsAndBytesConfig | TorchAoConfig) -> None:

@@ -26,20 +26,18 @@ TARGETS = {
     ),
 }
 _COUNT = ("an integer, at least 1", lambda value: type(value) is int and value >= 1)
+_COUNT_OR_NULL = ("an integer, at least 1, or null", lambda value: value is None or _COUNT[1](value))
 _TEXT = ("a folder's name", lambda value: isinstance(value, str) and value.strip() != "")
 # key -> what its value must be
 KEYS = {
     "hydra.sweep.dir": _TEXT,
     "hydra.sweep.subdir": _TEXT,
-    "hydra.launcher.workers": _COUNT,
+    "hydra.launcher.workers": _COUNT_OR_NULL,
     "hydra.sweeper.trials": _COUNT,
     "hydra.sweeper.batch": _COUNT,
     "hydra.sweeper.sampler": ("one that is known; there are tpe and random", lambda value: value in ("tpe", "random")),
     "hydra.sweeper.seed": ("an integer from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
-    "hydra.sweeper.max_batch_size": (
-        "an integer, at least 1, or null",
-        lambda value: value is None or _COUNT[1](value),
-    ),
+    "hydra.sweeper.max_batch_size": _COUNT_OR_NULL,
 }
 # Of submitit's parameters those that no shell reads. The others (setup, srun_args, python, ...) can hold commands, so they are
 # the command line's.

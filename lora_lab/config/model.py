@@ -13,7 +13,13 @@ class ModelConfig:
 
     path: Annotated[str, Field(description="folder, .gguf file, hub id (owner/name) or package:<import name>/<path>")]
     revision: Annotated[str | None, Field(description="branch, tag or commit on the hub")] = None
-    dtype: Annotated[Literal["bfloat16", "float32"], Field(description="type of the unquantized weights")] = "bfloat16"
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        Field(
+            description="type of the unquantized weights, and what is computed in; float16: for cards without bfloat16 (T4, RTX 20, "
+            "V100), with a scaled loss"
+        ),
+    ] = "bfloat16"
 
 
 @section

@@ -154,6 +154,7 @@ def contradictions(config: RunConfig) -> list[str]:
         found += [
             f"speed.prefix_cache=true: not with {why}. Drop one of the two." for why, given in reasons.items() if given
         ]
+    found += _hardware_contradictions(config.hardware)
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         found.append(
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
@@ -267,6 +268,17 @@ def _merge_contradictions(merge: MergeConfig) -> list[str]:
     if merge.weights is not None and merge.search_trials:
         found.append("merge.weights: merge.search_trials searches for them. Drop one of the two.")
     return found
+
+
+def _hardware_contradictions(hardware: HardwareConfig) -> list[str]:
+    if hardware.device != "cpu":
+        return []
+    told = {
+        "hardware.deterministic=false": not hardware.deterministic,
+        f"hardware.memory_gib={hardware.memory_gib}": hardware.memory_gib is not None,
+        "hardware.offload_embeddings=true": hardware.offload_embeddings,
+    }
+    return [f"{key}: no effect with hardware.device=cpu. Drop it." for key, given in told.items() if given]
 
 
 def _task_contradictions(config: RunConfig) -> list[str]:

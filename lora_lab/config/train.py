@@ -88,6 +88,24 @@ class HardwareConfig:
         "auto"
     )
     threads: Annotated[int | None, Field(ge=1, le=1024, description="CPU threads; null: torch's choice")] = None
+    deterministic: Annotated[
+        bool,
+        Field(
+            description="GPU: kernels that give the same bits each time, so that a resumed run does too; false: faster"
+        ),
+    ] = True
+    memory_gib: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1024,
+            description="GPU: take at most this much; null: all of it, under WSL what is free at the start",
+        ),
+    ] = None
+    offload_embeddings: Annotated[
+        bool,
+        Field(description="GPU: frozen input embeddings stay in main memory, and each pass copies its tokens' rows"),
+    ] = False
 
 
 @section

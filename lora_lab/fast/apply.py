@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
+_ROUNDING = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+    torch.float16: 1e-2,
+}  # how far the outputs may move, as a share of their norm
 _STEPS = ("fused_mlp", "fused_projections", "fused_norms", "last_layer_rows", "prefix_cache")  # in this order
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
@@ -198,7 +202,10 @@ def _outcome(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
     parameters = trainable(model)
     gradients: dict[str, torch.Tensor] = {}
     if output.requires_grad:
-        found = torch.autograd.grad(output.float().square().mean(), list(parameters.values()), allow_unused=True)
+        scale = 2**12 if base_of(model).dtype == torch.float16 else 1  # smaller gradients would be lost
+        found = torch.autograd.grad(
+            output.float().square().mean() * scale, list(parameters.values()), allow_unused=True
+        )
         gradients = {name: one for name, one in zip(parameters, found, strict=True) if one is not None}
     return _Outcome(output.detach(), gradients, _ROUNDING[base_of(model).dtype])
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # How much logits may move, as a share of their norm, for another reason than rows seeing each other. Measured on
 # SmolLM2-135M: 0.0 in bfloat16 and NF4, 0.06 in int8 (LLM.int8() chooses its outlier columns per batch); a real leak
 # moves them by 0.13 or more.
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, "int8": 0.1}
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, "int8": 0.1}
 
 _SPREAD = 4  # rows of different lengths that are padded to see what that changes
 

@@ -413,7 +413,10 @@ def _set_mode(model: PeftModel, learn: bool) -> None:
 
 
 def _autocast(config: RunConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+    dtype = config.model.dtype
+    return torch.autocast(
+        "cpu", torch.bfloat16 if dtype == "float32" else getattr(torch, dtype), enabled=dtype != "float32"
+    )
 
 
 def _accelerate(

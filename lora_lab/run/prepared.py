@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import fresh_settings
 from lora_lab.adapters.layers import bypassed, expert_weights, layer_number, tied, towers
-from lora_lab.base import load, published
+from lora_lab.base import embeddings, load, published
 from lora_lab.base.fingerprint import companions
 from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.load import BaseFiles, ModelKind
@@ -109,7 +109,9 @@ def check_adapter(config: RunConfig, base: BaseFiles, model: PreTrainedModel, ki
     """
     targets = config.adapter.targets(model, kind.whole)
     _check_quant(config, base)
-    fresh_settings(model, config.adapter, kind)
+    settings = fresh_settings(model, config.adapter, kind)
+    if config.hardware.offload_embeddings:
+        embeddings.check(model, {*targets, *kind.whole}, settings)
     if config.speed.prefix_cache and min((layer_number(name) or 0 for name in targets), default=0) == 0:
         raise ConfigError(
             "speed.prefix_cache=true: the first layer is adapted, so there is nothing before it to keep. Adapt upper layers "
@@ -252,9 +254,7 @@ def prepare(
     """
     stages = Stages()
     tracking.tracker_name(config.tracker)
-    device = load.torch_device(config.hardware)
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
+    device = load.start_device(config.hardware, config.model.dtype, trains=trained is None)
     learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
         found = find_base(config, _recorded_base(trained or begun))
@@ -315,11 +315,28 @@ def assemble(
     config: RunConfig, found: ResolvedBase, data: build.Data, task: AnyTask, device: torch.device, stages: Stages
 ) -> Setup:
     """Put together what was found."""
-    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no"
+    return Setup(
+        config,
+        found.base,
+        found.kind,
+        found.encoder,
+        task,
+        data,
+        device,
+        _accelerator(config.model.dtype, device),
+        stages,
     )
-    return Setup(config, found.base, found.kind, found.encoder, task, data, device, accelerator, stages)
+
+
+def _accelerator(dtype: str, device: torch.device) -> Accelerator:
+    """What computes in a run's precision on its device."""
+    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
+    precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[dtype]
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    if dtype == "float16":
+        accelerator.native_amp = True  # accelerate knows float16 on cards only
+        accelerator.scaler = None  # each member scales its own loss, see `cohort.Member`
+    return accelerator
 
 
 @dataclasses.dataclass(frozen=True)

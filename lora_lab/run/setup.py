@@ -21,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters.attach import attach, attach_trained, beside, coverage, fresh_settings, without_adapter
 from lora_lab.adapters.beginnings import Given
-from lora_lab.base import load
+from lora_lab.base import embeddings, load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
@@ -138,6 +138,8 @@ class Setup:
         config = self.config
         with self.stages("load_base"):
             first = load.load_model(self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed)
+            if config.hardware.offload_embeddings:
+                embeddings.offload(first)
             return [first, *(beside(first) for _ in range(count - 1))]
 
     def for_other(self, config: RunConfig) -> Setup:

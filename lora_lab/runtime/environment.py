@@ -1,5 +1,5 @@
-"""What the environment says: which launcher started this process, and secrets, of which none may stand in a configuration, because
-configurations are shown and saved with the run."""
+"""What the environment says: which launcher started this process, what torch reads when it starts, and secrets, of which none may
+stand in a configuration, because configurations are shown and saved with the run."""
 
 from __future__ import annotations
 
@@ -66,6 +66,17 @@ def _without(text: str, known: dict[str, str]) -> str:
     for content in sorted(known, key=len, reverse=True):
         text = text.replace(content, f"${known[content]}")
     return text
+
+
+# What tells torch's allocator about its blocks; from torch 2.9 on the first name, which is for every device
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def before_torch() -> None:
+    """Say to torch, before it starts, what suits rows of many lengths: blocks of GPU memory that grow, instead of new ones beside
+    those that are a little too small. What the user says of the allocator holds instead."""
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def refuse_several_processes() -> None:

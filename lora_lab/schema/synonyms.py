@@ -42,7 +42,7 @@ KEYS: dict[str, str] = {
     "grad_accum": "train.micro_batch_size=M train.batch_size={}*M, which counts the sequences of a whole step",
     "batch_size": "train.batch_size", "train_batch_size": "train.batch_size", "global_batch_size": "train.batch_size", "bs": "train.batch_size",
     # numbers and memory
-    "bf16": "model.dtype=bfloat16", "fp16": "model.dtype=bfloat16", "fp32": "model.dtype=float32", "torch_dtype": "model.dtype",
+    "bf16": "model.dtype=bfloat16", "fp16": "model.dtype=float16", "fp32": "model.dtype=float32", "torch_dtype": "model.dtype",
     "dtype": "model.dtype", "precision": "model.dtype", "mixed_precision": "model.dtype", "tf32": "model.dtype",
     "gradient_checkpointing": "train.gradient_checkpointing", "use_gradient_checkpointing": "train.gradient_checkpointing",
     "packing": "train.packing", "sample_packing": "train.packing", "neftune_noise_alpha": "train.neftune_alpha",

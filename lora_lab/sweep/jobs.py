@@ -100,7 +100,7 @@ class Nodes:
     """Where cohorts are trained: submitit's `slurm`, or `local` for processes of this machine."""
 
     executor: str
-    workers: int  # at the same time
+    workers: int | None  # at the same time; None: one for each card, or two on the CPU
     parameters: dict[str, Any]  # submitit's own, such as slurm_partition, timeout_min, gpus_per_node
 
 

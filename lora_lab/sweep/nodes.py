@@ -1,30 +1,37 @@
 """Cohorts on other machines: each is a `lora-lab resume` of some of a sweep's runs, submitted through submitit.
 
 The runs' folders, on a disk that all nodes share, are all that is passed: what to train stands in `config.yaml`, what came of it
-in `result.json` or `failed.json`. (submitit itself keeps the command line in a pickle of its own, in `DIR/nodes`.)
+in `result.json` or `failed.json`. (submitit itself keeps the command line in a pickle of its own, in `DIR/nodes`.) Processes of this
+machine get one card each.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from lora_lab.base import load
 from lora_lab.errors import ConfigError, RunError
-from lora_lab.runtime import console
+from lora_lab.runtime import cards, console
 from lora_lab.sweep import cohort
 from lora_lab.sweep.jobs import Job, Nodes, groups
+
+_ON_CPU = 2  # workers, where nothing says how many
+_OF_CARDS = {"gpus_per_node", "visible_gpus"}  # what submitit would choose cards by: the same ones for every worker
 
 
 def train(jobs: list[Job], nodes: Nodes) -> None:
     """Train all jobs that are not finished, in at most so many parts at once.
 
     Raises:
-        ConfigError: submitit is not installed, or refuses its parameters.
+        ConfigError: submitit is not installed, or refuses its parameters; or there is no card for each worker.
     """
     try:
         import submitit
     except ImportError as error:
         raise ConfigError("hydra/launcher=cohort_slurm: needs submitit. pip install 'lora-lab[slurm]'") from error
+    own = _cards(jobs, nodes)
     waiting = cohort.opened(jobs)
     if not waiting:
         return
@@ -35,16 +42,50 @@ def train(jobs: list[Job], nodes: Nodes) -> None:
     except (NameError, TypeError, ValueError) as error:
         raise ConfigError(f"hydra.launcher.parameters: submitit refuses them ({error}).") from error
     submitted = []
-    for part in parts(waiting, nodes.workers):
+    for place, part in enumerate(parts(waiting, nodes.workers or len(own) or _ON_CPU)):
         names = ",".join(job.run.path.name for job in part)
         command = [sys.executable, "-m", "lora_lab", "resume", f"sweep={folder}", f"members={names}"]
+        if own:  # submitit's local executor hides all cards, and its pickle is no place for the whole environment
+            command = ["env", f"CUDA_VISIBLE_DEVICES={own[place]}", *command]
         submitted.append((part, engine.submit(submitit.helpers.CommandFunction(command, verbose=False))))
-        console.say("node", f"{submitted[-1][1].job_id}: runs {names}")
+        where = f", on card {own[place]}" if own else ""
+        console.say("node", f"{submitted[-1][1].job_id}: runs {names}{where}")
     for part, task in submitted:
         try:
             task.result()
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
             _collect(part, task)
+
+
+def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
+    """The card of each process of this machine; none where the runs use none, or where a scheduler hands them out.
+
+    Raises:
+        ConfigError: there are fewer cards than workers, or a run names a card that its worker would not see.
+    """
+    if nodes.executor != "local":
+        return []
+    if told := sorted(_OF_CARDS & nodes.parameters.keys()):
+        raise ConfigError(
+            f"hydra.launcher.parameters.{told[0]}: each worker of hydra/launcher=cohort_local gets one card. Drop it; hydra.launcher.workers "
+            "says how many there are."
+        )
+    used = {job.config.hardware.device: load.torch_device(job.config.hardware) for job in jobs}
+    named = [key for key in used if ":" in key]
+    if named:
+        raise ConfigError(
+            f"hardware.device={named[0]}: each worker of hydra/launcher=cohort_local gets a card of its own. Set hardware.device=cuda; "
+            "CUDA_VISIBLE_DEVICES chooses among the cards."
+        )
+    if all(device.type == "cpu" for device in used.values()):
+        return []
+    found = cards.visible()
+    if nodes.workers is not None and nodes.workers > len(found):
+        raise ConfigError(
+            f"hydra.launcher.workers={nodes.workers}: each worker trains on a card of its own, and this machine has {len(found)}. Set "
+            f"hydra.launcher.workers={len(found)}, or leave it out."
+        )
+    return found
 
 
 def _collect(part: list[Job], task: Any) -> None:

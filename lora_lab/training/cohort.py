@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from lora_lab.tasks.base import AnyTask, EvalResult, LossSum, StepBatches
 
 
+# As torch.amp.GradScaler has them; there the scale has no end
+_LOSS_SCALE, _STEPS_AT_SCALE, _MOST_SCALE = 2.0**16, 2000, 2.0**24
+
+
 @dataclasses.dataclass
 class State:
     """Where a member stands; plain numbers, saved with every checkpoint."""
@@ -50,6 +54,8 @@ class State:
     micro_batch_size: int | None = None  # these three: what a lack of memory led to, see oom.py
     checkpointing: bool = False
     offloading: bool = False
+    loss_scale: float | None = None  # what the loss is multiplied by, so that no gradient is too small for float16
+    steps_at_scale: int = 0  # since it was changed
     best_lost: int | None = None  # the step of the best checkpoint that was found damaged, so that another had to do
 
 
@@ -86,7 +92,7 @@ class Member:
         self.total_steps = self.plan.total_steps(config.train.epochs, config.train.max_steps)
         self.optimizer = build_optimizer(config.optim, self.parameters, config.adapter.second_factor)
         self.schedule = build_schedule(config.optim, self.optimizer, self.total_steps)
-        self.state = State()
+        self.state = State(loss_scale=_LOSS_SCALE if config.model.dtype == "float16" else None)
         self.stop_at = self.total_steps  # where it rests, which may be before its end
         self.failure: Exception | None = None
         self.measured: EvalResult | None = None  # its adapter as it is, if it was measured at the last step
@@ -103,6 +109,28 @@ class Member:
         return 2 * sum(parameter.nbytes for parameter in self.parameters.values()) + sum(
             value.nbytes for value in [*states, *kept]
         )
+
+    def unscale(self) -> None:
+        """Give the gradients their own size again; scales are powers of two, so this is exact."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        if self.state.loss_scale is not None and gradients:
+            torch._foreach_mul_(gradients, 1 / self.state.loss_scale)
+
+    def lower_scale(self) -> bool:
+        """Halve the loss's scale, because a gradient was too large for float16; whether there was anything to halve."""
+        scale = self.state.loss_scale
+        if scale is None or scale <= 1:
+            return False
+        self.state.loss_scale, self.state.steps_at_scale = scale / 2, 0
+        return True
+
+    def raise_scale(self) -> None:
+        """After a step whose gradients were finite: double the scale once enough of them were."""
+        if self.state.loss_scale is None:
+            return
+        self.state.steps_at_scale += 1
+        if self.state.steps_at_scale == _STEPS_AT_SCALE:
+            self.state.loss_scale, self.state.steps_at_scale = min(2 * self.state.loss_scale, _MOST_SCALE), 0
 
     @property
     def coming(self) -> Step:
@@ -140,10 +168,16 @@ class Share:
     batches: StepBatches[Any]
     weight: float  # what the losses of all its batches are divided by
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
+    scale: float = 1.0  # what the loss is multiplied by before the backward pass, see `State.loss_scale`
     loss: float = 0.0  # weighted sum
     tokens: int = 0
     supervised: int = 0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)  # weighted sums
+
+    def as_learned(self, loss: torch.Tensor) -> torch.Tensor:
+        """A weighted sum of losses as the backward pass starts from it."""
+        mean = loss / self.weight
+        return mean if self.scale == 1 else mean * self.scale
 
     def add(self, tokens: int, found: LossSum) -> None:
         """Count what a batch gave."""
@@ -185,7 +219,8 @@ def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Ac
     with accelerator.autocast():
         batches = member.task.step(member.model, parts, np.random.default_rng(seed))
     generator = None if alone else torch.Generator(member.model.device).manual_seed(seed)
-    return Share(member, parts, batches, ranks.sum(batches.weight), generator)
+    scale = member.state.loss_scale or 1.0
+    return Share(member, parts, batches, ranks.sum(batches.weight), generator, scale)
 
 
 def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:
@@ -207,7 +242,7 @@ def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None
                 found = task.losses_of_members(model, batches)
             else:
                 found = [task.loss(model, batches[0], train.rdrop_alpha).without_logits()]  # gradients need the room
-        accelerator.backward(sum(one.loss / part.weight for one, part in zip(found, shares, strict=True)))
+        accelerator.backward(sum(part.as_learned(one.loss) for one, part in zip(found, shares, strict=True)))
         return found
 
     if routes:

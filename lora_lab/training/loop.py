@@ -165,6 +165,9 @@ def _step(members: list[Member], loop: Loop) -> None:
         with _left_out_if_it_fails(one.member, loop):
             started = time.perf_counter()
             norm = _gradient_norm(one)
+            if _again_with_less(one, norm):
+                _step([one.member], loop)
+                continue
             _check(one, norm, loop)
             _clip(one, norm)
             lr = _update(one)
@@ -241,9 +244,25 @@ def _gradient_norm(one: Share) -> torch.Tensor:
     """The norm of all of a member's gradients together, with what its adapter adds to them; of all processes' if there are several."""
     member = one.member
     ranks.sum_gradients(member.parameters.values())
+    member.unscale()
     if one.tokens:
         member.config.adapter.before_update(member.coming)
     return get_total_norm([p.grad for p in member.parameters.values() if p.grad is not None])
+
+
+def _again_with_less(one: Share, norm: torch.Tensor) -> bool:
+    """Whether the gradient alone is too large, and only because of the loss's scale, which is lowered: the step is made again."""
+    if one.member.state.loss_scale is None or not math.isfinite(one.loss):
+        return False  # before the card is waited for
+    if norm.isfinite() or not one.member.lower_scale():
+        return False
+    one.member.optimizer.zero_grad()
+    scale = one.member.state.loss_scale
+    console.say(
+        "float16",
+        f"step {one.member.state.step + 1}: a gradient is beyond float16; made again, the loss times {scale:g}",
+    )
+    return True
 
 
 def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
@@ -288,6 +307,7 @@ def _update(one: Share) -> float:
     if one.tokens:
         member.optimizer.step()
         member.config.adapter.after_update(member.coming)
+        member.raise_scale()
         member.measured = None
     member.schedule.step()
     member.optimizer.zero_grad()

@@ -98,7 +98,9 @@ def _adversarial(gradient: torch.Tensor, epsilon: float, batch: Batch) -> torch.
     squares = gradient.float().square().sum(-1)  # [B, T]
     if isinstance(batch, PackedBatch):
         owner = torch.repeat_interleave(
-            torch.arange(len(batch.lengths), device=squares.device), torch.tensor(batch.lengths, device=squares.device)
+            torch.arange(len(batch.lengths), device=squares.device),
+            torch.tensor(batch.lengths, device=squares.device),
+            output_size=squares.shape[1],  # without it a GPU is waited for
         )
         norms = (
             torch.zeros(len(batch.lengths), device=squares.device).index_add(0, owner, squares[0]).sqrt()[owner][None]
@@ -115,4 +117,4 @@ def _lengths(batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
         own = mask if embedded.shape[1] == mask.shape[1] else torch.ones(embedded.shape[:2], device=embedded.device)
         return own.sum(1)[:, None, None].float()
     lengths = torch.tensor(batch.lengths, device=embedded.device)
-    return torch.repeat_interleave(lengths, lengths)[None, :, None].float()
+    return torch.repeat_interleave(lengths, lengths, output_size=embedded.shape[1])[None, :, None].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # How far gradients of a shared pass may be from those of a pass alone, as a share of their norm. bfloat16: 0.02 to 0.035 were
 # measured on rows of 48 tokens; one token that reaches the wrong member moves them by about 1 / sqrt(48) = 0.14.
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 def reason_against(members: Sequence[Member]) -> str:
@@ -69,7 +70,10 @@ def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accel
             learn(shares, 0, accelerator)
             return [_taken(member) for member in own]
 
+    states = [dataclasses.replace(member.state) for member in members]
     together = gradients(range(len(members)))
+    while not all(found.isfinite().all() for found in together) and all(member.lower_scale() for member in members):
+        together = gradients(range(len(members)))  # so few tokens can be too much for float16
     limit = _ROUNDING[base_of(members[0].model).dtype]
     for place, (member, found) in enumerate(zip(members, together, strict=True)):
         [alone] = gradients([place])
@@ -79,6 +83,8 @@ def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accel
                 f"sweep.execution=batched: a shared pass changes the gradients of {member.run.path} by {gap:.1e} of their norm "
                 f"(allowed: {limit:.0e}). Set sweep.execution=interleaved."
             )
+    for member, state in zip(members, states, strict=True):
+        member.state = state  # a resumed run goes on with the scale that it had
 
 
 def _taken(member: Member) -> torch.Tensor:

@@ -72,6 +72,7 @@ def test_a_card_has_its_settings(gib, rows):
     assert config.hardware.device == "cuda"
     assert config.train.gradient_checkpointing
     assert config.train.micro_batch_size == rows
+    assert config.optim.name == ("adamw_8bit" if gib == 8 else "adamw")
     mine = compose.compose(["data.train=t.jsonl", f"hardware=gpu_{gib}gb", "train.micro_batch_size=3"])
     assert mine.train.micro_batch_size == 3
 

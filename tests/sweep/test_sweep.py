@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from lora_lab import cli
 from lora_lab.config import compose
-from lora_lab.errors import RunError, TrainingError
+from lora_lab.errors import ConfigError, RunError, TrainingError
 from lora_lab.run import pipeline
 from lora_lab.runtime import storage
 from lora_lab.sweep import cohort, halving, jobs, nodes, ranking
@@ -591,6 +592,59 @@ def test_cohorts_train_on_two_workers(overrides, eval_file, tmp_path, capsys, mo
         assert_same_run(tmp_path / "nodes" / name, tmp_path / "here" / name)
     here, there = (json.loads((tmp_path / name / "ranking.json").read_text()) for name in ("here", "nodes"))
     assert [place["name"] for place in here["ranking"]] == [place["name"] for place in there["ranking"]]
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    """torch's answers on a machine with two cards."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+
+
+@pytest.mark.parametrize(("told", "own"), [(None, "01"), ("5,3", "53")])
+@pytest.mark.usefixtures("two_cards")
+def test_each_worker_of_this_machine_sees_its_own_card(points, tmp_path, monkeypatch, capsys, told, own):
+    if told is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    shim = tmp_path / "python"  # in the place of the interpreter: says what the worker's process sees
+    shim.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > "{tmp_path}/seen-by-${{5#members=}}"\n')
+    shim.chmod(0o755)
+    monkeypatch.setattr(nodes, "sys", types.SimpleNamespace(executable=str(shim)))
+    found = jobs.jobs_of(points(["adapter.r=2", "hardware=auto"], ["adapter.r=4", "hardware=auto"]))
+    nodes.train(found, jobs.Nodes("local", None, {"timeout_min": 10}))
+    assert [(tmp_path / f"seen-by-{name}").read_text().strip() for name in "01"] == list(own)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("node ")]
+    assert [line.rpartition(" ")[2] for line in said] == list(own)
+
+
+@pytest.mark.parametrize(
+    ("workers", "parameters", "device", "refused"),
+    [
+        (3, {}, "auto", r"hydra\.launcher\.workers=3: .* has 2\. Set hydra\.launcher\.workers=2"),
+        (2, {"gpus_per_node": 1}, "auto", r"hydra\.launcher\.parameters\.gpus_per_node: each worker"),
+        (2, {"visible_gpus": [1]}, "cuda", r"hydra\.launcher\.parameters\.visible_gpus: each worker"),
+        (2, {}, "cuda:1", r"hardware\.device=cuda:1: each worker .* hardware\.device=cuda;"),
+    ],
+)
+@pytest.mark.usefixtures("two_cards")
+def test_workers_without_a_card_of_their_own_are_refused(points, workers, parameters, device, refused):
+    found = jobs.jobs_of(
+        points(["adapter.r=2", f"hardware.device={device}"], ["adapter.r=4", f"hardware.device={device}"])
+    )
+    with pytest.raises(ConfigError, match=refused):
+        nodes.train(found, jobs.Nodes("local", workers, parameters))
+    assert not any(job.run.path.exists() for job in found)
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_workers_on_the_cpu_and_of_schedulers_get_no_card(points):
+    on_cpu = jobs.jobs_of(points(["adapter.r=2"], ["adapter.r=4"]))
+    assert nodes._cards(on_cpu, jobs.Nodes("local", 8, {})) == []
+    on_cards = jobs.jobs_of(points(["hardware=cuda"]))
+    assert nodes._cards(on_cards, jobs.Nodes("slurm", 8, {"gpus_per_node": 1})) == []
 
 
 def test_groups_are_spread_over_workers(points):
