@@ -102,6 +102,10 @@ class SpeedConfig:
     block_attention: Annotated[
         bool, Field(description="attention by blocks of matrix products (CPU, bfloat16, packed rows)")
     ] = True
+    varlen_attention: Annotated[
+        bool,
+        Field(description="attention of all packed rows in one call (CUDA, half precision; torch's flash kernels)"),
+    ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[
         bool, Field(description="packed rows: the last layer, after its attention, only where there is a loss")

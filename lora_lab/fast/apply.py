@@ -20,7 +20,7 @@ from torch import nn
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import mlp, norm, prefix, rows
+from lora_lab.fast import mlp, norm, prefix, rows, varlen
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
-_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "last_layer_rows", "prefix_cache")  # in this order
+# in this order
+_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "varlen_attention", "last_layer_rows", "prefix_cache")
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 
@@ -158,6 +159,8 @@ def _apply(
     applied.forward.unshareable = _alone(model, applied, refused)
     if "fused_norms" in wanted:
         _fuse_norms(model, calls, applied, prove)
+    if "varlen_attention" in wanted:
+        _join_attention(model, applied)
     layer = rows.last_layer(base_of(model))
     if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
@@ -391,6 +394,18 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
         count += 1
     if count:
         applied.lines.append(f"RMS norms fused: {count}")
+
+
+def _join_attention(model: PeftModel, applied: Applied) -> None:
+    """Let the attention of packed rows be one call for a layer, on a device that has such a kernel."""
+    forward, base = applied.forward, base_of(model)
+    if not (forward.packed and forward.together and base.device.type in varlen.DEVICES and base.dtype in varlen.DTYPES):
+        return
+    if varlen.kernel() is None:
+        applied.lines.append("attention row by row (this torch has no varlen_attn with windows)")
+        return
+    forward.varlen_attention = True
+    applied.lines.append("attention of all rows in one call")
 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:
