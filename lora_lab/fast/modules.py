@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from lora_lab.fast import mlp
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
-from lora_lab.fast.routing import Routing
+from lora_lab.fast.routing import Route, Routing
 
 
 class Projection:
@@ -47,6 +48,16 @@ class Projection:
         layer = self.module
         return layer.lora_A[member].weight.to(dtype), (layer.lora_B[member].weight * layer.scaling[member]).to(dtype)
 
+    def rank(self, member: str) -> int:
+        """0: no adapter of this member works here."""
+        return len(self.module.lora_A[member].weight) if self.has(member) else 0
+
+    def scaled(self, members: list[str]) -> torch.Tensor:
+        """The scaled B of members of one rank, [K, N, r]."""
+        layer = self.module
+        scaling = [layer.scaling[member] for member in members]
+        return torch.stack(torch._foreach_mul([layer.lora_B[member].weight for member in members], scaling))
+
     def dropout(self, member: str) -> float:
         dropout = self.module.lora_dropout[member]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -72,10 +83,16 @@ def lora(
         active = dict.fromkeys(name for one in projections for name in one.members())
         found = [_lora(projections, name, slice(None), None, x, shape) for name in active]
     else:
-        found = [
-            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
+        routed = [
+            (route, rows)
             for route, rows in routing.rows(shape[:-1].numel())
             if any(one.has(route.member) for one in projections)
+        ]
+        if _alike(projections, routed):
+            return _stacked(projections, routed, x)
+        found = [
+            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
+            for route, rows in routed
         ]
     return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
 
@@ -99,6 +116,42 @@ def _lora(
         pair[1] if pair else x.new_empty(one.base.out_features, 0) for pair, one in zip(pairs, projections, strict=True)
     ]
     return layout, [torch.cat([pair[0] for pair in pairs if pair]), *bs]
+
+
+def _alike(projections: list[Projection], routed: list[tuple[Route, slice]]) -> bool:
+    """Whether several members' products can be made at once: as many rows side by side, adapters of one shape, no dropout.
+
+    So it is where a sweep varies anything but rows and ranks. Each product stays of one member's numbers alone, so that one who
+    diverges spoils nobody else.
+    """
+    if len(routed) < 2:
+        return False
+    slices = [rows for _, rows in routed]
+    apart = any(one.stop != other.start for one, other in itertools.pairwise(slices))
+    if apart or len({rows.stop - rows.start for rows in slices}) > 1:
+        return False
+    members = [route.member for route, _ in routed]
+    return all(
+        len({one.rank(member) for member in members}) == 1 and not any(one.dropout(m) for m in members if one.has(m))
+        for one in projections
+    )
+
+
+def _stacked(
+    projections: list[Projection], routed: list[tuple[Route, slice]], x: torch.Tensor
+) -> tuple[list[Layout], list[torch.Tensor]]:
+    """One layout of members who are alike, and their factors, one behind another."""
+    members = [route.member for route, _ in routed]
+    own = [one for one in projections if one.has(members[0])]
+    ranks = [one.rank(members[0]) for one in projections]
+    a = torch.cat([one.module.lora_A[member].weight for member in members for one in own]).to(x.dtype)
+    bs = [
+        one.scaled(members).to(x.dtype) if rank else x.new_empty(len(members), one.base.out_features, 0)
+        for one, rank in zip(projections, ranks, strict=True)
+    ]
+    rows = slice(routed[0][1].start, routed[-1][1].stop)
+    layout = Layout(rows, ranks, [None] * len(projections), members=len(members))
+    return [layout], [a.view(len(members), sum(ranks), -1), *bs]
 
 
 def computed_in(x: torch.Tensor) -> torch.Tensor:
