@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,6 +76,18 @@ class FrozenWeight:
         if self.keep:
             self._dense = whole
         return whole
+
+    @contextlib.contextmanager
+    def held(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block, in which no other weight is asked for, it is dequantized once."""
+        kept = self._dense
+        if kept is None:
+            self._dense = self.dense(dtype)
+        try:
+            yield
+        finally:
+            if not self.keep:
+                self._dense = kept
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self._bias is None else self._bias.to(dtype)

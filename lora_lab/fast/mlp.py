@@ -6,6 +6,7 @@ again from them (as in Unsloth's fused MLP, unslothai/unsloth, kernels/fast_lora
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_lab.fast.linear import Layout, branches, project, project_backward
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Backward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # gradient of the output, input
 _aten = torch.ops.aten
+TILE_BYTES = 64 * 2**20  # of a tensor as wide as the MLP
 # name of the activation's class -> itself, and its gradient
 ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
     "SiLUActivation": (silu, _aten.silu_backward),
@@ -38,7 +40,11 @@ def activation(module: nn.Module) -> tuple[Forward, Backward] | None:
 
 class GatedMLP(torch.autograd.Function):
     """x [..., D] -> [..., D]. Arguments: x, the frozen weights of gate and up and of down, their layouts, the activation, and the
-    factors of both."""
+    factors of both.
+
+    What is as wide as the MLP and not kept is made for some tokens at a time, and the gradients of gate and up take the place of
+    gate and up, so that a long row needs their [T, 2 F] once. A graph can be gone through once, therefore.
+    """
 
     @staticmethod
     def forward(
@@ -53,7 +59,15 @@ class GatedMLP(torch.autograd.Function):
         first = sum(layout.num_factors for layout in layouts[0])
         both, hidden = project(flat, weights[0], branches(layouts[0], factors[:first]))
         gate, up = both.split(weights[0].sizes, dim=1)
-        y, more = project(act[0](gate).mul_(up), weights[1], branches(layouts[1], factors[first:]))
+        found = []
+        with weights[1].held(both.dtype):
+            for rows in _tiles(gate, layouts[1]):
+                down = branches(_of_tile(layouts[1], rows), factors[first:])
+                found.append(project(act[0](gate[rows]).mul_(up[rows]), weights[1], down))
+        y, more = (
+            _joined([y for y, _ in found]),
+            [_joined(list(parts)) for parts in zip(*(h for _, h in found), strict=True)],
+        )
         ctx.weights, ctx.layouts, ctx.act, ctx.first, ctx.shape = weights, layouts, act, first, x.shape
         ctx.save_for_backward(flat, both, *hidden, *more, *factors)
         return y.view(x.shape)
@@ -64,14 +78,57 @@ class GatedMLP(torch.autograd.Function):
         one, two = len(ctx.layouts[0]), len(ctx.layouts[1])
         hidden, more, factors = others[:one], others[one : one + two], tuple(others[one + two :])
         gate, up = both.split(ctx.weights[0].sizes, dim=1)
-        activated = ctx.act[0](gate)
         dy = dy.reshape(-1, dy.shape[-1])
-        down = branches(ctx.layouts[1], factors[ctx.first :])
-        dinner, down_grads = project_backward(dy, activated * up, more, ctx.weights[1], down, need_dx=True)
-        dboth = torch.empty_like(both)
-        dgate, dup = dboth.split(ctx.weights[0].sizes, dim=1)
-        torch.mul(dinner, activated, out=dup)
-        dgate.copy_(ctx.act[1](dinner.mul_(up), gate))
+        found = []
+        with ctx.weights[1].held(dy.dtype):
+            for rows in _tiles(gate, ctx.layouts[1]):
+                down = branches(_of_tile(ctx.layouts[1], rows), factors[ctx.first :])
+                activated = ctx.act[0](gate[rows])
+                dinner, grads = project_backward(
+                    dy[rows], activated * up[rows], [h[rows] for h in more], ctx.weights[1], down, need_dx=True
+                )
+                found.append(grads)
+                activated.mul_(dinner)  # the gradient of up
+                gate[rows] = ctx.act[1](dinner.mul_(up[rows]), gate[rows])
+                up[rows] = activated
         own = branches(ctx.layouts[0], factors[: ctx.first])
-        dx, grads = project_backward(dboth, x, hidden, ctx.weights[0], own, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, None, None, *grads, *down_grads
+        dx, grads = project_backward(both, x, hidden, ctx.weights[0], own, ctx.needs_input_grad[0])
+        return (
+            None if dx is None else dx.view(ctx.shape),
+            None,
+            None,
+            None,
+            *grads,
+            *map(_summed, zip(*found, strict=True)),
+        )
+
+
+def _tiles(gate: torch.Tensor, layouts: list[Layout]) -> list[slice]:
+    """Tokens of gate [T, F] that are worked on at once; of several members all, because each has tokens of its own."""
+    count, width = gate.shape
+    if len(layouts) > 1 or any(layout.members > 1 or layout.rows != slice(None) for layout in layouts):
+        return [slice(None)]
+    parts = -(-count * width * gate.element_size() // TILE_BYTES)
+    if parts < 2:
+        return [slice(None)]
+    size = -(-count // parts)  # of like size, so that the last one is not a small rest
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _of_tile(layouts: list[Layout], rows: slice) -> list[Layout]:
+    """The layouts of some tokens; what dropout leaves is theirs."""
+    if rows == slice(None):
+        return layouts
+    return [
+        dataclasses.replace(layout, keep=[None if keep is None else keep[rows] for keep in layout.keep])
+        for layout in layouts
+    ]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _summed(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The sum over tiles, in float32 as inside a matrix product."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float32).to(parts[0].dtype)
