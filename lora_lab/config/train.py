@@ -117,6 +117,12 @@ class SpeedConfig:
             "(adapter.layers_to_transform); equal up to rounding, so a resumed run is too"
         ),
     ] = False
+    fused_4bit: Annotated[
+        bool,
+        Field(
+            description="nf4, fp4: few rows that nobody learns from are multiplied without dequantizing (CUDA, generation)"
+        ),
+    ] = True
     dequantize: Annotated[
         Literal["auto", "once", "always"],
         Field(

@@ -33,7 +33,15 @@ _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
 # in this order
-_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "varlen_attention", "last_layer_rows", "prefix_cache")
+_STEPS = (
+    "fused_mlp",
+    "fused_projections",
+    "fused_norms",
+    "varlen_attention",
+    "last_layer_rows",
+    "fused_4bit",
+    "prefix_cache",
+)
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 
@@ -167,6 +175,8 @@ def _apply(
         applied.forward.wanted_rows = True
         applied.lines.append("last layer only where there is a loss")
     _keep_weights(model, speed, free, applied)
+    if "fused_4bit" in wanted:
+        _fuse_few_rows(applied, base_of(model).dtype, prove)
     if "prefix_cache" in wanted:
         _keep_prefix(model, free, applied)
 
@@ -419,6 +429,25 @@ def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Appl
     applied.kept_bytes = needed if keep else 0
     amount = f"{needed / 2**30:.2f} GiB, {free / 2**30:.1f} free"
     applied.lines.append(f"quantized weights dequantized {'once' if keep else 'in every pass'} ({amount})")
+
+
+@torch.no_grad()
+def _fuse_few_rows(applied: Applied, dtype: torch.dtype, prove: bool) -> None:
+    """Multiply few rows by 4-bit weights as they are where nobody learns from it, as in generation."""
+    weights = [weight for weight in applied.weights if weight.fusible]
+    for weight in weights:
+        weight.fused = True
+    if prove:
+        moved = max((_moved_by_fusing(weight, dtype) for weight in weights), default=0.0)
+        if not moved <= _ROUNDING[dtype]:
+            raise ArithmeticError(f"it would change a product by {moved:.1e} of its norm")
+    if weights:
+        applied.lines.append(f"4-bit products of few rows fused: {len(weights)}")
+
+
+def _moved_by_fusing(weight: FrozenWeight, dtype: torch.dtype) -> float:
+    x = torch.randn(4, weight.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    return _gap([weight.times(x)], [weight.times(x, learned=False)])
 
 
 def _keep_prefix(model: PeftModel, free: int, applied: Applied) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
-from torch.nn.functional import linear
 
 from lora_lab.fast.frozen import FrozenWeight
 
@@ -69,9 +68,15 @@ def branches(layouts: list[Layout], factors: tuple[torch.Tensor, ...]) -> list[B
     return found
 
 
-def project(x: torch.Tensor, weight: FrozenWeight, own: list[Branch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """x [T, D] -> y [T, N], and each branch's rank-r product [T_k, R]."""
-    y = linear(x, weight.dense(x.dtype), weight.bias(x.dtype))
+def project(
+    x: torch.Tensor, weight: FrozenWeight, own: list[Branch], learned: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x [T, D] -> y [T, N], and each branch's rank-r product [T_k, R].
+
+    Args:
+        learned: whether somebody may learn from it, see `FrozenWeight.times`.
+    """
+    y = weight.times(x, learned)
     hidden = []
     for branch in own:
         inputs, out = branch.own(x), branch.own(y)
@@ -143,6 +148,17 @@ def project_backward(
                 _add(branch.own(dx), dh, branch.a)
         grads += [da, *dbs]
     return dx, grads
+
+
+def lora_linear(
+    x: torch.Tensor, weight: FrozenWeight, layouts: list[Layout], factors: list[torch.Tensor]
+) -> torch.Tensor:
+    """x [..., D] -> [..., N]."""
+    if torch.is_grad_enabled():
+        return LoraLinear.apply(x, weight, layouts, *factors)
+    flat = x.reshape(-1, x.shape[-1])
+    y, _ = project(flat, weight, branches(layouts, tuple(factors)), learned=False)
+    return y.view(*x.shape[:-1], -1)
 
 
 class LoraLinear(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, silu
 
-from lora_lab.fast.frozen import FrozenWeight
+from lora_lab.fast.frozen import FEW, FrozenWeight
 from lora_lab.fast.linear import Layout, branches, project, project_backward
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -36,6 +36,24 @@ ACTIVATIONS: dict[str, tuple[Forward, Backward]] = {
 def activation(module: nn.Module) -> tuple[Forward, Backward] | None:
     """An activation module's function and gradient, if they are known here."""
     return ACTIVATIONS.get(type(module).__name__)
+
+
+def gated(
+    x: torch.Tensor,
+    weights: tuple[FrozenWeight, FrozenWeight],
+    layouts: tuple[list[Layout], list[Layout]],
+    act: tuple[Forward, Backward],
+    factors: list[torch.Tensor],
+) -> torch.Tensor:
+    """x [..., D] -> [..., D]; arguments as `GatedMLP`'s."""
+    if torch.is_grad_enabled() or x.shape[:-1].numel() > FEW:
+        return GatedMLP.apply(x, weights, layouts, act, *factors)
+    first = sum(layout.num_factors for layout in layouts[0])
+    up, down = branches(layouts[0], tuple(factors[:first])), branches(layouts[1], tuple(factors[first:]))
+    both, _ = project(x.reshape(-1, x.shape[-1]), weights[0], up, learned=False)
+    one, other = both.split(weights[0].sizes, dim=1)
+    y, _ = project(act[0](one).mul_(other), weights[1], down, learned=False)
+    return y.view(x.shape)
 
 
 class GatedMLP(torch.autograd.Function):

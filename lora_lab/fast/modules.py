@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_lab.fast import mlp
 from lora_lab.fast.frozen import FrozenWeight, Scratch
-from lora_lab.fast.linear import Layout, LoraLinear
+from lora_lab.fast.linear import Layout, lora_linear
 from lora_lab.fast.routing import Route, Routing
 
 
@@ -188,7 +188,7 @@ class Group:
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = computed_in(x)
         layouts, factors = lora(self.projections, self.routing, inputs, x.shape)
-        return LoraLinear.apply(inputs, self.weight, layouts, *factors).split(self.weight.sizes, -1)
+        return lora_linear(inputs, self.weight, layouts, factors).split(self.weight.sizes, -1)
 
 
 class FusedMLP:
@@ -198,7 +198,9 @@ class FusedMLP:
         self.up, self.down, self.routing = up, down, routing
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward
-        self.act = mlp.activation(module.act_fn)
+        act = mlp.activation(module.act_fn)
+        assert act is not None, "asked before"
+        self.act = act
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not all(one.ready for one in (*self.up, self.down)):
@@ -207,4 +209,4 @@ class FusedMLP:
         first, factors = lora(self.up, self.routing, inputs, x.shape)
         inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
         second, more = lora([self.down], self.routing, inputs, inner)
-        return mlp.GatedMLP.apply(inputs, self.weights, (first, second), self.act, *factors, *more)
+        return mlp.gated(inputs, self.weights, (first, second), self.act, [*factors, *more])
