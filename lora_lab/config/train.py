@@ -99,6 +99,9 @@ class SpeedConfig:
     ] = True
     fused_mlp: Annotated[bool, Field(description="a gated MLP with its LoRA as one function")] = True
     fused_norms: Annotated[bool, Field(description="RMS norms that keep no float32 copies")] = True
+    liger_kernels: Annotated[
+        bool, Field(description="norms and gates by Liger's kernels, where liger-kernel is installed (CUDA)")
+    ] = True
     block_attention: Annotated[
         bool, Field(description="attention by blocks of matrix products (CPU, bfloat16, packed rows)")
     ] = True

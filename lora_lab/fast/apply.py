@@ -16,11 +16,12 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.functional import silu
 
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import mlp, norm, prefix, rows, varlen
+from lora_lab.fast import liger, mlp, norm, prefix, rows, varlen
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -37,6 +38,7 @@ _STEPS = (
     "fused_mlp",
     "fused_projections",
     "fused_norms",
+    "liger_kernels",
     "varlen_attention",
     "last_layer_rows",
     "fused_4bit",
@@ -156,17 +158,18 @@ def _tried(
 def _apply(
     model: PeftModel, speed: SpeedConfig, wanted: list[str], calls: _Calls, free: int, applied: Applied, prove: bool
 ) -> None:
-    scratch = Scratch()
+    scratch, on_device = Scratch(), base_of(model).device.type in liger.DEVICES
+    kernels = liger.kernels() if "liger_kernels" in wanted and on_device else None
     projections, refused = _projections(model)
     if "fused_mlp" in wanted:
-        _fuse_mlps(model, projections, calls, scratch, applied, prove)
+        _fuse_mlps(model, projections, calls, scratch, applied, prove, kernels)
     if "fused_projections" in wanted:
         _fuse_projections(projections, calls.order, scratch, applied)
     if refused:
         applied.lines.append(f"plain: {refused}")
     applied.forward.unshareable = _alone(model, applied, refused)
     if "fused_norms" in wanted:
-        _fuse_norms(model, calls, applied, prove)
+        _fuse_norms(model, calls, applied, prove, kernels)
     if "varlen_attention" in wanted:
         _join_attention(model, applied)
     layer = rows.last_layer(base_of(model))
@@ -316,6 +319,7 @@ def _fuse_mlps(
     scratch: Scratch,
     applied: Applied,
     prove: bool,
+    kernels: liger.Kernels | None,
 ) -> None:
     count, other = 0, ""
     for name, module in model.named_modules():
@@ -323,16 +327,21 @@ def _fuse_mlps(
         if not (hasattr(module, "act_fn") and all(part in projections for part in parts)):
             continue
         gate, up, down = (projections[part] for part in parts)
-        if mlp.activation(module.act_fn) is None:
+        act = mlp.activation(module.act_fn)
+        if act is None:
             other = f"activation {type(module.act_fn).__name__}"
             continue
-        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.routing)
         if name not in calls.single:
             other = f"{type(module).__name__} is called with more than one tensor, or never"
             continue
+        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.routing, mlp.Gate(act))
         if prove and not _equal(module, fused, calls.single[name]):
             other = f"{type(module).__name__} computes something else"
             continue
+        if kernels is not None and act[0] is silu:
+            fused.gate = liger.Gate(kernels)
+            if prove and not _equal(module, fused, calls.single[name]):
+                raise ArithmeticError("its gate computes something else")
         applied.replace(module, fused.forward)
         applied.weights += fused.weights
         for part in parts:
@@ -392,7 +401,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "RMSNorm" in type(module).__name__ or "T5LayerNorm" in type(module).__name__
 
 
-def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) -> None:
+def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool, kernels: liger.Kernels | None) -> None:
     count = 0
     for name, module in model.named_modules():
         if not _is_norm(module) or name not in calls.single:  # gated norms are called with two
@@ -400,10 +409,11 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
         found = norm.of_module(module, calls.single[name], prove)
         if found is None:
             continue
-        applied.replace(module, norm.forward_of(module, *found))
+        forward = norm.forward_of(module, *found) if kernels is None else liger.norm_forward_of(kernels, module, *found)
+        applied.replace(module, forward)
         count += 1
     if count:
-        applied.lines.append(f"RMS norms fused: {count}")
+        applied.lines.append(f"RMS norms fused: {count}" + (", by Liger's kernels" if kernels else ""))
 
 
 def _join_attention(model: PeftModel, applied: Applied) -> None:

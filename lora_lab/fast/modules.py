@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
-from lora_lab.fast import mlp
+from lora_lab.fast import liger, mlp
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, lora_linear
 from lora_lab.fast.routing import Route, Routing
@@ -194,13 +194,18 @@ class Group:
 class FusedMLP:
     """A gated MLP."""
 
-    def __init__(self, module: Any, up: list[Projection], down: Projection, scratch: Scratch, routing: Routing):
-        self.up, self.down, self.routing = up, down, routing
+    def __init__(
+        self,
+        module: Any,
+        up: list[Projection],
+        down: Projection,
+        scratch: Scratch,
+        routing: Routing,
+        gate: mlp.Gate | liger.Gate,
+    ):
+        self.up, self.down, self.routing, self.gate = up, down, routing, gate
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward
-        act = mlp.activation(module.act_fn)
-        assert act is not None, "asked before"
-        self.act = act
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not all(one.ready for one in (*self.up, self.down)):
@@ -209,4 +214,4 @@ class FusedMLP:
         first, factors = lora(self.up, self.routing, inputs, x.shape)
         inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
         second, more = lora([self.down], self.routing, inputs, inner)
-        return mlp.gated(inputs, self.weights, (first, second), self.act, [*factors, *more])
+        return mlp.gated(inputs, self.weights, (first, second), self.gate, [*factors, *more])

@@ -89,7 +89,7 @@ def step(tokens, width, tile_bytes, monkeypatch, dtype=torch.float32):
     ]
     layouts = [Layout(slice(None), [2, 2], [None, None])], [Layout(slice(None), [2], [None])]
     with Peak() as peak:
-        out = mlp.GatedMLP.apply(x, weights, layouts, mlp.ACTIVATIONS["SiLU"], *factors)
+        out = mlp.GatedMLP.apply(x, weights, layouts, mlp.Gate(mlp.ACTIVATIONS["SiLU"]), *factors)
         found = torch.autograd.grad(out, [x, *factors], torch.ones_like(out))
     return [out, *found], peak.most, (x, layers, factors)
 
@@ -118,7 +118,7 @@ def test_a_graph_is_gone_through_once(monkeypatch):
     x = torch.randn(1, 5, 8, requires_grad=True)
     layers = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(3)]
     weights = FrozenWeight(layers[:2], Scratch()), FrozenWeight(layers[2:], Scratch())
-    out = mlp.GatedMLP.apply(x, weights, ([], []), mlp.ACTIVATIONS["SiLU"]).sum()
+    out = mlp.GatedMLP.apply(x, weights, ([], []), mlp.Gate(mlp.ACTIVATIONS["SiLU"])).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
