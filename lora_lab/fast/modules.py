@@ -65,7 +65,11 @@ class Projection:
     def drawn(
         self, member: str, shape: torch.Size, x: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor | None:
-        """[T, D] bool: what dropout leaves, drawn as the plain layer draws it."""
+        """[T, D] bool: what dropout leaves.
+
+        On a CPU it is what the plain layer draws. On a card that one draws from the same generator in the order of a kernel of its own;
+        here the order is the same for a member alone and for one that shares a pass.
+        """
         p = self.dropout(member)
         if not p:
             return None
