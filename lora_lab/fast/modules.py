@@ -55,8 +55,11 @@ class Projection:
     def scaled(self, members: list[str]) -> torch.Tensor:
         """The scaled B of members of one rank, [K, N, r]."""
         layer = self.module
+        factors = [layer.lora_B[member].weight for member in members]
         scaling = [layer.scaling[member] for member in members]
-        return torch.stack(torch._foreach_mul([layer.lora_B[member].weight for member in members], scaling))
+        if len(set(scaling)) == 1:
+            return torch.stack(factors) * scaling[0]
+        return torch.stack(torch._foreach_mul(factors, scaling))
 
     def dropout(self, member: str) -> float:
         dropout = self.module.lora_dropout[member]
