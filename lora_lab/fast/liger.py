@@ -1,7 +1,7 @@
 """Elementwise work on a CUDA card by Liger's Triton kernels (arXiv:2410.10989), where the package is installed: `lora-lab[liger]`.
 
 The functions in `norm.py` and `mlp.py` are the twins: they compute the same, are proved on the model first, and stay wherever these are
-not. A norm is one kernel instead of eight to ten, a gate one instead of two forward and four backward.
+not. A norm is one kernel instead of eight to ten, a gate three in all, forward and backward, instead of nine.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _WIDEST_HEAD = 256
 
 @functools.cache
 def kernel() -> Callable[..., torch.Tensor] | None:
-    """torch's function, or None where this torch has none that knows a scale and a window (2.11 is the first that does)."""
+    """torch's function, or None where this torch has none, or one without a scale and a window."""
     try:
         from torch.nn.attention import varlen
     except ImportError:
