@@ -29,7 +29,7 @@ def kernel() -> Callable[..., torch.Tensor] | None:
     names = inspect.signature(attention).parameters
     if not {"scale", "window_size"} <= names.keys():
         return None
-    # Later ones want to be told that key heads are shared. Earlier ones pass them to the same kernels, which know it.
+    # Some want to be told that key heads are shared. Others pass them on to the same kernels, which know it.
     return functools.partial(attention, enable_gqa=True) if "enable_gqa" in names else attention
 
 
