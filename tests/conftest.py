@@ -24,6 +24,15 @@ CHATML = (
 WORDS = "red green blue one two three cat dog bird table lamp Graz Oslo 你好 世界 é ñ".split()
 
 
+def pytest_runtest_setup(item):
+    """A test of what a card computes needs one."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no CUDA card here")
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Nothing in the tests may leave the machine."""

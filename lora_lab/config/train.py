@@ -117,8 +117,15 @@ class SpeedConfig:
     ] = True
     fused_mlp: Annotated[bool, Field(description="a gated MLP with its LoRA as one function")] = True
     fused_norms: Annotated[bool, Field(description="RMS norms that keep no float32 copies")] = True
+    liger_kernels: Annotated[
+        bool, Field(description="norms and gates by Liger's kernels, where liger-kernel is installed (CUDA)")
+    ] = True
     block_attention: Annotated[
         bool, Field(description="attention by blocks of matrix products (CPU, bfloat16, packed rows)")
+    ] = True
+    varlen_attention: Annotated[
+        bool,
+        Field(description="attention of all packed rows in one call (CUDA, half precision; torch's flash kernels)"),
     ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[
@@ -131,6 +138,12 @@ class SpeedConfig:
             "(adapter.layers_to_transform); equal up to rounding, so a resumed run is too"
         ),
     ] = False
+    fused_4bit: Annotated[
+        bool,
+        Field(
+            description="nf4, fp4: few rows that nobody learns from are multiplied without dequantizing (CUDA, generation)"
+        ),
+    ] = True
     dequantize: Annotated[
         Literal["auto", "once", "always"],
         Field(

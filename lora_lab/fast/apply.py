@@ -16,11 +16,12 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.functional import silu
 
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import mlp, norm, prefix, rows
+from lora_lab.fast import liger, mlp, norm, prefix, rows, varlen
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -31,12 +32,18 @@ if TYPE_CHECKING:
 
 _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
-_ROUNDING = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 3e-2,
-    torch.float16: 1e-2,
-}  # how far the outputs may move, as a share of their norm
-_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "last_layer_rows", "prefix_cache")  # in this order
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # how far the outputs may move, as a share of their norm
+# in this order
+_STEPS = (
+    "fused_mlp",
+    "fused_projections",
+    "fused_norms",
+    "liger_kernels",
+    "varlen_attention",
+    "last_layer_rows",
+    "fused_4bit",
+    "prefix_cache",
+)
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 
@@ -151,23 +158,28 @@ def _tried(
 def _apply(
     model: PeftModel, speed: SpeedConfig, wanted: list[str], calls: _Calls, free: int, applied: Applied, prove: bool
 ) -> None:
-    scratch = Scratch()
+    scratch, on_device = Scratch(), base_of(model).device.type in liger.DEVICES
+    kernels = liger.kernels() if "liger_kernels" in wanted and on_device else None
     projections, refused = _projections(model)
     if "fused_mlp" in wanted:
-        _fuse_mlps(model, projections, calls, scratch, applied, prove)
+        _fuse_mlps(model, projections, calls, scratch, applied, prove, kernels)
     if "fused_projections" in wanted:
         _fuse_projections(projections, calls.order, scratch, applied)
     if refused:
         applied.lines.append(f"plain: {refused}")
     applied.forward.unshareable = _alone(model, applied, refused)
     if "fused_norms" in wanted:
-        _fuse_norms(model, calls, applied, prove)
+        _fuse_norms(model, calls, applied, prove, kernels)
+    if "varlen_attention" in wanted:
+        _join_attention(model, applied)
     layer = rows.last_layer(base_of(model))
     if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
         applied.forward.wanted_rows = True
         applied.lines.append("last layer only where there is a loss")
     _keep_weights(model, speed, free, applied)
+    if "fused_4bit" in wanted:
+        _fuse_few_rows(applied, base_of(model).dtype, prove)
     if "prefix_cache" in wanted:
         _keep_prefix(model, free, applied)
 
@@ -310,6 +322,7 @@ def _fuse_mlps(
     scratch: Scratch,
     applied: Applied,
     prove: bool,
+    kernels: liger.Kernels | None,
 ) -> None:
     count, other = 0, ""
     for name, module in model.named_modules():
@@ -317,16 +330,21 @@ def _fuse_mlps(
         if not (hasattr(module, "act_fn") and all(part in projections for part in parts)):
             continue
         gate, up, down = (projections[part] for part in parts)
-        if mlp.activation(module.act_fn) is None:
+        act = mlp.activation(module.act_fn)
+        if act is None:
             other = f"activation {type(module.act_fn).__name__}"
             continue
-        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.routing)
         if name not in calls.single:
             other = f"{type(module).__name__} is called with more than one tensor, or never"
             continue
+        fused = FusedMLP(module, [gate, up], down, scratch, applied.forward.routing, mlp.Gate(act))
         if prove and not _equal(module, fused, calls.single[name]):
             other = f"{type(module).__name__} computes something else"
             continue
+        if kernels is not None and act[0] is silu:
+            fused.gate = liger.Gate(kernels)
+            if prove and not _equal(module, fused, calls.single[name]):
+                raise ArithmeticError("its gate computes something else")
         applied.replace(module, fused.forward)
         applied.weights += fused.weights
         for part in parts:
@@ -386,7 +404,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "RMSNorm" in type(module).__name__ or "T5LayerNorm" in type(module).__name__
 
 
-def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) -> None:
+def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool, kernels: liger.Kernels | None) -> None:
     count = 0
     for name, module in model.named_modules():
         if not _is_norm(module) or name not in calls.single:  # gated norms are called with two
@@ -394,10 +412,23 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
         found = norm.of_module(module, calls.single[name], prove)
         if found is None:
             continue
-        applied.replace(module, norm.forward_of(module, *found))
+        forward = norm.forward_of(module, *found) if kernels is None else liger.norm_forward_of(kernels, module, *found)
+        applied.replace(module, forward)
         count += 1
     if count:
-        applied.lines.append(f"RMS norms fused: {count}")
+        applied.lines.append(f"RMS norms fused: {count}" + (", by Liger's kernels" if kernels else ""))
+
+
+def _join_attention(model: PeftModel, applied: Applied) -> None:
+    """Let the attention of packed rows be one call for a layer, on a device that has such a kernel."""
+    forward, base = applied.forward, base_of(model)
+    if not (forward.packed and forward.together and base.device.type in varlen.DEVICES and base.dtype in varlen.DTYPES):
+        return
+    if varlen.kernel() is None:
+        applied.lines.append("attention row by row (this torch has no varlen_attn with windows)")
+        return
+    forward.varlen_attention = True
+    applied.lines.append("attention of all rows in one call")
 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:
@@ -411,6 +442,25 @@ def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Appl
     applied.kept_bytes = needed if keep else 0
     amount = f"{needed / 2**30:.2f} GiB, {free / 2**30:.1f} free"
     applied.lines.append(f"quantized weights dequantized {'once' if keep else 'in every pass'} ({amount})")
+
+
+@torch.no_grad()
+def _fuse_few_rows(applied: Applied, dtype: torch.dtype, prove: bool) -> None:
+    """Multiply few rows by 4-bit weights as they are where nobody learns from it, as in generation."""
+    weights = [weight for weight in applied.weights if weight.fusible]
+    for weight in weights:
+        weight.fused = True
+    if prove:
+        moved = max((_moved_by_fusing(weight, dtype) for weight in weights), default=0.0)
+        if not moved <= _ROUNDING[dtype]:
+            raise ArithmeticError(f"it would change a product by {moved:.1e} of its norm")
+    if weights:
+        applied.lines.append(f"4-bit products of few rows fused: {len(weights)}")
+
+
+def _moved_by_fusing(weight: FrozenWeight, dtype: torch.dtype) -> float:
+    x = torch.randn(4, weight.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    return _gap([weight.times(x)], [weight.times(x, learned=False)])
 
 
 def _keep_prefix(model: PeftModel, free: int, applied: Applied) -> None:

@@ -13,7 +13,7 @@ from lora_lab.adapters.attach import base_of
 from lora_lab.adapters.prompts import positions_before
 from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
-from lora_lab.fast import prefix, segments
+from lora_lab.fast import prefix, segments, varlen
 from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.fast.modules import computed_in
 from lora_lab.fast.routing import Routing
@@ -36,6 +36,7 @@ class Forward:
     packed: bool = False  # rows lie end to end
     together: bool = True  # rows share a pass; else each row has one of its own
     block_attention: bool = False  # see `attention.py`
+    varlen_attention: bool = False  # all rows in one call, see `varlen.py`
     wanted_rows: bool = False  # the last layer can be told which positions are wanted, see `rows.py`
     kept_prefix: bool = False  # the first layer can be told which rows it sees, see `prefix.py`
     chunked_head: bool = False  # losses come from hidden states, see `loss.py`
@@ -46,17 +47,18 @@ class Forward:
 
     def reset(self, unshareable: str) -> None:
         """Say that no module is replaced, and so why members cannot share a pass."""
-        self.wanted_rows = self.kept_prefix = self.chunked_head = False
+        self.wanted_rows = self.kept_prefix = self.chunked_head = self.varlen_attention = False
         self.unshareable = unshareable
 
     def share_model(self, other: Forward) -> None:
         """Take over what is true of the model's modules from another task's, which goes through the same model."""
         self.wanted_rows, self.kept_prefix, self.routing = other.wanted_rows, other.kept_prefix, other.routing
+        self.varlen_attention = other.varlen_attention and self.packed and self.together
         self.unshareable = other.unshareable
 
     def part_rows(self) -> None:
         """Give each row a forward pass of its own."""
-        self.together = self.block_attention = False
+        self.together = self.block_attention = self.varlen_attention = False
 
     @contextlib.contextmanager
     def segments(self, model: PeftModel) -> Iterator[None]:
@@ -86,13 +88,13 @@ class Forward:
     @contextlib.contextmanager
     def plain(self, model: PeftModel) -> Iterator[None]:
         """Inside the block every module computes by itself."""
-        flags = self.wanted_rows, self.kept_prefix
+        flags = self.wanted_rows, self.kept_prefix, self.varlen_attention
         forwards = [(part, part.__dict__.pop("forward")) for part in model.modules() if "forward" in part.__dict__]
-        self.wanted_rows = self.kept_prefix = False
+        self.wanted_rows = self.kept_prefix = self.varlen_attention = False
         try:
             yield
         finally:
-            self.wanted_rows, self.kept_prefix = flags
+            self.wanted_rows, self.kept_prefix, self.varlen_attention = flags
             for module, forward in forwards:
                 module.forward = forward
 
@@ -102,7 +104,7 @@ class Forward:
         Raises:
             TrainingError: the model cannot be given several rows at once.
         """
-        segmented = len(batch.lengths) > 1 or self.block_attention
+        segmented = len(batch.lengths) > 1 or self.block_attention or self.varlen_attention
         extra: dict[str, Any] = {}  # of a row alone the model counts positions itself: some begin elsewhere than at 0
         if segmented:
             extra = {
@@ -110,6 +112,8 @@ class Forward:
                 "block_attention": self.block_attention,
                 "position_ids": batch.position_ids,
             }
+        if self.varlen_attention:
+            extra["segment_starts"] = varlen.starts(batch.position_ids, len(batch.lengths))
         if segmented and self.kept_prefix:
             extra["row_keys"] = prefix.row_keys(batch.input_ids, batch.lengths)
         before = positions_before(model)

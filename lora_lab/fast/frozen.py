@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from torch.nn.functional import linear
 
 from lora_lab.base.weight_only import Int8Linear
 
 QUANTIZED = (Linear4bit, Int8Linear)  # layers whose weight is dequantized here
+FUSED_DEVICES = ("cuda",)  # where bitsandbytes multiplies by 4-bit weights without dequantizing them
+FEW = (
+    128  # rows, up to which that is ahead on some card; bitsandbytes chooses for its own, and dequantizes above (0.50)
+)
 
 
 class Scratch:
@@ -39,6 +47,7 @@ class FrozenWeight:
         self.sizes = [layer.out_features for layer in layers]
         self.in_features = layers[0].in_features
         self.keep = False
+        self.fused = False  # few rows that nobody learns from are multiplied without dequantizing
         self._layers, self._scratch = layers, scratch
         self._quantized = [isinstance(layer, QUANTIZED) for layer in layers]
         self._dense: torch.Tensor | None = None
@@ -56,6 +65,10 @@ class FrozenWeight:
     def quantized(self) -> bool:
         return any(self._quantized)
 
+    @property
+    def device(self) -> torch.device:
+        return self._layers[0].weight.device
+
     def num_bytes(self, dtype: torch.dtype) -> int:
         """What keeping it dequantized takes."""
         return sum(self.sizes) * self.in_features * dtype.itemsize if self.quantized else 0
@@ -64,7 +77,7 @@ class FrozenWeight:
         """[N, D] in `dtype`, valid until the next call of anybody."""
         if self._dense is not None:
             return self._dense.to(dtype)
-        device = self._layers[0].weight.device
+        device = self.device
         shape = (sum(self.sizes), self.in_features)
         whole = (
             torch.empty(shape, dtype=dtype, device=device) if self.keep else self._scratch.like(*shape, dtype, device)
@@ -74,6 +87,39 @@ class FrozenWeight:
         if self.keep:
             self._dense = whole
         return whole
+
+    @property
+    def fusible(self) -> bool:
+        """Whether bitsandbytes has a kernel for this: 4 bits throughout, and rows of whole blocks."""
+        if self.device.type not in FUSED_DEVICES or not all(isinstance(layer, Linear4bit) for layer in self._layers):
+            return False
+        weights: list[Any] = [layer.weight for layer in self._layers]  # bitsandbytes' own kind of parameter
+        return all(self.in_features % weight.quant_state.blocksize == 0 for weight in weights)
+
+    def times(self, x: torch.Tensor, learned: bool = True) -> torch.Tensor:
+        """x [T, D] -> [T, N], with the biases.
+
+        Args:
+            learned: whether somebody may learn from it: then the numbers are always those of the dequantized weight.
+        """
+        if learned or not self.fused or len(x) > FEW:
+            return linear(x, self.dense(x.dtype), self.bias(x.dtype))
+        layers: list[Any] = self._layers
+        parts = [matmul_4bit(x, layer.weight, quant_state=layer.weight.quant_state) for layer in layers]
+        y, bias = torch.cat(parts, 1) if len(parts) > 1 else parts[0], self.bias(x.dtype)
+        return y if bias is None else y + bias
+
+    @contextlib.contextmanager
+    def held(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block, in which no other weight is asked for, it is dequantized once."""
+        kept = self._dense
+        if kept is None:
+            self._dense = self.dense(dtype)
+        try:
+            yield
+        finally:
+            if not self.keep:
+                self._dense = kept
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self._bias is None else self._bias.to(dtype)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
-from torch.nn.functional import linear
 
 from lora_lab.fast.frozen import FrozenWeight
 
@@ -20,10 +19,11 @@ from lora_lab.fast.frozen import FrozenWeight
 class Layout:
     """Where one member's LoRA works: on which tokens, with which rank for each layer of the group."""
 
-    rows: slice  # of the tokens
+    rows: slice  # of the tokens; of several members together, who have as many each
     ranks: list[int]  # of each layer; 0: not adapted
     keep: list[torch.Tensor | None]  # [T_k, D] bool of each layer: what dropout leaves; None: no dropout
     keep_scale: float = 1.0  # 1 / (1 - p)
+    members: int = 1  # whose products are made at once
 
     @property
     def num_factors(self) -> int:
@@ -32,11 +32,19 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """A layout with its factors: `a` [R, D], the down-projections one under another; `bs` [N_i, r_i], scaled."""
+    """A layout with its factors: `a` [R, D], the down-projections one under another; `bs` [N_i, r_i], scaled. Of several members all
+    have a dimension more in front."""
 
     layout: Layout
     a: torch.Tensor
     bs: tuple[torch.Tensor, ...]
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T_k, D], or [K, T_k, D] of several members: a view."""
+        x = x[self.layout.rows]
+        return (
+            x if self.layout.members == 1 else x.view(self.layout.members, len(x) // self.layout.members, x.shape[-1])
+        )
 
     def parts(self, sizes: list[int]) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
         """For each adapted layer: its columns of the output, its columns of the rank-r product, its B, what dropout leaves."""
@@ -60,21 +68,31 @@ def branches(layouts: list[Layout], factors: tuple[torch.Tensor, ...]) -> list[B
     return found
 
 
-def project(x: torch.Tensor, weight: FrozenWeight, own: list[Branch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """x [T, D] -> y [T, N], and each branch's rank-r product [T_k, R]."""
-    y = linear(x, weight.dense(x.dtype), weight.bias(x.dtype))
+def project(
+    x: torch.Tensor, weight: FrozenWeight, own: list[Branch], learned: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """x [T, D] -> y [T, N], and each branch's rank-r product [T_k, R].
+
+    Args:
+        learned: whether somebody may learn from it, see `FrozenWeight.times`.
+    """
+    y = weight.times(x, learned)
     hidden = []
     for branch in own:
-        rows = branch.layout.rows
-        inputs, out = x[rows], y[rows]
+        inputs, out = branch.own(x), branch.own(y)
         dropout = any(keep is not None for keep in branch.layout.keep)
-        h = x.new_empty(len(inputs), len(branch.a)) if dropout else inputs @ branch.a.t()
+        h = x.new_empty(len(inputs), len(branch.a)) if dropout else inputs @ branch.a.mT
         for columns, ranks, b, keep in branch.parts(weight.sizes):
             if dropout:
                 h[:, ranks] = branch.dropped(inputs, keep) @ branch.a[ranks].t()
-            out[:, columns].addmm_(h[:, ranks], b.t())
+            _add(out[..., columns], h[..., ranks], b.mT)
         hidden.append(h)
     return y, hidden
+
+
+def _add(out: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Add a matrix product, or one for each member."""
+    out.addmm_(one, other) if out.dim() == 2 else out.baddbmm_(one, other)
 
 
 @overload
@@ -111,26 +129,36 @@ def project_backward(
     dx = dy @ weight.dense(dy.dtype) if need_dx else None
     grads: list[torch.Tensor] = []
     for branch, h in zip(own, hidden, strict=True):
-        rows = branch.layout.rows
-        inputs, out = x[rows], dy[rows]
+        inputs, out = branch.own(x), branch.own(dy)
         dropout = any(keep is not None for keep in branch.layout.keep)
         dh = torch.empty_like(h)
         dbs = [torch.zeros_like(b) for b in branch.bs]
         da = torch.empty_like(branch.a)
         which = (i for i, r in enumerate(branch.layout.ranks) if r)
         for i, (columns, ranks, b, keep) in zip(which, branch.parts(weight.sizes), strict=True):
-            dh[:, ranks] = out[:, columns] @ b
-            dbs[i] = out[:, columns].t() @ h[:, ranks]
+            dh[..., ranks] = out[..., columns] @ b
+            dbs[i] = out[..., columns].mT @ h[..., ranks]
             if dropout:
                 da[ranks] = dh[:, ranks].t() @ branch.dropped(inputs, keep)
                 if dx is not None:
-                    dx[rows] += branch.dropped(dh[:, ranks] @ branch.a[ranks], keep)
+                    dx[branch.layout.rows] += branch.dropped(dh[:, ranks] @ branch.a[ranks], keep)
         if not dropout:
-            torch.mm(dh.t(), inputs, out=da)
+            torch.matmul(dh.mT, inputs, out=da)
             if dx is not None:
-                dx[rows].addmm_(dh, branch.a)
+                _add(branch.own(dx), dh, branch.a)
         grads += [da, *dbs]
     return dx, grads
+
+
+def lora_linear(
+    x: torch.Tensor, weight: FrozenWeight, layouts: list[Layout], factors: list[torch.Tensor]
+) -> torch.Tensor:
+    """x [..., D] -> [..., N]."""
+    if torch.is_grad_enabled():
+        return LoraLinear.apply(x, weight, layouts, *factors)
+    flat = x.reshape(-1, x.shape[-1])
+    y, _ = project(flat, weight, branches(layouts, tuple(factors)), learned=False)
+    return y.view(*x.shape[:-1], -1)
 
 
 class LoraLinear(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,10 @@ from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
-from lora_lab.fast import mlp
+from lora_lab.fast import liger, mlp
 from lora_lab.fast.frozen import FrozenWeight, Scratch
-from lora_lab.fast.linear import Layout, LoraLinear
-from lora_lab.fast.routing import Routing
+from lora_lab.fast.linear import Layout, lora_linear
+from lora_lab.fast.routing import Route, Routing
 
 
 class Projection:
@@ -47,6 +48,19 @@ class Projection:
         layer = self.module
         return layer.lora_A[member].weight.to(dtype), (layer.lora_B[member].weight * layer.scaling[member]).to(dtype)
 
+    def rank(self, member: str) -> int:
+        """0: no adapter of this member works here."""
+        return len(self.module.lora_A[member].weight) if self.has(member) else 0
+
+    def scaled(self, members: list[str]) -> torch.Tensor:
+        """The scaled B of members of one rank, [K, N, r]."""
+        layer = self.module
+        factors = [layer.lora_B[member].weight for member in members]
+        scaling = [layer.scaling[member] for member in members]
+        if len(set(scaling)) == 1:
+            return torch.stack(factors) * scaling[0]
+        return torch.stack(torch._foreach_mul(factors, scaling))
+
     def dropout(self, member: str) -> float:
         dropout = self.module.lora_dropout[member]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -54,7 +68,11 @@ class Projection:
     def drawn(
         self, member: str, shape: torch.Size, x: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor | None:
-        """[T, D] bool: what dropout leaves, drawn as the plain layer draws it."""
+        """[T, D] bool: what dropout leaves.
+
+        On a CPU it is what the plain layer draws. On a card that one draws from the same generator in the order of a kernel of its own;
+        here the order is the same for a member alone and for one that shares a pass.
+        """
         p = self.dropout(member)
         if not p:
             return None
@@ -72,10 +90,16 @@ def lora(
         active = dict.fromkeys(name for one in projections for name in one.members())
         found = [_lora(projections, name, slice(None), None, x, shape) for name in active]
     else:
-        found = [
-            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
+        routed = [
+            (route, rows)
             for route, rows in routing.rows(shape[:-1].numel())
             if any(one.has(route.member) for one in projections)
+        ]
+        if _alike(projections, routed):
+            return _stacked(projections, routed, x)
+        found = [
+            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
+            for route, rows in routed
         ]
     return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
 
@@ -99,6 +123,42 @@ def _lora(
         pair[1] if pair else x.new_empty(one.base.out_features, 0) for pair, one in zip(pairs, projections, strict=True)
     ]
     return layout, [torch.cat([pair[0] for pair in pairs if pair]), *bs]
+
+
+def _alike(projections: list[Projection], routed: list[tuple[Route, slice]]) -> bool:
+    """Whether several members' products can be made at once: as many rows side by side, adapters of one shape, no dropout.
+
+    So it is where a sweep varies anything but rows and ranks. Each product stays of one member's numbers alone, so that one who
+    diverges spoils nobody else.
+    """
+    if len(routed) < 2:
+        return False
+    slices = [rows for _, rows in routed]
+    apart = any(one.stop != other.start for one, other in itertools.pairwise(slices))
+    if apart or len({rows.stop - rows.start for rows in slices}) > 1:
+        return False
+    members = [route.member for route, _ in routed]
+    return all(
+        len({one.rank(member) for member in members}) == 1 and not any(one.dropout(m) for m in members if one.has(m))
+        for one in projections
+    )
+
+
+def _stacked(
+    projections: list[Projection], routed: list[tuple[Route, slice]], x: torch.Tensor
+) -> tuple[list[Layout], list[torch.Tensor]]:
+    """One layout of members who are alike, and their factors, one behind another."""
+    members = [route.member for route, _ in routed]
+    own = [one for one in projections if one.has(members[0])]
+    ranks = [one.rank(members[0]) for one in projections]
+    a = torch.cat([one.module.lora_A[member].weight for member in members for one in own]).to(x.dtype)
+    bs = [
+        one.scaled(members).to(x.dtype) if rank else x.new_empty(len(members), one.base.out_features, 0)
+        for one, rank in zip(projections, ranks, strict=True)
+    ]
+    rows = slice(routed[0][1].start, routed[-1][1].stop)
+    layout = Layout(rows, ranks, [None] * len(projections), members=len(members))
+    return [layout], [a.view(len(members), sum(ranks), -1), *bs]
 
 
 def computed_in(x: torch.Tensor) -> torch.Tensor:
@@ -135,17 +195,24 @@ class Group:
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = computed_in(x)
         layouts, factors = lora(self.projections, self.routing, inputs, x.shape)
-        return LoraLinear.apply(inputs, self.weight, layouts, *factors).split(self.weight.sizes, -1)
+        return lora_linear(inputs, self.weight, layouts, factors).split(self.weight.sizes, -1)
 
 
 class FusedMLP:
     """A gated MLP."""
 
-    def __init__(self, module: Any, up: list[Projection], down: Projection, scratch: Scratch, routing: Routing):
-        self.up, self.down, self.routing = up, down, routing
+    def __init__(
+        self,
+        module: Any,
+        up: list[Projection],
+        down: Projection,
+        scratch: Scratch,
+        routing: Routing,
+        gate: mlp.Gate | liger.Gate,
+    ):
+        self.up, self.down, self.routing, self.gate = up, down, routing, gate
         self.weights = FrozenWeight([one.base for one in up], scratch), FrozenWeight([down.base], scratch)
         self.plain = module.forward
-        self.act = mlp.activation(module.act_fn)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not all(one.ready for one in (*self.up, self.down)):
@@ -154,4 +221,4 @@ class FusedMLP:
         first, factors = lora(self.up, self.routing, inputs, x.shape)
         inner = torch.Size([*x.shape[:-1], self.down.base.in_features])
         second, more = lora([self.down], self.routing, inputs, inner)
-        return mlp.GatedMLP.apply(inputs, self.weights, (first, second), self.act, *factors, *more)
+        return mlp.gated(inputs, self.weights, (first, second), self.gate, [*factors, *more])

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from lora_lab.adapters.attach import base_of
 from lora_lab.errors import TrainingError
-from lora_lab.fast import attention
+from lora_lab.fast import attention, varlen
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +37,7 @@ def _segment_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     block_attention: bool = False,
+    segment_starts: torch.Tensor | None = None,  # [rows + 1] int32: where all go in one call, see `varlen.py`
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment. Signature and result ([1, T, heads, head size]) are transformers'."""
@@ -48,6 +49,9 @@ def _segment_attention(
     if block_attention and on_cpu and not dropout and max(lengths) <= window:
         out = attention.SegmentAttention.apply(query[0], key[0], value[0], tuple(lengths), scale)[None]
         return out.transpose(1, 2).contiguous(), None
+    if segment_starts is not None and varlen.takes(query, value, dropout):
+        seen = None if max(lengths) <= window else window
+        return varlen.attend(query, key, value, segment_starts, max(lengths), scale, seen), None
     pieces = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         length = q.shape[2]

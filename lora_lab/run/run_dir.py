@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lora_lab.base.load import BaseFiles
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "hydra-core", "safetensors")
-_EXTRAS = ("torchao",)  # these compute in a run as well, where they are installed
+_EXTRAS = ("torchao", "liger_kernel")  # these compute in a run as well, where they are installed
 
 
 @dataclasses.dataclass(frozen=True)
