@@ -20,7 +20,7 @@ from torch import nn
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import mlp, norm, prefix, rows
+from lora_lab.fast import dropout, mlp, norm, prefix, rows, short_rows, unpadded
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -28,11 +28,12 @@ from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
-_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "last_layer_rows", "prefix_cache")  # in this order
+_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "short_rows", "unpadded", "last_layer_rows", "prefix_cache")  # in this order
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 
@@ -45,6 +46,7 @@ class Applied:
     modules: list[nn.Module] = dataclasses.field(default_factory=list)
     weights: list[FrozenWeight] = dataclasses.field(default_factory=list)
     kept_bytes: int = 0  # of dequantized weights
+    attending: PreTrainedModel | None = None  # whose attention was replaced
 
     def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         module.forward = forward
@@ -55,6 +57,9 @@ class Applied:
         for module in self.modules:
             module.__dict__.pop("forward", None)
         self.modules, self.weights = [], []
+        if self.attending is not None:
+            short_rows.attend_plainly(self.attending)
+            self.attending = None
         self.forward.reset("the accelerations that it needs are not used")
 
 
@@ -82,6 +87,7 @@ def accelerate(
         prove: whether results are compared; False for a model whose tensors have no content.
     """
     forward.reset("")
+    dropout.install(model)
     wanted = [name for name in _STEPS if getattr(speed, name)]
     with torch.enable_grad():
         plain = _unchanged(model, run) if prove else None
@@ -158,6 +164,10 @@ def _apply(
     applied.forward.unshareable = _alone(model, applied, refused)
     if "fused_norms" in wanted:
         _fuse_norms(model, calls, applied, prove)
+    if "short_rows" in wanted and short_rows.attend(base_of(model), applied.forward):
+        applied.attending = base_of(model)
+        _take_padding_out(base_of(model), wanted, applied)
+        applied.lines.append(f"attention of rows up to {short_rows.LONGEST} tokens by matrix products")
     layer = rows.last_layer(base_of(model))
     if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
@@ -391,6 +401,15 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
         count += 1
     if count:
         applied.lines.append(f"RMS norms fused: {count}")
+
+
+def _take_padding_out(base: PreTrainedModel, wanted: list[str], applied: Applied) -> None:
+    layers = unpadded.layers_of(base) if "unpadded" in wanted else []
+    for place, layer in enumerate(layers):
+        applied.replace(layer, unpadded.forward_of(layers, place))
+    if layers:
+        applied.forward.unpadded = True
+        applied.lines.append(f"no padding in {len(layers)} layers")
 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:

@@ -38,6 +38,7 @@ class Forward:
     block_attention: bool = False  # see `attention.py`
     wanted_rows: bool = False  # the last layer can be told which positions are wanted, see `rows.py`
     kept_prefix: bool = False  # the first layer can be told which rows it sees, see `prefix.py`
+    unpadded: bool = False  # padding costs almost nothing, see `unpadded.py`
     chunked_head: bool = False  # losses come from hidden states, see `loss.py`
     routing: Routing = dataclasses.field(default_factory=Routing)  # whose rows are whose, where members share a pass
     members: int = 1  # how many share a pass, at most; 1: they take turns
@@ -46,13 +47,13 @@ class Forward:
 
     def reset(self, unshareable: str) -> None:
         """Say that no module is replaced, and so why members cannot share a pass."""
-        self.wanted_rows = self.kept_prefix = self.chunked_head = False
+        self.wanted_rows = self.kept_prefix = self.unpadded = self.chunked_head = False
         self.unshareable = unshareable
 
     def share_model(self, other: Forward) -> None:
         """Take over what is true of the model's modules from another task's, which goes through the same model."""
         self.wanted_rows, self.kept_prefix, self.routing = other.wanted_rows, other.kept_prefix, other.routing
-        self.unshareable = other.unshareable
+        self.unpadded, self.unshareable = other.unpadded, other.unshareable
 
     def part_rows(self) -> None:
         """Give each row a forward pass of its own."""
