@@ -102,12 +102,10 @@ class SpeedConfig:
     block_attention: Annotated[
         bool, Field(description="attention by blocks of matrix products (CPU, bfloat16, packed rows)")
     ] = True
-    short_rows: Annotated[
-        bool, Field(description="attention of short padded rows by matrix products (CPU)")
+    short_rows: Annotated[bool, Field(description="attention of short padded rows by matrix products (CPU)")] = True
+    unpadded: Annotated[
+        bool, Field(description="padded rows lie end to end between the first and the last layer (CPU)")
     ] = True
-    unpadded: Annotated[bool, Field(description="padded rows lie end to end between the first and the last layer (CPU)")] = (
-        True
-    )
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[
         bool, Field(description="packed rows: the last layer, after its attention, only where there is a loss")

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # how far the outputs may move, as a share of their norm
-_STEPS = ("fused_mlp", "fused_projections", "fused_norms", "short_rows", "unpadded", "last_layer_rows", "prefix_cache")  # in this order
+_STEPS = (
+    "fused_mlp",
+    "fused_projections",
+    "fused_norms",
+    "short_rows",
+    "unpadded",
+    "last_layer_rows",
+    "prefix_cache",
+)  # in this order
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 
@@ -75,6 +83,7 @@ def accelerate(
     run: Callable[[], torch.Tensor],
     free: int,
     prove: bool = True,
+    padded: bool = False,
 ) -> Applied:
     """Replace what `speed` allows and the model's modules permit, and note in `forward` what its callers must know of it.
 
@@ -85,10 +94,11 @@ def accelerate(
         run: a pass of the model through `forward`, in evaluation; gives a tensor that is compared before and after.
         free: bytes of which dequantized weights may take a share.
         prove: whether results are compared; False for a model whose tensors have no content.
+        padded: whether `run` gives the model padding, without which nothing is known of how it reads that.
     """
     forward.reset("")
     dropout.install(model)
-    wanted = [name for name in _STEPS if getattr(speed, name)]
+    wanted = [name for name in _STEPS if getattr(speed, name) and (name != "unpadded" or (padded and prove))]
     with torch.enable_grad():
         plain = _unchanged(model, run) if prove else None
         calls = _watched(model, run)
@@ -166,7 +176,8 @@ def _apply(
         _fuse_norms(model, calls, applied, prove)
     if "short_rows" in wanted and short_rows.attend(base_of(model), applied.forward):
         applied.attending = base_of(model)
-        _take_padding_out(base_of(model), wanted, applied)
+        if "unpadded" in wanted:
+            _take_padding_out(base_of(model), "last_layer_rows" in wanted, applied)
         applied.lines.append(f"attention of rows up to {short_rows.LONGEST} tokens by matrix products")
     layer = rows.last_layer(base_of(model))
     if "last_layer_rows" in wanted and layer is not None:
@@ -403,13 +414,18 @@ def _fuse_norms(model: PeftModel, calls: _Calls, applied: Applied, prove: bool) 
         applied.lines.append(f"RMS norms fused: {count}")
 
 
-def _take_padding_out(base: PreTrainedModel, wanted: list[str], applied: Applied) -> None:
-    layers = unpadded.layers_of(base) if "unpadded" in wanted else []
+def _take_padding_out(base: PreTrainedModel, rows_only: bool, applied: Applied) -> None:
+    layers = unpadded.layers_of(base)
+    if not layers:
+        return
+    attention = unpadded.attention_of(layers[-1]) if rows_only and applied.forward.one_place else None
     for place, layer in enumerate(layers):
-        applied.replace(layer, unpadded.forward_of(layers, place))
-    if layers:
-        applied.forward.unpadded = True
-        applied.lines.append(f"no padding in {len(layers)} layers")
+        applied.replace(layer, unpadded.forward_of(layers, place, first_only=attention is not None))
+    applied.forward.unpadded = True
+    if attention is not None:
+        applied.replace(attention, unpadded.first_only_of(attention))
+        applied.lines.append("last layer only where it is read")
+    applied.lines.append(f"no padding in {len(layers)} layers")
 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:

@@ -34,6 +34,7 @@ class Forward:
     """
 
     packed: bool = False  # rows lie end to end
+    one_place: bool = False  # each row is read at one place
     together: bool = True  # rows share a pass; else each row has one of its own
     block_attention: bool = False  # see `attention.py`
     wanted_rows: bool = False  # the last layer can be told which positions are wanted, see `rows.py`

@@ -7,8 +7,9 @@ computed again in a backward pass find them. Layers that look beside a token, or
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,16 @@ class Rows:
     places: torch.Tensor  # [N] int64, of B * T
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor  # [B, 1, 1, T] bool: no padding
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[B] int64: where the first token of each row lies among all of them."""
+        lengths = self.mask.flatten(1).sum(-1)
+        return lengths.cumsum(0) - lengths
+
+    def first(self) -> Rows:
+        """The first token of each row."""
+        return dataclasses.replace(self, places=self.places[self.starts])
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] -> [1, N, ...]"""
@@ -49,21 +60,63 @@ def _attends(layer: nn.Module) -> bool:
     return any("Attention" in type(module).__name__ for module in layer.modules())
 
 
-def forward_of(layers: list[nn.Module], place: int) -> Callable[..., Any]:
-    """What replaces the forward of one of the layers."""
+def forward_of(layers: list[nn.Module], place: int, first_only: bool = False) -> Callable[..., Any]:
+    """What replaces the forward of one of the layers.
+
+    Args:
+        first_only: the last layer gives the first token of each row only, see `attention_of`.
+    """
     plain, first, last = layers[place].forward, place == 0, place == len(layers) - 1
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[0] if args else None
+        mask = _mask(args, kwargs)
         rows = _found(mask) if first else found_in(mask)
         if rows is None:
             return plain(hidden_states, *args, **kwargs)
         out = plain(rows.take(hidden_states) if first else hidden_states, *args, **kwargs)
         if not last:
             return out
+        rows = rows.first() if first_only else rows
         return (rows.put(out[0]), *out[1:]) if isinstance(out, tuple) else rows.put(out)
 
     return forward
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a layer in BERT's manner: `output` comes behind it, and is called with what it gave and what it read."""
+    attention = getattr(layer, "attention", None)
+    output = getattr(attention, "output", None)
+    fitting = isinstance(output, nn.Module) and {"dense", "LayerNorm"} <= {name for name, _ in output.named_children()}
+    return attention if fitting else None
+
+
+def first_only_of(attention: nn.Module) -> Callable[..., Any]:
+    """What replaces the forward of the last layer's attention: what is behind it computes the first token of each row only."""
+    plain, output = attention.forward, attention.get_submodule("output")
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = found_in(_mask(args, kwargs))
+        if rows is None:
+            return plain(hidden_states, *args, **kwargs)
+        with _only(output, rows.starts):  # here, where the layer's own forward is computed again with checkpointing
+            return plain(hidden_states, *args, **kwargs)
+
+    return forward
+
+
+def _mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The attention mask among what a layer is called with, which is its second argument."""
+    return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0] if args else None
+
+
+@contextlib.contextmanager
+def _only(module: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Inside the block a module gets these places of everything that it is called with."""
+    handle = module.register_forward_pre_hook(lambda _, inputs: tuple(one[:, places] for one in inputs))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def found_in(mask: Any) -> Rows | None:

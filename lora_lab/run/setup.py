@@ -324,8 +324,12 @@ class Live:
             task.forward.unshareable = "there are no rows to verify it on"
             return
         with self.autocast():
-            batch = task.collate(self._tried(), np.random.default_rng(0)).to(model.device)
+            examples = self._tried()
+            batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
             free = apply.free_bytes(model.device)
-            applied = apply.accelerate(model, task.forward, setup.config.speed, lambda: task.logits(model, batch), free)
+            padded = len({example.num_tokens for example in examples}) > 1
+            applied = apply.accelerate(
+                model, task.forward, setup.config.speed, lambda: task.logits(model, batch), free, padded=padded
+            )
             own = task.accelerate(model, batch)
         console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
