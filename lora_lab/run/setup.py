@@ -310,11 +310,11 @@ class Live:
         model.zero_grad()
         model.set_adapter(active)
 
-    def _tried(self) -> list[Example]:
+    def _tried(self, rows: Dataset | Stream) -> list[Example]:
         """The examples that accelerations are tried on: one, or a short and a long one where rows are padded."""
         if self.setup.task.config.packed or not self.setup.task.forward.together:
-            return first_examples(self.setup.rows, 1)
-        ordered = sorted(first_examples(self.setup.rows, _PADDED_ROWS), key=lambda example: example.num_tokens)
+            return first_examples(rows, 1)
+        ordered = sorted(first_examples(rows, _PADDED_ROWS), key=lambda example: example.num_tokens)
         return [ordered[0], ordered[-1]]
 
     def accelerate(self) -> None:
@@ -324,7 +324,7 @@ class Live:
             task.forward.unshareable = "there are no rows to verify it on"
             return
         with self.autocast():
-            examples = self._tried()
+            examples = self._tried(setup.rows)
             batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
             free = apply.free_bytes(model.device)
             padded = len({example.num_tokens for example in examples}) > 1
