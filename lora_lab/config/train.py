@@ -127,6 +127,10 @@ class SpeedConfig:
         bool,
         Field(description="attention of all packed rows in one call (CUDA, half precision; torch's flash kernels)"),
     ] = True
+    short_rows: Annotated[bool, Field(description="attention of short padded rows by matrix products (CPU)")] = True
+    unpadded: Annotated[
+        bool, Field(description="padded rows lie end to end between the first and the last layer (CPU)")
+    ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[
         bool, Field(description="packed rows: the last layer, after its attention, only where there is a loss")

@@ -21,7 +21,7 @@ from torch.nn.functional import silu
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import liger, mlp, norm, prefix, rows, varlen
+from lora_lab.fast import dropout, liger, mlp, norm, prefix, rows, short_rows, unpadded, varlen
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -29,10 +29,15 @@ from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _PLAIN = (nn.Linear, *QUANTIZED)
 _ADAPTED = (LoraLayer, LoraLayer4bit, TorchaoLoraLinear)
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # how far the outputs may move, as a share of their norm
+_ROUNDING = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+    torch.float16: 1e-2,
+}  # how far the outputs may move, as a share of their norm
 # in this order
 _STEPS = (
     "fused_mlp",
@@ -40,6 +45,8 @@ _STEPS = (
     "fused_norms",
     "liger_kernels",
     "varlen_attention",
+    "short_rows",
+    "unpadded",
     "last_layer_rows",
     "fused_4bit",
     "prefix_cache",
@@ -56,6 +63,7 @@ class Applied:
     modules: list[nn.Module] = dataclasses.field(default_factory=list)
     weights: list[FrozenWeight] = dataclasses.field(default_factory=list)
     kept_bytes: int = 0  # of dequantized weights
+    attending: PreTrainedModel | None = None  # whose attention was replaced
 
     def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         module.forward = forward
@@ -66,6 +74,9 @@ class Applied:
         for module in self.modules:
             module.__dict__.pop("forward", None)
         self.modules, self.weights = [], []
+        if self.attending is not None:
+            short_rows.attend_plainly(self.attending)
+            self.attending = None
         self.forward.reset("the accelerations that it needs are not used")
 
 
@@ -81,6 +92,7 @@ def accelerate(
     run: Callable[[], torch.Tensor],
     free: int,
     prove: bool = True,
+    padded: bool = False,
 ) -> Applied:
     """Replace what `speed` allows and the model's modules permit, and note in `forward` what its callers must know of it.
 
@@ -91,9 +103,11 @@ def accelerate(
         run: a pass of the model through `forward`, in evaluation; gives a tensor that is compared before and after.
         free: bytes of which dequantized weights may take a share.
         prove: whether results are compared; False for a model whose tensors have no content.
+        padded: whether `run` gives the model padding, without which nothing is known of how it reads that.
     """
     forward.reset("")
-    wanted = [name for name in _STEPS if getattr(speed, name)]
+    dropout.install(model)
+    wanted = [name for name in _STEPS if getattr(speed, name) and (name != "unpadded" or (padded and prove))]
     with torch.enable_grad():
         plain = _unchanged(model, run) if prove else None
         calls = _watched(model, run)
@@ -172,6 +186,11 @@ def _apply(
         _fuse_norms(model, calls, applied, prove, kernels)
     if "varlen_attention" in wanted:
         _join_attention(model, applied)
+    if "short_rows" in wanted and short_rows.attend(base_of(model), applied.forward):
+        applied.attending = base_of(model)
+        if "unpadded" in wanted:
+            _take_padding_out(base_of(model), "last_layer_rows" in wanted, applied)
+        applied.lines.append(f"attention of rows up to {short_rows.LONGEST} tokens by matrix products")
     layer = rows.last_layer(base_of(model))
     if "last_layer_rows" in wanted and layer is not None:
         applied.replace(layer, rows.forward_of(layer))
@@ -429,6 +448,20 @@ def _join_attention(model: PeftModel, applied: Applied) -> None:
         return
     forward.varlen_attention = True
     applied.lines.append("attention of all rows in one call")
+
+
+def _take_padding_out(base: PreTrainedModel, rows_only: bool, applied: Applied) -> None:
+    layers = unpadded.layers_of(base)
+    if not layers:
+        return
+    attention = unpadded.attention_of(layers[-1]) if rows_only and applied.forward.one_place else None
+    for place, layer in enumerate(layers):
+        applied.replace(layer, unpadded.forward_of(layers, place, first_only=attention is not None))
+    applied.forward.unpadded = True
+    if attention is not None:
+        applied.replace(attention, unpadded.first_only_of(attention))
+        applied.lines.append("last layer only where it is read")
+    applied.lines.append(f"no padding in {len(layers)} layers")
 
 
 def _keep_weights(model: PeftModel, speed: SpeedConfig, free: int, applied: Applied) -> None:

@@ -34,11 +34,13 @@ class Forward:
     """
 
     packed: bool = False  # rows lie end to end
+    one_place: bool = False  # each row is read at one place
     together: bool = True  # rows share a pass; else each row has one of its own
     block_attention: bool = False  # see `attention.py`
     varlen_attention: bool = False  # all rows in one call, see `varlen.py`
     wanted_rows: bool = False  # the last layer can be told which positions are wanted, see `rows.py`
     kept_prefix: bool = False  # the first layer can be told which rows it sees, see `prefix.py`
+    unpadded: bool = False  # padding costs almost nothing, see `unpadded.py`
     chunked_head: bool = False  # losses come from hidden states, see `loss.py`
     routing: Routing = dataclasses.field(default_factory=Routing)  # whose rows are whose, where members share a pass
     members: int = 1  # how many share a pass, at most; 1: they take turns
@@ -47,14 +49,14 @@ class Forward:
 
     def reset(self, unshareable: str) -> None:
         """Say that no module is replaced, and so why members cannot share a pass."""
-        self.wanted_rows = self.kept_prefix = self.chunked_head = self.varlen_attention = False
+        self.wanted_rows = self.kept_prefix = self.unpadded = self.chunked_head = self.varlen_attention = False
         self.unshareable = unshareable
 
     def share_model(self, other: Forward) -> None:
         """Take over what is true of the model's modules from another task's, which goes through the same model."""
         self.wanted_rows, self.kept_prefix, self.routing = other.wanted_rows, other.kept_prefix, other.routing
         self.varlen_attention = other.varlen_attention and self.packed and self.together
-        self.unshareable = other.unshareable
+        self.unpadded, self.unshareable = other.unpadded, other.unshareable
 
     def part_rows(self) -> None:
         """Give each row a forward pass of its own."""

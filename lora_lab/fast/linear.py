@@ -21,7 +21,7 @@ class Layout:
 
     rows: slice  # of the tokens; of several members together, who have as many each
     ranks: list[int]  # of each layer; 0: not adapted
-    keep: list[torch.Tensor | None]  # [T_k, D] bool of each layer: what dropout leaves; None: no dropout
+    keep: list[torch.Tensor | None]  # [T_k, D] int16 of each layer: what dropout leaves; None: no dropout
     keep_scale: float = 1.0  # 1 / (1 - p)
     members: int = 1  # whose products are made at once
 
@@ -55,7 +55,7 @@ class Branch:
             column, rank = column + size, rank + r
 
     def dropped(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        return x if keep is None else x * keep * self.layout.keep_scale
+        return x if keep is None else (x * keep).mul_(self.layout.keep_scale)
 
 
 def branches(layouts: list[Layout], factors: tuple[torch.Tensor, ...]) -> list[Branch]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer as AnyLoraLayer
-from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from torch import nn
 
 from lora_lab.fast import liger, mlp
+from lora_lab.fast.dropout import kept, scale
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, lora_linear
 from lora_lab.fast.routing import Route, Routing
@@ -68,18 +68,9 @@ class Projection:
     def drawn(
         self, member: str, shape: torch.Size, x: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor | None:
-        """[T, D] bool: what dropout leaves.
-
-        On a CPU it is what the plain layer draws. On a card that one draws from the same generator in the order of a kernel of its own;
-        here the order is the same for a member alone and for one that shares a pass.
-        """
+        """[T, D] int16: what dropout leaves, drawn as the plain layer draws it; see `dropout.kept`."""
         p = self.dropout(member)
-        if not p:
-            return None
-        four_bit = isinstance(self.module, LoraLayer4bit) and torch.is_autocast_enabled(x.device.type)
-        dtype = x.dtype if four_bit else self.module.lora_A[member].weight.dtype
-        drawn = torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(1 - p, generator=generator)
-        return drawn.bool().view(-1, shape[-1])
+        return kept(shape, p, x.device, generator).view(-1, shape[-1]) if p else None
 
 
 def lora(
@@ -118,7 +109,7 @@ def _lora(
     keep = [None if one is None else one.drawn(member, shape, x, generator) for one in own]
     ranks = [len(pair[0]) if pair else 0 for pair in pairs]
     p = max(one.dropout(member) for one in own if one)
-    layout = Layout(rows, ranks, keep, 1 / (1 - p) if p < 1 else 0.0)
+    layout = Layout(rows, ranks, keep, scale(p))
     bs = [
         pair[1] if pair else x.new_empty(one.base.out_features, 0) for pair, one in zip(pairs, projections, strict=True)
     ]

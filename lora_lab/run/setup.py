@@ -27,7 +27,7 @@ from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
 from lora_lab.data import build
 from lora_lab.data.dataset import Dataset, Stream, first_examples
-from lora_lab.data.encode import Encoder
+from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError, ConfigError, TrainingError
 from lora_lab.fast import apply, isolation
 from lora_lab.runtime import console
@@ -312,6 +312,13 @@ class Live:
         model.zero_grad()
         model.set_adapter(active)
 
+    def _tried(self, rows: Dataset | Stream) -> list[Example]:
+        """The examples that accelerations are tried on: one, or a short and a long one where rows are padded."""
+        if self.setup.task.config.packed or not self.setup.task.forward.together:
+            return first_examples(rows, 1)
+        ordered = sorted(first_examples(rows, _PADDED_ROWS), key=lambda example: example.num_tokens)
+        return [ordered[0], ordered[-1]]
+
     def accelerate(self) -> None:
         """Replace what the configuration allows, and say what was replaced."""
         setup, task, model = self.setup, self.setup.task, self.model.eval()
@@ -319,8 +326,12 @@ class Live:
             task.forward.unshareable = "there are no rows to verify it on"
             return
         with self.autocast():
-            batch = task.collate(first_examples(setup.rows, 1), np.random.default_rng(0)).to(model.device)
+            examples = self._tried(setup.rows)
+            batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
             free = apply.free_bytes(model.device)
-            applied = apply.accelerate(model, task.forward, setup.config.speed, lambda: task.logits(model, batch), free)
+            padded = len({example.num_tokens for example in examples}) > 1
+            applied = apply.accelerate(
+                model, task.forward, setup.config.speed, lambda: task.logits(model, batch), free, padded=padded
+            )
             own = task.accelerate(model, batch)
         console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")

@@ -113,6 +113,9 @@ class Task(Generic[Section, B]):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     head: ClassVar[Literal["none", "always", "missing"]] = "none"  # see `ModelKind`
+    one_place: ClassVar[bool] = (
+        False  # whether the model gives one thing for a row, so that it may read one place of it
+    )
 
     def __init__(self, config: RunConfig, encoder: Encoder, learned: dict[str, Any], model: PretrainedConfig):
         """
@@ -126,7 +129,9 @@ class Task(Generic[Section, B]):
         self.learned = learned
         self.model = model
         self.forward = Forward(
-            self.config.packed, together=config.train.packing is not False and not config.adapter.against_packing
+            self.config.packed,
+            self.one_place,
+            together=config.train.packing is not False and not config.adapter.against_packing,
         )  # of the model, once it is loaded
 
     @classmethod

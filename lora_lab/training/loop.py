@@ -186,10 +186,10 @@ def _share(member: Member, loop: Loop, alone: bool) -> Share:
 
 
 def _parts(member: Member, train: Dataset | Stream) -> list[list[Example]]:
-    """The examples of the coming step's micro-batches; for padded batches, rows of like length together."""
+    """The examples of the coming step's micro-batches; where padding costs something, rows of like length together."""
     chosen = member.plan.step(member.state.step)
     parts = [[example for i in part for example in train[int(i)]] for part in chosen]
-    if member.task.config.packed:
+    if member.task.config.packed or member.task.forward.unpadded:
         return parts
     device = member.model.device.type
     return of_like_length([e for part in parts for e in part], member.plan.micro_batch_size, _ENOUGH_TOKENS[device])

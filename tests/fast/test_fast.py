@@ -28,7 +28,14 @@ from tests.training.test_invariants import member_of, prepared_and_model, relati
 
 # float32 sums in another order: of the loss, and of the gradient's norm after two layers (measured: at most 2.3e-6)
 LOSS, GRADIENT = 1e-6, 3e-6
-ACCELERATIONS = ("fused_projections", "fused_mlp", "fused_norms", "block_attention", "chunked_loss", "last_layer_rows")
+ACCELERATIONS = (
+    "fused_projections",
+    "fused_mlp",
+    "fused_norms",
+    "block_attention",
+    "chunked_loss",
+    "last_layer_rows",
+)  # of decoders
 
 
 def make_decoder(folder: Path, kind: str) -> Path:

@@ -130,6 +130,7 @@ class ClassTask(PaddedTask[Classes, PaddedBatch]):
 class Classification(ClassTask[ClassificationConfig]):
     """`task=classification`."""
 
+    one_place = True
     encoder_class = ClassEncoder
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"

@@ -48,6 +48,7 @@ class NumberEncoder(LabelEncoder):
 class Regression(PaddedTask[RegressionConfig, PaddedBatch]):
     """`task=regression`: mean squared error."""
 
+    one_place = True
     encoder_class = NumberEncoder
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"

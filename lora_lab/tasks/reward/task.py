@@ -88,6 +88,7 @@ def _unweighted(example: Example) -> Example:
 class Reward(PaddedTask[RewardConfig, PaddedBatch]):
     """`task=reward`. Rows of a batch: all chosen answers, then all rejected ones; an item is a pair."""
 
+    one_place = True
     encoder_class = RewardEncoder
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"

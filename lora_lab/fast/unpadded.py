@@ -1,0 +1,137 @@
+"""Padded rows that lie end to end between a model's first and last layer, so that nothing is computed of padding.
+
+The first layer takes the padding out, the last one puts it back (zeros), and attention gives each row its own places for a moment.
+What is padding is read from the attention mask that the layers are called with; it carries the places along, so that layers which are
+computed again in a backward pass find them. Layers that look beside a token, or at shapes, do not pass the trial and stay padded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "unpadded"  # of what a mask carries
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the tokens of B padded rows of T places lie."""
+
+    places: torch.Tensor  # [N] int64, of B * T
+    shape: tuple[int, int]  # B, T
+    mask: torch.Tensor  # [B, 1, 1, T] bool: no padding
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """[B] int64: where the first token of each row lies among all of them."""
+        lengths = self.mask.flatten(1).sum(-1)
+        return lengths.cumsum(0) - lengths
+
+    def first(self) -> Rows:
+        """The first token of each row."""
+        return dataclasses.replace(self, places=self.places[self.starts])
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] -> [1, N, ...]"""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+    def put(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, N, ...] -> [B, T, ...], zeros for padding."""
+        whole = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
+        return whole.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The encoder's layers, one after another; none if they are not in one list."""
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    alike = [list(one) for one in found if len({type(layer) for layer in one}) == 1 and _attends(one[0])]
+    return alike[0] if len(alike) == 1 else []
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any("Attention" in type(module).__name__ for module in layer.modules())
+
+
+def forward_of(layers: list[nn.Module], place: int, first_only: bool = False) -> Callable[..., Any]:
+    """What replaces the forward of one of the layers.
+
+    Args:
+        first_only: the last layer gives the first token of each row only, see `attention_of`.
+    """
+    plain, first, last = layers[place].forward, place == 0, place == len(layers) - 1
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask = _mask(args, kwargs)
+        rows = _found(mask) if first else found_in(mask)
+        if rows is None:
+            return plain(hidden_states, *args, **kwargs)
+        out = plain(rows.take(hidden_states) if first else hidden_states, *args, **kwargs)
+        if not last:
+            return out
+        rows = rows.first() if first_only else rows
+        return (rows.put(out[0]), *out[1:]) if isinstance(out, tuple) else rows.put(out)
+
+    return forward
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention of a layer in BERT's manner: `output` comes behind it, and is called with what it gave and what it read."""
+    attention = getattr(layer, "attention", None)
+    output = getattr(attention, "output", None)
+    fitting = isinstance(output, nn.Module) and {"dense", "LayerNorm"} <= {name for name, _ in output.named_children()}
+    return attention if fitting else None
+
+
+def first_only_of(attention: nn.Module) -> Callable[..., Any]:
+    """What replaces the forward of the last layer's attention: what is behind it computes the first token of each row only."""
+    plain, output = attention.forward, attention.get_submodule("output")
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = found_in(_mask(args, kwargs))
+        if rows is None:
+            return plain(hidden_states, *args, **kwargs)
+        with _only(output, rows.starts):  # here, where the layer's own forward is computed again with checkpointing
+            return plain(hidden_states, *args, **kwargs)
+
+    return forward
+
+
+def _mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The attention mask among what a layer is called with, which is its second argument."""
+    return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0] if args else None
+
+
+@contextlib.contextmanager
+def _only(module: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Inside the block a module gets these places of everything that it is called with."""
+    handle = module.register_forward_pre_hook(lambda _, inputs: tuple(one[:, places] for one in inputs))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def found_in(mask: Any) -> Rows | None:
+    """What a mask carries."""
+    return getattr(mask, _NAME, None)
+
+
+def _found(mask: Any) -> Rows | None:
+    """Where tokens lie by a mask [B, 1, T, T] bool, if it tells padding and nothing else; noted on the mask."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    if found_in(mask) is None:
+        seen = mask[:, :, :1]
+        if seen.all() or not (mask == seen).all():
+            return None
+        places = seen.flatten().nonzero().flatten()
+        setattr(mask, _NAME, Rows(places, (seen.shape[0], seen.shape[-1]), seen))
+    return found_in(mask)
