@@ -8,6 +8,7 @@
     ├── RunError            2   run folders: existing, missing, locked, read-only
     ├── CheckpointError     2   a checkpoint or artifact that fails its checksums
     ├── TrainingError       3   training stopped before a bad update (non-finite loss or gradient)
+    │   └── NoRoomError     3   something does not fit into memory, in the smallest way that is known
     └── MergeError          4   the merged checkpoint is not the model that was trained
         └── ExportError     4   an exported file does not load in its target runtime, or its outputs differ there
     Interrupted             130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after the state was saved
@@ -62,6 +63,10 @@ class TrainingError(LoraLabError):
     """Training stopped before an update that would have destroyed the adapter."""
 
     exit_code = 3
+
+
+class NoRoomError(TrainingError):
+    """Something does not fit into memory, although it was tried in the smallest way that is known."""
 
 
 class MergeError(LoraLabError):

@@ -391,6 +391,7 @@ def load_model(
     from transformers.utils import logging
 
     from lora_lab.base import weight_only
+    from lora_lab.runtime.memory import is_out_of_memory
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is missing or new is said below
@@ -416,9 +417,11 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=kind.head == "always",
         )
-    except (LoraLabError, MemoryError):
+    except LoraLabError:
         raise
     except Exception as error:  # of transformers, safetensors, the quantizer and torch
+        if is_out_of_memory(error):
+            raise
         raise BaseModelError(
             f"model.path={files.name}: cannot be loaded with quant.method={quant.method} ({error})."
         ) from error

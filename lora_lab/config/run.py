@@ -160,6 +160,15 @@ def contradictions(config: RunConfig) -> list[str]:
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "
             f"the sequences of a whole step. Did you mean train.batch_size={train.micro_batch_size}?"
         )
+    apart = (
+        "train.packing=false"
+        if train.packing is False
+        else config.adapter.against_packing and f"adapter={config.adapter.method}"
+    )
+    if train.micro_batch_tokens is not None and apart:
+        found.append(
+            f"train.micro_batch_tokens={train.micro_batch_tokens}: no effect with {apart}, where each row has a pass of its own. Drop it."
+        )
     if not train.gradient_checkpointing:
         found += [
             f"train.{name}: no effect without train.gradient_checkpointing=true. Set that too, or drop it."

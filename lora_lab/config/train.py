@@ -40,6 +40,14 @@ class TrainConfig:
     micro_batch_size: Annotated[
         int | None, Field(ge=1, description="sequences per forward pass; less needs less memory; null: batch_size")
     ] = None
+    micro_batch_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="a forward pass is filled up to so many tokens, padding included, with at least one sequence and at most "
+            "micro_batch_size; null: whatever its sequences have",
+        ),
+    ] = None
     packing: Annotated[
         bool | None,
         Field(

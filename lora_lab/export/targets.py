@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters.base import AdapterSection
-from lora_lab.errors import ConfigError, ExportError, MergeError
+from lora_lab.errors import ConfigError, ExportError, LoraLabError, MergeError, RunError
 from lora_lab.export import adapter, gguf, hub, quantized
 from lora_lab.report import card
 from lora_lab.run.prepared import Trained
 from lora_lab.run.setup import Setup
 from lora_lab.runtime import console, storage
+from lora_lab.runtime.memory import first_line, is_out_of_memory
 from lora_lab.runtime.reading import read_json
 from lora_lab.verify.parity import Probe
 
@@ -85,7 +86,8 @@ def make(trained: Trained, rows: Probe, merged: bool = True) -> dict[str, dict[s
         merged: whether there is a merged checkpoint; without one, only what is made of the adapter alone.
 
     Returns:
-        Of each target what was proved, or under `refused` why it was not kept; also in `export_report.json`.
+        Of each target what was proved, or under `refused` why it was not kept; also in `export_report.json`. `unmade` is true where it
+        was not judged: it could not be made as things are now.
     """
     run, export = trained.run, trained.setup.config.export
     report: dict[str, dict[str, Any]] = {}
@@ -103,6 +105,12 @@ def make(trained: Trained, rows: Probe, merged: bool = True) -> dict[str, dict[s
         except MergeError as error:
             report[name] = {"refused": [str(error)]}
             console.say("refused", error)
+        except Exception as error:
+            told = told_as(error, trained, name)
+            if told is error:  # a disk, or a mistake of ours
+                raise
+            report[name] = {"refused": [str(told)], "unmade": True}
+            console.say("refused", told)
     if report:
         _write(run.path / "export_report.json", report)
     published = {name: run.path / "export" / name for name, found in report.items() if "refused" not in found}
@@ -111,6 +119,26 @@ def make(trained: Trained, rows: Probe, merged: bool = True) -> dict[str, dict[s
     if export.push_to_hub and published:
         hub.push(published, export)
     return report
+
+
+def told_as(error: Exception, trained: Trained, name: str) -> Exception:
+    """What a user is told of an error that ended the making of a target: a refusal with the way out; an error that says enough, itself.
+
+    Args:
+        name: of the target; hf: the merged checkpoint.
+    """
+    if isinstance(error, MergeError | RunError) or not (isinstance(error, LoraLabError) or is_out_of_memory(error)):
+        return error
+    kind = MergeError if name == "hf" else ExportError
+    if isinstance(error, LoraLabError):
+        return kind(f"export.targets: {name} could not be made: {error}")
+    run, on_gpu = trained.run.path, trained.setup.device.type == "cuda"
+    where = "in main memory" if on_gpu else "on a machine with more of it"
+    device = " hardware.device=cpu" if on_gpu else ""
+    return kind(
+        f"export.targets: memory ran out while {name} was made ({first_line(error)}). The adapter is complete: {trained.run.adapter}. Make "
+        f"it {where}: lora-lab export run={run} export.targets=[{name}]{device}"
+    )
 
 
 def _write(file: Path, report: dict[str, dict[str, Any]]) -> None:

@@ -113,6 +113,7 @@ def accelerate(
         calls = _watched(model, run)
         applied, reason = _tried(model, forward, speed, wanted, calls, free, plain, run)
         if not reason:
+            forward.weights.update(applied.weights)
             return applied
         kept: list[str] = []
         refused: list[str] = []
@@ -121,6 +122,7 @@ def accelerate(
             kept += [] if reason else [name]
             refused += [f"no {name}: {reason}"] if reason else []
         applied, reason = _tried(model, forward, speed, kept, calls, free, plain, run)
+    forward.weights.update(applied.weights)
     applied.lines = ([f"none: {reason}"] if reason else applied.lines) + refused
     return applied
 
@@ -162,6 +164,7 @@ def _tried(
         reason = "" if plain is None else plain.differs_from(_outcome(model, run))
     except Exception as error:  # whatever a model of another make raises here is about the acceleration alone
         if is_out_of_memory(error):
+            applied.undo()
             raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
     if reason or not keep:
@@ -245,7 +248,9 @@ def _outcome(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Outcome:
 class _Calls:
     """How the modules of a model were called in a forward pass."""
 
-    order: list[tuple[str, torch.Tensor]]  # linear layers with what they read
+    order: list[
+        tuple[str, int]
+    ]  # linear layers, each with the number of what it read: the same one after another, the same number
     single: dict[str, torch.Tensor]  # of modules that were always called with one tensor alone: the first
 
 
@@ -306,13 +311,16 @@ def _unfit(module: Any) -> str:
 def _watched(model: PeftModel, run: Callable[[], torch.Tensor]) -> _Calls:
     """Watch a forward pass."""
     projections, _ = _projections(model)
-    order: list[tuple[str, torch.Tensor]] = []
+    order: list[tuple[str, int]] = []
+    last: list[Any] = [None]  # the only input that is held: while it lives, nothing else is taken for it
     single: dict[str, torch.Tensor] = {}
     other: set[str] = set()
 
     def note(name: str, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if name in projections and inputs:
-            order.append((name, inputs[0]))
+            number = order[-1][1] if order else 0
+            order.append((name, number if inputs[0] is last[0] else number + 1))
+            last[0] = inputs[0]
         if len(inputs) == 1 and not named and isinstance(inputs[0], torch.Tensor):
             single.setdefault(name, inputs[0])
         else:
@@ -384,7 +392,7 @@ def _computing(x: torch.Tensor) -> torch.dtype:
 
 
 def _fuse_projections(
-    projections: dict[str, Projection], order: list[tuple[str, torch.Tensor]], scratch: Scratch, applied: Applied
+    projections: dict[str, Projection], order: list[tuple[str, int]], scratch: Scratch, applied: Applied
 ) -> None:
     sizes: dict[int, int] = {}
     for names in _same_input(projections, order):
@@ -401,21 +409,21 @@ def _fuse_projections(
         applied.lines.append(f"projections fused: {parts}")
 
 
-def _same_input(projections: dict[str, Projection], order: list[tuple[str, torch.Tensor]]) -> Iterator[list[str]]:
+def _same_input(projections: dict[str, Projection], order: list[tuple[str, int]]) -> Iterator[list[str]]:
     """Names of the layers that are called once each, one after another, with the same tensor."""
     calls: dict[str, int] = {}
     for name, _ in order:
         calls[name] = calls.get(name, 0) + 1
-    groups: list[tuple[torch.Tensor, list[str]]] = []
-    for name, tensor in order:
+    groups: list[tuple[int, list[str]]] = []
+    for name, number in order:
         if name not in projections:
-            groups.append((tensor, []))
+            groups.append((number, []))
         elif calls[name] > 1:
-            groups.append((tensor, [name]))
-        elif groups and groups[-1][0] is tensor and groups[-1][1] and calls[groups[-1][1][0]] == 1:
+            groups.append((number, [name]))
+        elif groups and groups[-1][0] == number and groups[-1][1] and calls[groups[-1][1][0]] == 1:
             groups[-1][1].append(name)
         else:
-            groups.append((tensor, [name]))
+            groups.append((number, [name]))
     yield from map(list, dict.fromkeys(tuple(names) for _, names in groups if names))
 
 

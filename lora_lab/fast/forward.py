@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lora_lab.adapters.prompts import positions_before
 from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
 from lora_lab.fast import prefix, segments, varlen
+from lora_lab.fast.frozen import FrozenWeight
 from lora_lab.fast.loss import TokenLosses, plain_head, without_head
 from lora_lab.fast.modules import computed_in
 from lora_lab.fast.routing import Routing
@@ -43,6 +45,8 @@ class Forward:
     unpadded: bool = False  # padding costs almost nothing, see `unpadded.py`
     chunked_head: bool = False  # losses come from hidden states, see `loss.py`
     routing: Routing = dataclasses.field(default_factory=Routing)  # whose rows are whose, where members share a pass
+    # weights that may be kept dequantized
+    weights: weakref.WeakSet[FrozenWeight] = dataclasses.field(default_factory=weakref.WeakSet)
     members: int = 1  # how many share a pass, at most; 1: they take turns
     unshareable: str = "no model is loaded"  # why several members cannot share a pass; empty if they can
     _own_attention: str | None = None  # the model's, while `segments` has put another in its place
@@ -50,13 +54,19 @@ class Forward:
     def reset(self, unshareable: str) -> None:
         """Say that no module is replaced, and so why members cannot share a pass."""
         self.wanted_rows = self.kept_prefix = self.unpadded = self.chunked_head = self.varlen_attention = False
+        self.weights.clear()
         self.unshareable = unshareable
 
     def share_model(self, other: Forward) -> None:
         """Take over what is true of the model's modules from another task's, which goes through the same model."""
         self.wanted_rows, self.kept_prefix, self.routing = other.wanted_rows, other.kept_prefix, other.routing
         self.varlen_attention = other.varlen_attention and self.packed and self.together
+        self.weights = other.weights
         self.unpadded, self.unshareable = other.unpadded, other.unshareable
+
+    def drop_kept_weights(self) -> int:
+        """Dequantize all weights in every pass from now on, which is the same numbers; the bytes that this gives back."""
+        return sum(weight.drop() for weight in self.weights)
 
     def part_rows(self) -> None:
         """Give each row a forward pass of its own."""

@@ -69,6 +69,14 @@ class FrozenWeight:
     def device(self) -> torch.device:
         return self._layers[0].weight.device
 
+    def drop(self) -> int:
+        """Dequantize in every pass from now on; the bytes that this gives back."""
+        if not (self.quantized and self.keep):
+            return 0
+        size = self._dense.nbytes if self._dense is not None else 0
+        self.keep, self._dense = False, None
+        return size
+
     def num_bytes(self, dtype: torch.dtype) -> int:
         """What keeping it dequantized takes."""
         return sum(self.sizes) * self.in_features * dtype.itemsize if self.quantized else 0

@@ -27,10 +27,11 @@ from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ResolvedBase
 from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.runtime import console
+from lora_lab.runtime.memory import peak_gib
 from lora_lab.tasks.base import Task, eval_batches
-from lora_lab.training.batches import BatchPlan, plan_of
+from lora_lab.training.batches import BatchPlan, filled, plan_of
 from lora_lab.training.cohort import Member
-from lora_lab.training.loop import Clock, fit, peak_memory_gib
+from lora_lab.training.loop import Clock, fit
 
 _CARDS_GIB = (8, 12, 16, 24)
 _MEANINGS = {
@@ -138,10 +139,24 @@ def foresee(config: RunConfig, task: Task, train: Dataset | Stream, held_out: Da
 def _stored(task: Task, train: Dataset, batches: BatchPlan, steps: int) -> tuple[Batch, int]:
     """The largest forward pass, and the tokens of all steps."""
     lengths = train.lengths
-    parts = [part for step in range(steps) for part in batches.step(step)]
+    parts = [part for step in range(steps) for part in _passes(batches, step, lengths, task.config.packed)]
     tokens = sum(int(lengths[part].sum()) for part in parts)
     passes = parts if task.forward.together else [[place] for part in parts for place in part]
     return _largest(task, train, passes), tokens
+
+
+def _passes(batches: BatchPlan, step: int, lengths: np.ndarray, packed: bool) -> list[np.ndarray]:
+    """The items of each of a step's passes, as the loop fills them."""
+    parts = batches.step(step)
+    if batches.micro_batch_tokens is None:
+        return parts
+    chosen = np.concatenate(parts)
+    if not packed:
+        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+    sizes = [int(size) for size in lengths[chosen]]
+    return [
+        chosen[cut] for cut in filled(sizes, batches.micro_batch_size, batches.micro_batch_tokens, padded=not packed)
+    ]
 
 
 def _largest(task: Task, data: Dataset, passes: Sequence[Sequence[int]]) -> Batch:
@@ -244,7 +259,7 @@ def _probe(setup: Setup, work: Work) -> None:
     console.say(
         "probe", f"{clock.tokens_per_second:.0f} tokens/s: about {_duration(seconds)} for the {work.steps} steps"
     )
-    console.say("probe", f"peak memory {peak_memory_gib():.2f} GiB, imports included")
+    console.say("probe", f"peak memory {peak_gib(setup.device):.2f} GiB, imports included")
 
 
 def _timed(live: Live) -> Clock:

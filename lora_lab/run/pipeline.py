@@ -15,7 +15,7 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.errors import ConfigError, ExportError, Interrupted, MergeError
+from lora_lab.errors import ConfigError, ExportError, Interrupted, LoraLabError, MergeError, NoRoomError
 from lora_lab.export import targets
 from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import judged_on, reference
@@ -28,10 +28,11 @@ from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
 from lora_lab.runtime import console, storage
+from lora_lab.runtime.memory import peak_gib, peak_reserved_gib
 from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint
 from lora_lab.training.cohort import Member
-from lora_lab.training.loop import Clock, fit, peak_memory_gib
+from lora_lab.training.loop import Clock, fit
 from lora_lab.verify import parity
 
 
@@ -53,10 +54,14 @@ def train(config: RunConfig) -> RunDir:
 
 
 def resume(path: str, overrides: list[str]) -> RunDir:
-    """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run."""
+    """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run; of a trained run make what
+    could not be made before."""
     run, config = open_trained(path, takes.RESUME, overrides)
     with _stoppable(run), run.locked():
         result, damage = run_dir.read_result(run)
+        if result is not None and result.get(_UNMADE):
+            _make_rest(run, config, result)
+            return run
         if result is not None:
             console.say("run", f"{run.path} is finished; nothing to do. See {run.result.name}.")
             return run
@@ -87,26 +92,110 @@ def _stoppable(run: RunDir) -> Iterator[None]:
 
 
 def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:
-    """evaluate the base -> fit -> evaluate -> merge -> result.json
+    """evaluate the base -> fit -> evaluate -> result.json -> merge -> result.json
 
     Args:
         live: ends with the training, which makes room for the unquantized base.
     """
-    trained, config, stages = Trained(run, live.setup), live.setup.config, live.setup.stages
-    refused: list[MergeError] = []  # told at the end: the training itself is complete
+    trained = Trained(run, live.setup)
     with live:
-        result, as_trained = _fit(run, live, resume_from), None
-        if targets.needs_merged(config.export.targets):
-            with stages("export"):
-                as_trained = _as_trained(live)
-    if config.export.targets:
-        with stages("export"):
-            result |= _make_targets(trained, as_trained, refused)
-    result |= {"peak_memory_with_merge_gib": round(peak_memory_gib(), 3), "seconds": stages.seconds}
-    storage.write_text(run.result, storage.dump_json(result))
-    summary.show_end(run, result, config.task)
-    if refused:
-        raise refused[0]
+        result = _fit(run, live, resume_from)
+        ending = _Ending(trained, result)
+        as_trained = ending.as_trained(live)
+    ending.make(as_trained)
+
+
+def _make_rest(run: RunDir, config: RunConfig, result: dict[str, Any]) -> None:
+    """What a finished training could not do: evaluate, merge, export."""
+    console.say("resume", f"{run.path} is trained; making what is left: {', '.join(result[_UNMADE])}")
+    trained = Trained.of(run, config, need_train=config.data.eval is None)
+    with trained.loaded() as live:
+        if "evaluate" in result[_UNMADE]:
+            after = live.measure("tuned")
+            del result[_UNMADE]["evaluate"]
+            result |= {"tuned": after.metrics, "details": after.details or None}
+        ending = _Ending(trained, result)
+        as_trained = ending.as_trained(live)
+    ending.make(as_trained)
+
+
+_UNMADE = "unmade"  # in `result.json`: what could not be done after training, each with the reason
+
+
+class _Ending:
+    """What follows a training: whatever becomes of it, `result.json` has what was measured."""
+
+    def __init__(self, trained: Trained, result: dict[str, Any]):
+        """Write `result.json` for now: merging may take more memory than there is, and be ended by the system without a word."""
+        self.trained, self.result = trained, result
+        self.unmade = {name: text for name, text in result.get(_UNMADE, {}).items() if name == "evaluate"}
+        self.errors: list[Exception] = [NoRoomError(text) for text in self.unmade.values()]
+        if trained.setup.config.export.targets:
+            self._write({**self.unmade, "export": "it was interrupted"})
+
+    def as_trained(self, live: Live) -> parity.Reference | None:
+        """See `_as_trained`; None: no target needs it, or it cannot be had."""
+        if not targets.needs_merged(live.setup.config.export.targets):
+            return None
+        try:
+            with live.setup.stages("export"):
+                return _as_trained(live)
+        except Exception as error:
+            self._refuse(error)
+            return None
+
+    def make(self, as_trained: parity.Reference | None) -> None:
+        """`export.targets`, and the last `result.json`.
+
+        Raises:
+            Exception: the first that was met; what it is about is in `result.json`.
+        """
+        setup, run = self.trained.setup, self.trained.run
+        if setup.config.export.targets:
+            with setup.stages("export"):
+                self._make_targets(as_trained)
+        self.result["peak_memory_with_merge_gib"] = round(peak_gib(setup.device), 3)
+        self.result["seconds"] = self.result["seconds"] | setup.stages.seconds
+        self._write(self.unmade)
+        summary.show_end(run, self.result, setup.config.task)
+        if self.errors:
+            raise self.errors[0]
+
+    def _make_targets(self, as_trained: parity.Reference | None) -> None:
+        if as_trained is not None:
+            try:
+                self.result["merge"] = merge_adapter(self.trained, as_trained)
+            except Exception as error:
+                self._refuse(error)
+        merged = as_trained is not None and "refused" not in self.result["merge"]
+        try:
+            made, refused = _export(self.trained, merged)
+        except Exception as error:
+            self._note(error)
+            return
+        self.result["export"] = made
+        self.errors += refused
+        left = [name for name, one in made.items() if one.get("unmade")]
+        if left:
+            self.unmade["export"] = made[left[0]]["refused"][0]
+
+    def _refuse(self, error: Exception) -> None:
+        """There is no merged checkpoint."""
+        told = targets.told_as(error, self.trained, "hf")
+        self.result["merge"] = {"refused": [str(told)]}
+        self.errors.append(told)
+        if not isinstance(error, MergeError):
+            self.unmade["merge"] = str(told)
+
+    def _note(self, error: Exception) -> None:
+        self.errors.append(targets.told_as(error, self.trained, "export"))
+        self.unmade["export"] = str(self.errors[-1])
+
+    def _write(self, unmade: dict[str, str]) -> None:
+        self.result.pop(_UNMADE, None)
+        if unmade:
+            self.result[_UNMADE] = unmade
+        storage.write_text(self.trained.run.result, storage.dump_json(self.result))
 
 
 def _fit(run: RunDir, live: Live, resume_from: Path | None) -> dict[str, Any]:
@@ -121,23 +210,6 @@ def _fit(run: RunDir, live: Live, resume_from: Path | None) -> dict[str, Any]:
     with setup.stages("train"):
         clock = fit([member], setup.training_rows(), setup.held_out, setup.accelerator)
     return finish(member, live, before, clock, show=True)
-
-
-def _make_targets(trained: Trained, as_trained: parity.Reference | None, refused: list[MergeError]) -> dict[str, Any]:
-    """`export.targets` of a run that has just been trained; what `result.json` says of them.
-
-    Args:
-        as_trained: see `_as_trained`; None: no target needs a merge.
-        refused: gets the errors of what was not kept.
-    """
-    found: dict[str, Any] = {}
-    if as_trained is not None:
-        try:
-            found["merge"] = merge_adapter(trained, as_trained)
-        except MergeError as error:
-            refused.append(error)
-            found["merge"] = {"refused": [str(error)]}
-    return found | {"export": _export(trained, refused)}
 
 
 def measure_base(live: Live) -> EvalResult:
@@ -156,14 +228,19 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
         show: whether metrics and answers are shown.
     """
     run, state, after, setup = member.run, member.state, EvalResult({}), live.setup
+    unmade: dict[str, Any] = {}
     with member.active():
         with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
             files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
         result = _training_result(member, clock)
         if setup.held_out is not None:
-            with setup.stages("evaluate"):
-                after = live.measure("tuned", member.measured)
-    if show and setup.held_out is not None:
+            try:
+                with setup.stages("evaluate"):
+                    after = live.measure("tuned", member.measured)
+            except NoRoomError as error:
+                unmade[_UNMADE] = {"evaluate": str(error)}
+                console.say("evaluate", f"{run.path}: {error}")
+    if show and setup.held_out is not None and not unmade:
         _show_measured(setup.held_out, {"base": before, "tuned": after})
     return result | {
         "base": before.metrics or None,
@@ -172,12 +249,14 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
         "merge": None,
         "seconds": setup.stages.seconds,
         "versions": run_dir.versions(),
+        **unmade,
     }
 
 
 def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
     """What `result.json` says of the training itself."""
-    state = member.state
+    state, device = member.state, member.model.device
+    reserved = peak_reserved_gib(device)
     return {
         "steps": state.step,
         "stopped_early": state.stopped_early,
@@ -187,7 +266,8 @@ def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
         "tokens_per_second": clock.tokens_per_second,
-        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "peak_memory_gib": round(peak_gib(device), 3),
+        "peak_memory_reserved_gib": None if reserved is None else round(reserved, 3),
         "own_memory_mib": round(member.memory / 2**20, 2),
         "train_seconds": round(member.seconds, 2),
         "coverage": dataclasses.asdict(coverage(member.model, member.name)),
@@ -254,7 +334,7 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             "export.targets: nothing to export. Say what: lora-lab export run=DIR export.targets=[gguf,ollama]"
         )
-    refused: list[MergeError] = []
+    refused: list[Exception] = []
     with run.locked():
         trained = Trained.of(run, config, need_train=config.data.eval is None)
         targets.check(trained.setup)
@@ -263,7 +343,8 @@ def export(path: str, overrides: list[str]) -> dict[str, dict[str, Any]]:
                 _merge(trained)
             except MergeError as error:
                 refused.append(error)
-        report = _export(trained, refused)
+        report, problems = _export(trained, merged=not refused)
+        refused += problems
     if refused:
         raise refused[0]
     return report
@@ -275,7 +356,13 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _merge(trained: Trained) -> dict[str, Any]:
-    return merge_adapter(trained, reference(trained))
+    try:
+        return merge_adapter(trained, reference(trained))
+    except Exception as error:
+        told = error if isinstance(error, LoraLabError) else targets.told_as(error, trained, "hf")
+        if told is error:
+            raise
+        raise told from error
 
 
 def _as_trained(live: Live) -> parity.Reference:
@@ -290,10 +377,13 @@ def _is_merged(trained: Trained) -> bool:
     return merged.is_dir() and storage.verify(merged).get("made_with") == settings
 
 
-def _export(trained: Trained, refused: list[MergeError]) -> dict[str, dict[str, Any]]:
-    """Make the targets; `refused` says whether the merge was, and gets the errors of what was not kept."""
+def _export(trained: Trained, merged: bool) -> tuple[dict[str, dict[str, Any]], list[ExportError]]:
+    """Make the targets; what was made, and the errors of what was not kept.
+
+    Args:
+        merged: whether there is a merged checkpoint.
+    """
     setup = trained.setup
     rows = parity.probe(first_examples(setup.some_rows(), 64), 64, setup.task, targets.POSITIONS)
-    report = targets.make(trained, rows, merged=not refused)
-    refused += [ExportError(text) for one in report.values() for text in one.get("refused", ())]
-    return report
+    report = targets.make(trained, rows, merged)
+    return report, [ExportError(text) for one in report.values() for text in one.get("refused", ())]

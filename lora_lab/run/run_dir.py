@@ -226,6 +226,9 @@ _RESULT: dict[str, Callable[[Any], bool]] = {  # what `result.json` must say to 
     "steps": lambda value: isinstance(value, int),
     "tuned": _are_metrics,
     "coverage": lambda value: isinstance(value, dict),
+    "unmade": lambda value: (
+        value is None or (isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))
+    ),
 }
 
 

@@ -25,13 +25,14 @@ from lora_lab.base import embeddings, load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
+from lora_lab.config.train import SpeedConfig
 from lora_lab.data import build
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder, Example
-from lora_lab.errors import BaseModelError, ConfigError, TrainingError
+from lora_lab.errors import BaseModelError, ConfigError, NoRoomError, TrainingError
 from lora_lab.fast import apply, isolation
-from lora_lab.runtime import console
-from lora_lab.runtime.memory import is_out_of_memory
+from lora_lab.runtime import console, memory
+from lora_lab.runtime.memory import attempts, is_out_of_memory
 from lora_lab.tasks.base import AnyTask, EvalResult
 from lora_lab.training.batches import plan_of
 
@@ -165,6 +166,7 @@ class Setup:
             if not isinstance(own, Path):
                 live.begin(name, own)
         live.accelerate()
+        memory.forget_peaks(live.model.device)  # of loading, so that what is reported is the work's
         return live
 
 
@@ -325,13 +327,30 @@ class Live:
         if setup.rows is None:  # nothing to try them on, and little to gain
             task.forward.unshareable = "there are no rows to verify it on"
             return
-        with self.autocast():
-            examples = self._tried(setup.rows)
-            batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
-            free = apply.free_bytes(model.device)
-            padded = len({example.num_tokens for example in examples}) > 1
-            applied = apply.accelerate(
-                model, task.forward, setup.config.speed, lambda: task.logits(model, batch), free, padded=padded
-            )
-            own = task.accelerate(model, batch)
+        examples = [task.shortened(example) for example in self._tried(setup.rows)]
+        padded = len({example.num_tokens for example in examples}) > 1
+        speeds = [setup.config.speed]  # the last one holds
+        for attempt in attempts(functools.partial(_keep_no_weights, speeds)):
+            with attempt, self.autocast():
+                batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
+                free = apply.free_bytes(model.device)
+                applied = apply.accelerate(
+                    model, task.forward, speeds[-1], functools.partial(task.logits, model, batch), free, padded=padded
+                )
+                own = task.accelerate(model, batch)
         console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
+
+
+def _keep_no_weights(speeds: list[SpeedConfig], lacked: str) -> None:
+    """After a failed allocation while accelerations were tried: dequantize in every pass, in place.
+
+    Raises:
+        NoRoomError: that was done before.
+    """
+    if speeds[-1].dequantize == "always":
+        raise NoRoomError(
+            f"model.path: beside its weights there is no room for a pass over the end of one row ({lacked}). Set quant=nf4, or take a "
+            "smaller base; lora-lab plan shows what needs how much."
+        )
+    speeds.append(dataclasses.replace(speeds[-1], dequantize="always"))
+    console.say("memory", "accelerations are tried again without weights that are kept dequantized")

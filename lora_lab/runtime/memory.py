@@ -1,12 +1,94 @@
-"""A lack of memory, told from other errors."""
+"""A lack of memory, told from other errors; how much was used; and a block that is tried again in a way that needs less."""
 
 from __future__ import annotations
 
+import errno
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterator
+
 import torch
+
+# What torch, CUDA and ROCm, their libraries, the C++ runtime and the kernel call a failed allocation. Each of them comes as a plain
+# RuntimeError somewhere; `tests/training/test_oom.py` has whole messages.
+_FAILED_ALLOCATION = re.compile(
+    r"out of memory"  # the caching allocator, 'CUDA error: out of memory' of pinned memory and of contexts, HIP, MPS, NCCL
+    r"|(can't|cannot|could not|failed to|unable to) allocate"  # torch's allocator on a CPU, mmap, host buffers
+    r"|not enough memory"  # the same allocator on Windows
+    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory"
+    r"|_STATUS_(ALLOC_FAILED|MEMORY_ERROR)|_(DEVICE|HOST)_ALLOCATION_FAILED"  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER, rocBLAS
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublasCreate"  # its workspace finds no room on a card that is full
+    r"|std::bad_alloc",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or the CPU."""
+    """Whether an allocation failed, on the GPU or the CPU, pinned memory and mapped files included."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _FAILED_ALLOCATION.search(str(error)) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """What a failed allocation says of itself, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class Attempt:
+    """A block that a lack of memory ends quietly; what was said is in `lacked`."""
+
+    fitted = False
+    lacked = ""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
+        self.fitted = error is None
+        if error is None or not is_out_of_memory(error):
+            return False
+        self.lacked = first_line(error)
+        error.__traceback__ = None  # it holds the activations that did not fit
+        return True
+
+
+def attempts(need_less: Callable[[str], None]) -> Iterator[Attempt]:
+    """Attempts at a block, one after another until it fits into memory: `for attempt in attempts(...): with attempt: ...`.
+
+    Args:
+        need_less: called between two of them with what the failed allocation said; raises if nothing is left to do.
+    """
+    while True:
+        attempt = Attempt()
+        yield attempt
+        if attempt.fitted:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        need_less(attempt.lacked)
+
+
+# -- how much -----------------------------------------------------------------------------------------------------------
+
+
+def forget_peaks(device: torch.device) -> None:
+    """Let the peaks of a GPU begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory that was in use: on a GPU by tensors since `forget_peaks`, on a CPU by the process since its start."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Most memory of a GPU that torch held since `forget_peaks`, with the holes between tensors; None: on a CPU nobody holds it apart."""
+    return float(torch.cuda.max_memory_reserved(device)) / 2**30 if device.type == "cuda" else None

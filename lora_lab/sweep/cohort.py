@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
-from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
+from lora_lab.errors import ConfigError, LoraLabError, NoRoomError, RunError, nearest
 from lora_lab.run import run_dir
 from lora_lab.run.pipeline import finish, measure_base
 from lora_lab.run.prepared import check_adapter, prepare
@@ -256,6 +256,8 @@ def _fit(members: list[Member], setup: Setup, budget: Budget) -> Clock:
 def _finish(job: Job, member: Member, live: Live, before: EvalResult, clock: Clock) -> None:
     result = finish(member, live, before, clock, show=False)
     storage.write_text(job.run.result, storage.dump_json(result))
+    for text in result.get("unmade", {}).values():
+        raise NoRoomError(text)
 
 
 def _width(members: list[Member], setup: Setup, sweep: SweepConfig) -> int:
@@ -269,9 +271,8 @@ def _width(members: list[Member], setup: Setup, sweep: SweepConfig) -> int:
         console.say("cohort", f"{len(members)} runs take turns on one base: {against}")
         return 1
     rows = first_examples(setup.training_rows(), 64)
-    tokens = (
-        sum(len(row.input_ids) for row in rows) / len(rows) * max(member.plan.micro_batch_size for member in members)
-    )
+    mean = sum(len(row.input_ids) for row in rows) / len(rows)
+    tokens = max(_tokens_of_a_pass(member, mean) for member in members)
     width = max(1, min(len(members), int(sweep.joint_tokens // tokens)))
     if width == 1:
         console.say(
@@ -280,3 +281,10 @@ def _width(members: list[Member], setup: Setup, sweep: SweepConfig) -> int:
         return 1
     console.say("cohort", f"{len(members)} runs on one base, {width} in each pass")
     return width
+
+
+def _tokens_of_a_pass(member: Member, mean: float) -> float:
+    """About how many tokens a micro-batch has, of rows of this mean length."""
+    tokens = mean * member.plan.micro_batch_size
+    most = member.plan.micro_batch_tokens
+    return tokens if most is None else min(tokens, max(mean, most))

@@ -17,8 +17,11 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
-from lora_lab.errors import BaseModelError
+from lora_lab.errors import BaseModelError, NoRoomError
 from lora_lab.fast.forward import Forward
+from lora_lab.fast.isolation import tail
+from lora_lab.runtime import console
+from lora_lab.runtime.memory import attempts
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.metrics import reported
 from lora_lab.tasks.section import TaskSection
@@ -37,6 +40,9 @@ Packed = TypeVar("Packed", bound=PackedBatch)
 Padded = TypeVar("Padded", bound=PaddedBatch)
 
 _EVAL_TOKENS = 2048  # tokens of one forward pass in evaluation
+TRIED_TOKENS = (
+    48  # of a row that accelerations are tried on: they compute token by token, so that more would show nothing else
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +134,7 @@ class Task(Generic[Section, B]):
         self.tokenizer = encoder.tokenizer
         self.learned = learned
         self.model = model
+        self.eval_tokens = _EVAL_TOKENS  # less once that did not fit
         self.forward = Forward(
             self.config.packed,
             self.one_place,
@@ -241,6 +248,10 @@ class Task(Generic[Section, B]):
         """[S] the loss of each item."""
         return cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
 
+    def shortened(self, example: Example) -> Example:
+        """The last tokens of an example, to try the model on: what the model reads is real, what is to be learned need not be."""
+        return tail(example, TRIED_TOKENS)
+
     def accelerate(self, model: PeftModel, batch: B, prove: bool = True) -> str:
         """Let the task's own computations use what `speed` allows on this model; says what was done, if anything could be.
 
@@ -254,10 +265,43 @@ class Task(Generic[Section, B]):
 
     @torch.no_grad()
     def measure(self, model: PeftModel, data: Dataset) -> EvalResult:
-        """The loss (weighted mean over all items) and what `metrics` makes of all predictions."""
+        """The loss (weighted mean over all items) and what `metrics` makes of all predictions.
+
+        Raises:
+            NoRoomError: not even one row at a time fits into memory.
+        """
+        begun: list[list[Example]] = []
+        for attempt in attempts(lambda lacked: self._measure_with_less(data, begun[-1:], lacked)):
+            with attempt:
+                found = self._measured(model, data, begun)
+        return found
+
+    def _measure_with_less(self, data: Dataset, failed: list[list[Example]], lacked: str) -> None:
+        """After a failed allocation: no kept weights, then half as many tokens in a pass. All is measured anew, since it is drawn in
+        order.
+
+        Args:
+            failed: the pass that did not fit; empty: what comes before all passes did not.
+        """
+        longest = int(data.lengths.max())
+        if freed := self.forward.drop_kept_weights():
+            done = f"weights are dequantized in every pass, which gives back {freed / 2**30:.2f} GiB"
+        elif self.forward.together and self.eval_tokens > 1 and all(len(examples) > 1 for examples in failed):
+            tokens = min((sum(example.num_tokens for example in examples) for examples in failed), default=longest)
+            self.eval_tokens = min(self.eval_tokens, tokens) // 2
+            done = f"{self.eval_tokens} tokens in a pass"
+        else:
+            raise NoRoomError(
+                f"{data.key}: a row of {longest} tokens does not fit into memory, by itself and without gradients ({lacked}). Set a "
+                "smaller data.max_tokens, quant=nf4 or speed.dequantize=always; lora-lab plan shows what needs how much."
+            )
+        console.say("memory", f"held-out rows do not fit: {done}; what is measured stays the same")
+
+    def _measured(self, model: PeftModel, data: Dataset, begun: list[list[Example]]) -> EvalResult:
+        """One attempt at `measure`; `begun` gets the examples of each pass."""
         groups = [
             [example for i in places for example in data[i]]
-            for places in eval_batches(data.lengths, self.forward.together)
+            for places in eval_batches(data.lengths, self.forward.together, self.eval_tokens)
         ]
         if not self.forward.together:  # a place may hold several short texts
             groups = [[example] for group in groups for example in group]
@@ -265,6 +309,7 @@ class Task(Generic[Section, B]):
         loss, weight = 0.0, 0.0
         seen: list[Predictions] = []
         for examples, batch in zip(groups, batches, strict=True):
+            begun.append(examples)
             out = self.loss(model, batch.to(model.device))
             loss, weight = loss + out.loss.item(), weight + out.weight
             assert out.logits is not None  # only passes that members share leave them out
@@ -379,10 +424,10 @@ def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (forth + back).sum(-1) / 2
 
 
-def eval_batches(lengths: np.ndarray, together: bool) -> list[list[int]]:
-    """Places of the examples that evaluation puts together: of like length, as many as fit (at least one)."""
+def eval_batches(lengths: np.ndarray, together: bool, tokens: int = _EVAL_TOKENS) -> list[list[int]]:
+    """Places of the examples that evaluation puts together: of like length, as many as fit into so many tokens (at least one)."""
     batches: list[list[int]] = []
-    limit = _EVAL_TOKENS if together else 0
+    limit = tokens if together else 0
     room = 0
     for place in np.argsort(lengths, kind="stable"):
         size = int(lengths[place])
@@ -400,6 +445,13 @@ class PaddedTask(Task[Section, Padded]):
     def logits(self, model: PeftModel, batch: Padded) -> torch.Tensor:
         logits: torch.Tensor = model(**batch.inputs).logits  # [B, C] or [B, T, C]
         return (logits if batch.places is None else logits[batch.places]).float()
+
+    def shortened(self, example: Example) -> Example:
+        cut = max(0, len(example.input_ids) - TRIED_TOKENS)
+        own = dict(example.own)
+        if "pair_start" in own:
+            own["pair_start"] = max(0, own["pair_start"] - cut)
+        return dataclasses.replace(example, input_ids=example.input_ids[cut:], weights=example.weights[cut:], own=own)
 
     def passes(self, example: Example) -> list[Pass]:
         batch = self.collate([example], np.random.default_rng(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class BatchPlan:
     micro_batch_size: int
     seed: int
     mixture: Mixture | None = None
+    micro_batch_tokens: int | None = None  # see `filled`; a step's rows are known by number here, so the loop does it
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,7 +56,26 @@ class BatchPlan:
 def plan_of(config: RunConfig, data: Dataset | Stream) -> BatchPlan:
     """The batches of a run on its training rows."""
     train = config.train
-    return BatchPlan(len(data), train.batch_size, train.micro_batch_size or train.batch_size, config.seed, data.mixture)
+    rows = train.micro_batch_size or train.batch_size
+    return BatchPlan(len(data), train.batch_size, rows, config.seed, data.mixture, train.micro_batch_tokens)
+
+
+def filled(lengths: Sequence[int], rows: int, tokens: int, padded: bool = False) -> list[slice]:
+    """Where rows one after another are cut into passes, each filled up with as many as it takes, and at least one.
+
+    Args:
+        lengths: tokens of each row.
+        rows: of a pass, at most.
+        tokens: of a pass, at most, if it has more than one row.
+        padded: whether each row of a pass takes as many tokens as its longest.
+    """
+    cuts = [0]
+    for place in range(1, len(lengths)):
+        own = lengths[cuts[-1] : place + 1]
+        size = len(own) * max(own) if padded else sum(own)
+        if len(own) > rows or size > tokens:
+            cuts.append(place)
+    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(lengths)], strict=True) if end > start]
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,7 +25,8 @@ _NAME = re.compile(r"^step-(\d+)$")
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 _KEPT = "kept.safetensors"  # what the adapter's section keeps beside; few do
 _UNWRITTEN = "unwritten_metrics"  # lines of metrics.jsonl that no disk took
-_LATER = {"best_lost", "loss_scale", "steps_at_scale"}  # fields that checkpoints of earlier versions do not have
+# fields that checkpoints of earlier versions do not have
+_LATER = {"best_lost", "loss_scale", "steps_at_scale", "micro_batch_tokens", "dequantizing"}
 
 
 def save(member: Member) -> Path:

@@ -51,9 +51,11 @@ class State:
     best_step: int | None = None
     worse_evaluations: int = 0  # in a row
     stopped_early: bool = False
-    micro_batch_size: int | None = None  # these three: what a lack of memory led to, see oom.py
+    micro_batch_size: int | None = None  # these five: what a lack of memory led to, see oom.py
     checkpointing: bool = False
     offloading: bool = False
+    micro_batch_tokens: int | None = None
+    dequantizing: bool = False
     loss_scale: float | None = None  # what the loss is multiplied by, so that no gradient is too small for float16
     steps_at_scale: int = 0  # since it was changed
     best_lost: int | None = None  # the step of the best checkpoint that was found damaged, so that another had to do
@@ -169,7 +171,8 @@ class Share:
     weight: float  # what the losses of all its batches are divided by
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
     scale: float = 1.0  # what the loss is multiplied by before the backward pass, see `State.loss_scale`
-    loss: float = 0.0  # weighted sum
+    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # of each batch, where they were computed
+    loss: float = 0.0  # weighted sum, once it was `read`
     tokens: int = 0
     supervised: int = 0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)  # weighted sums
@@ -181,11 +184,19 @@ class Share:
 
     def add(self, tokens: int, found: LossSum) -> None:
         """Count what a batch gave."""
-        self.loss += found.loss.item()
+        self.losses.append(found.loss.detach())
         self.tokens += tokens
         self.supervised += found.num_items
         for name, value in found.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
+
+    def read(self, norm: torch.Tensor) -> float:
+        """The gradient's norm, and `loss` too: nothing else of a step waits for the device."""
+        if not self.losses:
+            return norm.item()
+        *losses, size = torch.stack([*self.losses, norm.to(self.losses[0])]).tolist()
+        self.loss = sum(losses)
+        return float(size)
 
     def mean_loss(self) -> float:
         return ranks.sum(self.loss) / self.weight

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -19,15 +17,17 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lora_lab.adapters import files
 from lora_lab.data.dataset import Dataset, Stream
-from lora_lab.errors import CheckpointError, Interrupted, RunError, TrainingError
-from lora_lab.runtime import console, ranks, signals
+from lora_lab.errors import CheckpointError, Interrupted, NoRoomError, RunError, TrainingError
+from lora_lab.runtime import console, memory, ranks, signals
 from lora_lab.training import checkpoint, diagnose, oom, sharing
+from lora_lab.training.batches import filled
 from lora_lab.training.cohort import Member, Share, learn, learning, share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lora_lab.data.encode import Example
+    from lora_lab.training.batches import BatchPlan
 
 _WARM_UP_STEPS = 2  # left out of tokens_per_second
 _ENOUGH_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass that another one beside it is worth its start
@@ -149,7 +149,7 @@ def _interruption(signum: int, members: list[Member]) -> Interrupted:
 def _step(members: list[Member], loop: Loop) -> None:
     """One optimizer step of members that share its passes, from their rows to what is saved; mostly it is one member."""
     started, alone = time.perf_counter(), len(members) == 1
-    for attempt in oom.attempts(lambda: _need_less(members, loop)):
+    for attempt in memory.attempts(lambda lacked: _need_less(members, loop, lacked)):
         with attempt, learning(members):
             shares = [_share(member, loop, alone) for member in members]
             width = members[0].task.forward.members
@@ -165,13 +165,14 @@ def _step(members: list[Member], loop: Loop) -> None:
         with _left_out_if_it_fails(one.member, loop):
             started = time.perf_counter()
             norm = _gradient_norm(one)
-            if _again_with_less(one, norm):
+            size = one.read(norm)
+            if _again_with_less(one, size):
                 _step([one.member], loop)
                 continue
-            _check(one, norm, loop)
+            _check(one, size, loop)
             _clip(one, norm)
             lr = _update(one)
-            _log(one, norm, lr, passes + time.perf_counter() - started, loop)
+            _log(one, size, lr, passes + time.perf_counter() - started, loop)
             better = _evaluate(one.member, loop)
             _save(one.member, better)
 
@@ -187,12 +188,25 @@ def _share(member: Member, loop: Loop, alone: bool) -> Share:
 
 def _parts(member: Member, train: Dataset | Stream) -> list[list[Example]]:
     """The examples of the coming step's micro-batches; where padding costs something, rows of like length together."""
-    chosen = member.plan.step(member.state.step)
-    parts = [[example for i in part for example in train[int(i)]] for part in chosen]
-    if member.task.config.packed or member.task.forward.unpadded:
+    plan, packed = member.plan, member.task.config.packed
+    chosen = [[train[int(i)] for i in part] for part in plan.step(member.state.step)]
+    if plan.micro_batch_tokens is not None:
+        return _filled([item for part in chosen for item in part], plan, packed)
+    parts = [[example for item in part for example in item] for part in chosen]
+    if packed or member.task.forward.unpadded:
         return parts
     device = member.model.device.type
-    return of_like_length([e for part in parts for e in part], member.plan.micro_batch_size, _ENOUGH_TOKENS[device])
+    return of_like_length([e for part in parts for e in part], plan.micro_batch_size, _ENOUGH_TOKENS[device])
+
+
+def _filled(items: list[list[Example]], plan: BatchPlan, packed: bool) -> list[list[Example]]:
+    """The examples of some items in passes of at most `plan.micro_batch_tokens`; of those that are padded, rows of like length together."""
+    assert plan.micro_batch_tokens is not None
+    sized = [(sum(example.num_tokens for example in item), item) for item in items]
+    if not packed:
+        sized.sort(key=lambda one: one[0])
+    cuts = filled([size for size, _ in sized], plan.micro_batch_size, plan.micro_batch_tokens, padded=not packed)
+    return [[example for _, item in sized[cut] for example in item] for cut in cuts]
 
 
 def of_like_length(examples: list[Example], most: int, enough_tokens: int) -> list[list[Example]]:
@@ -214,8 +228,11 @@ def _forget(members: list[Member]) -> None:
         member.optimizer.zero_grad()
 
 
-def _need_less(members: list[Member], loop: Loop) -> None:
-    """After a failed allocation: passes of fewer members, or less memory for the only one.
+def _need_less(members: list[Member], loop: Loop, lacked: str) -> None:
+    """After a failed allocation: no kept weights, passes of fewer members, or less memory for the only one.
+
+    Args:
+        lacked: what the allocation said.
 
     Raises:
         TrainingError: nothing is left to do.
@@ -223,20 +240,21 @@ def _need_less(members: list[Member], loop: Loop) -> None:
     _forget(members)
     if len(members) > 1:
         forward = members[0].task.forward
+        if dropped := oom.drop_kept_weights(members):
+            console.say("memory", f"{dropped}; the steps themselves stay the same")
+            return
         if forward.members == 1:
             raise TrainingError("one member's pass does not fit into memory")
         forward.members = (forward.members + 1) // 2
         console.say("memory", f"passes of {forward.members} members from now on; the steps themselves stay the same")
         return
     [member] = members
-    done = oom.step_down(member)
+    done = oom.step_down(member, _parts(member, loop.train), member.model.device.type == "cuda")
     if done is None:
-        raise TrainingError(
-            f"Step {member.state.step + 1} does not fit into memory, one row at a time and checkpointed. Set a smaller "
+        raise NoRoomError(
+            f"Step {member.state.step + 1} does not fit into memory, one row at a time and checkpointed ({lacked}). Set a smaller "
             "data.max_tokens, quant=nf4 or speed.dequantize=always; lora-lab plan shows what needs how much."
         )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     console.say("memory", f"step {member.state.step + 1} does not fit: {done}; the step itself stays the same")
 
 
@@ -250,11 +268,11 @@ def _gradient_norm(one: Share) -> torch.Tensor:
     return get_total_norm([p.grad for p in member.parameters.values() if p.grad is not None])
 
 
-def _again_with_less(one: Share, norm: torch.Tensor) -> bool:
+def _again_with_less(one: Share, norm: float) -> bool:
     """Whether the gradient alone is too large, and only because of the loss's scale, which is lowered: the step is made again."""
     if one.member.state.loss_scale is None or not math.isfinite(one.loss):
-        return False  # before the card is waited for
-    if norm.isfinite() or not one.member.lower_scale():
+        return False
+    if math.isfinite(norm) or not one.member.lower_scale():
         return False
     one.member.optimizer.zero_grad()
     scale = one.member.state.loss_scale
@@ -265,7 +283,7 @@ def _again_with_less(one: Share, norm: torch.Tensor) -> bool:
     return True
 
 
-def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
+def _check(one: Share, norm: float, loop: Loop) -> None:
     """Stop before the update if the numbers cannot be used; the state before the step is saved.
 
     Raises:
@@ -276,7 +294,7 @@ def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
             "Step 1: the gradient is zero, so nothing would ever be learned: no gradient reaches the adapter, or nothing of these "
             "rows depends on it. Choose another adapter, other adapter.target_modules or other rows."
         )
-    if math.isfinite(one.loss) and norm.isfinite():
+    if math.isfinite(one.loss) and math.isfinite(norm):
         return
     member, examples = one.member, [example for part in one.parts for example in part]
     member.optimizer.zero_grad()
@@ -288,7 +306,7 @@ def _check(one: Share, norm: torch.Tensor, loop: Loop) -> None:
         f"First not finite: the output of {where}. " if where else "The forward pass is finite, the gradient is not. "
     )
     raise TrainingError(
-        f"Step {member.state.step + 1}: loss {one.loss / one.weight}, gradient norm {norm.item()}: not finite, so the update was not "
+        f"Step {member.state.step + 1}: loss {one.loss / one.weight}, gradient norm {norm}: not finite, so the update was not "
         f"made. {first}Rows of the step: {rows}. Lower optim.lr, set optim.max_grad_norm, or look at the rows. The state before "
         f"the step is in {saved}."
     )
@@ -317,21 +335,21 @@ def _update(one: Share) -> float:
     return lr
 
 
-def _log(one: Share, norm: torch.Tensor, lr: float, seconds: float, loop: Loop) -> None:
+def _log(one: Share, norm: float, lr: float, seconds: float, loop: Loop) -> None:
     member, state = one.member, one.member.state
     if not one.tokens:
         member.log.write(state.step, loss=None, tokens=state.tokens)
         loop.progress.advance(loss="no rows")
         return
     loss, figures = one.mean_loss(), one.mean_figures()
-    member.log.write(state.step, loss=loss, grad_norm=norm.item(), lr=lr, tokens=state.tokens, **figures)
+    member.log.write(state.step, loss=loss, grad_norm=norm, lr=lr, tokens=state.tokens, **figures)
     member.seconds += seconds
     loop.clock.add(seconds, one.tokens)
     speed = loop.clock.tokens_per_second or one.tokens / seconds
     loop.progress.advance(
         loss=f"{loss:.4f}",
         lr=f"{member.schedule.get_last_lr()[0]:.2e}",
-        **{"tok/s": f"{speed:.0f}", "GiB": f"{peak_memory_gib():.1f}"},
+        **{"tok/s": f"{speed:.0f}", "GiB": f"{memory.peak_gib(member.model.device):.1f}"},
     )
 
 
@@ -340,8 +358,14 @@ def _evaluate(member: Member, loop: Loop) -> bool:
     state, config = member.state, member.config.train
     if loop.held_out is None or not member.due(config.eval_steps):
         return False
-    with member.active(), loop.accelerator.autocast():
-        member.measured = member.task.measure(member.model.eval(), loop.held_out)
+    try:
+        with member.active(), loop.accelerator.autocast():
+            member.measured = member.task.measure(member.model.eval(), loop.held_out)
+    except (
+        NoRoomError
+    ) as error:  # the base was measured on the same rows; what is trained shall not be lost for their sake
+        console.say("evaluate", f"step {state.step}: not measured: {error}")
+        return False
     metrics = member.measured.metrics
     member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
     better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)
@@ -436,11 +460,3 @@ def _load_best(member: Member) -> None:
         files.check_settings(folder, member.model.peft_config[member.name])
         files.read_into(folder, member.model, member.name)
         member.measured = None
-
-
-def peak_memory_gib() -> float:
-    """Most memory used so far: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -3,6 +3,7 @@ transformers, measured."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -297,6 +298,28 @@ def gradients(task, model, parts) -> tuple[float, dict[str, torch.Tensor]]:
         part.backward()
         loss += part.item()
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in _LONG_CASES else case for case in CASES]
+)
+def test_accelerations_are_tried_on_the_end_of_a_row(case, start, monkeypatch, capsys):
+    """Of rows that are longer than what is tried, a batch that its task can make and its model can read."""
+    from lora_lab.config import compose
+
+    for module in ("base", "reward.task", "seq2seq.task"):
+        monkeypatch.setattr(importlib.import_module(f"lora_lab.tasks.{module}"), "TRIED_TOKENS", 5)
+    ready = prepared.prepare(compose.compose(start(case, rows=6)))
+    task, examples = ready.task, [example for i in range(len(ready.train)) for example in ready.train[i]]
+    short = [task.shortened(example) for example in examples]
+    assert any(len(one.input_ids) < len(example.input_ids) for one, example in zip(short, examples, strict=True))
+    for one in short:
+        batch = task.collate([one], np.random.default_rng(0))
+        assert max(batch.lengths) <= (5 if "seq2seq" not in case else 10)
+        places = getattr(batch, "places", None)
+        assert places is None or len(places[0]) == len(batch.targets) > 0
+    ready.loaded()
+    assert "none: " not in capsys.readouterr().out  # they were proved, all of them
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,9 @@ from lora_lab.data.columns import TOKENS
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, promised
-from lora_lab.errors import BaseModelError
+from lora_lab.errors import BaseModelError, NoRoomError
 from lora_lab.runtime import console
+from lora_lab.runtime.memory import attempts
 from lora_lab.tasks.base import EvalResult, PaddedTask, Predictions, logits_at
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.metrics import reported, reports
@@ -112,6 +115,14 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
             origins=[example.origin for example in examples],
         )
 
+    def shortened(self, example: Example) -> Example:
+        short = super().shortened(example)
+        if not short.supervised.any():
+            return example
+        words = example.own.get("words")
+        own = {} if words is None else {"words": words[-len(short.input_ids) :]}
+        return dataclasses.replace(short, own={**short.own, **own})
+
     @property
     def _known(self) -> int:
         """Tokens of the tokenizer that the model has an embedding for."""
@@ -151,12 +162,15 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
         rows = first_examples(data, self.config.pseudo_perplexity_rows)
         if not rows:
             return EvalResult({})
-        loss, tokens = 0.0, 0
+        loss, tokens, most = 0.0, 0, [_COPIES]
         with console.steps(title, len(rows)) as progress:
             for row in rows:
                 places = np.flatnonzero(row.supervised)
-                for start in range(0, len(places), _COPIES):
-                    loss += self._one_by_one(model, row.input_ids, places[start : start + _COPIES])
+                for attempt in attempts(functools.partial(_fewer_copies, most)):
+                    with attempt:
+                        parts = [places[start : start + most[0]] for start in range(0, len(places), most[0])]
+                        own = sum(self._one_by_one(model, row.input_ids, part) for part in parts)
+                loss += own
                 tokens += len(places)
                 progress.advance()
         return EvalResult({"pseudo_perplexity": math.exp(loss / tokens)})
@@ -169,3 +183,17 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
         inputs = {name: tensor.to(model.device) for name, tensor in self.inputs(list(copies)).items()}
         logits = logits_at(model, inputs, (torch.from_numpy(rows), torch.from_numpy(places)))
         return cross_entropy(logits, torch.from_numpy(ids[places]).to(logits.device), reduction="sum").item()
+
+
+def _fewer_copies(most: list[int], lacked: str) -> None:
+    """After a failed allocation: half as many copies of a row at once, in place.
+
+    Raises:
+        NoRoomError: it was one already.
+    """
+    if most[0] == 1:
+        raise NoRoomError(
+            f"task.pseudo_perplexity_rows: a row does not fit into memory, with one token masked at a time ({lacked}). Set it to 0, or "
+            "a smaller data.max_tokens."
+        )
+    most[0] //= 2

@@ -125,6 +125,13 @@ class Preference(PackedTask[PreferenceConfig, AnswersBatch]):
         good = torch.tensor([example["good"] for example in examples])
         return JudgedBatch(**_fields(_answers(examples, len(examples))), good=good, baseline=torch.zeros(()))
 
+    def shortened(self, example: Example) -> Example:
+        short = dataclasses.replace(super().shortened(example), own=example.own)
+        if "second_ids" not in example.own:
+            return short
+        worse = super().shortened(_worse(example))
+        return _with(short, second_ids=worse.input_ids, second_weights=worse.weights)
+
     def step(
         self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator
     ) -> StepBatches[AnswersBatch]:

@@ -132,6 +132,12 @@ class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
             origins=[e.origin for e in examples],
         )
 
+    def shortened(self, example: Example) -> Example:
+        short = super().shortened(example)
+        cut = len(example.input_ids) - len(short.input_ids)
+        places = {side: max(0, example[side] - cut) for side in ("start", "end")}
+        return dataclasses.replace(short, own={**short.own, **places})
+
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
         outputs = model(**batch.inputs)
         logits = torch.cat([outputs.start_logits, outputs.end_logits]).float()

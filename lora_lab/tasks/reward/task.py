@@ -16,7 +16,7 @@ from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Message, Record, RowError, promised
-from lora_lab.tasks.base import EvalResult, PaddedTask, Pass, Predictions
+from lora_lab.tasks.base import TRIED_TOKENS, EvalResult, PaddedTask, Pass, Predictions
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference.config import PreferenceConfig
 from lora_lab.tasks.preference.task import PreferenceEncoder
@@ -109,6 +109,13 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
             weights=None,
             origins=[e.origin for e in examples],
         )
+
+    def shortened(self, example: Example) -> Example:
+        rows = example.input_ids, example["second_ids"]
+        cuts = [max(0, len(row) - TRIED_TOKENS) for row in rows]
+        starts = np.maximum(example["starts"] - np.array(cuts), 0)
+        own = {**example.own, "second_ids": rows[1][cuts[1] :], "starts": starts}
+        return dataclasses.replace(example, input_ids=rows[0][cuts[0] :], weights=example.weights[cuts[0] :], own=own)
 
     def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
         better, worse = model(**batch.inputs).logits[:, 0].float().chunk(2)

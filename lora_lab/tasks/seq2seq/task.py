@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, EvalResult, PaddedTask, Predictions, logits_at
+from lora_lab.tasks.base import TRIED_TOKENS, Answer, EvalResult, PaddedTask, Predictions, logits_at
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
@@ -104,6 +105,11 @@ class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
             weights=None,
             origins=[e.origin for e in examples],
         )
+
+    def shortened(self, example: Example) -> Example:
+        short = super().shortened(example)
+        target = example["target_ids"][-TRIED_TOKENS:]
+        return dataclasses.replace(short, own={**short.own, "target_ids": target}, own_tokens=len(target))
 
     def logits(self, model: PeftModel, batch: PlacedBatch) -> torch.Tensor:
         return logits_at(model, batch.inputs, batch.places)

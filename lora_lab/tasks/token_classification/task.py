@@ -113,6 +113,13 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
             origins=[e.origin for e in examples],
         )
 
+    def shortened(self, example: Example) -> Example:
+        short = super().shortened(example)
+        count = int(short.supervised.sum())
+        if not count:  # all that is left is of one word
+            return example
+        return dataclasses.replace(short, own={**short.own, "labels": example["labels"][-count:]})
+
     def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
         words = row.get("tokens")
         return {**row, "tags": [self.labels[0]] * len(words) if isinstance(words, list) else []}
