@@ -46,7 +46,7 @@ def test_a_run_in_float16_learns_what_float32_does(config_of, tmp_path, told):
     """bfloat16 rounds eight times as coarsely, so it is further off."""
     runs = {
         dtype: train_once(
-            config_of("train.max_steps=4", "optim.lr=1e-3", f"model.dtype={dtype}", *told), tmp_path / dtype
+            config_of("train.max_steps=2", "optim.lr=1e-3", f"model.dtype={dtype}", *told), tmp_path / dtype
         )
         for dtype in ("float32", "float16", "bfloat16")
     }
