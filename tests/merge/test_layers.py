@@ -44,7 +44,6 @@ def in_layers(monkeypatch):
 
     def begin() -> None:
         monkeypatch.setattr(layers, "SMALL", 0)
-        monkeypatch.setattr(layers, "SLICE", 2**12)
         monkeypatch.setattr(bases, "_WORTH_A_FILE", 0)
         monkeypatch.setattr(reload, "_layers", lambda: layers)
 
