@@ -9,7 +9,8 @@ import dataclasses
 
 _PLACE = (  # found to be the same base, wherever it lies and however it is computed
     "model.path", "model.revision", "hardware", "quant.cache", "speed.fused_projections", "speed.fused_mlp", "speed.fused_norms",
-    "speed.liger_kernels", "speed.block_attention", "speed.varlen_attention", "speed.chunked_loss", "speed.last_layer_rows", "speed.fused_4bit", "speed.dequantize",
+    "speed.liger_kernels", "speed.block_attention", "speed.varlen_attention", "speed.short_rows", "speed.unpadded",
+    "speed.chunked_loss", "speed.last_layer_rows", "speed.fused_4bit", "speed.dequantize",
 )  # fmt: skip
 _ROWS = (  # to measure on
     "data.eval", "data.format", "data.columns", "data.label_names", "data.field", "data.sample_by", "data.max_tokens", "data.too_long",

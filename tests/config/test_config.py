@@ -66,15 +66,15 @@ def test_contradictory_quantization():
         compose.compose(["data.train=t.jsonl", "quant=int8", "quant.double_quant=true"])
 
 
-@pytest.mark.parametrize(("gib", "rows"), [(8, 1), (12, 2), (16, 4), (24, 8)])
-def test_a_card_has_its_settings(gib, rows):
+@pytest.mark.parametrize(("gib", "tokens"), [(8, 2048), (12, 4096), (16, 8192), (24, 16384)])
+def test_a_card_has_its_settings(gib, tokens):
     config = compose.compose(["data.train=t.jsonl", f"hardware=gpu_{gib}gb"])
     assert config.hardware.device == "cuda"
     assert config.train.gradient_checkpointing
-    assert config.train.micro_batch_size == rows
+    assert config.train.micro_batch_tokens == tokens
     assert config.optim.name == ("adamw_8bit" if gib == 8 else "adamw")
-    mine = compose.compose(["data.train=t.jsonl", f"hardware=gpu_{gib}gb", "train.micro_batch_size=3"])
-    assert mine.train.micro_batch_size == 3
+    mine = compose.compose(["data.train=t.jsonl", f"hardware=gpu_{gib}gb", "train.micro_batch_tokens=300"])
+    assert mine.train.micro_batch_tokens == 300
 
 
 def test_all_problems_in_one_message():
