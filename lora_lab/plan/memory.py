@@ -10,30 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base import inspect, quantized, weight_only
-from lora_lab.base.load import BaseFiles, ModelKind, quantization_config, skeleton
+from lora_lab.base import inspect, quantized
+from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
+from lora_lab.plan import skeletons
 from lora_lab.training import oom
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
-    from transformers.quantizers.base import HfQuantizer
 
     from lora_lab.data.encode import Example
     from lora_lab.tasks.base import Task
@@ -53,7 +51,6 @@ _HOLES = 0.5
 _LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB, "torchao_int8": 150 * MIB}
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
 _QUANTIZE_4BIT = 3 * 4  # bytes for each weight
-_BLOCK, _NESTED_BLOCK = 64, 256  # weights for each scale, and scales for each scale of scales (bitsandbytes' own)
 _MERGE_POSITIONS = 512  # as in verify/parity.py: logits of so many positions are compared
 
 
@@ -126,17 +123,18 @@ def estimate(
         device_type: 'cpu' or 'cuda'.
     """
     on_cpu = device_type == "cpu"
-    model, unquantized = _skeleton(config, base, kind)
+    model, unquantized = _adapted(config, base, kind)
     stored_as, file = _checkpoint(base, unquantized)
     views = on_cpu and stored_as == getattr(torch, config.model.dtype)
-    frozen = [tensor for tensor in _tensors(model) if not tensor.requires_grad]
-    own = sum(_nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
-    adapter = sum(_nbytes(p) for p in trainable(model).values())
+    frozen = [tensor for tensor in skeletons.tensors(model) if not tensor.requires_grad]
+    own = sum(skeletons.nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
+    adapter = sum(skeletons.nbytes(p) for p in trainable(model).values())
     optimizer = sum(_optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
-    kept = file if views and own < sum(_nbytes(t) for t in frozen) else 0
+    kept = file if views and own < sum(skeletons.nbytes(t) for t in frozen) else 0
 
     fake = FakeTensorMode()
-    _give_fake_storage(model, fake)
+    with fake:
+        skeletons.give_storage(model, fake, torch.device("cpu"))
     dequantized = _accelerate(model, config, task, train, fake, on_cpu, mapped=views)
     step = _step(model, config, task, train, fake, learn=True)
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
@@ -170,109 +168,6 @@ def estimate(
     )  # fmt: skip
 
 
-# -- the model without storage ----------------------------------------------------------------------------------------
-
-
-def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
-    """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quant = base.stored(config.quant)
-    quantization = quantization_config(quant, config.model.dtype, kind)
-    dtype = getattr(torch, config.model.dtype)
-    model = skeleton(base.folder, kind, config.model.dtype)
-    with torch.device("meta"):
-        weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if quantization is not None:
-            quantizer = AutoHfQuantizer.from_config(quantization)
-            quantizer.preprocess_model(model, device_map={"": "cpu"})
-            for module in model.modules():
-                if isinstance(module, Linear4bit):
-                    module.weight = _weight_4bit(module, dtype)
-                    module.support_avx512bf16_for_cpu = False  # as load.py
-                elif isinstance(module, Linear8bitLt):
-                    module.weight = _weight_8bit(module)
-            if quant.method == "torchao_int8":
-                _store_by_torchao(model, quantizer, dtype)
-            quantizer.postprocess_model(model)
-        model.requires_grad_(False).eval()
-        adapted = attach(model, config.adapter, "default", kind, config.seed)
-    if config.train.gradient_checkpointing:
-        oom.recompute(adapted, config.train.recompute_every, offload=False)
-    return adapted, weights
-
-
-def _weight_4bit(module: Linear4bit, dtype: torch.dtype) -> Params4bit:
-    """Two weights in a byte; a scale for each 64 weights: float32, or a byte and a float32 for each 256 scales."""
-    size, nested = module.in_features * module.out_features, module.weight.compress_statistics
-    scales = -(-size // _BLOCK)
-    outer = None
-    if nested:
-        outer = QuantState(
-            absmax=torch.empty(-(-scales // _NESTED_BLOCK)), code=torch.empty(256), blocksize=_NESTED_BLOCK, dtype=torch.float32
-        )  # fmt: skip
-    state = QuantState(
-        absmax=torch.empty(scales, dtype=torch.uint8 if nested else torch.float32),
-        shape=torch.Size([module.out_features, module.in_features]),
-        code=torch.empty(16),
-        blocksize=_BLOCK,
-        quant_type=module.weight.quant_type,
-        dtype=dtype,
-        offset=torch.empty(()) if nested else None,
-        state2=outer,
-    )
-    packed = torch.empty((size + 1) // 2, 1, dtype=torch.uint8)
-    return Params4bit(
-        packed, quant_state=state, compress_statistics=nested, quant_type=state.quant_type, bnb_quantized=True
-    )
-
-
-def _weight_8bit(module: Linear8bitLt) -> Int8Params:
-    """A byte for each weight and a float32 scale for each output."""
-    data = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
-    return Int8Params(
-        data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=torch.empty(module.out_features)
-    )  # fmt: skip
-
-
-def _store_by_torchao(model: PreTrainedModel, quantizer: HfQuantizer, dtype: torch.dtype) -> None:
-    """Give the layers that torchao would quantize a byte for each weight, and a scale and an offset for each output."""
-    model.hf_quantizer = quantizer  # peft asks for it
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and quantizer.param_needs_quantization(model, f"{name}.weight"):
-            module.weight = _weight_of_torchao(module.weight, dtype)
-    weight_only.own_products(model)
-
-
-def _weight_of_torchao(old: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    from torchao.quantization import Int8Tensor
-
-    rows, columns = old.shape
-    kept = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
-    own = Int8Tensor(*kept, [1, columns], dtype, zero_point=torch.empty(rows, 1, dtype=torch.int8))
-    return nn.Parameter(own, requires_grad=False)
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, and what quantized parameters carry; code tables are shared by all layers and left out."""
-    for parameter in model.parameters():
-        if weight_only.is_stored(parameter):
-            yield from (parameter.qdata, parameter.scale, parameter.zero_point)
-            continue
-        yield parameter
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            yield state.absmax
-            if state.nested:
-                yield state.state2.absmax
-        if isinstance(parameter, Int8Params):
-            yield parameter.SCB
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, int]:
     """Type and bytes of the weights on disk; as `config.json` says where there are no files."""
     from transformers import AutoConfig
@@ -296,42 +191,14 @@ def _quantizing(model: nn.Module) -> int:
     return _QUANTIZE_4BIT * max(sizes, default=0)
 
 
-def _give_fake_storage(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Move everything from the meta device to a CPU that exists in `mode` only, so that autocast sees a CPU."""
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old tensor, so that its id stays taken
-
-    def fake(old: torch.Tensor | None) -> torch.Tensor | None:
-        if old is None:
-            return None
-        if id(old) not in known and weight_only.is_stored(old):
-            known[id(old)] = (_weight_of_torchao(old, old.dtype), old)
-        if id(old) not in known:
-            new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-            known[id(old)] = (_parameter(new, old, fake) if isinstance(old, nn.Parameter) else new, old)
-        return known[id(old)][0]
-
-    with mode:
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    tensors[name] = fake(tensor)
-            if isinstance(module, Linear8bitLt):
-                module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
-        places: dict[str, torch.Tensor] = getattr(model, "prompt_tokens", {})  # peft keeps them outside of all modules
-        for name, tensor in places.items():
-            places[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _parameter(new: torch.Tensor, old: nn.Parameter, fake: Callable) -> nn.Parameter:
-    """A plain parameter with what bitsandbytes' layers look for: its own classes refuse tensors without content."""
-    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-    if isinstance(old, Params4bit):
-        for state in filter(None, (old.quant_state, old.quant_state.state2)):
-            state.absmax, state.code, state.offset = fake(state.absmax), fake(state.code), fake(state.offset)
-        parameter.quant_state, parameter.bnb_quantized = old.quant_state, True
-    elif isinstance(old, Int8Params):
-        parameter.CB = parameter.SCB = None  # the layer's state has them, as after its first forward pass
-    return parameter
+def _adapted(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
+    """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
+    model, weights = skeletons.stored(config, base, kind)
+    with torch.device("meta"):
+        adapted = attach(model, config.adapter, "default", kind, config.seed)
+    if config.train.gradient_checkpointing:
+        oom.recompute(adapted, config.train.recompute_every, offload=False)
+    return adapted, weights
 
 
 # -- a step without computing -----------------------------------------------------------------------------------------
@@ -395,7 +262,7 @@ def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: F
     autocast = _autocast(config)
     batch = _without_content(batch, mode)
     with mode, usage, task.forward.segments(model), torch.set_grad_enabled(learn):
-        usage.ignore(_tensors(model))
+        usage.ignore(skeletons.tensors(model))
         with autocast:
             loss = task.loss(model, batch).loss
         if learn:

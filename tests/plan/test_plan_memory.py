@@ -10,7 +10,7 @@ import torch
 
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import load
-from lora_lab.plan import memory
+from lora_lab.plan import memory, skeletons
 from lora_lab.plan.memory import Shape
 from lora_lab.run import prepared as stages
 from lora_lab.tasks.base import StepBatches
@@ -47,8 +47,8 @@ def _real(config):
 def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
     config = config_of(*quant)
     found, model = _estimate(config, device="cuda"), _real(config)
-    base = sum(memory._nbytes(tensor) for tensor in memory._tensors(model) if not tensor.requires_grad)
-    adapter = sum(memory._nbytes(parameter) for parameter in trainable(model).values())
+    base = sum(skeletons.nbytes(tensor) for tensor in skeletons.tensors(model) if not tensor.requires_grad)
+    adapter = sum(skeletons.nbytes(parameter) for parameter in trainable(model).values())
     assert (found.base, found.adapter, found.gradients) == (base, adapter, adapter)
 
     optimizer = build_optimizer(config.optim, trainable(model))
@@ -56,7 +56,7 @@ def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-    assert found.optimizer == sum(map(memory._nbytes, moments))
+    assert found.optimizer == sum(map(skeletons.nbytes, moments))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -67,7 +67,7 @@ def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     batch, usage = memory.blank(LONG), memory._Usage(memory._MAPPED)
     share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
     with usage, prepared.task.forward.segments(member.model):
-        usage.ignore(memory._tensors(member.model))
+        usage.ignore(skeletons.tensors(member.model))
         learn([share], 0, prepared.accelerator)
     # a few tables that the real step makes, such as the positions of a rotary embedding, may or may not be cached
     assert found.activations == pytest.approx(usage.heap_peak, rel=0.01)
