@@ -42,11 +42,8 @@ _aten = torch.ops.aten
 _DEQUANTIZE_INTO = torch.ops.bitsandbytes.dequantize_4bit.out
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.addmm_.default}
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward.default
-_MIXED = {
-    _aten._to_copy.default,
-    _aten.copy_.default,
-    _aten._foreach_copy_.default,
-}  # operations that are made to mix devices
+_COPIES = {_aten._to_copy.default, _aten.copy_.default}
+_MIXED = {*_COPIES, _aten._foreach_copy_.default}  # operations that are made to mix devices
 
 
 class MixedDevices(RuntimeError):
@@ -91,18 +88,21 @@ class Card(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             device = args[0].fake_device
             return _TOLD if device == CARD else device
-        if kwargs.get("device") == _TOLD:
+        if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type in ("cuda", "xla"):
             kwargs = {**kwargs, "device": CARD}
+        if kwargs.get("device") != CARD and not _on_card((args, kwargs)):
+            with _disable_current_modes():
+                return func(*args, **kwargs)  # what the host computes by itself is real
         if func in _ANSWERS:
-            if _on_card(args):
-                self._wait("read")
+            self._wait("read")
             return _ANSWERS[func](*args)
         if func is _DEQUANTIZE_INTO:  # its own check compares a list with a torch.Size
             return None
         if func not in _MIXED:
             _refuse_mixed(func, args, kwargs)
+        if func in _COPIES and (host := self._copied(func, args, kwargs)) is not None:
+            return host
         result = func(*args, **kwargs)
-        self._copied(func, args, kwargs)
         if func in _PRODUCTS and self._free_workspace and _on_card(args):
             self._take(self._free_workspace)
             self._free_workspace = 0
@@ -143,16 +143,19 @@ class Card(TorchDispatchMode):
     def _drop(self, size: int) -> None:
         self.allocated -= size
 
-    def _copied(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note a copy between the host and the card."""
-        if func is _aten._to_copy.default:
-            source, target = args[0].device, kwargs.get("device") or args[0].device
-        elif func is _aten.copy_.default:
-            source, target = args[1].device, args[0].device
-        else:
-            return
-        if source.type != target.type and not kwargs.get("non_blocking"):
+    def _copied(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Note a copy between the host and the card; what the host has then, if it is one to the host."""
+        made = func is _aten._to_copy.default
+        source, target = (
+            (args[0].device, kwargs.get("device") or args[0].device) if made else (args[1].device, args[0].device)
+        )
+        if source.type == target.type:
+            return None
+        if not kwargs.get("non_blocking"):
             self._wait("copy" if target == CARD else "read")
+        if target == CARD:
+            return None
+        return _nothing(args[0], kwargs.get("dtype")) if made else args[0]
 
     def _wait(self, kind: str) -> None:
         self.waits.append(Wait(kind, _where()))
@@ -218,6 +221,16 @@ def _alone(function: Callable) -> Callable:
 def _number(tensor: torch.Tensor) -> float | bool:
     """A single number that is read: what is known of it, else 0."""
     return _known(tensor) or torch.zeros((), dtype=tensor.dtype).item()
+
+
+_SMALL = 2**20  # numbers
+
+
+@_alone
+def _nothing(like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """What the host has after a copy from the card. Large ones, such as activations that are kept there, take no memory."""
+    zero = torch.zeros((), dtype=dtype or like.dtype)
+    return zero.expand(like.shape).clone() if like.numel() <= _SMALL else zero.expand(like.shape)
 
 
 def _known(tensor: Any) -> Any:
@@ -292,22 +305,6 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _host_list(tensor: torch.Tensor) -> Any:
-    return _zeros(tensor).tolist()
-
-
-def _zeros(tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
-    """The tensor's content as numpy has it."""
-    if tensor.device == CARD:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
-    return _array(tensor)
-
-
-@_alone
-def _array(tensor: torch.Tensor) -> Any:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype).numpy()
-
-
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -359,9 +356,6 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.is_cuda.__get__: lambda tensor, *_: tensor.device.type == "cuda",  # type: ignore[attr-defined]
     torch.Tensor.isfinite: _finite,
     torch.isfinite: _finite,
-    torch.Tensor.tolist: _host_list,
-    torch.Tensor.numpy: _zeros,
-    torch.Tensor.__array__: _zeros,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
 
@@ -381,6 +375,7 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         _put(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # else autocast for cards is off
         _put(torch.cuda, "is_bf16_supported", lambda *_: True),
         _put(torch.nn.Module, "_apply", _apply),
+        _put(torch.autograd, "_engine_run_backward", _backward),
         torch.autograd.set_multithreading_enabled(False),  # in threads of its own torch asks CUDA for streams
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         Card(mode, size) as card,
@@ -420,6 +415,15 @@ def _guarded() -> Iterator[None]:
         yield
     finally:
         table[kind] = before
+
+
+_run_backward = torch.autograd._engine_run_backward
+
+
+def _backward(*args: Any, **kwargs: Any) -> Any:
+    """A mode is off while it handles `backward`, and checkpointing calls functions from there."""
+    with _Functions():
+        return _run_backward(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 The real model is built without storage, gets its real adapter, and takes one real training step on tensors that have a
 shape and a type but no content. Every storage that the step makes and drops is counted, so autocast, checkpointing,
-packing and bitsandbytes' own layers are counted as they are. What the C library and the checkpoint file add to that on a
-CPU is measured, not simulated; see the constants.
+packing and bitsandbytes' own layers are counted as they are. What the C library and the checkpoint file add to that is
+measured, not simulated; see the constants. Of a card: `on_card.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_lab.data.encode import Example
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
 
 MIB = 2**20
 
@@ -108,63 +108,57 @@ def estimate(
     config: RunConfig,
     base: BaseFiles,
     kind: ModelKind,
-    task: Task,
+    task: AnyTask,
     train: Batch,
     evaluation: Batch | None,
-    device_type: str = "cpu",
 ) -> Memory:
-    """Predict the peak memory of a training run: of the process beyond its imports on a CPU, of tensors on a GPU.
+    """Predict the peak memory of a training run on a CPU: of the process beyond its imports. Of a card: see `on_card.py`.
 
     Only `config.json` is read from the base's folder, and the sizes of its weight files if there are any.
 
     Args:
         train: the largest batch of a forward pass; what it holds does not matter, see `blank`.
         evaluation: the same in evaluation; None without held-out rows.
-        device_type: 'cpu' or 'cuda'.
     """
-    on_cpu = device_type == "cpu"
-    model, unquantized = _adapted(config, base, kind)
+    model, unquantized = adapted(config, base, kind)
     stored_as, file = _checkpoint(base, unquantized)
-    views = on_cpu and stored_as == getattr(torch, config.model.dtype)
+    views = stored_as == getattr(torch, config.model.dtype)
     frozen = [tensor for tensor in skeletons.tensors(model) if not tensor.requires_grad]
     own = sum(skeletons.nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
     adapter = sum(skeletons.nbytes(p) for p in trainable(model).values())
-    optimizer = sum(_optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
+    optimizer = sum(optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
     kept = file if views and own < sum(skeletons.nbytes(t) for t in frozen) else 0
 
     fake = FakeTensorMode()
     with fake:
         skeletons.give_storage(model, fake, torch.device("cpu"))
-    dequantized = _accelerate(model, config, task, train, fake, on_cpu, mapped=views)
+    dequantized = _accelerate(model, config, task, train, fake, mapped=views)
     step = _step(model, config, task, train, fake, learn=True)
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
-    libraries = _LIBRARIES if on_cpu else 0
-    kept_before = quantized.folder_of(base, kind, config.model.dtype, config.quant, device_type)
+    kept_before = quantized.folder_of(base, kind, config.model.dtype, config.quant, "cpu")
     quantizes = base.published is None and (kept_before is None or not kept_before.exists())
-    left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if on_cpu and quantizes else 0
-    holes = left + round(_HOLES * step.heap_peak) if on_cpu else 0
-    batches = config.train
-    several = not task.forward.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
-    fixed = libraries + kept + own + dequantized + adapter
+    left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if quantizes else 0
+    holes = left + round(_HOLES * step.heap_peak)
+    fixed = _LIBRARIES + kept + own + dequantized + adapter
     phases = {
-        "load": libraries + (file if on_cpu else 0) + own + adapter + (max(left, _quantizing(model)) if on_cpu else 0),
+        "load": _LIBRARIES + file + own + adapter + max(left, _quantizing(model)),
         # a step's later micro-batches begin with the gradients of the earlier ones
-        "train": fixed + optimizer + step.peak + holes + (adapter if several else 0),
+        "train": fixed + optimizer + step.peak + holes + (adapter if several_passes(config, task) else 0),
     }
     if evaluation:
         # what the heap has once grown to stays, so evaluation after training begins from there
-        heap = max(step.heap_peak + holes, measure.heap_peak) if on_cpu else measure.heap_peak
+        heap = max(step.heap_peak + holes, measure.heap_peak)
         phases["evaluation"] = fixed + optimizer + heap + measure.large_peak
     if targets.needs_merged(config.export.targets):
         full = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
         head = model.get_base_model().get_output_embeddings()
         vocabulary = 0 if head is None else head.out_features
-        logits = 3 * _MERGE_POSITIONS * vocabulary * 4 if on_cpu else 0
+        logits = 3 * _MERGE_POSITIONS * vocabulary * 4
         # the trained model's heap is there to be used again
-        heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full) if on_cpu else full
-        phases["merge"] = libraries + (file if on_cpu else 0) + heap + logits
+        heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full)
+        phases["merge"] = _LIBRARIES + file + heap + logits
     return Memory(
-        own, dequantized, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, libraries, phases
+        own, dequantized, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, _LIBRARIES, phases
     )  # fmt: skip
 
 
@@ -178,7 +172,13 @@ def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, 
     return dtype, size or sum(weights.values()) * dtype.itemsize
 
 
-def _optimizer_bytes(name: str, size: int) -> int:
+def several_passes(config: RunConfig, task: AnyTask) -> bool:
+    """Whether a step has several micro-batches, so that the later ones begin with the gradients of the earlier ones."""
+    batches = config.train
+    return not task.forward.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
+
+
+def optimizer_bytes(name: str, size: int) -> int:
     """AdamW's two moments; bitsandbytes keeps tensors below 4096 elements in float32, and a scale for each 256 bytes."""
     if name == "adamw" or size < 4096:
         return 2 * 4 * size
@@ -187,11 +187,10 @@ def _optimizer_bytes(name: str, size: int) -> int:
 
 def _quantizing(model: nn.Module) -> int:
     """Bytes that quantizing the largest 4-bit layer takes for a moment."""
-    sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)]
-    return _QUANTIZE_4BIT * max(sizes, default=0)
+    return _QUANTIZE_4BIT * skeletons.largest_layer(model)
 
 
-def _adapted(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
+def adapted(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
     """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
     model, weights = skeletons.stored(config, base, kind)
     with torch.device("meta"):
@@ -255,7 +254,9 @@ class _Usage(TorchDispatchMode):
             self.heap -= size
 
 
-def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, learn: bool) -> _Usage:
+def _step(
+    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, mode: FakeTensorMode, learn: bool
+) -> _Usage:
     """What one forward pass takes, and with `learn` a backward pass; gradients are counted, weights are not."""
     usage = _Usage(_MAPPED)
     _set_mode(model, learn)
@@ -284,10 +285,10 @@ def _autocast(config: RunConfig) -> torch.autocast:
 
 
 def _accelerate(
-    model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, on_cpu: bool, mapped: bool
+    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, mode: FakeTensorMode, mapped: bool
 ) -> int:
     """Replace the modules as a run would; bytes of the weights that it keeps dequantized or joined."""
-    free = apply.free_bytes(torch.device("cpu")) if on_cpu else 0  # of another machine's GPU nothing is known
+    free = apply.free_bytes(torch.device("cpu"))
     batch = _without_content(batch, mode)
     _set_mode(model, learn=False)
     with mode, _autocast(config):

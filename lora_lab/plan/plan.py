@@ -21,7 +21,8 @@ from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.export import targets
-from lora_lab.plan import memory
+from lora_lab.fast import apply
+from lora_lab.plan import memory, on_card
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ResolvedBase
@@ -103,19 +104,20 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
 
 
 def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:
-    """What training needs on this device and on a GPU; None, aloud, for models that cannot be run on tensors without content."""
+    """What training needs on this device and on a card; None, aloud, for models that cannot be run on tensors without content."""
+    config, on_cpu = setup.config, setup.device.type == "cpu"
     try:
-        here, on_cuda = (
-            memory.estimate(setup.config, setup.base, setup.kind, setup.task, work.largest, work.evaluation, kind)
-            for kind in (setup.device.type, "cuda")
-        )
+        size = 0 if on_cpu else apply.free_bytes(setup.device)
+        on_cuda = on_card.of_setup(setup, work.largest, work.evaluation, size)
+        if not on_cpu:
+            return on_cuda, on_cuda
+        return memory.estimate(config, setup.base, setup.kind, setup.task, work.largest, work.evaluation), on_cuda
     except Exception as error:  # of whatever torch or a model of another make does with such tensors
         reason = str(error).strip().partition("\n")[0][:160]
         console.say(
             "memory", f"cannot be estimated for this model ({type(error).__name__}: {reason}); probe=true measures it"
         )
         return None, None
-    return here, on_cuda
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------

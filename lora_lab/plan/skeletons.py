@@ -121,6 +121,11 @@ def nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def largest_layer(model: nn.Module) -> int:
+    """Weights of the largest layer in 4 bits; 0 without any."""
+    return max((m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)), default=0)
+
+
 def give_storage(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
     """Move everything from the meta device to a device that exists in `mode` only, so that autocast sees it."""
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old tensor, so that its id stays taken

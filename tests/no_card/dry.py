@@ -22,14 +22,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from lora_lab.config.run import RunConfig
 from lora_lab.plan import card, skeletons
 from lora_lab.plan.card import CARD, Card, Precision, Wait
 from lora_lab.run import prepared, run_dir
 from lora_lab.run.setup import ADAPTER, Live, Setup
-from lora_lab.training import checkpoint, loop
-from lora_lab.training.cohort import Member
+from lora_lab.training import checkpoint, cohort, loop
+from lora_lab.training.cohort import Member, Share
 
 
 @dataclasses.dataclass
@@ -40,6 +41,9 @@ class Dry:
     live: Live = dataclasses.field(init=False)
     members: list[Member] = dataclasses.field(default_factory=list)
     waits: dict[str, list[Wait]] = dataclasses.field(default_factory=dict)
+    passes: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # of the model, one for each micro-batch of a member
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -57,22 +61,29 @@ class Dry:
         for step in range(1, steps + 1):
             for member in self.members:
                 member.stop_at = min(step, member.total_steps)
-            with self.phase(f"step {step}"):
+            self.passes[f"step {step}"] = 0
+            with self.phase(f"step {step}"), self._counted(f"step {step}"):
                 setup = self.live.setup
                 loop.fit(self.members, setup.training_rows(), None, setup.accelerator)
                 failed = [member.failure for member in self.members if member.failure]
                 if failed:
                     raise failed[0]
 
+    @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:
+            self.passes[name] += sum(place < len(one.batches) for one in shares)
+            cohort.learn(shares, place, accelerator)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "learn", learn)
+            yield
+
     def measure(self) -> None:
         """The base and the adapter on the held-out rows, with what is generated."""
         with self.phase("evaluation"):
             self.live.measure_base()
             self.live.measure("tuned")
-
-    def most_passes(self) -> int:
-        """Passes of the model in the step that has most of them."""
-        return sum(len(member.plan.step(0)) for member in self.members)
 
 
 def on_card(config: RunConfig) -> Setup:
@@ -121,5 +132,22 @@ class _Generator(torch._C.Generator):
         return super().__new__(cls, "cpu")
 
 
-def named(waits: Sequence[Wait]) -> str:
-    return ", ".join(map(str, waits))
+def assert_few_waits(dry: Dry, copies: int = 4) -> None:
+    """In a step: a copy to the card for each tensor of a micro-batch, a read of its loss, and for each member a read of its gradients'
+    norm, which decides whether the update is made, and another for the log.
+
+    Args:
+        copies: for each micro-batch.
+    """
+    waits, passes = dry.waits["step 2"], dry.passes["step 2"]
+    named = ", ".join(map(str, waits))
+    assert sum(wait.kind == "copy" for wait in waits) <= copies * passes, named
+    assert sum(wait.kind == "read" for wait in waits) <= passes + 2 * len(dry.members), named
+
+
+def assert_peaks_in_order(dry: Dry) -> None:
+    """A step takes the most: what fits into it has no other part that does not."""
+    peaks = dry.peaks
+    assert peaks["trial"] <= peaks["step 2"], peaks
+    assert peaks["step 1"] <= peaks["step 2"], peaks
+    assert peaks.get("evaluation", 0) <= peaks["step 2"], peaks
