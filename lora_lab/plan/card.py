@@ -298,6 +298,15 @@ def _to(tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> 
     return torch.Tensor.to(tensor, *args, copy=copy, **kwargs)
 
 
+def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """A copy on the card."""
+    new = tensor.detach().clone()
+    memo[id(tensor)] = new = (
+        torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
+    )
+    return new
+
+
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     """torch.isfinite, of which the answer is yes."""
     found: Any = tensor.abs() != float("inf")
@@ -354,6 +363,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cuda: lambda tensor, *_, **__: tensor.to(CARD),
     torch.Tensor.is_cuda.__get__: lambda tensor, *_: tensor.device.type == "cuda",  # type: ignore[attr-defined]
+    torch.Tensor.__deepcopy__: _deepcopy,
     torch.Tensor.isfinite: _finite,
     torch.isfinite: _finite,
     torch.nn.functional.scaled_dot_product_attention: _attention,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.adapters import prompts
-from lora_lab.adapters.attach import trainable
+from lora_lab.adapters.attach import attach, trainable
 from lora_lab.adapters.base import Step
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
@@ -25,6 +25,7 @@ from lora_lab.plan.memory import Memory
 from lora_lab.run.setup import ADAPTER, Live, Setup
 from lora_lab.tasks import generation
 from lora_lab.tasks.base import StepBatches
+from lora_lab.training import oom
 from lora_lab.training.cohort import Share, learn
 
 if TYPE_CHECKING:
@@ -71,25 +72,28 @@ def estimate(
         size: bytes that are free on the card, a share of which is used to keep dequantized weights; 0: of no card that is known.
         trial: see `of_setup`; None: the accelerations are taken without trying them.
     """
-    model, unquantized = memory.adapted(config, base, kind)
+    stored, unquantized = skeletons.stored(config, base, kind)
     precision = Precision(config.model.dtype)
-    parameters = trainable(model)
-    frozen = sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if not one.requires_grad)
-    adapter = sum(map(skeletons.nbytes, parameters.values()))
-    optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters.values())
     with card.pretended(size) as there:
-        skeletons.give_storage(model, there.mode, CARD)
-        there.hold(skeletons.tensors(model))
-        stored = there.allocated
+        skeletons.give_storage(stored, there.mode, CARD)
+        there.hold(skeletons.tensors(stored))
         with there.phase("load"):  # layer by layer: each is there whole until it is quantized
-            torch.empty(skeletons.largest_layer(model), dtype=getattr(torch, config.model.dtype), device=CARD)
+            torch.empty(skeletons.largest_layer(stored), dtype=getattr(torch, config.model.dtype), device=CARD)
+            model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
+        if config.train.gradient_checkpointing:
+            oom.recompute(model, config.train.recompute_every, config.train.offload_activations)
+        parameters = trainable(model)
+        frozen = sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if not one.requires_grad)
+        adapter = sum(map(skeletons.nbytes, parameters.values()))
+        optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters.values())
+        before = there.allocated
         with there.phase("trial"):
             _try(model, config, task, train, trial, precision)
         learner = _learner(model, config, task, there)
         with there.phase("train"):
-            before = there.allocated
+            resting = there.allocated
             _learn(learner, train, precision)
-            activations = there.peak - before
+            activations = there.peak - resting
         if evaluation is not None:
             with there.phase("evaluation"), torch.no_grad(), precision.autocast():
                 batch = evaluation.to(CARD)
@@ -102,7 +106,7 @@ def estimate(
                     _generate(
                         model, task, min(rows, generation._ROWS), max(evaluation.lengths), config.task.max_new_tokens
                     )
-        kept = max(there.allocated - stored - optimizer - adapter, 0)
+        kept = max(there.allocated - before - optimizer, 0)
     phases = dict(there.peaks)
     if targets.needs_merged(config.export.targets):
         phases["merge"] = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize

@@ -15,7 +15,7 @@ import torch
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import attach, coverage
 from lora_lab.adapters.layers import linear_layers
-from lora_lab.base import load, quantized
+from lora_lab.base import inspect, load, quantized
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
@@ -82,20 +82,24 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     """Find everything out and show it; with `probe`, load the model and time some steps."""
     run_dir.check_free(config)
     device = load.torch_device(config.hardware)
-    found = prepared.find_base(config)
+    found = prepared.find_base(config, weights=probe)
     prepared.say_base(config, found.base, device)
+    if inspect.without_weights(found.base.folder):
+        console.say("base", "its weights are not here: planned from config.json")
     data, found, task = prepared.build_data(config, found)
     setup = prepared.assemble(config, found, data, task, device, Stages())
     targets.check(setup)
     work = foresee(config, task, data.train, data.held_out)
     estimated, on_cuda = _memory(setup, work)
-    matched, unmatched, trainable, base, saved = _modules(config, found)
+    matched, unmatched, trainable, base, saved, kept = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
-    disk = _disk(config, trainable, saved, base, evaluated=data.held_out is not None)
+    disk = _disk(config, trainable, saved, kept, base, evaluated=data.held_out is not None)
     cached = quantized.folder_of(found.base, found.kind, config.model.dtype, config.quant, device.type)
-    if estimated is not None and cached is not None and not cached.exists():
-        disk["quantized base (cache folder)"] = estimated.base
+    if on_cuda is not None and cached is not None and not cached.exists():
+        disk["quantized base (cache folder)"] = (
+            on_cuda.base
+        )  # all of it, while some of a CPU's stays in the mapped file
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
     show(result, config, device.type, on_cuda)
     if probe:
@@ -177,7 +181,7 @@ def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tupl
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------
 
 
-def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], dict[str, int], int, int, int]:
+def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], dict[str, int], int, int, int, int]:
     names = linear_layers(found.model)
     endings = [collections.Counter(name.rpartition(".")[2] for name in part) for part in (
         found.targets, [name for name in names if name not in set(found.targets)],
@@ -186,7 +190,8 @@ def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], di
         adapted = attach(found.model, config.adapter, ADAPTER, found.kind, config.seed)
     sits = coverage(adapted, ADAPTER)
     saved = sum(tensor.numel() for tensor in files.tensors_of(adapted, ADAPTER).values())
-    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters, saved
+    kept = sum(tensor.nbytes for tensor in config.adapter.kept(adapted, ADAPTER).values())
+    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters, saved, kept
 
 
 def _rows(data: Dataset) -> dict[str, int]:
@@ -194,15 +199,16 @@ def _rows(data: Dataset) -> dict[str, int]:
     return {"read": data.rows_read, "used": data.rows_used, "prompts truncated": truncated, **data.rows_dropped}
 
 
-def _disk(config: RunConfig, trainable: int, saved: int, base: int, evaluated: bool) -> dict[str, int]:
+def _disk(config: RunConfig, trainable: int, saved: int, kept: int, base: int, evaluated: bool) -> dict[str, int]:
     """Bytes that the run folder will hold: adapters in float32 with AdamW's two moments beside them, and the merge.
 
     Args:
         saved: numbers of the adapter that are saved, some of which may not be trained.
+        kept: bytes that its method keeps beside them.
     """
     moments = 8 if config.optim.name == "adamw" else 2
     checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best and evaluated)  # one more while saving
-    disk = {"checkpoints": checkpoints * (saved * 4 + trainable * moments), "adapter": saved * 4}
+    disk = {"checkpoints": checkpoints * (saved * 4 + trainable * moments + kept), "adapter": saved * 4}
     export = config.export
     if targets.needs_merged(export.targets):
         disk["merged"] = base * getattr(torch, export.dtype).itemsize

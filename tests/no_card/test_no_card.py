@@ -29,14 +29,14 @@ _OPTIONS = {
     "int8": ["model.dtype=bfloat16", "quant=int8"],
     "checkpointing": ["quant=nf4", "train.gradient_checkpointing=true"],
     "offloading": ["quant=nf4", "train.gradient_checkpointing=true", "train.offload_activations=true"],
-    "dropout": ["quant=nf4", "adapter.dropout=0.1"],
+    "dropout": ["quant=nf4", "adapter.lora_dropout=0.1"],
     "plain": ["quant=nf4", "speed=plain"],
     "always": ["quant=nf4", "speed.dequantize=always"],
     "micro-batches": ["quant=nf4", "train.micro_batch_size=2"],
     "dora": ["quant=nf4", "adapter=dora"],
     "adalora": ["quant=nf4", "adapter=adalora"],
     "adamw_8bit": ["quant=nf4", "optim.name=adamw_8bit"],
-    "rdrop": ["quant=nf4", "adapter.dropout=0.1", "train.rdrop_alpha=0.5"],
+    "rdrop": ["quant=nf4", "adapter.lora_dropout=0.1", "train.rdrop_alpha=0.5"],
 }
 
 
@@ -70,7 +70,9 @@ def _runs(config, copies, *others):
 
 def test_a_run_with_everything(config_on):
     _runs(
-        config_on("causal_lm", "train.gradient_checkpointing=true", "train.micro_batch_size=2", "adapter.dropout=0.1"),
+        config_on(
+            "causal_lm", "train.gradient_checkpointing=true", "train.micro_batch_size=2", "adapter.lora_dropout=0.1"
+        ),
         4,
     )
 
