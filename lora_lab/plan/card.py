@@ -29,13 +29,13 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter
 
 CARD = torch.device("cuda:0")
 _TOLD = torch.device("xla:0")  # what C++ is told instead
 _BLOCK = 512  # bytes: torch's allocator rounds up to whole ones
 # cuBLAS' workspace on cards before Hopper (aten/src/ATen/cuda/CublasHandlePool.cpp), taken at the first product
-_PRODUCTS_BYTES = 8320 * 2**10
+PRODUCTS_BYTES = 8320 * 2**10
+_LIBRARY = str(Path(os.__file__).parent) + os.sep  # Python's own
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 _aten = torch.ops.aten
@@ -71,7 +71,7 @@ class Card(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.peaks: dict[str, int] = {}  # of each phase
         self._blocks: set[int] = set()
-        self._free_workspace = _PRODUCTS_BYTES
+        self._free_workspace = PRODUCTS_BYTES
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -90,7 +90,9 @@ class Card(TorchDispatchMode):
             return _TOLD if device == CARD else device
         if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type in ("cuda", "xla"):
             kwargs = {**kwargs, "device": CARD}
-        if kwargs.get("device") != CARD and not _on_card((args, kwargs)):
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        on_card = any(isinstance(one, FakeTensor) for one in given)
+        if not on_card and kwargs.get("device") != CARD:
             with _disable_current_modes():
                 return func(*args, **kwargs)  # what the host computes by itself is real
         if func in _ANSWERS:
@@ -99,17 +101,17 @@ class Card(TorchDispatchMode):
         if func is _DEQUANTIZE_INTO:  # its own check compares a list with a torch.Size
             return None
         if func not in _MIXED:
-            _refuse_mixed(func, args, kwargs)
+            _refuse_mixed(func, given)
         if func in _COPIES and (host := self._copied(func, args, kwargs)) is not None:
             return host
         result = func(*args, **kwargs)
-        if func in _PRODUCTS and self._free_workspace and _on_card(args):
+        if func in _PRODUCTS and self._free_workspace and on_card:
             self._take(self._free_workspace)
             self._free_workspace = 0
         if func is _FLASH_BACKWARD:
             self._take(size := _flash_workspace(args))
             self._drop(size)
-        for tensor in _tensors(result):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors(result or ()):
             self._follow(tensor)
         if func in _CONCLUSIONS and (said := _conclude(func, args, kwargs)) is not None:
             result.card_says = said
@@ -118,11 +120,10 @@ class Card(TorchDispatchMode):
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the block."""
         for tensor in tensors:
-            if isinstance(tensor, FakeTensor):
-                self._follow(tensor)
+            self._follow(tensor)
 
-    def _follow(self, tensor: FakeTensor) -> None:
-        if tensor.fake_device != CARD:
+    def _follow(self, tensor: torch.Tensor) -> None:
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device != CARD:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -162,34 +163,32 @@ class Card(TorchDispatchMode):
 
 
 def _where() -> str:
-    """The line of this project, else of anybody, that led here."""
-    frame, first = sys._getframe(2), ""
+    """The innermost line that is no library's."""
+    frame, library = sys._getframe(2), ""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and f"{os.sep}torch{os.sep}" not in file:
-            first = first or f"{file}:{frame.f_lineno}"
-            if file.startswith(_PACKAGE):
-                return f"{file[len(_PACKAGE) :]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return first
+        if file != __file__:
+            place = f"{file.removeprefix(_PACKAGE)}:{frame.f_lineno}"
+            if "site-packages" not in file and not file.startswith(_LIBRARY):
+                return place
+            library = library or place
+        frame = frame.f_back
+    return library
 
 
-def _tensors(things: Any) -> Iterator[FakeTensor]:
-    if isinstance(things, FakeTensor):
-        yield things
-    elif things is not None:
-        yield from (one for one in tree_iter(things) if isinstance(one, FakeTensor))
+def _tensors(things: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Tensors among arguments, and in lists among them."""
+    for one in things:
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif isinstance(one, list | tuple):
+            yield from _tensors(one)
 
 
-def _on_card(things: Any) -> bool:
-    return any(one.fake_device == CARD for one in _tensors(things))
-
-
-def _refuse_mixed(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _refuse_mixed(func: Any, given: list[torch.Tensor]) -> None:
     """Refuse tensors of the host beside tensors of the card; single numbers may come from anywhere. Indices from the host work on a
-    card, but are copied there aloud to nobody."""
-    found = {one.device.type for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor) and one.dim()}
-    if {"cpu", "cuda"} <= found:
+    card, but are copied there unsaid."""
+    if len(given) > 1 and {"cpu", "cuda"} <= {one.device.type for one in given if one.dim()}:
         raise MixedDevices(f"{func} is given tensors of the CPU and of the card, at {_where()}")
 
 
@@ -295,7 +294,7 @@ def _to(tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> 
         return tensor
     if here and dtype is not None and tensor.device == CARD:
         return torch.Tensor.to(tensor, dtype, copy=copy)
-    return torch.Tensor.to(tensor, *args, copy=copy, **kwargs)
+    return torch.Tensor.to(tensor, *args, copy=copy, **kwargs)  # type: ignore[call-overload]
 
 
 def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -362,7 +361,7 @@ def _as_bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cuda: lambda tensor, *_, **__: tensor.to(CARD),
-    torch.Tensor.is_cuda.__get__: lambda tensor, *_: tensor.device.type == "cuda",  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: lambda tensor, *_: tensor.device.type == "cuda",
     torch.Tensor.__deepcopy__: _deepcopy,
     torch.Tensor.isfinite: _finite,
     torch.isfinite: _finite,

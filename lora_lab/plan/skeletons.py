@@ -114,7 +114,8 @@ def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield state.state2.absmax
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
-            yield module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            scales: Any = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            yield scales
 
 
 def nbytes(tensor: torch.Tensor) -> int:
