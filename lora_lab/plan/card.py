@@ -39,6 +39,9 @@ _LIBRARY = str(Path(os.__file__).parent) + os.sep  # Python's own
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 _aten = torch.ops.aten
+_PRODUCT = torch.ops.bitsandbytes.int8_scaled_mm.default
+_MIXED_PRODUCT = torch.ops.bitsandbytes.int8_mixed_scaled_mm.default
+_QUANTIZE_ROWS = torch.ops.bitsandbytes.int8_vectorwise_quant.default
 _DEQUANTIZE_INTO = torch.ops.bitsandbytes.dequantize_4bit.out
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.addmm_.default}
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward.default
@@ -100,6 +103,12 @@ class Card(TorchDispatchMode):
             return _ANSWERS[func](*args)
         if func is _DEQUANTIZE_INTO:  # its own check compares a list with a torch.Size
             return None
+        if func is _QUANTIZE_ROWS and (len(args) > 1 or kwargs):  # the number of outliers would be read: there are none
+            self._wait("read")
+            args, kwargs = args[:1], {}
+        if func is _MIXED_PRODUCT:  # the product beside the outliers is all of it
+            x, *factors = args[:5]
+            return self.__torch_dispatch__(_PRODUCT, types, (*factors, *args[6:]), {"dtype": x.dtype}), None
         if func not in _MIXED:
             _refuse_mixed(func, given)
         if func in _COPIES and (host := self._copied(func, args, kwargs)) is not None:

@@ -316,7 +316,10 @@ def _show_memory(estimated: Memory, device: str, on_cuda: Memory) -> None:
     console.show_table(title, list(phases), [peaks], slice(0, None))
     need = _gib(on_cuda.peak) + _CUDA_CONTEXT_GIB
     fits = [f"{card} GiB {'yes' if need <= card else 'no'}" for card in _CARDS_GIB]
-    console.say("fits", f"on a GPU about {need:.1f} GiB, {_CUDA_CONTEXT_GIB} of them CUDA's own: {', '.join(fits)}")
+    console.say(
+        "fits",
+        f"on a GPU about {need:.1f} GiB ({on_cuda.peak_phase}), {_CUDA_CONTEXT_GIB} of them CUDA's own: {', '.join(fits)}",
+    )
 
 
 def _gib(size: int) -> float:
