@@ -426,13 +426,19 @@ def _guarded() -> Iterator[None]:
     The table lies in libc10."""
     library = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libc10.*"))))
     table = (ctypes.c_void_p * 16).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    places = torch._C._autograd.DeviceType
-    kind, before = places.XLA.value, table[places.XLA.value]
-    table[kind] = before or table[places.CPU.value]
+    kinds = torch._C._autograd.DeviceType
+    places = (
+        kinds.XLA.value,
+        kinds.CUDA.value,
+    )  # some operations ask for the device that they are told to make a tensor on
+    before = [table[place] for place in places]
+    for place in places:
+        table[place] = table[place] or table[kinds.CPU.value]
     try:
         yield
     finally:
-        table[kind] = before
+        for place, own in zip(places, before, strict=True):
+            table[place] = own
 
 
 _run_backward = torch.autograd._engine_run_backward

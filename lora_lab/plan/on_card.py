@@ -46,7 +46,10 @@ def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int) ->
     def trial(model: PeftModel, precision: Precision) -> None:
         live = Live(dataclasses.replace(own, device=CARD, accelerator=precision), model)
         with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it
+            together = own.task.forward.together
             live.decide_packing()
+            if not own.task.config.packed:  # what padding changes is said by numbers, and there are none
+                own.task.forward.together = together
             live.accelerate()
 
     return estimate(setup.config, setup.base, setup.kind, own.task, train, evaluation, size, trial)
