@@ -150,6 +150,6 @@ def assert_few_waits(dry: Dry, copies: int = 4) -> None:
 def assert_peaks_in_order(dry: Dry) -> None:
     """A step takes the most: what fits into it has no other part that does not."""
     peaks = dry.peaks
-    assert peaks["trial"] <= peaks["step 2"], peaks
+    assert peaks["trial"] <= 1.01 * peaks["step 2"], peaks  # rows of several lengths
     assert peaks["step 1"] <= peaks["step 2"], peaks
     assert peaks.get("evaluation", 0) <= peaks["step 2"], peaks

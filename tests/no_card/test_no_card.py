@@ -20,8 +20,10 @@ from tests.tasks.test_tasks import CASES, models  # noqa: F401 - a fixture
 # Copies for each micro-batch that are more than four: of tensors beside ids and labels, and what transformers' code makes of numbers.
 _COPIES = {
     **dict.fromkeys(("masked_lm", "masked_lm-words", "token_classification", "question_answering"), 6),
-    **dict.fromkeys(("regression", "reward", "preference-dpo", "preference-kto", "classification-weights"), 5),
-    **{f"{task}-decoder": 12 for task in ("classification", "regression", "token_classification", "reward")},
+    **dict.fromkeys(("regression", "reward", "classification-weights"), 5),
+    **dict.fromkeys(("preference-dpo", "preference-ipo", "preference-simpo", "preference-orpo"), 5),
+    "preference-kto": 11,
+    **{f"{task}-decoder": 13 for task in ("classification", "regression", "token_classification", "reward")},
     "seq2seq": 14,
 }
 _OPTIONS = {
@@ -36,7 +38,7 @@ _OPTIONS = {
     "always": ["quant=nf4", "speed.dequantize=always"],
     "micro-batches": ["quant=nf4", "train.micro_batch_size=2"],
     "dora": ["quant=nf4", "adapter=dora"],
-    "adalora": ["quant=nf4", "adapter=adalora"],
+    "adalora": ["quant=nf4", "adapter=adalora", "adapter.init_r=4", "adapter.target_r=2"],
     "adamw_8bit": ["quant=nf4", "optim.name=adamw_8bit"],
     "rdrop": ["quant=nf4", "adapter.lora_dropout=0.1", "train.rdrop_alpha=0.5"],
 }
