@@ -87,7 +87,7 @@ class Card(TorchDispatchMode):
             self.peak = max(before, self.peak)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func is torch.ops.prim.device.default:
             device = args[0].fake_device
             return _TOLD if device == CARD else device
@@ -96,6 +96,7 @@ class Card(TorchDispatchMode):
         given = [*_tensors(args), *_tensors(kwargs.values())]
         on_card = any(isinstance(one, FakeTensor) for one in given)
         if not on_card and kwargs.get("device") != CARD:
+            kwargs.pop("pin_memory", None)  # which a machine without CUDA cannot
             with _disable_current_modes():
                 return func(*args, **kwargs)  # what the host computes by itself is real
         if func in _ANSWERS:
@@ -397,6 +398,7 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         torch.autograd.set_multithreading_enabled(False),  # in threads of its own torch asks CUDA for streams
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         Card(mode, size) as card,
+        _put(torch.cuda, "synchronize", lambda *_: card._wait("read")),
         _put(torch.cuda, "mem_get_info", lambda *_: (max(size - card.allocated, 0), size)),
         _Functions(),
     ):

@@ -38,7 +38,6 @@ _OPTIONS = {
     "always": ["quant=nf4", "speed.dequantize=always"],
     "micro-batches": ["quant=nf4", "train.micro_batch_size=2"],
     "dora": ["quant=nf4", "adapter=dora"],
-    "adalora": ["quant=nf4", "adapter=adalora", "adapter.init_r=4", "adapter.target_r=2"],
     "adamw_8bit": ["quant=nf4", "optim.name=adamw_8bit"],
     "rdrop": ["quant=nf4", "adapter.lora_dropout=0.1", "train.rdrop_alpha=0.5"],
 }

@@ -68,11 +68,7 @@ def test_the_plan_is_what_a_run_takes(config_on):
         ["speed=plain"],
         ["speed.dequantize=always"],
         ["adapter=dora"],
-        ["adapter=adalora"],
-        ["adapter=vera"],
-        ["optim.name=adamw_8bit"],
         ["train.micro_batch_size=1"],
-        ["train.gradient_checkpointing=true", "train.offload_activations=true"],
     ],
     ids=" ".join,
 )
