@@ -106,7 +106,7 @@ def _estimate(result: Path, overrides: list[str]) -> None:
     data, base, task = prepared.build_data(config, prepared.find_base(config))
     work = foresee(config, task, data.train, data.held_out)
     started = time.perf_counter()
-    found = memory.estimate(config, base.base, base.kind, task, work.largest, work.evaluation, "cpu")
+    found = memory.estimate(config, base.base, base.kind, task, work.largest, work.evaluation)
     seconds = time.perf_counter() - started
     largest = {"tokens": work.largest.num_tokens, "supervised": len(work.largest.targets)}
     result.write_text(json.dumps({**dataclasses.asdict(found), **largest, "seconds_to_estimate": seconds}))

@@ -95,10 +95,12 @@ def divide(model: PeftModel, name: str) -> None:
 
 
 def initial(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
-    """What the factors of a divided adapter began with, by names that files can have."""
+    """What the factors of a divided adapter began with, by names that files can have; before that, what they are."""
     found: dict[str, torch.Tensor] = {}
     for place, layer in layers_of(model, name).items():
-        found |= {f"{place}.{kind}": getattr(layer, kind)[name].initial for kind in ("lora_A", "lora_B")}
+        for kind in ("lora_A", "lora_B"):
+            factor = getattr(layer, kind)[name]
+            found[f"{place}.{kind}"] = getattr(factor, "initial", factor.weight)
     return found
 
 

@@ -43,6 +43,9 @@ _LIMITS = (
 _TYPE_NAME = re.compile(r"(torch\.)?(auto|b?float\d*\w*|half|double|u?int\d+)")
 
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads from a model folder, checked to be whole and inside the folder.
 
@@ -70,6 +73,12 @@ def weight_files(folder: Path) -> list[Path]:
         files.append(file)
     _check_quantized(folder, files)
     return files
+
+
+def without_weights(folder: Path) -> bool:
+    """Whether a model folder holds its description and no weights of any kind."""
+    require_config(folder)
+    return not any(file.suffix in _WEIGHTS for file in folder.iterdir())
 
 
 def require_config(folder: Path) -> None:

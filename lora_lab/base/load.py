@@ -88,17 +88,18 @@ def reader_of(recorded: dict[str, Any]) -> int:
     return reader if isinstance(reader, int) and 1 <= reader <= READER else READER
 
 
-def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
+def find(model: ModelConfig, reader: int = READER, weights: bool = True) -> BaseFiles:
     """Find the base model, downloading or converting it when needed, and check its files.
 
     Args:
         reader: how its files are read, see `tokenizer.READER`.
+        weights: False: they need not be there, and are not downloaded.
 
     Raises:
         BaseModelError: not found, not reachable, damaged, asking for code to be run, or quantized in a way that nobody trains on.
     """
     if is_hub_id(model.path):
-        folder = download(f"model.path={model.path}", model.path, model.revision)
+        folder = download(f"model.path={model.path}", model.path, model.revision, weights)
     else:
         folder = local_path(model.path, "model.path", BaseModelError)
     if folder.is_file():
@@ -107,9 +108,10 @@ def find(model: ModelConfig, reader: int = READER) -> BaseFiles:
                 f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
             )
         folder = gguf.to_safetensors(folder, reader, model.dtype)
-    weights = inspect.weight_files(folder)
+    absent = not weights and inspect.without_weights(folder)
+    files = [] if absent else inspect.weight_files(folder)
     as_published = published.read(folder)
-    return BaseFiles(model.path, folder, fingerprint(folder, weights), published=as_published, reader=reader)
+    return BaseFiles(model.path, folder, fingerprint(folder, files), published=as_published, reader=reader)
 
 
 def tokenizer_now(model: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
@@ -302,7 +304,8 @@ def _choose_attention(folder: Path, config: PretrainedConfig) -> None:
 
 
 def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, ...]:
-    """Names of the modules that are trained whole: the task's head, and parts that the base has no weights for.
+    """Names of the modules that are trained whole: the task's head, and parts that the base has no weights for. Of a base whose weights
+    are not there it is not known which these are.
 
     Args:
         model: see `skeleton`.
@@ -313,14 +316,14 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
     """
     from lora_lab.base.weights import Weights
 
-    _refuse_larger(model, folder)
-
     prefix = model.base_model_prefix
+    if inspect.without_weights(folder):
+        return tuple(_heads(model)) if head == "always" else ()
+    _refuse_larger(model, folder)
     there = {name.removeprefix(f"{prefix}.") for name in Weights(folder)}
     found = []
     if head == "always":
-        tops = {name: module for name, module in model.named_children() if name != prefix}
-        found = [name for name, module in tops.items() if any(True for _ in module.parameters())]
+        found = _heads(model)
     for name, parameter in model.named_parameters():
         if name in model.all_tied_weights_keys:  # on the meta device a tied weight has a parameter of its own
             continue
@@ -338,6 +341,12 @@ def new_modules(model: PreTrainedModel, folder: Path, head: str) -> tuple[str, .
         ):  # a bias alone begins, and stays, at zero
             return tuple(found)  # loading will say what is missing
     return tuple(found)
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    """What stands beside the base itself and has parameters."""
+    tops = {name: module for name, module in model.named_children() if name != model.base_model_prefix}
+    return [name for name, module in tops.items() if any(True for _ in module.parameters())]
 
 
 def _refuse_larger(model: PreTrainedModel, folder: Path) -> None:

@@ -26,11 +26,12 @@ def is_hub_id(name: str) -> bool:
     return not name.startswith(PACKAGE) and bool(_HUB_ID.match(name)) and not Path(name).expanduser().exists()
 
 
-def download(key: str, name: str, revision: str | None = None) -> Path:
+def download(key: str, name: str, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a hub model, downloaded unless it is there already: its weights, its licence, and what its tokenizer reads.
 
     Args:
         key: the configuration key with its value, for messages.
+        weights: False: they are left where they are.
 
     Raises:
         BaseModelError: the hub request failed.
@@ -41,7 +42,9 @@ def download(key: str, name: str, revision: str | None = None) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=["*.safetensors", "README.md", "LICENSE*", *TOKENIZER_FILES]
+                name,
+                revision=revision,
+                allow_patterns=[*(["*.safetensors"] if weights else []), "README.md", "LICENSE*", *TOKENIZER_FILES],
             )
         )
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:

@@ -4,6 +4,7 @@ padded to the length of the longest."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -31,7 +32,7 @@ class Batch:
         """Tokens that the model reads, padding not counted."""
         return sum(self.lengths)
 
-    @property
+    @functools.cached_property
     def weight(self) -> float:
         """Sum of the weights of its items."""
         return float(len(self.targets)) if self.weights is None else float(self.weights.sum())
@@ -39,10 +40,12 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """The batch with all of its tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(
+        moved = dataclasses.replace(
             self,
             **{name: tree_map_only(torch.Tensor, lambda t: t.to(device), value) for name, value in values.items()},
         )
+        moved.__dict__["weight"] = self.weight  # a GPU would be waited for
+        return moved
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,41 +2,39 @@
 
 The real model is built without storage, gets its real adapter, and takes one real training step on tensors that have a
 shape and a type but no content. Every storage that the step makes and drops is counted, so autocast, checkpointing,
-packing and bitsandbytes' own layers are counted as they are. What the C library and the checkpoint file add to that on a
-CPU is measured, not simulated; see the constants.
+packing and bitsandbytes' own layers are counted as they are. What the C library and the checkpoint file add to that is
+measured, not simulated; see the constants. Of a card: `on_card.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
-from lora_lab.base import inspect, quantized, weight_only
-from lora_lab.base.load import BaseFiles, ModelKind, quantization_config, skeleton
+from lora_lab.base import inspect, quantized
+from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
+from lora_lab.plan import skeletons
 from lora_lab.training import oom
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
-    from transformers.quantizers.base import HfQuantizer
 
     from lora_lab.data.encode import Example
-    from lora_lab.tasks.base import Task
+    from lora_lab.tasks.base import AnyTask
 
 MIB = 2**20
 
@@ -53,7 +51,6 @@ _HOLES = 0.5
 _LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB, "torchao_int8": 150 * MIB}
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
 _QUANTIZE_4BIT = 3 * 4  # bytes for each weight
-_BLOCK, _NESTED_BLOCK = 64, 256  # weights for each scale, and scales for each scale of scales (bitsandbytes' own)
 _MERGE_POSITIONS = 512  # as in verify/parity.py: logits of so many positions are compared
 
 
@@ -111,166 +108,58 @@ def estimate(
     config: RunConfig,
     base: BaseFiles,
     kind: ModelKind,
-    task: Task,
+    task: AnyTask,
     train: Batch,
     evaluation: Batch | None,
-    device_type: str = "cpu",
 ) -> Memory:
-    """Predict the peak memory of a training run: of the process beyond its imports on a CPU, of tensors on a GPU.
+    """Predict the peak memory of a training run on a CPU: of the process beyond its imports. Of a card: see `on_card.py`.
 
     Only `config.json` is read from the base's folder, and the sizes of its weight files if there are any.
 
     Args:
         train: the largest batch of a forward pass; what it holds does not matter, see `blank`.
         evaluation: the same in evaluation; None without held-out rows.
-        device_type: 'cpu' or 'cuda'.
     """
-    on_cpu = device_type == "cpu"
-    model, unquantized = _skeleton(config, base, kind)
+    model, unquantized = adapted(config, base, kind)
     stored_as, file = _checkpoint(base, unquantized)
-    views = on_cpu and stored_as == getattr(torch, config.model.dtype)
-    frozen = [tensor for tensor in _tensors(model) if not tensor.requires_grad]
-    own = sum(_nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
-    adapter = sum(_nbytes(p) for p in trainable(model).values())
-    optimizer = sum(_optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
-    kept = file if views and own < sum(_nbytes(t) for t in frozen) else 0
+    views = stored_as == getattr(torch, config.model.dtype)
+    frozen = [tensor for tensor in skeletons.tensors(model) if not tensor.requires_grad]
+    own = sum(skeletons.nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
+    adapter = sum(skeletons.nbytes(p) for p in trainable(model).values())
+    optimizer = sum(optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
+    kept = file if views and own < sum(skeletons.nbytes(t) for t in frozen) else 0
 
     fake = FakeTensorMode()
-    _give_fake_storage(model, fake)
-    dequantized = _accelerate(model, config, task, train, fake, on_cpu, mapped=views)
+    with fake:
+        skeletons.give_storage(model, fake, torch.device("cpu"))
+    dequantized = _accelerate(model, config, task, train, fake, mapped=views)
     step = _step(model, config, task, train, fake, learn=True)
     measure = _step(model, config, task, evaluation, fake, learn=False) if evaluation else _Usage(_MAPPED)
-    libraries = _LIBRARIES if on_cpu else 0
-    kept_before = quantized.folder_of(base, kind, config.model.dtype, config.quant, device_type)
+    kept_before = quantized.folder_of(base, kind, config.model.dtype, config.quant, "cpu")
     quantizes = base.published is None and (kept_before is None or not kept_before.exists())
-    left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if on_cpu and quantizes else 0
-    holes = left + round(_HOLES * step.heap_peak) if on_cpu else 0
-    batches = config.train
-    several = not task.forward.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
-    fixed = libraries + kept + own + dequantized + adapter
+    left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if quantizes else 0
+    holes = left + round(_HOLES * step.heap_peak)
+    fixed = _LIBRARIES + kept + own + dequantized + adapter
     phases = {
-        "load": libraries + (file if on_cpu else 0) + own + adapter + (max(left, _quantizing(model)) if on_cpu else 0),
+        "load": _LIBRARIES + file + own + adapter + max(left, _quantizing(model)),
         # a step's later micro-batches begin with the gradients of the earlier ones
-        "train": fixed + optimizer + step.peak + holes + (adapter if several else 0),
+        "train": fixed + optimizer + step.peak + holes + (adapter if several_passes(config, task) else 0),
     }
     if evaluation:
         # what the heap has once grown to stays, so evaluation after training begins from there
-        heap = max(step.heap_peak + holes, measure.heap_peak) if on_cpu else measure.heap_peak
+        heap = max(step.heap_peak + holes, measure.heap_peak)
         phases["evaluation"] = fixed + optimizer + heap + measure.large_peak
     if targets.needs_merged(config.export.targets):
         full = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
         head = model.get_base_model().get_output_embeddings()
         vocabulary = 0 if head is None else head.out_features
-        logits = 3 * _MERGE_POSITIONS * vocabulary * 4 if on_cpu else 0
+        logits = 3 * _MERGE_POSITIONS * vocabulary * 4
         # the trained model's heap is there to be used again
-        heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full) if on_cpu else full
-        phases["merge"] = libraries + (file if on_cpu else 0) + heap + logits
+        heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full)
+        phases["merge"] = _LIBRARIES + file + heap + logits
     return Memory(
-        own, dequantized, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, libraries, phases
+        own, dequantized, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, _LIBRARIES, phases
     )  # fmt: skip
-
-
-# -- the model without storage ----------------------------------------------------------------------------------------
-
-
-def _skeleton(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
-    """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quant = base.stored(config.quant)
-    quantization = quantization_config(quant, config.model.dtype, kind)
-    dtype = getattr(torch, config.model.dtype)
-    model = skeleton(base.folder, kind, config.model.dtype)
-    with torch.device("meta"):
-        weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if quantization is not None:
-            quantizer = AutoHfQuantizer.from_config(quantization)
-            quantizer.preprocess_model(model, device_map={"": "cpu"})
-            for module in model.modules():
-                if isinstance(module, Linear4bit):
-                    module.weight = _weight_4bit(module, dtype)
-                    module.support_avx512bf16_for_cpu = False  # as load.py
-                elif isinstance(module, Linear8bitLt):
-                    module.weight = _weight_8bit(module)
-            if quant.method == "torchao_int8":
-                _store_by_torchao(model, quantizer, dtype)
-            quantizer.postprocess_model(model)
-        model.requires_grad_(False).eval()
-        adapted = attach(model, config.adapter, "default", kind, config.seed)
-    if config.train.gradient_checkpointing:
-        oom.recompute(adapted, config.train.recompute_every, offload=False)
-    return adapted, weights
-
-
-def _weight_4bit(module: Linear4bit, dtype: torch.dtype) -> Params4bit:
-    """Two weights in a byte; a scale for each 64 weights: float32, or a byte and a float32 for each 256 scales."""
-    size, nested = module.in_features * module.out_features, module.weight.compress_statistics
-    scales = -(-size // _BLOCK)
-    outer = None
-    if nested:
-        outer = QuantState(
-            absmax=torch.empty(-(-scales // _NESTED_BLOCK)), code=torch.empty(256), blocksize=_NESTED_BLOCK, dtype=torch.float32
-        )  # fmt: skip
-    state = QuantState(
-        absmax=torch.empty(scales, dtype=torch.uint8 if nested else torch.float32),
-        shape=torch.Size([module.out_features, module.in_features]),
-        code=torch.empty(16),
-        blocksize=_BLOCK,
-        quant_type=module.weight.quant_type,
-        dtype=dtype,
-        offset=torch.empty(()) if nested else None,
-        state2=outer,
-    )
-    packed = torch.empty((size + 1) // 2, 1, dtype=torch.uint8)
-    return Params4bit(
-        packed, quant_state=state, compress_statistics=nested, quant_type=state.quant_type, bnb_quantized=True
-    )
-
-
-def _weight_8bit(module: Linear8bitLt) -> Int8Params:
-    """A byte for each weight and a float32 scale for each output."""
-    data = torch.empty(module.out_features, module.in_features, dtype=torch.int8)
-    return Int8Params(
-        data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=torch.empty(module.out_features)
-    )  # fmt: skip
-
-
-def _store_by_torchao(model: PreTrainedModel, quantizer: HfQuantizer, dtype: torch.dtype) -> None:
-    """Give the layers that torchao would quantize a byte for each weight, and a scale and an offset for each output."""
-    model.hf_quantizer = quantizer  # peft asks for it
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and quantizer.param_needs_quantization(model, f"{name}.weight"):
-            module.weight = _weight_of_torchao(module.weight, dtype)
-    weight_only.own_products(model)
-
-
-def _weight_of_torchao(old: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    from torchao.quantization import Int8Tensor
-
-    rows, columns = old.shape
-    kept = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
-    own = Int8Tensor(*kept, [1, columns], dtype, zero_point=torch.empty(rows, 1, dtype=torch.int8))
-    return nn.Parameter(own, requires_grad=False)
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, and what quantized parameters carry; code tables are shared by all layers and left out."""
-    for parameter in model.parameters():
-        if weight_only.is_stored(parameter):
-            yield from (parameter.qdata, parameter.scale, parameter.zero_point)
-            continue
-        yield parameter
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            yield state.absmax
-            if state.nested:
-                yield state.state2.absmax
-        if isinstance(parameter, Int8Params):
-            yield parameter.SCB
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, int]:
@@ -283,7 +172,13 @@ def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, 
     return dtype, size or sum(weights.values()) * dtype.itemsize
 
 
-def _optimizer_bytes(name: str, size: int) -> int:
+def several_passes(config: RunConfig, task: AnyTask) -> bool:
+    """Whether a step has several micro-batches, so that the later ones begin with the gradients of the earlier ones."""
+    batches = config.train
+    return not task.forward.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
+
+
+def optimizer_bytes(name: str, size: int) -> int:
     """AdamW's two moments; bitsandbytes keeps tensors below 4096 elements in float32, and a scale for each 256 bytes."""
     if name == "adamw" or size < 4096:
         return 2 * 4 * size
@@ -292,46 +187,17 @@ def _optimizer_bytes(name: str, size: int) -> int:
 
 def _quantizing(model: nn.Module) -> int:
     """Bytes that quantizing the largest 4-bit layer takes for a moment."""
-    sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)]
-    return _QUANTIZE_4BIT * max(sizes, default=0)
+    return _QUANTIZE_4BIT * skeletons.largest_layer(model)
 
 
-def _give_fake_storage(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Move everything from the meta device to a CPU that exists in `mode` only, so that autocast sees a CPU."""
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old tensor, so that its id stays taken
-
-    def fake(old: torch.Tensor | None) -> torch.Tensor | None:
-        if old is None:
-            return None
-        if id(old) not in known and weight_only.is_stored(old):
-            known[id(old)] = (_weight_of_torchao(old, old.dtype), old)
-        if id(old) not in known:
-            new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-            known[id(old)] = (_parameter(new, old, fake) if isinstance(old, nn.Parameter) else new, old)
-        return known[id(old)][0]
-
-    with mode:
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    tensors[name] = fake(tensor)
-            if isinstance(module, Linear8bitLt):
-                module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
-        places: dict[str, torch.Tensor] = getattr(model, "prompt_tokens", {})  # peft keeps them outside of all modules
-        for name, tensor in places.items():
-            places[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _parameter(new: torch.Tensor, old: nn.Parameter, fake: Callable) -> nn.Parameter:
-    """A plain parameter with what bitsandbytes' layers look for: its own classes refuse tensors without content."""
-    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-    if isinstance(old, Params4bit):
-        for state in filter(None, (old.quant_state, old.quant_state.state2)):
-            state.absmax, state.code, state.offset = fake(state.absmax), fake(state.code), fake(state.offset)
-        parameter.quant_state, parameter.bnb_quantized = old.quant_state, True
-    elif isinstance(old, Int8Params):
-        parameter.CB = parameter.SCB = None  # the layer's state has them, as after its first forward pass
-    return parameter
+def adapted(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
+    """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
+    model, weights = skeletons.stored(config, base, kind)
+    with torch.device("meta"):
+        adapted = attach(model, config.adapter, "default", kind, config.seed)
+    if config.train.gradient_checkpointing:
+        oom.recompute(adapted, config.train.recompute_every, offload=False)
+    return adapted, weights
 
 
 # -- a step without computing -----------------------------------------------------------------------------------------
@@ -388,14 +254,16 @@ class _Usage(TorchDispatchMode):
             self.heap -= size
 
 
-def _step(model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, learn: bool) -> _Usage:
+def _step(
+    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, mode: FakeTensorMode, learn: bool
+) -> _Usage:
     """What one forward pass takes, and with `learn` a backward pass; gradients are counted, weights are not."""
     usage = _Usage(_MAPPED)
     _set_mode(model, learn)
     autocast = _autocast(config)
     batch = _without_content(batch, mode)
     with mode, usage, task.forward.segments(model), torch.set_grad_enabled(learn):
-        usage.ignore(_tensors(model))
+        usage.ignore(skeletons.tensors(model))
         with autocast:
             loss = task.loss(model, batch).loss
         if learn:
@@ -420,10 +288,10 @@ def _autocast(config: RunConfig) -> torch.autocast:
 
 
 def _accelerate(
-    model: PeftModel, config: RunConfig, task: Task, batch: Batch, mode: FakeTensorMode, on_cpu: bool, mapped: bool
+    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, mode: FakeTensorMode, mapped: bool
 ) -> int:
     """Replace the modules as a run would; bytes of the weights that it keeps dequantized or joined."""
-    free = apply.free_bytes(torch.device("cpu")) if on_cpu else 0  # of another machine's GPU nothing is known
+    free = apply.free_bytes(torch.device("cpu"))
     batch = _without_content(batch, mode)
     _set_mode(model, learn=False)
     with mode, _autocast(config):

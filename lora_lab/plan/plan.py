@@ -15,13 +15,14 @@ import torch
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import attach, coverage
 from lora_lab.adapters.layers import linear_layers
-from lora_lab.base import load, quantized
+from lora_lab.base import inspect, load, quantized
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.export import targets
-from lora_lab.plan import memory
+from lora_lab.fast import apply
+from lora_lab.plan import memory, on_card
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ResolvedBase
@@ -82,20 +83,24 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     """Find everything out and show it; with `probe`, load the model and time some steps."""
     run_dir.check_free(config)
     device = load.torch_device(config.hardware)
-    found = prepared.find_base(config)
+    found = prepared.find_base(config, weights=probe)
     prepared.say_base(config, found.base, device)
+    if inspect.without_weights(found.base.folder):
+        console.say("base", "its weights are not here: planned from config.json")
     data, found, task = prepared.build_data(config, found)
     setup = prepared.assemble(config, found, data, task, device, Stages())
     targets.check(setup)
     work = foresee(config, task, data.train, data.held_out)
     estimated, on_cuda = _memory(setup, work)
-    matched, unmatched, trainable, base, saved = _modules(config, found)
+    matched, unmatched, trainable, base, saved, kept = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
-    disk = _disk(config, trainable, saved, base, evaluated=data.held_out is not None)
+    disk = _disk(config, trainable, saved, kept, base, evaluated=data.held_out is not None)
     cached = quantized.folder_of(found.base, found.kind, config.model.dtype, config.quant, device.type)
-    if estimated is not None and cached is not None and not cached.exists():
-        disk["quantized base (cache folder)"] = estimated.base
+    if on_cuda is not None and cached is not None and not cached.exists():
+        disk["quantized base (cache folder)"] = (
+            on_cuda.base
+        )  # all of it, while some of a CPU's stays in the mapped file
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
     show(result, config, device.type, on_cuda)
     if probe:
@@ -104,19 +109,20 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
 
 
 def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:
-    """What training needs on this device and on a GPU; None, aloud, for models that cannot be run on tensors without content."""
+    """What training needs on this device and on a card; None, aloud, for models that cannot be run on tensors without content."""
+    config, on_cpu = setup.config, setup.device.type == "cpu"
     try:
-        here, on_cuda = (
-            memory.estimate(setup.config, setup.base, setup.kind, setup.task, work.largest, work.evaluation, kind)
-            for kind in (setup.device.type, "cuda")
-        )
+        size = 0 if on_cpu else apply.free_bytes(setup.device)
+        on_cuda = on_card.of_setup(setup, work.largest, work.evaluation, size)
+        if not on_cpu:
+            return on_cuda, on_cuda
+        return memory.estimate(config, setup.base, setup.kind, setup.task, work.largest, work.evaluation), on_cuda
     except Exception as error:  # of whatever torch or a model of another make does with such tensors
         reason = str(error).strip().partition("\n")[0][:160]
         console.say(
             "memory", f"cannot be estimated for this model ({type(error).__name__}: {reason}); probe=true measures it"
         )
         return None, None
-    return here, on_cuda
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tupl
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------
 
 
-def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], dict[str, int], int, int, int]:
+def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], dict[str, int], int, int, int, int]:
     names = linear_layers(found.model)
     endings = [collections.Counter(name.rpartition(".")[2] for name in part) for part in (
         found.targets, [name for name in names if name not in set(found.targets)],
@@ -199,7 +205,8 @@ def _modules(config: RunConfig, found: ResolvedBase) -> tuple[dict[str, int], di
         adapted = attach(found.model, config.adapter, ADAPTER, found.kind, config.seed)
     sits = coverage(adapted, ADAPTER)
     saved = sum(tensor.numel() for tensor in files.tensors_of(adapted, ADAPTER).values())
-    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters, saved
+    kept = sum(tensor.nbytes for tensor in config.adapter.kept(adapted, ADAPTER).values())
+    return dict(endings[0]), dict(endings[1]), sits.trainable_parameters, sits.base_parameters, saved, kept
 
 
 def _rows(data: Dataset) -> dict[str, int]:
@@ -207,15 +214,16 @@ def _rows(data: Dataset) -> dict[str, int]:
     return {"read": data.rows_read, "used": data.rows_used, "prompts truncated": truncated, **data.rows_dropped}
 
 
-def _disk(config: RunConfig, trainable: int, saved: int, base: int, evaluated: bool) -> dict[str, int]:
+def _disk(config: RunConfig, trainable: int, saved: int, kept: int, base: int, evaluated: bool) -> dict[str, int]:
     """Bytes that the run folder will hold: adapters in float32 with AdamW's two moments beside them, and the merge.
 
     Args:
         saved: numbers of the adapter that are saved, some of which may not be trained.
+        kept: bytes that its method keeps beside them.
     """
     moments = 8 if config.optim.name == "adamw" else 2
     checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best and evaluated)  # one more while saving
-    disk = {"checkpoints": checkpoints * (saved * 4 + trainable * moments), "adapter": saved * 4}
+    disk = {"checkpoints": checkpoints * (saved * 4 + trainable * moments + kept), "adapter": saved * 4}
     export = config.export
     if targets.needs_merged(export.targets):
         disk["merged"] = base * getattr(torch, export.dtype).itemsize
@@ -323,7 +331,10 @@ def _show_memory(estimated: Memory, device: str, on_cuda: Memory) -> None:
     console.show_table(title, list(phases), [peaks], slice(0, None))
     need = _gib(on_cuda.peak) + _CUDA_CONTEXT_GIB
     fits = [f"{card} GiB {'yes' if need <= card else 'no'}" for card in _CARDS_GIB]
-    console.say("fits", f"on a GPU about {need:.1f} GiB, {_CUDA_CONTEXT_GIB} of them CUDA's own: {', '.join(fits)}")
+    console.say(
+        "fits",
+        f"on a GPU about {need:.1f} GiB ({on_cuda.peak_phase}), {_CUDA_CONTEXT_GIB} of them CUDA's own: {', '.join(fits)}",
+    )
 
 
 def _gib(size: int) -> float:

@@ -51,14 +51,15 @@ class ResolvedBase:
     encoder: Encoder
 
 
-def find_base(config: RunConfig, recorded: dict[str, Any] | None = None) -> ResolvedBase:
+def find_base(config: RunConfig, recorded: dict[str, Any] | None = None, weights: bool = True) -> ResolvedBase:
     """Find the base, check its files and the adapter's target names, and load its tokenizer.
 
     Args:
         recorded: what a run recorded of its base when it was begun: it keeps the tokens that it was trained with.
+        weights: False: they need not be there, and are not downloaded.
     """
     reader = READER if recorded is None else load.reader_of(recorded)
-    base = load.find(config.model, reader)
+    base = load.find(config.model, reader, weights)
     published.check(config, base.published, base.name)
     task = config.task.load()
     own = load.model_config(base.folder, load.ModelKind())

@@ -143,14 +143,14 @@ def test_accelerations_change_nothing(tmp_path, config_of, settings):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_its_memory_is_foreseen(config_of, dtype):
     from lora_lab.adapters.attach import trainable
-    from lora_lab.plan import memory
+    from lora_lab.plan import skeletons
     from tests.plan.test_plan_memory import _estimate, _real
 
     found, model = (
         make(config_of(QUANT, f"model.dtype={dtype}")) for make in (lambda c: _estimate(c, device="cuda"), _real)
     )
     frozen = {id(p) for p in trainable(model).values()}
-    assert found.base == sum(memory._nbytes(one) for one in memory._tensors(model) if id(one) not in frozen)
+    assert found.base == sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if id(one) not in frozen)
     plain = _estimate(config_of(f"model.dtype={dtype}"), device="cuda")
     assert found.base < plain.base
     assert (

@@ -10,7 +10,7 @@ import torch
 
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import load
-from lora_lab.plan import memory
+from lora_lab.plan import memory, on_card, skeletons
 from lora_lab.plan.memory import Shape
 from lora_lab.run import prepared as stages
 from lora_lab.tasks.base import StepBatches
@@ -24,7 +24,8 @@ SHORT, LONG = Shape((20, 12), 10), Shape((20, 12, 40), 30)
 def _estimate(config, train=LONG, evaluation=None, device="cpu"):
     found, task = stages.with_task(config, stages.find_base(config), {})
     measured = None if evaluation is None else memory.blank(evaluation)
-    return memory.estimate(config, found.base, found.kind, task, memory.blank(train), measured, device)
+    estimate = memory.estimate if device == "cpu" else on_card.estimate
+    return estimate(config, found.base, found.kind, task, memory.blank(train), measured)
 
 
 def _real(config):
@@ -47,8 +48,8 @@ def _real(config):
 def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
     config = config_of(*quant)
     found, model = _estimate(config, device="cuda"), _real(config)
-    base = sum(memory._nbytes(tensor) for tensor in memory._tensors(model) if not tensor.requires_grad)
-    adapter = sum(memory._nbytes(parameter) for parameter in trainable(model).values())
+    base = sum(skeletons.nbytes(tensor) for tensor in skeletons.tensors(model) if not tensor.requires_grad)
+    adapter = sum(skeletons.nbytes(parameter) for parameter in trainable(model).values())
     assert (found.base, found.adapter, found.gradients) == (base, adapter, adapter)
 
     optimizer = build_optimizer(config.optim, trainable(model))
@@ -56,18 +57,18 @@ def test_weights_gradients_and_optimizer_are_exact(config_of, quant):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
-    assert found.optimizer == sum(map(memory._nbytes, moments))
+    assert found.optimizer == sum(map(skeletons.nbytes, moments))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_simulated_step_takes_what_a_real_one_takes(config_of, dtype):
     config = config_of(f"model.dtype={dtype}")
-    found, prepared = _estimate(config, device="cuda"), stages.prepare(config)
+    found, prepared = _estimate(config), stages.prepare(config)
     member = SimpleNamespace(config=config, model=prepared.loaded().model.train(), task=prepared.task)
     batch, usage = memory.blank(LONG), memory._Usage(memory._MAPPED)
     share = Share(member, [], StepBatches([batch], batch.weight), batch.weight, None)
     with usage, prepared.task.forward.segments(member.model):
-        usage.ignore(memory._tensors(member.model))
+        usage.ignore(skeletons.tensors(member.model))
         learn([share], 0, prepared.accelerator)
     # a few tables that the real step makes, such as the positions of a rotary embedding, may or may not be cached
     assert found.activations == pytest.approx(usage.heap_peak, rel=0.01)
@@ -112,7 +113,7 @@ def test_no_weights_are_needed_or_allocated(config_of, tmp_path):
     task = CausalLM(config, SimpleNamespace(tokenizer=None), {}, None)
     batch = memory.blank(Shape((512,), 128))
     files = load.BaseFiles("big", tmp_path, "")
-    found = memory.estimate(config, files, load.ModelKind(), task, batch, None, "cuda")
+    found = on_card.estimate(config, files, load.ModelKind(), task, batch, None)
     linear = 4 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * (2 * 128256 * 4096 + (2 * 4 + 1) * 4096)  # embedding, head and norms in bfloat16
     assert found.base == linear // 2 + 4 * linear // 64 + rest

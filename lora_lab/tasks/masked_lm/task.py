@@ -181,7 +181,8 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
         rows = np.arange(len(places))
         copies[rows, places] = self.tokenizer.mask_token_id
         inputs = {name: tensor.to(model.device) for name, tensor in self.inputs(list(copies)).items()}
-        logits = logits_at(model, inputs, (torch.from_numpy(rows), torch.from_numpy(places)))
+        where, which = (torch.from_numpy(one).to(model.device) for one in (rows, places))
+        logits = logits_at(model, inputs, (where, which))
         return cross_entropy(logits, torch.from_numpy(ids[places]).to(logits.device), reduction="sum").item()
 
 

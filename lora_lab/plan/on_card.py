@@ -1,0 +1,182 @@
+"""Predict the peak memory of a run on a card: the run's own code, one pass of each of its phases, on a card that does not exist."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_lab.adapters import prompts
+from lora_lab.adapters.attach import attach, trainable
+from lora_lab.adapters.base import Step
+from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.config.run import RunConfig
+from lora_lab.data.collate import Batch
+from lora_lab.export import targets
+from lora_lab.fast import apply
+from lora_lab.plan import card, memory, skeletons
+from lora_lab.plan.card import CARD, Card, Precision
+from lora_lab.plan.memory import Memory
+from lora_lab.run.setup import ADAPTER, Live, Setup
+from lora_lab.tasks import generation
+from lora_lab.tasks.base import StepBatches
+from lora_lab.training import oom
+from lora_lab.training.cohort import Share, learn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_lab.tasks.base import AnyTask
+
+_STEPS = 1000  # of a run, for methods whose updates depend on it
+Trial = Callable[
+    ["PeftModel", Precision], None
+]  # what a run makes sure of before it trains; it replaces the model's modules
+
+
+def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int) -> Memory:
+    """`estimate`, of a run that is made ready: with the trial of packing and of the accelerations on its own rows."""
+    own = setup.for_other(setup.config)  # the task remembers what was found out of its model
+
+    def trial(model: PeftModel, precision: Precision) -> None:
+        live = Live(dataclasses.replace(own, device=CARD, accelerator=precision), model)
+        with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it
+            together = own.task.forward.together
+            live.decide_packing()
+            if not own.task.config.packed:  # what padding changes is said by numbers, and there are none
+                own.task.forward.together = together
+            live.accelerate()
+
+    return estimate(setup.config, setup.base, setup.kind, own.task, train, evaluation, size, trial)
+
+
+def estimate(
+    config: RunConfig,
+    base: BaseFiles,
+    kind: ModelKind,
+    task: AnyTask,
+    train: Batch,
+    evaluation: Batch | None,
+    size: int = 0,
+    trial: Trial | None = None,
+) -> Memory:
+    """Predict the peak memory of a training run in tensors on a card, as torch's allocator counts them.
+
+    Only `config.json` is read from the base's folder.
+
+    Args:
+        train: the largest batch of a forward pass; what it holds does not matter, see `memory.blank`.
+        evaluation: the same in evaluation; None without held-out rows.
+        size: bytes that are free on the card, a share of which is used to keep dequantized weights; 0: of no card that is known.
+        trial: see `of_setup`; None: the accelerations are taken without trying them.
+    """
+    stored, unquantized = skeletons.stored(config, base, kind)
+    precision = Precision(config.model.dtype)
+    with card.pretended(size) as there:
+        skeletons.give_storage(stored, there.mode, CARD)
+        there.hold(skeletons.tensors(stored))
+        with there.phase("load"):  # layer by layer: each is there whole until it is quantized
+            torch.empty(skeletons.largest_layer(stored), dtype=getattr(torch, config.model.dtype), device=CARD)
+            model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
+        if config.train.gradient_checkpointing:
+            oom.recompute(model, config.train.recompute_every, config.train.offload_activations)
+        parameters = trainable(model)
+        frozen = sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if not one.requires_grad)
+        adapter = sum(map(skeletons.nbytes, parameters.values()))
+        optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters.values())
+        before = there.allocated
+        with there.phase("trial"):
+            _try(model, config, task, train, trial, precision)
+        learner = _learner(model, config, task, there)
+        with there.phase("train"):
+            resting = there.allocated
+            _learn(learner, train, precision)
+            activations = there.peak - resting
+        if evaluation is not None:
+            with there.phase("evaluation"), torch.no_grad(), precision.autocast():
+                batch = evaluation.to(CARD)
+                found = task.loss(model.eval(), batch)
+                task.observed([], found.logits, batch)
+                del found
+            rows = getattr(config.task, "generate_rows", 0)
+            if rows and not config.task.encoder_decoder:
+                with there.phase("generation"), precision.autocast():
+                    _generate(
+                        model, task, min(rows, generation._ROWS), max(evaluation.lengths), config.task.max_new_tokens
+                    )
+        kept = max(there.allocated - before - optimizer, 0)
+    phases = dict(there.peaks)
+    if targets.needs_merged(config.export.targets):
+        phases["merge"] = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
+    return Memory(frozen, kept, 0, adapter, adapter, optimizer, activations, 0, 0, 0, phases)
+
+
+def _try(
+    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, trial: Trial | None, precision: Precision
+) -> None:
+    if trial is not None:
+        trial(model, precision)
+        return
+    batch = batch.to(CARD)
+    with precision.autocast():
+        free, _ = torch.cuda.mem_get_info()
+        apply.accelerate(model.eval(), task.forward, config.speed, lambda: task.logits(model, batch), free, prove=False)
+        task.accelerate(model, batch, prove=False)
+
+
+def _learner(model: PeftModel, config: RunConfig, task: AnyTask, there: Card) -> Any:
+    """What stands for a member of a cohort in the middle of its training: its optimizer has its moments, and the gradients of earlier
+    micro-batches are there."""
+    parameters = trainable(model)
+    moments = [
+        torch.empty(memory.optimizer_bytes(config.optim.name, one.numel()), dtype=torch.uint8, device=CARD)
+        for one in parameters.values()
+    ]
+    if memory.several_passes(config, task):
+        for one in parameters.values():
+            one.grad = torch.zeros_like(one)
+    return SimpleNamespace(config=config, model=model, task=task, parameters=parameters, moments=moments)
+
+
+def _learn(learner: Any, batch: Batch, precision: Precision) -> None:
+    """A forward and a backward pass, and what the adapter's method does about an update."""
+    config, model = learner.config, learner.model
+    model.train()
+    share = Share(learner, [], StepBatches([batch], batch.weight), batch.weight, None)
+    with learner.task.forward.segments(model):
+        learn([share], 0, precision)
+    step = Step(model, ADAPTER, learner.parameters, 1, _STEPS)
+    config.adapter.before_update(step)
+    config.adapter.after_update(step)
+    model.zero_grad()
+
+
+def _generate(model: PeftModel, task: AnyTask, rows: int, tokens: int, new: int) -> None:
+    """The first and the last token of the longest answers.
+
+    Args:
+        rows: generated together.
+        tokens: of each prompt.
+        new: tokens of each answer.
+    """
+    options = {"do_sample": False, "max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
+    with task.forward.generating(model), prompts.generating():
+        done = model.generate(**_prompt(rows, tokens), **options)
+        cache = done.past_key_values
+        del done
+        for layer in cache.layers if new > 1 else ():
+            shape = (*layer.keys.shape[:2], tokens + new - 2, layer.keys.shape[3])
+            layer.keys = layer.values = torch.empty(0, device=CARD)
+            layer.keys, layer.values = (torch.empty(shape, dtype=model.dtype, device=CARD) for _ in range(2))
+        if new > 1:
+            model.generate(**_prompt(rows, tokens + new - 1), past_key_values=cache, **options)
+
+
+def _prompt(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.ones(rows, tokens, dtype=torch.int64, device=CARD)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,0 +1,155 @@
+"""Runs on a card that does not exist (`lora_lab.plan.card`): everything is as on a card, except that tensors have no content.
+
+For a single function:
+
+    with card.pretended() as there:
+        x = torch.randn(4, 8, device="cuda", requires_grad=True)
+        with there.phase("mine"):
+            my_function(x).sum().backward()
+    there.peaks["mine"]   # bytes allocated at most, in blocks of 512
+    there.waits           # each `.item()`, `equal`, and copy between host and card, with file:line
+    # tensors of the host beside tensors of the card raise: MixedDevices, or FakeTensorDeviceMismatchError
+
+For a run: `with loaded(config) as dry: dry.train(steps=2)`; see `Dry`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lora_lab.config.run import RunConfig
+from lora_lab.plan import card, skeletons
+from lora_lab.plan.card import CARD, Card, Precision, Wait
+from lora_lab.run import prepared, run_dir
+from lora_lab.run.setup import ADAPTER, Live, Setup
+from lora_lab.training import checkpoint, cohort, loop
+from lora_lab.training.cohort import Member, Share
+
+
+@dataclasses.dataclass
+class Dry:
+    """A run whose model is on the card; `waits` and `peaks` of each phase."""
+
+    card: Card
+    live: Live = dataclasses.field(init=False)
+    members: list[Member] = dataclasses.field(default_factory=list)
+    waits: dict[str, list[Wait]] = dataclasses.field(default_factory=dict)
+    passes: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # of the model, one for each micro-batch of a member
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return self.card.peaks
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before = len(self.card.waits)
+        with self.card.phase(name):
+            yield
+        self.waits.setdefault(name, []).extend(self.card.waits[before:])
+
+    def train(self, steps: int) -> None:
+        """The first steps of all members, each a phase of its own: `step 1` allocates the optimizer, later ones have it."""
+        for step in range(1, steps + 1):
+            for member in self.members:
+                member.stop_at = min(step, member.total_steps)
+            self.passes[f"step {step}"] = 0
+            with self.phase(f"step {step}"), self._counted(f"step {step}"):
+                setup = self.live.setup
+                loop.fit(self.members, setup.training_rows(), None, setup.accelerator)
+                failed = [member.failure for member in self.members if member.failure]
+                if failed:
+                    raise failed[0]
+
+    @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:
+            self.passes[name] += sum(place < len(one.batches) for one in shares)
+            cohort.learn(shares, place, accelerator)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "learn", learn)
+            if name != "step 1":  # proved once in a run
+                patch.setattr(loop.sharing, "check", lambda *_: None)
+            yield
+
+    def measure(self) -> None:
+        """The base and the adapter on the held-out rows, with what is generated."""
+        with self.phase("evaluation"):
+            self.live.measure_base()
+            self.live.measure("tuned")
+
+
+def on_card(config: RunConfig) -> Setup:
+    """The run made ready for the card."""
+    setup = prepared.prepare(config)
+    return dataclasses.replace(setup, device=CARD, accelerator=Precision(config.model.dtype))
+
+
+@contextlib.contextmanager
+def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
+    """A run with its model on the card: the base as it is stored, its adapter, what is proved of packing, and the accelerations.
+
+    Args:
+        others: of other members of its cohort.
+    """
+    setup = on_card(config)
+    base, _ = skeletons.stored(config, setup.base, setup.kind)
+    configs = [config, *others]
+    names = [ADAPTER] if not others else [f"member{place}" for place in range(len(configs))]
+    with pytest.MonkeyPatch.context() as patch, card.pretended() as there:
+        patch.setattr(checkpoint, "save", lambda member: Path(member.run.checkpoints))
+        patch.setattr(torch, "Generator", _Generator)
+        skeletons.give_storage(base, there.mode, CARD)
+        there.hold(skeletons.tensors(base))
+        dry = Dry(there)
+        with dry.phase("trial"):
+            dry.live = live = setup.on(base, dict(zip(names, configs, strict=True)))
+        dry.members = [_member(name, one, live) for name, one in zip(names, configs, strict=True)]
+        try:
+            yield dry
+        finally:
+            dry.members.clear()
+            live.close()
+
+
+def _member(name: str, config: RunConfig, live: Live) -> Member:
+    live.model.set_adapter(name)
+    setup = live.setup
+    return Member(name, config, run_dir.create(config), setup.base, live.model, setup.training_rows(), setup.task)
+
+
+class _Generator(torch._C.Generator):
+    """A build without CUDA makes none for it."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> torch.Generator:
+        return super().__new__(cls, "cpu")
+
+
+def assert_few_waits(dry: Dry, copies: int = 4) -> None:
+    """In a step: a copy to the card for each tensor of a micro-batch, a read of its loss, and for each member a read of its gradients'
+    norm, which decides whether the update is made, and another for the log.
+
+    Args:
+        copies: for each micro-batch.
+    """
+    waits, passes = dry.waits["step 2"], dry.passes["step 2"]
+    named = ", ".join(map(str, waits))
+    assert sum(wait.kind == "copy" for wait in waits) <= copies * passes, named
+    assert sum(wait.kind == "read" for wait in waits) <= passes + 2 * len(dry.members), named
+
+
+def assert_peaks_in_order(dry: Dry) -> None:
+    """A step takes the most: what fits into it has no other part that does not."""
+    peaks = dry.peaks
+    assert peaks["trial"] <= 1.01 * peaks["step 2"], peaks  # rows of several lengths
+    assert peaks["step 1"] <= peaks["step 2"], peaks
+    assert peaks.get("evaluation", 0) <= peaks["step 2"], peaks
