@@ -63,7 +63,7 @@ def as_a_whole(setup: Setup) -> bool:
     """Whether the unquantized base is loaded as a whole onto the run's device; else its weights stay in files."""
     config = setup.config
     skeleton = load_skeleton(setup.base.folder, setup.kind, config.export.dtype)
-    return layers.fits(layers.size(skeleton), setup.device)
+    return layers.fits(layers.size(skeleton), layers.free_on(setup.device))
 
 
 def load(policy: str, setup: Setup, drawer: Drawer | None = None) -> PreTrainedModel:

@@ -7,7 +7,7 @@ the host would wait for the card; and which operations mix devices, which is an 
 torch's C++ parts ask each tensor for its device. They are told `xla`, since of that kind torch asks for nothing that only a CUDA
 build has, and autocast treats it as it treats CUDA. All Python code is told `cuda:0`.
 
-Not seen: numbers (a value that is read from the card is 0, a question is answered by no), limits of single kernels, several streams,
+Not seen: numbers (a number that is read from the card is 1, a whole one 0, a question is answered by no), limits of single kernels, several streams,
 and fragmentation.
 """
 
@@ -229,7 +229,7 @@ def _alone(function: Callable) -> Callable:
 
 def _number(tensor: torch.Tensor) -> float | bool:
     """A single number that is read: what is known of it, else 0."""
-    return _known(tensor) or torch.zeros((), dtype=tensor.dtype).item()
+    return _known(tensor) or (torch.ones if tensor.is_floating_point() else torch.zeros)((), dtype=tensor.dtype).item()
 
 
 _SMALL = 2**20  # numbers
@@ -399,6 +399,9 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         Card(mode, size) as card,
         _put(torch.cuda, "synchronize", lambda *_: card._wait("read")),
+        _put(torch.cuda, "reset_peak_memory_stats", lambda *_: None),
+        _put(torch.cuda, "max_memory_allocated", lambda *_: card.peak),
+        _put(torch.cuda, "max_memory_reserved", lambda *_: card.peak),
         _put(torch.cuda, "mem_get_info", lambda *_: (max(size - card.allocated, 0), size)),
         _Functions(),
     ):

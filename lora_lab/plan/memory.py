@@ -29,6 +29,7 @@ from lora_lab.export import targets
 from lora_lab.fast import apply
 from lora_lab.plan import skeletons
 from lora_lab.training import oom
+from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -150,7 +151,10 @@ def estimate(
         heap = max(step.heap_peak + holes, measure.heap_peak)
         phases["evaluation"] = fixed + optimizer + heap + measure.large_peak
     if targets.needs_merged(config.export.targets):
-        full = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
+        whole, layered = skeletons.for_merging(
+            model.get_base_model(), unquantized, getattr(torch, config.export.dtype).itemsize
+        )
+        full = whole if layers.fits(whole, 0) else layered
         head = model.get_base_model().get_output_embeddings()
         vocabulary = 0 if head is None else head.out_features
         logits = 3 * _MERGE_POSITIONS * vocabulary * 4

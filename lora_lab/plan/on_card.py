@@ -27,6 +27,7 @@ from lora_lab.tasks import generation
 from lora_lab.tasks.base import StepBatches
 from lora_lab.training import oom
 from lora_lab.training.cohort import Share, learn
+from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,14 +106,16 @@ def estimate(
                 del found
             rows = getattr(config.task, "generate_rows", 0)
             if rows and not config.task.encoder_decoder:
+                prompt, new = max(evaluation.lengths), config.task.max_new_tokens
+                free, _ = torch.cuda.mem_get_info()
+                most = generation.room(model, free, config.task.num_beams) // (prompt + new)
                 with there.phase("generation"), precision.autocast():
-                    _generate(
-                        model, task, min(rows, generation._ROWS), max(evaluation.lengths), config.task.max_new_tokens
-                    )
+                    _generate(model, task, max(1, min(rows, generation.ROWS, most)), prompt, new)
         kept = max(there.allocated - before - optimizer, 0)
     phases = dict(there.peaks)
     if targets.needs_merged(config.export.targets):
-        phases["merge"] = sum(unquantized.values()) * getattr(torch, config.export.dtype).itemsize
+        whole, layered = skeletons.for_merging(stored, unquantized, getattr(torch, config.export.dtype).itemsize)
+        phases["merge"] = whole if layers.fits(whole, size) else layered
     return Memory(frozen, kept, 0, adapter, adapter, optimizer, activations, 0, 0, 0, phases)
 
 

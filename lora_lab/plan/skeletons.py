@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lora_lab.base import weight_only
 from lora_lab.base.load import BaseFiles, ModelKind, quantization_config, skeleton
 from lora_lab.config.run import RunConfig
+from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +121,21 @@ def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def for_merging(model: nn.Module, weights: dict[str, int], itemsize: int) -> tuple[int, int]:
+    """Bytes of the unquantized base that a comparison of merges holds at once: as a whole, and layer by layer (`verify/layers.py`),
+    which is what lies outside the layers and the largest of them.
+
+    Args:
+        model: the base as it is stored.
+        weights: its number of weights by name.
+    """
+    within = {id(layer) for layer in layers.of(model)}
+    names = [f"{name}." for name, module in model.named_modules() if id(module) in within]
+    sizes = [sum(count for one, count in weights.items() if one.startswith(name)) for name in names]
+    whole = sum(weights.values())
+    return whole * itemsize, (whole - sum(sizes) + max(sizes, default=0)) * itemsize
 
 
 def largest_layer(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROWS = 32  # generated together, at most
+ROWS = 32  # generated together, at most
 _SHARE = 0.5  # of the free memory that rows which are generated together may take
 
 
@@ -53,8 +53,8 @@ def generate_all(
     texts: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
     # padding would come behind virtual tokens
-    most = 1 if model.active_peft_config.is_prompt_learning else _ROWS
-    tokens = int(_SHARE * free_bytes(model.device)) // (_token_bytes(base_of(model)) * settings["num_beams"])
+    most = 1 if model.active_peft_config.is_prompt_learning else ROWS
+    tokens = room(model, free_bytes(model.device), config.num_beams)
     with console.steps(title, len(rows)) if title else contextlib.nullcontext() as progress:
         while order:
             chosen = _fitting(order, rows, settings["max_new_tokens"], most, tokens)
@@ -69,6 +69,11 @@ def generate_all(
             if progress is not None:
                 progress.advance(len(chosen))
     return [texts[i] for i in range(len(rows))]
+
+
+def room(model: PeftModel, free: int, beams: int) -> int:
+    """Tokens, prompts and answers, that are worked on together in so many free bytes."""
+    return int(_SHARE * free) // (_token_bytes(base_of(model)) * beams)
 
 
 def _fitting(order: list[int], rows: list[list[int]], new: int, most: int, tokens: int) -> list[int]:

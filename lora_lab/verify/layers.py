@@ -27,11 +27,18 @@ _DONTNEED = 4  # of madvise(2)
 _NO_FILES = ("/dev/", "/memfd:", "/SYSV")  # though they have names in /proc/self/maps
 
 
-def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether a model of so many bytes is better held on its device as a whole: it is small, or a GPU has room for it."""
-    if nbytes < SMALL:
-        return True
-    return device.type == "cuda" and 1.25 * nbytes + _ROOM < torch.cuda.mem_get_info(device)[0]
+def fits(nbytes: int, free: int) -> bool:
+    """Whether a model of so many bytes is better held on its device as a whole: it is small, or a GPU has room for it.
+
+    Args:
+        free: bytes on the GPU; 0 on a CPU.
+    """
+    return nbytes < SMALL or 1.25 * nbytes + _ROOM < free
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that are free on a GPU; 0 on a CPU, where nothing is gained by whole models."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def size(model: nn.Module) -> int:

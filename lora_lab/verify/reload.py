@@ -63,7 +63,7 @@ def main(
             model = PeftModel.from_pretrained(model, adapter)
     layers, where = _layers(), torch.device(device)
     whole = getattr(model, "is_quantized", False)  # it may not be moved
-    if not whole and layers.fits(layers.size(model), where):
+    if not whole and layers.fits(layers.size(model), layers.free_on(where)):
         model = model.to(device)
     model.eval()
     passes: dict[str, dict[str, torch.Tensor]] = {}
