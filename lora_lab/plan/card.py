@@ -7,7 +7,7 @@ the host would wait for the card; and which operations mix devices, which is an 
 torch's C++ parts ask each tensor for its device. They are told `xla`, since of that kind torch asks for nothing that only a CUDA
 build has, and autocast treats it as it treats CUDA. All Python code is told `cuda:0`.
 
-Not seen: numbers (a number that is read from the card is 1, a whole one 0, a question is answered by no), limits of single kernels, several streams,
+Not seen: numbers (a value that is read from the card is 0, a question is answered by no), limits of single kernels, several streams,
 and fragmentation.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes  # noqa: F401 - registers its operations
+import numpy as np
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -229,7 +230,7 @@ def _alone(function: Callable) -> Callable:
 
 def _number(tensor: torch.Tensor) -> float | bool:
     """A single number that is read: what is known of it, else 0."""
-    return _known(tensor) or (torch.ones if tensor.is_floating_point() else torch.zeros)((), dtype=tensor.dtype).item()
+    return _known(tensor) or torch.zeros((), dtype=tensor.dtype).item()
 
 
 _SMALL = 2**20  # numbers
@@ -316,6 +317,11 @@ def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     return new
 
 
+def _listed(tensor: torch.Tensor) -> Any:
+    """Tensor.tolist: the host waits once for all numbers."""
+    return np.full(tensor.shape, tensor.flatten()[0].item() if tensor.numel() else 0).tolist()
+
+
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     """torch.isfinite, of which the answer is yes."""
     found: Any = tensor.abs() != float("inf")
@@ -399,6 +405,7 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         Card(mode, size) as card,
         _put(torch.cuda, "synchronize", lambda *_: card._wait("read")),
+        _put(FakeTensor, "tolist", _listed),
         _put(torch.cuda, "reset_peak_memory_stats", lambda *_: None),
         _put(torch.cuda, "max_memory_allocated", lambda *_: card.peak),
         _put(torch.cuda, "max_memory_reserved", lambda *_: card.peak),

@@ -75,8 +75,12 @@ class Dry:
             self.passes[name] += sum(place < len(one.batches) for one in shares)
             cohort.learn(shares, place, accelerator)
 
+        read = Share.read
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "learn", learn)
+            patch.setattr(
+                Share, "read", lambda share, norm: read(share, norm) or 1.0
+            )  # no content would be no gradient
             if name != "step 1":  # proved once in a run
                 patch.setattr(loop.sharing, "check", lambda *_: None)
             yield
@@ -135,8 +139,8 @@ class _Generator(torch._C.Generator):
 
 
 def assert_few_waits(dry: Dry, copies: int = 4) -> None:
-    """In a step: a copy to the card for each tensor of a micro-batch, a read of its loss, and for each member a read of its gradients'
-    norm, which decides whether the update is made, and another for the log.
+    """In a step: a copy to the card for each tensor of a micro-batch, and for each member one read of all its losses and its gradients'
+    norm, which decides whether the update is made, and one more.
 
     Args:
         copies: for each micro-batch.
@@ -144,7 +148,7 @@ def assert_few_waits(dry: Dry, copies: int = 4) -> None:
     waits, passes = dry.waits["step 2"], dry.passes["step 2"]
     named = ", ".join(map(str, waits))
     assert sum(wait.kind == "copy" for wait in waits) <= copies * passes, named
-    assert sum(wait.kind == "read" for wait in waits) <= passes + 2 * len(dry.members), named
+    assert sum(wait.kind == "read" for wait in waits) <= 2 * len(dry.members), named
 
 
 def assert_peaks_in_order(dry: Dry) -> None:
