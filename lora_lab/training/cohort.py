@@ -172,10 +172,17 @@ class Share:
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
     scale: float = 1.0  # what the loss is multiplied by before the backward pass, see `State.loss_scale`
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # of each batch, where they were computed
-    loss: float = 0.0  # weighted sum, once it was `read`
     tokens: int = 0
     supervised: int = 0
     figures: dict[str, float] = dataclasses.field(default_factory=dict)  # weighted sums
+    _loss: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """The weighted sum of the losses of all batches; waits for the device unless it was `read`."""
+        if self._loss is None:
+            self._loss = sum(loss.item() for loss in self.losses)
+        return self._loss
 
     def as_learned(self, loss: torch.Tensor) -> torch.Tensor:
         """A weighted sum of losses as the backward pass starts from it."""
@@ -185,6 +192,7 @@ class Share:
     def add(self, tokens: int, found: LossSum) -> None:
         """Count what a batch gave."""
         self.losses.append(found.loss.detach())
+        self._loss = None
         self.tokens += tokens
         self.supervised += found.num_items
         for name, value in found.figures.items():
@@ -195,7 +203,7 @@ class Share:
         if not self.losses:
             return norm.item()
         *losses, size = torch.stack([*self.losses, norm.to(self.losses[0])]).tolist()
-        self.loss = sum(losses)
+        self._loss = sum(losses)
         return float(size)
 
     def mean_loss(self) -> float:
