@@ -33,6 +33,7 @@ ENCODERS = (
     "modernbert",
     "albert",
 )
+DAILY = ("bert", "electra", "mpnet", "deberta-v2")
 
 
 def rows_of(task: str, count: int = 12) -> list[dict]:
@@ -80,7 +81,9 @@ def config(config_of, tmp_path, base: str, task: str = "classification", *more: 
     return config_of(f"model.path={base}", f"task={task}", f"data.train={rows}", *more)
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize(
+    "family", [one if one in DAILY else pytest.param(one, marks=pytest.mark.long) for one in ENCODERS]
+)
 @pytest.mark.parametrize("task", ["classification", "token_classification"])
 def test_rows_without_padding_learn_what_padded_rows_learn(encoders, config_of, tmp_path, capsys, family, task):
     base = encoders(family)
