@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import submitit  # noqa: F401  (configures logging, which closes the stream that absl's handler found: while a test captures that is pytest's own)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and `make test` runs two processes
