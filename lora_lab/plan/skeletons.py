@@ -202,4 +202,6 @@ def _parameter(old: Params4bit | Int8Params, mode: FakeTensorMode, device: torch
 def _without_content(kind: type[_Quantized], like: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> Any:
     with _disable_current_modes():
         content = torch.empty(like.shape, dtype=like.dtype, device="meta")
-    return kind(mode, content, device, _is_param=True)
+    new: Any = kind(mode, content, device)
+    new._is_param = True  # torch 2.11 takes it as no argument
+    return new
