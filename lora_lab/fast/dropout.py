@@ -1,6 +1,6 @@
-"""Dropout whose masks cost little to draw.
+"""Dropout whose masks cost little to draw on a CPU.
 
-torch draws a floating-point number for each element. Here 64 random bits make the masks of four: 15 bits say whether one is kept.
+torch draws a floating-point number for each element there. Here 64 random bits make the masks of four: 15 bits say whether one is kept.
 The mask depends on the generator and the number of elements only, not on the type that is computed in, so that a plain layer, a fused
 one, a recomputed one and one in a shared pass see the same.
 """
@@ -14,12 +14,14 @@ _BITS = 15
 
 
 def kept(shape: torch.Size, p: float, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
-    """[shape] int16: 1 for what is kept, 0 for the share `p` that is dropped, rounded to 2**-15.
+    """[shape] int16: 1 for what is kept, 0 for the share `p` that is dropped, on a CPU rounded to 2**-15.
 
     Args:
         generator: that draws; torch's own of the device by default.
     """
     count = shape.numel()
+    if device.type != "cpu":  # one kernel
+        return torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(1 - p, generator=generator)
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
     drawn = words.view(torch.int16)[:count].bitwise_right_shift_(16 - _BITS)  # of [-2**14, 2**14)
     drawn.sub_(round(p * 2**_BITS) - 2 ** (_BITS - 1))  # below zero: dropped
@@ -32,11 +34,13 @@ def scale(p: float) -> float:
 
 
 class Dropout(nn.Dropout):
-    """torch's, with masks from `kept`."""
+    """torch's, with masks from `kept` on a CPU; on a card its own kernel draws and multiplies at once."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.p:
             return x
+        if x.device.type != "cpu":
+            return super().forward(x)
         return (x * kept(x.shape, self.p, x.device)).mul_(scale(self.p))
 
 
