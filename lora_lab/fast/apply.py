@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from peft.tuners.lora import Linear as LoraLayer
 from peft.tuners.lora import LoraLayer as AnyLoraLayer
@@ -78,11 +77,6 @@ class Applied:
             short_rows.attend_plainly(self.attending)
             self.attending = None
         self.forward.reset("the accelerations that it needs are not used")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def accelerate(

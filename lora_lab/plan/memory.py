@@ -28,6 +28,7 @@ from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
 from lora_lab.plan import skeletons
+from lora_lab.runtime.memory import free_bytes
 from lora_lab.training import oom
 from lora_lab.verify import layers
 
@@ -295,7 +296,7 @@ def _accelerate(
     model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, mode: FakeTensorMode, mapped: bool
 ) -> int:
     """Replace the modules as a run would; bytes of the weights that it keeps dequantized or joined."""
-    free = apply.free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     batch = _without_content(batch, mode)
     _set_mode(model, learn=False)
     with mode, _autocast(config):

@@ -21,14 +21,13 @@ from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.export import targets
-from lora_lab.fast import apply
 from lora_lab.plan import memory, on_card
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ResolvedBase
 from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.runtime import console
-from lora_lab.runtime.memory import peak_gib
+from lora_lab.runtime.memory import free_bytes, peak_gib
 from lora_lab.tasks.base import Task, eval_batches
 from lora_lab.training.batches import BatchPlan, filled, plan_of
 from lora_lab.training.cohort import Member
@@ -112,7 +111,7 @@ def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, Non
     """What training needs on this device and on a card; None, aloud, for models that cannot be run on tensors without content."""
     config, on_cpu = setup.config, setup.device.type == "cpu"
     try:
-        size = 0 if on_cpu else apply.free_bytes(setup.device)
+        size = 0 if on_cpu else free_bytes(setup.device)
         on_cuda = on_card.of_setup(setup, work.largest, work.evaluation, size)
         if not on_cpu:
             return on_cuda, on_cuda

@@ -333,7 +333,7 @@ class Live:
         for attempt in attempts(functools.partial(_keep_no_weights, speeds)):
             with attempt, self.autocast():
                 batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
-                free = apply.free_bytes(model.device)
+                free = memory.free_bytes(model.device)
                 applied = apply.accelerate(
                     model, task.forward, speeds[-1], functools.partial(task.logits, model, batch), free, padded=padded
                 )

@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 
+import psutil
 import torch
 
 # What torch, CUDA and ROCm, their libraries, the C++ runtime and the kernel call a failed allocation. Each of them comes as a plain
@@ -73,6 +74,11 @@ def attempts(need_less: Callable[[str], None]) -> Iterator[Attempt]:
 
 
 # -- how much -----------------------------------------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def forget_peaks(device: torch.device) -> None:

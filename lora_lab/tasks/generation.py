@@ -10,9 +10,8 @@ from lora_lab.adapters.attach import base_of
 from lora_lab.adapters.prompts import generating
 from lora_lab.data.collate import pad
 from lora_lab.errors import NoRoomError
-from lora_lab.fast.apply import free_bytes
 from lora_lab.runtime import console
-from lora_lab.runtime.memory import attempts
+from lora_lab.runtime.memory import attempts, free_bytes
 from lora_lab.tasks.section import Generating
 
 if TYPE_CHECKING:
