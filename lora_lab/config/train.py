@@ -137,7 +137,8 @@ class SpeedConfig:
     ] = True
     short_rows: Annotated[bool, Field(description="attention of short padded rows by matrix products (CPU)")] = True
     unpadded: Annotated[
-        bool, Field(description="padded rows lie end to end between the first and the last layer (CPU)")
+        bool,
+        Field(description="padded rows lie end to end between the first and the last layer (CPU; with short_rows)"),
     ] = True
     chunked_loss: Annotated[bool, Field(description="language models: never hold all logits at once")] = True
     last_layer_rows: Annotated[

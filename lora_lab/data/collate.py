@@ -128,3 +128,16 @@ def pack(examples: list[Example], device: torch.device | str = "cpu") -> PackedB
         weights=None if (weights == 1).all() else torch.from_numpy(weights).to(device),
         origins=[example.origin for example in examples],
     )
+
+
+def of_like_length(lengths: Sequence[int], most: int, enough_tokens: int) -> list[list[int]]:
+    """Numbers of rows of these lengths, shortest first, in groups of at most so many, ended early where the rest would be mostly padding,
+    unless a group has fewer than `enough_tokens`."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        group = groups[-1] if groups else []
+        large = len(group) * lengths[row] > enough_tokens
+        if not group or len(group) == most or (large and lengths[row] > 1.5 * lengths[group[0]]):
+            groups.append([])
+        groups[-1].append(row)
+    return groups

@@ -41,11 +41,13 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Signature and result ([B, T, H, d]) are transformers'."""
     rows = found_in(attention_mask)
-    if rows is not None:
-        query, key, value = (rows.put(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-        attention_mask = rows.mask
-    out = _padded(module, query, key, value, attention_mask, dropout, scaling, position_bias, kwargs)
-    return (out if rows is None else rows.take(out)), None
+    if rows is None:
+        return _padded(module, query, key, value, attention_mask, dropout, scaling, position_bias, kwargs), None
+    parts = []
+    for tokens, group in rows.alike:
+        q, k, v = (group.put(x[:, :, tokens].transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+        parts.append(group.take(_padded(module, q, k, v, group.mask, dropout, scaling, position_bias, kwargs)))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, rows.back), None
 
 
 def _padded(

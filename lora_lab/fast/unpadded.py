@@ -1,6 +1,7 @@
 """Padded rows that lie end to end between a model's first and last layer, so that nothing is computed of padding.
 
-The first layer takes the padding out, the last one puts it back (zeros), and attention gives each row its own places for a moment.
+The first layer takes the padding out, the last one puts it back (zeros), and attention gives rows of like length their own places for a
+moment.
 What is padding is read from the attention mask that the layers are called with; it carries the places along, so that layers which are
 computed again in a backward pass find them. Layers that look beside a token, or at shapes, do not pass the trial and stay padded.
 """
@@ -9,16 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lora_lab.data.collate import of_like_length
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "unpadded"  # of what a mask carries
+_ENOUGH_TOKENS = 256  # attended to at once, that another call beside is worth its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,26 @@ class Rows:
     places: torch.Tensor  # [N] int64, of B * T
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor  # [B, 1, 1, T] bool: no padding
+
+    @functools.cached_property
+    def alike(self) -> list[tuple[torch.Tensor, Rows]]:
+        """The rows in groups of like length, for what is padded after all: which of the N tokens are a group's, and where these lie
+        among its own padded rows. `back` has the tokens' places behind one another."""
+        lengths = self.mask.flatten(1).sum(-1)
+        ends = lengths.cumsum(0)
+        found = []
+        for group in of_like_length(lengths.tolist(), len(lengths), _ENOUGH_TOKENS):
+            own = lengths[group]
+            mask = torch.arange(int(own.max()), device=own.device) < own[:, None]
+            tokens = torch.cat([torch.arange(int(ends[row] - lengths[row]), int(ends[row])) for row in group])
+            shape = (len(mask), mask.shape[1])
+            found.append((tokens.to(own.device), Rows(mask.flatten().nonzero().flatten(), shape, mask[:, None, None])))
+        return found
+
+    @functools.cached_property
+    def back(self) -> torch.Tensor:
+        """[N] int64: where each token lies when the groups of `alike` come one behind another."""
+        return torch.cat([tokens for tokens, _ in self.alike]).argsort()
 
     @property
     def starts(self) -> torch.Tensor:

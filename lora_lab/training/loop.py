@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lora_lab.adapters import files
+from lora_lab.data.collate import of_like_length
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.errors import CheckpointError, Interrupted, NoRoomError, RunError, TrainingError
 from lora_lab.runtime import console, memory, ranks, signals
@@ -196,7 +197,9 @@ def _parts(member: Member, train: Dataset | Stream) -> list[list[Example]]:
     if packed or member.task.forward.unpadded:
         return parts
     device = member.model.device.type
-    return of_like_length([e for part in parts for e in part], plan.micro_batch_size, _ENOUGH_TOKENS[device])
+    examples = [example for part in parts for example in part]
+    groups = of_like_length([e.num_tokens for e in examples], plan.micro_batch_size, _ENOUGH_TOKENS[device])
+    return [[examples[place] for place in group] for group in groups]
 
 
 def _filled(items: list[list[Example]], plan: BatchPlan, packed: bool) -> list[list[Example]]:
@@ -207,19 +210,6 @@ def _filled(items: list[list[Example]], plan: BatchPlan, packed: bool) -> list[l
         sized.sort(key=lambda one: one[0])
     cuts = filled([size for size, _ in sized], plan.micro_batch_size, plan.micro_batch_tokens, padded=not packed)
     return [[example for _, item in sized[cut] for example in item] for cut in cuts]
-
-
-def of_like_length(examples: list[Example], most: int, enough_tokens: int) -> list[list[Example]]:
-    """The examples in batches of at most so many, ended early where the rest would be mostly padding. A step is the same however
-    it is split, so that costs nothing but the start of another forward pass."""
-    parts: list[list[Example]] = []
-    for example in sorted(examples, key=lambda one: one.num_tokens):
-        part = parts[-1] if parts else []
-        large = len(part) * example.num_tokens > enough_tokens
-        if not part or len(part) == most or (large and example.num_tokens > 1.5 * part[0].num_tokens):
-            parts.append([])
-        parts[-1].append(example)
-    return parts
 
 
 def _forget(members: list[Member]) -> None:

@@ -13,10 +13,10 @@ from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.data.dataset import first_examples
 from lora_lab.fast import dropout, short_rows, unpadded
 from lora_lab.fast.modules import Projection
-from lora_lab.run import prepared as stages
 from lora_lab.training import oom
 from tests import families
 from tests.conftest import write_jsonl
+from tests.fast.test_fast import first_step
 
 # float32 sums in another order, through two layers and back (measured: at most 2e-6)
 CLOSE = 1e-5
@@ -44,22 +44,10 @@ def rows_of(task: str, count: int = 12) -> list[dict]:
     return [{"text": " ".join(words), "label": "ab"[i % 2]} for i, words in enumerate(texts)]
 
 
-def step(config, train: bool = True, seed: int = 1):
+def step(config, train: bool = True):
     """Loss, gradients and the live model, of six rows of different lengths."""
-    prepared = stages.prepare(config)
-    live = prepared.loaded()
-    model = live.model
-    torch.manual_seed(seed)
-    for parameter in trainable(model).values():
-        parameter.data.normal_(std=0.05)
-    model.train(train)
-    batch = prepared.task.collate(first_examples(prepared.train, 6), np.random.default_rng(seed))
-    torch.manual_seed(seed)
-    with prepared.accelerator.autocast():
-        loss = prepared.task.loss(model, batch).loss
-    loss.backward()
-    gradients = torch.cat([one.grad.flatten() for one in trainable(model).values() if one.grad is not None])
-    return loss.item(), gradients, live
+    loss, gradients, live = first_step(config, rows=6, train=train)
+    return loss.item(), torch.cat([one.flatten() for one in gradients.values() if one is not None]), live
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +83,36 @@ def test_rows_without_padding_learn_what_padded_rows_learn(encoders, config_of, 
     if family in ("bert", "roberta", "electra", "xlm-roberta", "camembert"):
         assert live.setup.task.forward.unpadded, said
         assert ("last layer only where it is read" in said) == (task == "classification")
+
+
+def test_rows_of_unlike_length_are_attended_to_in_groups(encoders, config_of, tmp_path, monkeypatch):
+    given = config(config_of, tmp_path, encoders("bert"), "classification", "speed.last_layer_rows=false")
+    monkeypatch.setattr(unpadded, "_ENOUGH_TOKENS", 10**6)
+    expected, plain, _ = step(given, train=False)
+    seen = []
+    monkeypatch.setattr(unpadded, "_ENOUGH_TOKENS", 0)
+    alike = unpadded.Rows.alike.func
+    monkeypatch.setattr(unpadded.Rows, "alike", property(lambda rows: seen.append(alike(rows)) or seen[-1]))
+    loss, gradients, live = step(given, train=False)
+    assert live.setup.task.forward.unpadded
+    assert max(map(len, seen)) > 1
+    for groups in seen:
+        assert all(group.shape[1] <= 1.5 * int(group.mask.flatten(1).sum(-1).min()) for _, group in groups)
+    assert loss == pytest.approx(expected, rel=CLOSE)
+    assert (gradients - plain).norm() <= CLOSE * plain.norm()
+
+
+def test_a_long_row_beside_short_ones_costs_what_it_has():
+    lengths = torch.tensor([12, 400, 9, *[11] * 28, 390])
+    mask = (torch.arange(400) < lengths[:, None])[:, None, None].expand(-1, 1, 400, 400)
+    rows = unpadded._found(mask)
+    groups = rows.alike
+    assert sorted(token for tokens, _ in groups for token in tokens.tolist()) == list(range(int(lengths.sum())))
+    squares = sum(group.shape[0] * group.shape[1] ** 2 for _, group in groups)
+    assert squares <= 1.1 * int(lengths.square().sum())  # all in one: 15 times as many
+    x = torch.randn(1, int(lengths.sum()), 3)
+    parts = [group.take(group.put(x[:, tokens])) for tokens, group in groups]
+    assert torch.equal(torch.cat(parts, 1)[:, rows.back], x)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -67,7 +67,9 @@ def families(tmp_path_factory) -> dict[str, Path]:
     return found | {"bert": make_bert(folder / "bert"), "t5": make_t5(folder / "t5")}
 
 
-def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor], Live]:
+def first_step(
+    config, seed: int = 1, rows: int = 4, train: bool = True
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Live]:
     """Loss, and gradients by name, of the first rows, from an adapter that does something."""
     prepared = stages.prepare(config)
     live = prepared.loaded()
@@ -75,8 +77,8 @@ def first_step(config, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Ten
     torch.manual_seed(seed)
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.05)
-    model.train()
-    batch = prepared.task.collate(first_examples(prepared.train, 4), np.random.default_rng(seed))
+    model.train(train)
+    batch = prepared.task.collate(first_examples(prepared.train, rows), np.random.default_rng(seed))
     torch.manual_seed(seed)
     with prepared.accelerator.autocast():
         loss = prepared.task.loss(model, batch).loss
