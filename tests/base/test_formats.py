@@ -140,7 +140,7 @@ def test_accelerations_change_nothing(tmp_path, config_of, settings):
 
 
 @here
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_its_memory_is_foreseen(config_of, dtype):
     from lora_lab.adapters.attach import trainable
     from lora_lab.plan import skeletons

@@ -795,7 +795,13 @@ def test_base_few_shot_and_tuned_side_by_side(case, start, tmp_path, capsys):
 
 
 # every task, in the variants that make other batches
-PLANNED = [case for case in CASES if case.partition("-")[2] in ("", "dpo", "kto", "several")]
+PLANNED = [
+    pytest.param(case, marks=pytest.mark.long)
+    if case in ("completion", "preference-kto", "classification-several")
+    else case
+    for case in CASES
+    if case.partition("-")[2] in ("", "dpo", "kto", "several")
+]
 
 
 @pytest.mark.parametrize("case", PLANNED)
@@ -895,14 +901,12 @@ def test_examples_come_back_from_the_cache_as_they_were_encoded(case, start, mon
 
 
 def test_padded_rows_are_put_together_by_length():
-    from lora_lab.data.encode import Example
-    from lora_lab.training.loop import of_like_length
+    from lora_lab.data.collate import of_like_length
 
     lengths = [100, 10, 12, 11, 90, 40, 13, 41]
-    rows = [Example(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), str(n)) for n in lengths]
 
     def found(most: int, enough: int) -> list[list[int]]:
-        return [[example.num_tokens for example in part] for part in of_like_length(rows, most, enough)]
+        return [[lengths[row] for row in part] for part in of_like_length(lengths, most, enough)]
 
     assert found(8, 30) == [[10, 11, 12, 13], [40, 41], [90, 100]]
     assert found(8, 10_000) == [sorted(lengths)]
