@@ -47,6 +47,7 @@ def _no_network(monkeypatch):
 @pytest.fixture(autouse=True)
 def _signal_handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
