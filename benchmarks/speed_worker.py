@@ -243,7 +243,7 @@ def _unsloth(spec: dict[str, Any], checkpointing: str | bool) -> dict[str, Any]:
     watch = Watch(_device(spec))
     longest = max(len(row["input_ids"]) for row in spec["rows"])
     model, tokenizer = FastLanguageModel.from_pretrained(
-        spec["model"], max_seq_length=longest, load_in_4bit=spec["quant"] != "none", local_files_only=True
+        spec["model"], max_seq_length=longest, load_in_4bit=spec["quant"] != "none"
     )
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model = FastLanguageModel.get_peft_model(

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="only make the page of what is measured")
     parser.add_argument("--plans", action="store_true", help="only dry runs, on any machine, into OUT/plans.json")
     collecting = parser.add_argument_group("collecting wheels, where there is a network")
-    collecting.add_argument("--wheels", type=Path, metavar="FOLDER", help="download into FOLDER; bring it as WORK/wheels")
+    collecting.add_argument(
+        "--wheels", type=Path, metavar="FOLDER", help="download into FOLDER; bring it as WORK/wheels"
+    )
     collecting.add_argument("--python", default=wheels.Target.python, help="version of the other machine's Python")
     collecting.add_argument("--cuda", default=wheels.Target.cuda, help="bitsandbytes' library that is kept (130)")
     collecting.add_argument(
@@ -113,7 +115,7 @@ def _out(args: argparse.Namespace) -> Path:
 
 def _bench(args: argparse.Namespace) -> runner.Bench:
     work = args.work / args.shapes
-    paths = wheels.unpack(args.work / "wheels", args.work / "site")
+    paths = wheels.unpack(args.work / "wheels", args.work / "site", _device(args) != "cpu")
     launch = runner.by_process(work.absolute(), _device(args), sys.executable, paths)
     return runner.Bench(_out(args), work.absolute(), slices.SCALES[args.shapes], launch, args.seconds, args.retry)
 
@@ -133,7 +135,7 @@ def _report(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> list[str]:
     """Print what is here, and give what is missing."""
     folder = args.work / "wheels"
-    own = wheels.own(folder)
+    own = wheels.own(folder, _device(args) != "cpu")
     missing = [str(one) for one in own if not one.fits]
     for one in own:
         say(f"{'ok     ' if one.fits else 'MISSING'} {one}")
@@ -197,7 +199,7 @@ def _collect(args: argparse.Namespace) -> int:
 def _plans(args: argparse.Namespace) -> int:
     """Dry runs of everything that lora_lab trains in slices 2 and 5, of no card and of each that was measured."""
     out, work = _out(args), (args.work / "plans").absolute()
-    launch = runner.by_process(work, "cpu", sys.executable, wheels.unpack(args.work / "wheels", args.work / "site"))
+    launch = runner.by_process(work, "cpu", sys.executable, {})
     file, scale = out / "plans.json", slices.SCALES[args.shapes]
     known = {(one["name"], one["card"]): one for one in runner.read(file)}
     versions: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.gpu import runner, slices
 from benchmarks.gpu.slices import Cell, Scale, Workload
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED, _NOT_RUN = "not measured", "not run"
 Known = Mapping[str, Mapping[str, Any]]  # name of a cell -> what is written of it
 
 _HEAD = """# On a card
@@ -237,7 +237,7 @@ def _training_table(of: _Of, workload: Workload, cells: list[Cell]) -> list[str]
         found, name = of.found(number, cell.name), cell.name
         speed, losses = found.get("tokens_per_second"), found.get("losses") or [None, None]
         plan, ratio = of.plan(name)[0], _foreseen(of, number, name)
-        dry = "–" if cell.given["system"] != "lora_lab" else NOT_MEASURED
+        dry = "–" if cell.given["system"] != "lora_lab" else _NOT_RUN
         rows.append(
             [
                 name.partition(": ")[2], of.figure(number, name, "tokens_per_second", "{:,.0f}"),

@@ -229,5 +229,3 @@ def by_process(work: Path, device: str, python: str, paths: Mapping[str, Sequenc
         return {"error": f"the process ended with {code}: {' '.join(last)[:400]}"}
 
     return launch
-
-

@@ -35,7 +35,7 @@ OWN = "own"
 PEERS = {"trl": "trl>=1.16", "unsloth": "unsloth>=2026.10"}
 GROUPS = (OWN, *PEERS)
 MANIFEST = "wheels.json"
-_EXTRAS = {"liger": None, "slurm": None, "dev": ("pytest", "pytest-timeout", "hypothesis")}  # None: all that it names
+_EXTRAS = {"liger": None, "slurm": None, "dev": ("pytest", "pytest-timeout")}  # None: all that it names
 _SOURCES_ONLY = ("antlr4-python3-runtime", "rouge_score", "seqeval")  # the index has no wheels of these
 _THERE = "+there"  # marks versions that the other machine has
 _LIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches each by itself
@@ -76,12 +76,16 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def requirements() -> list[Requirement]:
-    """What lora_lab, its kernels for cards and the tests on a card ask for, by pyproject.toml."""
+def requirements(card: bool = True) -> list[Requirement]:
+    """What lora_lab and the tests on a card ask for, by pyproject.toml.
+
+    Args:
+        card: there is one, for which kernels are wanted too.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = list(project["dependencies"])
     for extra, names in _EXTRAS.items():
-        own = project["optional-dependencies"][extra]
+        own = project["optional-dependencies"][extra] if card or extra != "liger" else []
         texts += [text for text in own if names is None or plain(Requirement(text).name) in names]
     return [Requirement(text) for text in texts]
 
@@ -144,9 +148,9 @@ def resolve(wanted: Iterable[Requirement], have: Mapping[str, _Distribution], by
     return list(found.values())
 
 
-def own(folder: Path) -> list[Found]:
+def own(folder: Path, card: bool = True) -> list[Found]:
     """What lora_lab needs: as it is installed, where that is all of it; else as it would be with the wheels in the folder."""
-    wanted, installed = requirements(), _installed()
+    wanted, installed = requirements(card), _installed()
     found = resolve(wanted, installed)
     if all(one.fits for one in found):
         return found
@@ -168,10 +172,10 @@ def _own_torch(installed: Mapping[str, _Distribution]) -> dict[str, _Distributio
 # -- unpacking ----------------------------------------------------------------------------------------------------------
 
 
-def unpack(folder: Path, sites: Path) -> dict[str, list[Path]]:
+def unpack(folder: Path, sites: Path, card: bool = True) -> dict[str, list[Path]]:
     """Unpack each group's wheels that lie in `folder`, once; for each group the folders that come first on Python's path."""
     made = {name: _unpacked(folder / name, sites / name) for name in GROUPS}
-    base = [] if all(one.fits for one in resolve(requirements(), _installed())) else made[OWN]
+    base = [] if all(one.fits for one in resolve(requirements(card), _installed())) else made[OWN]
     return {OWN: base} | {name: [*made[name], *base] for name in PEERS}
 
 
@@ -186,7 +190,7 @@ def _unpacked(wheels: Path, site: Path) -> list[Path]:
     site.mkdir(parents=True)
     for file in files:
         with zipfile.ZipFile(file) as archive:
-            archive.extractall(site)  # noqa: S202  (wheels that pip took from the index)
+            archive.extractall(site)
     for kind in ("purelib", "platlib"):
         for part in site.glob(f"*.data/{kind}"):
             shutil.copytree(part, site, dirs_exist_ok=True)

@@ -70,9 +70,7 @@ def test_a_resumed_run_is_the_run_to_the_byte(config_of, tmp_path, eval_file, mo
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_run_is_evaluated_and_merged_on_a_machine_without_a_card(
-    config_of, tmp_path, eval_file, reload_here, device
-):
+def test_a_run_is_evaluated_and_merged_on_a_machine_without_a_card(config_of, tmp_path, eval_file, reload_here, device):
     config = config_of(f"hardware={device}", f"data.eval={eval_file}", "train.max_steps=5", f"run_dir={tmp_path}/run")
     trained = pipeline.train(config)
     there, _ = run_dir.read_result(trained)

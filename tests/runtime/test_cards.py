@@ -209,7 +209,9 @@ def test_memory_of_a_card_that_is_taken(monkeypatch, capsys, release, asked, tak
     assert ("of the card" in capsys.readouterr().out) is (taken is not None)
 
 
-@pytest.mark.parametrize(("asked", "held", "left"), [(None, 0, 11.0), (8, 0, 8.0), (8, 6, 2.0), (8, 9, 0.0), (12, 0, 11.0)])
+@pytest.mark.parametrize(
+    ("asked", "held", "left"), [(None, 0, 11.0), (8, 0, 8.0), (8, 6, 2.0), (8, 9, 0.0), (12, 0, 11.0)]
+)
 def test_what_is_free_of_a_capped_card_is_what_the_cap_leaves(monkeypatch, asked, held, left):
     """Else a run keeps weights, and generates as many rows at once, as the whole card has room for."""
     _pretend(monkeypatch)
