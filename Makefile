@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LORA_LAB_ENGINES ?= .engines
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults test-gpu test-engines bench architectures exports methods-table lint install clean
+.PHONY: demo test test-long test-faults test-gpu test-engines bench bench-gpu architectures exports methods-table lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, verify
 	$(BIN)/lora-lab train recipe=demo
@@ -35,6 +35,10 @@ bench: install  ## speed and memory beside other tools; these are installed apar
 	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \
 	  litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 torchmetrics==1.9.0 jsonargparse==4.53.0
 	PYTHONPATH=.bench $(BIN)/python -m benchmarks.speed
+
+# Without a network: a torch for the card is there, other libraries come as wheels that `python -m benchmarks.gpu --wheels FOLDER` collected
+bench-gpu:  ## on a CUDA card: docs/gpu.md, five slices below 8 minutes each; BENCH=--check says what is missing: PYTHON=python make bench-gpu
+	$(PYTHON) -m benchmarks.gpu $(BENCH)
 
 architectures: install  ## docs/architectures.md: every family that transformers builds tiny, trained, merged and compared; a quarter of an hour
 	$(BIN)/python -m benchmarks.architectures

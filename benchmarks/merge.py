@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import speed
+from benchmarks.sources import commit, now
 from benchmarks.tasks import _machine, _versions
 
 _OUT = Path(__file__).parent / "results" / "merge.json"
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_OUT)
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
-    result |= {"machine": _machine(), "versions": _versions(), "commit": speed._commit(), "when": speed._now()}
+    result |= {"machine": _machine(), "versions": _versions(), "commit": commit(), "when": now()}
     with tempfile.TemporaryDirectory(prefix="lora_lab_merge_") as temporary:
         folder = Path(temporary)
         parts = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gzip
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import speed_report
+from benchmarks.sources import commit, now
 from benchmarks.tasks import _machine, _versions
 
 _ROOT = Path(__file__).parents[1]
@@ -163,8 +163,8 @@ def main() -> None:
                             "workload": name,
                             "system": system,
                             "repeat": repeat,
-                            "commit": _commit(),
-                            "when": _now(),
+                            "commit": commit(),
+                            "when": now(),
                         }
                         result["runs"].append({**head, **found})
                         _write(args.out, result)
@@ -244,17 +244,6 @@ def _random_model(shape: str, folder: Path) -> None:
     config = LlamaConfig(**sizes, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def _shown(run: dict[str, Any]) -> str:

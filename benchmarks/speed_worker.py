@@ -20,12 +20,21 @@ BEGAN = float(os.environ.get("BENCHMARK_BEGAN", time.time()))  # when the proces
 
 
 class Watch:
-    """Times of the end of each step."""
+    """Times of the end of each step, and the memory that they took at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.loaded = 0.0
         self.begun = 0.0
         self.steps: list[float] = []
+        self._card = device != "cpu"
+
+    def begin(self) -> None:
+        """The first step begins now; on a card what loading took is forgotten."""
+        if self._card:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        self.begun = time.time()
 
     def result(self, losses: list[float]) -> dict[str, Any]:
         ends = [self.begun, *self.steps]
@@ -34,8 +43,17 @@ class Watch:
             "first_step_seconds": self.steps[0] - BEGAN,
             "step_seconds": [later - earlier for earlier, later in itertools.pairwise(ends)],
             "losses": losses,
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            **self._peaks(),
         }
+
+    def _peaks(self) -> dict[str, float]:
+        """Of a CPU the process, from its start; of a card its tensors, and what torch held for them."""
+        if not self._card:
+            return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        import torch
+
+        most = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_gib": most[0] / 2**30, "peak_reserved_gib": most[1] / 2**30}
 
 
 def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +66,7 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
     from lora_lab.training import loop
     from lora_lab.training.cohort import Member
 
-    watch = Watch()
+    watch = Watch(_device(spec))
     config = compose.compose(spec["overrides"])
     ready = prepared.prepare(config)
     model = ready.loaded().model
@@ -66,8 +84,6 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
         plain(*given)
         watch.steps.append(time.time())
 
-    loop._log = timed
-    watch.begun = time.time()
     if spec.get("rows") is None:  # only asked what the rows are
         order = [int(i) for step in range(member.total_steps) for part in member.plan.step(step) for i in part]
         rows = [ready.train[i][0] for i in order]
@@ -81,8 +97,17 @@ def lora_lab(spec: dict[str, Any]) -> dict[str, Any]:
             ],
             "model": str(ready.base.folder),
         }
-    loop.fit([member], ready.train, None, ready.accelerator)
+    loop._log = timed
+    watch.begin()
+    try:
+        loop.fit([member], ready.train, None, ready.accelerator)
+    finally:
+        loop._log = plain
     return watch.result([line["loss"] for line in member.log.read() if "loss" in line])
+
+
+def _device(spec: dict[str, Any]) -> str:
+    return spec.get("device", "cpu")
 
 
 def _callback(watch: Watch) -> Any:
@@ -90,7 +115,7 @@ def _callback(watch: Watch) -> Any:
 
     class Callback(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            watch.begun = time.time()
+            watch.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             watch.steps.append(time.time())
@@ -111,7 +136,7 @@ def _arguments(spec: dict[str, Any]) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": _device(spec) == "cpu",
         "dataloader_pin_memory": False,
         "train_sampling_strategy": "sequential",
     }
@@ -129,7 +154,7 @@ def _model(spec: dict[str, Any], dtype: str) -> Any:
     if spec["quant"] == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(
-        spec["model"], dtype=getattr(torch, dtype), quantization_config=quantization, device_map={"": "cpu"}
+        spec["model"], dtype=getattr(torch, dtype), quantization_config=quantization, device_map={"": _device(spec)}
     )
 
 
@@ -151,7 +176,7 @@ def _trl(spec: dict[str, Any], dtype: str, **settings: Any) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    watch = Watch()
+    watch = Watch(_device(spec))
     model = _model(spec, dtype)
     watch.loaded = time.time()
     arguments = SFTConfig(**_arguments(spec), max_length=max(len(row["input_ids"]) for row in spec["rows"]), **settings)
@@ -185,13 +210,66 @@ def trl_packed(spec: dict[str, Any]) -> dict[str, Any]:
     return _trl(spec, "bfloat16", gradient_checkpointing=False, packing=True)
 
 
+def trl_bf16_checkpointed(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with checkpointing."""
+    return _trl(spec, "bfloat16", gradient_checkpointing=True)
+
+
+def trl_liger(spec: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer with bfloat16 weights and Liger's kernels, the output layer and its loss among them."""
+    return _trl(spec, "bfloat16", gradient_checkpointing=False, use_liger_kernel=True)
+
+
+def trl_liger_checkpointed(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with checkpointing."""
+    return _trl(spec, "bfloat16", gradient_checkpointing=True, use_liger_kernel=True)
+
+
+def unsloth(spec: dict[str, Any]) -> dict[str, Any]:
+    """Unsloth's model and TRL's SFTTrainer, as its guide has it, without checkpointing."""
+    return _unsloth(spec, checkpointing=False)
+
+
+def unsloth_checkpointed(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with Unsloth's own checkpointing."""
+    return _unsloth(spec, checkpointing="unsloth")
+
+
+def _unsloth(spec: dict[str, Any], checkpointing: str | bool) -> dict[str, Any]:
+    from unsloth import FastLanguageModel  # isort: skip  (before the libraries that it changes)
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    watch = Watch(_device(spec))
+    longest = max(len(row["input_ids"]) for row in spec["rows"])
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        spec["model"], max_seq_length=longest, load_in_4bit=spec["quant"] != "none"
+    )
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = FastLanguageModel.get_peft_model(
+        model, r=spec["r"], lora_alpha=spec["lora_alpha"], lora_dropout=0, bias="none", target_modules=list(names),
+        use_gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    watch.loaded = time.time()
+    _start_alike(model, spec["adapter"])
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**_arguments(spec), max_length=longest),
+        train_dataset=Dataset.from_list(spec["rows"]),
+        processing_class=tokenizer,
+        callbacks=[_callback(watch)],
+    )
+    trainer.train()
+    return watch.result([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
 def transformers_peft(spec: dict[str, Any]) -> dict[str, Any]:
     """transformers' Trainer and peft, bfloat16 weights."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    watch = Watch()
+    watch = Watch(_device(spec))
     config = LoraConfig(task_type="CAUSAL_LM", r=spec["r"], lora_alpha=spec["lora_alpha"], target_modules="all-linear")
     model = get_peft_model(_model(spec, "bfloat16"), config)
     watch.loaded = time.time()
@@ -282,15 +360,20 @@ def matrix_products(spec: dict[str, Any]) -> dict[str, Any]:
             shapes[shape] = shapes.get(shape, 0) + 1
             if module is not head:
                 needed += 4 * module.weight.numel() + 6 * spec["r"] * sum(shape)
-    operands = {
-        (rows, columns): (torch.randn(spec["tokens"], columns).bfloat16(), torch.randn(rows, columns).bfloat16())
+    operands: dict[tuple[int, int], tuple[Any, ...]] = {
+        (rows, columns): tuple(
+            torch.randn(size, columns, device=_device(spec)).bfloat16() for size in (spec["tokens"], rows)
+        )
         for rows, columns in shapes
     }
+    wait = torch.cuda.synchronize if _device(spec) != "cpu" else lambda: None
     times: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     for _ in range(20):  # the shapes take turns too
         for shape, (x, weight) in operands.items():
+            wait()
             started = time.perf_counter()
             torch.nn.functional.linear(x, weight)
+            wait()
             times[shape].append(time.perf_counter() - started)
     seconds = sum(count * statistics.median(times[shape][2:]) for shape, count in shapes.items())
     flops = sum(count * 2 * spec["tokens"] * rows * columns for (rows, columns), count in shapes.items())
@@ -302,6 +385,11 @@ SYSTEMS = {
     "trl": trl,
     "trl_bf16": trl_bf16,
     "trl_packed": trl_packed,
+    "trl_bf16_checkpointed": trl_bf16_checkpointed,
+    "trl_liger": trl_liger,
+    "trl_liger_checkpointed": trl_liger_checkpointed,
+    "unsloth": unsloth,
+    "unsloth_checkpointed": unsloth_checkpointed,
     "transformers_peft": transformers_peft,
     "litgpt": litgpt,
     "matrix_products": matrix_products,

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import speed
+from benchmarks.sources import commit, now
 from benchmarks.tasks import _machine, _versions
 
 _OUT = Path(__file__).parent / "results" / "sweep.json"
@@ -68,7 +69,7 @@ def main() -> None:
                 "first_ranking": min(first, default=None),
                 **found,
             }
-            result["runs"].append({**run, "commit": speed._commit(), "when": speed._now()})
+            result["runs"].append({**run, "commit": commit(), "when": now()})
             args.out.write_text(json.dumps(result, indent=1) + "\n")
             print(json.dumps(run), flush=True)
     args.out.with_suffix(".md").write_text(table(result))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import speed
+from benchmarks.sources import commit
 from benchmarks.tasks import _machine, _versions
 
 _OUT = Path(__file__).parent / "results" / "tricks.json"
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="of each side")
     parser.add_argument("--out", type=Path, default=_OUT)
     args = parser.parse_args()
-    result: dict[str, Any] = {"machine": _machine(), "versions": _versions(), "commit": speed._commit(), "tricks": {}}
+    result: dict[str, Any] = {"machine": _machine(), "versions": _versions(), "commit": commit(), "tricks": {}}
     for name, (workload, off) in TRICKS.items():
         result["tricks"][name] = _compare(workload, [], [off], args.steps)
         print(name, json.dumps(result["tricks"][name]), flush=True)

@@ -164,6 +164,8 @@ def cap_memory(index: int, gib: float | None) -> float | None:
     """
     import torch
 
+    from lora_lab.runtime import memory
+
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
     if gib is None:
         if not on_wsl():
@@ -173,5 +175,5 @@ def cap_memory(index: int, gib: float | None) -> float | None:
         raise ConfigError(
             f"hardware.memory_gib={gib:g}: {torch.cuda.get_device_name(index)} has {total:.1f} GiB. Lower it, or drop it."
         )
-    torch.cuda.set_per_process_memory_fraction(gib / total, index)
+    memory.cap(index, round(gib * 2**30))
     return gib

@@ -76,9 +76,22 @@ def attempts(need_less: Callable[[str], None]) -> Iterator[Attempt]:
 # -- how much -----------------------------------------------------------------------------------------------------------
 
 
+_caps: dict[int, int] = {}  # bytes of a card that torch may take, by its number
+
+
+def cap(index: int, nbytes: int) -> None:
+    """Let torch take so much of a card and no more."""
+    torch.cuda.set_per_process_memory_fraction(nbytes / torch.cuda.mem_get_info(index)[1], index)
+    _caps[index] = nbytes
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that is free now; of a card that is capped, no more than the cap leaves."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free: int = torch.cuda.mem_get_info(device)[0]
+    most = _caps.get(device.index or 0)
+    return free if most is None else max(0, min(free, most - torch.cuda.memory_reserved(device)))
 
 
 def forget_peaks(device: torch.device) -> None:

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lora_lab.runtime.memory import free_bytes
+
 T = TypeVar("T")
 
 SMALL = 2**28  # bytes of a model below which nothing is gained
@@ -38,7 +40,7 @@ def fits(nbytes: int, free: int) -> bool:
 
 def free_on(device: torch.device) -> int:
     """Bytes that are free on a GPU; 0 on a CPU, where nothing is gained by whole models."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return free_bytes(device) if device.type == "cuda" else 0
 
 
 def size(model: nn.Module) -> int:

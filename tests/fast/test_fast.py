@@ -78,7 +78,7 @@ def first_step(
     for parameter in trainable(model).values():
         parameter.data.normal_(std=0.05)
     model.train(train)
-    batch = prepared.task.collate(first_examples(prepared.train, rows), np.random.default_rng(seed))
+    batch = prepared.task.collate(first_examples(prepared.train, rows), np.random.default_rng(seed)).to(model.device)
     torch.manual_seed(seed)
     with prepared.accelerator.autocast():
         loss = prepared.task.loss(model, batch).loss

@@ -9,7 +9,8 @@ from lora_lab import cli
 from lora_lab.base import load
 from lora_lab.config.train import HardwareConfig
 from lora_lab.errors import ConfigError
-from lora_lab.runtime import cards, environment
+from lora_lab.runtime import cards, environment, memory
+from lora_lab.verify import layers
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,7 @@ def _nothing_told(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cards, "_DRIVER", ())
     monkeypatch.setattr(cards, "_ASKED", "nvidia-smi-that-is-not-here")
+    monkeypatch.setattr(memory, "_caps", {})
 
 
 @pytest.fixture
@@ -205,6 +207,19 @@ def test_memory_of_a_card_that_is_taken(monkeypatch, capsys, release, asked, tak
     _start(HardwareConfig(device="cuda", deterministic=False, memory_gib=asked))
     assert told == ({} if taken is None else {0: pytest.approx(taken)})
     assert ("of the card" in capsys.readouterr().out) is (taken is not None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "held", "left"), [(None, 0, 11.0), (8, 0, 8.0), (8, 6, 2.0), (8, 9, 0.0), (12, 0, 11.0)]
+)
+def test_what_is_free_of_a_capped_card_is_what_the_cap_leaves(monkeypatch, asked, held, left):
+    """Else a run keeps weights, and generates as many rows at once, as the whole card has room for."""
+    _pretend(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held * 2**30)
+    _start(HardwareConfig(device="cuda", deterministic=False, memory_gib=asked))
+    card = torch.device("cuda", 0)
+    assert memory.free_bytes(card) / 2**30 == pytest.approx(left)
+    assert layers.free_on(card) == memory.free_bytes(card)
 
 
 def test_more_memory_than_the_card_has(monkeypatch):

@@ -1,0 +1,1 @@
+"""What a card is measured with: `python -m benchmarks.gpu`, see `__main__.py`."""
