@@ -440,7 +440,7 @@ def _read(
     from transformers.utils import logging
 
     from lora_lab.runtime.memory import is_out_of_memory
-    from lora_lab.runtime.pages import GivingBack
+    from lora_lab.runtime.pages import Reading
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is missing or new is said below
@@ -454,8 +454,9 @@ def _read(
     else:
         how["quantization_config"] = quantization
     folder = kept or files.folder
+    reading = Reading(inspect.weight_files(folder))
     try:
-        with GivingBack(inspect.weight_files(folder)):
+        with reading:
             model, report = getattr(transformers, kind.auto_class).from_pretrained(
                 folder,
                 **({} if kept else how),
@@ -471,6 +472,8 @@ def _read(
     except Exception as error:  # of transformers, safetensors, the quantizer and torch
         if is_out_of_memory(error):
             raise
+        if reading.lacked is not None:
+            raise reading.lacked from error
         raise BaseModelError(
             f"model.path={files.name}: cannot be loaded with quant.method={quant.method} ({error})."
         ) from error

@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_lab.runtime.memory import is_out_of_memory
+
 READ = 2**28  # bytes that are read before pages are given back
 _LARGE = 2**20  # bytes of a tensor that counts as read
 _DONTNEED = 4  # of madvise(2)
@@ -56,19 +58,28 @@ def _mappings() -> Iterator[tuple[int, int, str, int]]:
         yield (*found, own)
 
 
-class GivingBack(TorchDispatchMode):
+class Reading(TorchDispatchMode):
     """Inside the block weights are made of those in files. Pages that were read for that are given back on the way, and free memory after it.
 
     Else all of a file would stay as long as one of its tensors is used as it lies there, such as a norm's weight. Sees what the block's
     own thread computes.
+
+    `lacked` is the first failed allocation, which transformers turns into a remark on the weights.
     """
+
+    lacked: Exception | None = None
 
     def __init__(self, files: Iterable[Path]) -> None:
         super().__init__()
         self._files, self._read = list(files), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except Exception as error:
+            if self.lacked is None and is_out_of_memory(error):
+                self.lacked = error
+            raise
         sizes = [one.nbytes for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         largest = max(sizes, default=0)
         self._read += largest if largest >= _LARGE else 0

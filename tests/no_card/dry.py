@@ -24,6 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from lora_lab.base import embeddings
 from lora_lab.config.run import RunConfig
 from lora_lab.plan import card, skeletons
 from lora_lab.plan.card import CARD, Card, Precision, Wait
@@ -93,9 +94,10 @@ class Dry:
 
 
 def on_card(config: RunConfig) -> Setup:
-    """The run made ready for the card."""
-    setup = prepared.prepare(config)
-    return dataclasses.replace(setup, device=CARD, accelerator=Precision(config.model.dtype))
+    """The run made ready for the card; the machine that it is made ready on has none, and would refuse what is told of one."""
+    there = dataclasses.replace(config.hardware, offload_embeddings=False)
+    setup = prepared.prepare(dataclasses.replace(config, hardware=there))
+    return dataclasses.replace(setup, config=config, device=CARD, accelerator=Precision(config.model.dtype))
 
 
 @contextlib.contextmanager
@@ -115,6 +117,8 @@ def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
         skeletons.give_storage(base, there.mode, CARD)
         there.hold(skeletons.tensors(base))
         dry = Dry(there)
+        if config.hardware.offload_embeddings:
+            embeddings.offload(base)
         with dry.phase("trial"):
             dry.live = live = setup.on(base, dict(zip(names, configs, strict=True)))
         dry.members = [_member(name, one, live) for name, one in zip(names, configs, strict=True)]

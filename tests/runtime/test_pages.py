@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.base import load
 from lora_lab.base.load import ModelKind
@@ -41,9 +42,7 @@ def base(tmp_path_factory):
 
 
 def loaded(base, **quant):
-    return load.load_model(
-        load.find(ModelConfig(path=str(base))), ModelKind(), "float32", QuantConfig(**quant), CPU, 0
-    )
+    return load.load_model(load.find(ModelConfig(path=str(base))), ModelKind(), "float32", QuantConfig(**quant), CPU, 0)
 
 
 def test_pages_are_given_back_and_what_was_written_stays(tmp_path):
@@ -73,10 +72,25 @@ def test_a_file_is_not_in_memory_as_a_whole_while_it_is_quantized(base, monkeypa
 
     monkeypatch.setattr(pages, "give_back", watched)
     model = loaded(base, method=method, cache=False)
+    assert layers._Mapped().bytes_of(model.model.norm.weight)
     assert files[0].stat().st_size > 19 * 2**20
     assert len(seen) > 3
     assert max(seen) <= 6 * 2**20
     assert resident(files) == 0
+
+
+def test_a_lack_of_memory_is_told_as_one(base):
+    """transformers notes what fails while it converts a weight, goes on, and says at the end that something was wrong."""
+    lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    class Full(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.bitsandbytes.quantize_4bit.default:
+                raise lack
+            return func(*args, **(kwargs or {}))
+
+    with Full(), pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        loaded(base, method="nf4", cache=False)
 
 
 def test_what_was_quantized_is_mapped_from_where_it_is_kept(base):
