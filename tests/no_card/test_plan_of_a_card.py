@@ -17,7 +17,7 @@ from tests.conftest import make_base, write_jsonl
 from tests.no_card.dry import loaded
 from tests.no_card.dry import on_card as made_ready
 
-_PHASES = {"trial": "trial", "train": "step 2", "evaluation": "evaluation"}
+_PHASES = {"load": "load", "trial": "trial", "train": "step 2", "evaluation": "evaluation"}
 _SIZE = 24 * 2**30
 
 
