@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,18 +396,55 @@ def load_model(
         quant: without effect on a base that was published quantized.
         seed: of the weights of new modules.
     """
+    from lora_lab.base import weight_only
+    from lora_lab.runtime import pages
+
+    kept = quantized.folder_of(files, kind, dtype, quant, device.type)
+    again = kept is not None and cache.usable(kept)
+    model = _read(files, kind, dtype, quant, device, seed, kept if again else None)
+    if kept is not None and not again:
+        quantized.keep(model, kept)
+        if device.type == "cpu" and cache.usable(kept):
+            del model
+            gc.collect()  # modules refer to each other
+            pages.trim()
+            # mapped from there, as in later loads, its weights need no memory of their own
+            model = _read(files, kind, dtype, quant, device, seed, kept)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights in place at the first evaluation, and gradients are lost after
+        # that. A frozen base stays as it is.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    weight_only.own_products(model)
+    if dtype == "float16":
+        _refuse_infinite(files, model)
+    return model.requires_grad_(False).eval()
+
+
+def _read(
+    files: BaseFiles,
+    kind: ModelKind,
+    dtype: str,
+    quant: QuantConfig,
+    device: torch.device,
+    seed: int,
+    kept: Path | None,
+) -> PreTrainedModel:
+    """As `load_model`, as transformers loads it.
+
+    Args:
+        kept: a folder with the weights as they were quantized before, which says itself how; None: they are quantized now.
+    """
     import torch
     import transformers
     from transformers.utils import logging
 
-    from lora_lab.base import weight_only
     from lora_lab.runtime.memory import is_out_of_memory
+    from lora_lab.runtime.pages import Reading
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is missing or new is said below
     torch.manual_seed(seed)
-    kept = quantized.folder_of(files, kind, dtype, quant, device.type)
-    again = kept is not None and cache.usable(kept)
     how: dict[str, Any] = {"config": model_config(files.folder, kind)}
     quant = files.stored(quant)
     quantization = quantization_config(quant, dtype, kind)
@@ -415,22 +453,27 @@ def load_model(
         _describe_published(how["config"], quantization)
     else:
         how["quantization_config"] = quantization
+    folder = kept or files.folder
+    reading = Reading(inspect.weight_files(folder))
     try:
-        model, report = getattr(transformers, kind.auto_class).from_pretrained(
-            kept if again else files.folder,
-            **({} if again else how),  # what is kept says itself how it was quantized
-            dtype=getattr(torch, dtype),
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=kind.head == "always",
-        )
+        with reading:
+            model, report = getattr(transformers, kind.auto_class).from_pretrained(
+                folder,
+                **({} if kept else how),
+                dtype=getattr(torch, dtype),
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=kind.head == "always",
+            )
     except LoraLabError:
         raise
     except Exception as error:  # of transformers, safetensors, the quantizer and torch
         if is_out_of_memory(error):
             raise
+        if reading.lacked is not None:
+            raise reading.lacked from error
         raise BaseModelError(
             f"model.path={files.name}: cannot be loaded with quant.method={quant.method} ({error})."
         ) from error
@@ -443,17 +486,7 @@ def load_model(
             f"model.path={files.name}: no weights for {absent[0]} ({len(absent)} tensors): transformers would fill them "
             f"with random numbers. The folder does not hold a whole {type(model).__name__}."
         )
-    if kept is not None and not again:
-        quantized.keep(model, kept)
-    for module in model.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights in place at the first evaluation, and gradients are lost after
-        # that. A frozen base stays as it is.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    weight_only.own_products(model)
-    if dtype == "float16":
-        _refuse_infinite(files, model)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _refuse_infinite(files: BaseFiles, model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ from lora_lab.schema.sections import section
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from lora_lab.data import translate
 
@@ -150,8 +151,10 @@ def _shown(value: Any) -> str:
 class Augmenter:
     """Makes changed copies of texts; `require` has accepted its `config`.
 
-    Models are loaded when they are first needed, and held as long as the augmenter.
+    Models are loaded when they are first needed, and held until `let_go`, or as long as the augmenter.
     """
+
+    device: torch.device | None = None  # of the models; None: the CPU
 
     def __init__(self, config: AugmentConfig):
         """
@@ -229,13 +232,19 @@ class Augmenter:
 
     @functools.cached_property
     def _translators(self) -> list[translate.Translator]:
-        from lora_lab.data import translate  # a configuration is read without what loads models
+        import torch  # a configuration is read without what loads models
+
+        from lora_lab.data import translate
 
         prefixes = self.config.prefixes or ["", ""]
         return [
-            translate.Translator(_model_key(index, name), folder, prefix)
+            translate.Translator(_model_key(index, name), folder, prefix, self.device or torch.device("cpu"))
             for index, (name, folder, prefix) in enumerate(zip(self._models, self._folders, prefixes, strict=True))
         ]
+
+    def let_go(self) -> None:
+        """Give back what the models take, until they are needed again."""
+        vars(self).pop("_translators", None)
 
     @property
     def _models(self) -> list[str]:

@@ -52,6 +52,8 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
         train, held_out = split(train, config.eval_ratio, config.split_seed)
     if config.shared == "drop" and isinstance(train, Dataset) and held_out is not None:
         train = _without(train, np.isin(train.digests, held_out.digests), "also held out")
+    if encoder.augmenter is not None and not isinstance(train, Stream):
+        encoder.augmenter.let_go()  # the base will need the memory
     for data in (train, held_out):
         if isinstance(data, Dataset) and refuse:
             refuse_empty(data)

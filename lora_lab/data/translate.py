@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_lab.base import inspect
 from lora_lab.base.fingerprint import fingerprint
@@ -11,6 +12,9 @@ from lora_lab.base.resolve import TOKENIZER_FILES, download, is_hub_id, local_pa
 from lora_lab.base.tokenizer import decode, read_tokenizer
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.runtime import storage
+
+if TYPE_CHECKING:
+    import torch
 
 _BATCH = 16  # lines translated at a time
 
@@ -43,9 +47,9 @@ def digest(folder: Path) -> str:
 
 
 class Translator:
-    """One sequence-to-sequence model with its tokenizer, in float32, on a GPU if there is one."""
+    """One sequence-to-sequence model with its tokenizer, in float32."""
 
-    def __init__(self, key: str, folder: Path, prefix: str):
+    def __init__(self, key: str, folder: Path, prefix: str, device: torch.device):
         import torch
         from transformers import AutoModelForSeq2SeqLM
         from transformers.utils import logging
@@ -81,7 +85,7 @@ class Translator:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # masked, so that any token does
         self.tokenizer.padding_side = "right"  # positions must not depend on the longest line of a batch
         model.generation_config.max_length = None  # each batch sets its own limit
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.model = model.to(device).eval()
 
     def translate(self, lines: list[str]) -> dict[str, str | None]:
         """Line -> its translation; None for a line that is too long, or whose translation does not end."""

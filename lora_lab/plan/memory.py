@@ -75,7 +75,7 @@ class Memory:
     base: int  # weights as they are stored, quantized or not, without those that stay in the mapped file
     dequantized: int  # weights that are kept beside it: dequantized, or joined to be read together
     mapped_file: int  # the checkpoint's pages: in memory as long as one weight is a view of them (CPU)
-    adapter: int
+    adapter: int  # with what its method remembers
     gradients: int
     optimizer: int
     activations: int  # most that is alive at once of a training step's blocks below 32 MiB, gradients among them
@@ -127,7 +127,8 @@ def estimate(
     views = stored_as == getattr(torch, config.model.dtype)
     frozen = [tensor for tensor in skeletons.tensors(model) if not tensor.requires_grad]
     own = sum(skeletons.nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
-    adapter = sum(skeletons.nbytes(p) for p in trainable(model).values())
+    gradients = sum(skeletons.nbytes(p) for p in trainable(model).values())
+    adapter = gradients + remembered(config, model)
     optimizer = sum(optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
     kept = file if views and own < sum(skeletons.nbytes(t) for t in frozen) else 0
 
@@ -145,7 +146,7 @@ def estimate(
     phases = {
         "load": _LIBRARIES + file + own + adapter + max(left, _quantizing(model)),
         # a step's later micro-batches begin with the gradients of the earlier ones
-        "train": fixed + optimizer + step.peak + holes + (adapter if several_passes(config, task) else 0),
+        "train": fixed + optimizer + step.peak + holes + (gradients if several_passes(config, task) else 0),
     }
     if evaluation:
         # what the heap has once grown to stays, so evaluation after training begins from there
@@ -163,8 +164,13 @@ def estimate(
         heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full)
         phases["merge"] = _LIBRARIES + file + heap + logits
     return Memory(
-        own, dequantized, kept, adapter, adapter, optimizer, step.heap_peak, step.large_peak, holes, _LIBRARIES, phases
+        own, dequantized, kept, adapter, gradients, optimizer, step.heap_peak, step.large_peak, holes, _LIBRARIES, phases
     )  # fmt: skip
+
+
+def remembered(config: RunConfig, model: PeftModel, name: str = "default") -> int:
+    """Bytes that an adapter's method keeps beside its weights, such as AdaLoRA's sums."""
+    return sum(skeletons.nbytes(one) for one in config.adapter.kept(model, name).values())
 
 
 def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, int]:
@@ -178,9 +184,12 @@ def _checkpoint(base: BaseFiles, weights: dict[str, int]) -> tuple[torch.dtype, 
 
 
 def several_passes(config: RunConfig, task: AnyTask) -> bool:
-    """Whether a step has several micro-batches, so that the later ones begin with the gradients of the earlier ones."""
+    """Whether a step has several micro-batches, so that the later ones begin with the gradients of the earlier ones. Where they are filled
+    up with tokens, it is taken to."""
     batches = config.train
-    return not task.forward.together or (batches.micro_batch_size or batches.batch_size) < batches.batch_size
+    if not task.forward.together or batches.micro_batch_tokens is not None:
+        return True
+    return (batches.micro_batch_size or batches.batch_size) < batches.batch_size
 
 
 def optimizer_bytes(name: str, size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from lora_lab.adapters import prompts
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.adapters.base import Step
+from lora_lab.base import embeddings
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch
@@ -83,12 +84,15 @@ def estimate(
         there.hold(skeletons.tensors(stored))
         with there.phase("load"):  # layer by layer: each is there whole until it is quantized
             torch.empty(skeletons.largest_layer(stored), dtype=getattr(torch, config.model.dtype), device=CARD)
+            if config.hardware.offload_embeddings:
+                embeddings.offload(stored)
             model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
         if config.train.gradient_checkpointing:
             oom.recompute(model, config.train.recompute_every, config.train.offload_activations)
         parameters = trainable(model)
         frozen = sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if not one.requires_grad)
-        adapter = sum(map(skeletons.nbytes, parameters.values()))
+        gradients = sum(map(skeletons.nbytes, parameters.values()))
+        adapter = gradients + memory.remembered(config, model, ADAPTER)
         optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters.values())
         before = there.allocated
         with there.phase("trial"):
@@ -116,7 +120,7 @@ def estimate(
     if targets.needs_merged(config.export.targets):
         whole, layered = skeletons.for_merging(stored, unquantized, getattr(torch, config.export.dtype).itemsize)
         phases["merge"] = whole if layers.fits(whole, size) else layered
-    return Memory(frozen, kept, 0, adapter, adapter, optimizer, activations, 0, 0, 0, phases)
+    return Memory(frozen, kept, 0, adapter, gradients, optimizer, activations, 0, 0, 0, phases)
 
 
 def _try(

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,21 +144,29 @@ def foresee(config: RunConfig, task: Task, train: Dataset | Stream, held_out: Da
 def _stored(task: Task, train: Dataset, batches: BatchPlan, steps: int) -> tuple[Batch, int]:
     """The largest forward pass, and the tokens of all steps."""
     lengths = train.lengths
-    parts = [part for step in range(steps) for part in _passes(batches, step, lengths, task.config.packed)]
+    packed = task.config.packed
+    parts = [part for step in range(steps) for part in _passes(batches, batches.step(step), lengths, packed)]
     tokens = sum(int(lengths[part].sum()) for part in parts)
     passes = parts if task.forward.together else [[place] for part in parts for place in part]
     return _largest(task, train, passes), tokens
 
 
-def _passes(batches: BatchPlan, step: int, lengths: np.ndarray, packed: bool) -> list[np.ndarray]:
-    """The items of each of a step's passes, as the loop fills them."""
-    parts = batches.step(step)
+def _passes(
+    batches: BatchPlan, parts: list[np.ndarray], lengths: np.ndarray | Mapping[int, int], packed: bool
+) -> list[np.ndarray]:
+    """The items of each of a step's passes, as the loop fills them.
+
+    Args:
+        parts: the step's items, as the plan parts them.
+        lengths: tokens of each item.
+    """
     if batches.micro_batch_tokens is None:
         return parts
     chosen = np.concatenate(parts)
+    sizes = [int(lengths[int(item)]) for item in chosen]
     if not packed:
-        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
-    sizes = [int(size) for size in lengths[chosen]]
+        order = np.argsort(sizes, kind="stable")
+        chosen, sizes = chosen[order], [sizes[place] for place in order]
     return [
         chosen[cut] for cut in filled(sizes, batches.micro_batch_size, batches.micro_batch_tokens, padded=not packed)
     ]
@@ -182,14 +190,21 @@ def _batch(task: Task, examples: list[Example]) -> Batch:
 def _streamed(task: Task, train: Stream, batches: BatchPlan, steps: int) -> tuple[Batch, int]:
     """The same from some of the steps, evenly spread."""
     seen = np.unique(np.linspace(0, steps - 1, num=min(steps, _STREAM_STEPS)).astype(int))
-    passes, tokens = [], 0
+    passes: list[list[Example]] = []
+    tokens = 0
     for step in seen:
-        for chosen in batches.step(int(step)):
-            examples = [example for i in chosen for example in train[int(i)]]
+        parts = batches.step(int(step))
+        items = {int(i): train[int(i)] for part in parts for i in part}
+        lengths = {i: sum(example.num_tokens for example in examples) for i, examples in items.items()}
+        for chosen in _passes(batches, parts, lengths, task.config.packed):
+            examples = [example for i in chosen for example in items[int(i)]]
             tokens += sum(example.num_tokens for example in examples)
             passes += [examples] if task.forward.together else [[example] for example in examples]
-    largest = max(passes, key=lambda examples: sum(example.num_tokens for example in examples))
-    return _batch(task, largest), tokens * steps // len(seen)
+    if task.config.packed and not task.config.compares_rows:
+        largest = memory.blank(memory.largest([memory.shape(examples) for examples in passes]))
+    else:
+        largest = _batch(task, max(passes, key=lambda part: len(part) * max(one.num_tokens for one in part)))
+    return largest, tokens * steps // len(seen)
 
 
 # -- modules, rows, disk ------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None, weights
     vocab_size = embedded(model)
     pad_within(tokenizer, vocab_size, base.folder)
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
+    if encoder.augmenter is not None:
+        encoder.augmenter.device = load.torch_device(config.hardware)
     if isinstance(encoder, ChatEncoder):
         encoder.template.check_variables()
     base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))

@@ -31,7 +31,7 @@ from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError, ConfigError, NoRoomError, TrainingError
 from lora_lab.fast import apply, isolation
-from lora_lab.runtime import console, memory
+from lora_lab.runtime import console, memory, pages
 from lora_lab.runtime.memory import attempts, is_out_of_memory
 from lora_lab.tasks.base import AnyTask, EvalResult
 from lora_lab.training.batches import plan_of
@@ -193,6 +193,7 @@ class Live:
         clear_device_cache(
             garbage_collection=True
         )  # modules refer to each other, so they stay until Python looks for circles
+        pages.trim()
 
     @property
     def model(self) -> PeftModel:

@@ -10,16 +10,23 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import torch
+from safetensors import SafetensorError
 
 # What torch, CUDA and ROCm, their libraries, the C++ runtime and the kernel call a failed allocation. Each of them comes as a plain
 # RuntimeError somewhere; `tests/training/test_oom.py` has whole messages.
 _FAILED_ALLOCATION = re.compile(
-    r"out of memory"  # the caching allocator, 'CUDA error: out of memory' of pinned memory and of contexts, HIP, MPS, NCCL
+    # the caching allocator, 'CUDA error: out of memory' of pinned memory and of contexts, the driver's name of it, HIP, MPS, NCCL
+    r"out[ _]of[ _]memory"
     r"|(can't|cannot|could not|failed to|unable to) allocate"  # torch's allocator on a CPU, mmap, host buffers
     r"|not enough memory"  # the same allocator on Windows
     r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory"
-    r"|_STATUS_(ALLOC_FAILED|MEMORY_ERROR)|_(DEVICE|HOST)_ALLOCATION_FAILED"  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER, rocBLAS
-    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublasCreate"  # its workspace finds no room on a card that is full
+    r"|_ALLOC_FAILED|_STATUS_MEMORY_ERROR|_(DEVICE|HOST)_ALLOCATION_FAILED"  # cuBLAS, cuDNN, cuFFT, cuSPARSE, cuSOLVER, rocBLAS
+    r"|CUSPARSE_STATUS_INSUFFICIENT_RESOURCES|miopenStatusAllocFailed"
+    # a library begins when it is first used, and finds no room for itself on a card that is full
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `?cublasCreate|CUDNN_STATUS_NOT_INITIALIZED"
+    r"|CUSOLVER_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR),? when calling `?cusolverDnCreate"
+    # the caching allocator, where NVML does not say who else is on the card: in containers, parts of cards, Jetson
+    r"|NVML_SUCCESS == .*INTERNAL ASSERT FAILED at .*CUDACachingAllocator"
     r"|std::bad_alloc",
     re.IGNORECASE,
 )
@@ -31,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and _FAILED_ALLOCATION.search(str(error)) is not None
+    return isinstance(error, RuntimeError | SafetensorError) and _FAILED_ALLOCATION.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from lora_lab.data import augment as module
 from lora_lab.data.augment import METHODS, AugmentConfig, Augmenter, require
 from lora_lab.errors import BaseModelError, ConfigError, DataError
 from lora_lab.schema import sections
-from tests.conftest import make_rows, make_tokenizer
+from tests.conftest import make_rows, make_tokenizer, write_jsonl
 
 needs_rjieba = pytest.mark.skipif(
     importlib.util.find_spec("rjieba") is None, reason='needs pip install "lora-lab[text]"'
@@ -259,6 +259,42 @@ def test_back_translation_uses_the_prefixes(translating, models):
     without = AugmentConfig(methods=["back_translation"], back_translation=models)
     assert Augmenter(without).copies(["red cat"], [0]) == [["what?"]]
     assert Augmenter(translating).copies(["red cat"], [0]) == [["a crimson cat"]]
+
+
+def test_translation_models_lie_where_they_are_told(translating, monkeypatch):
+    """A card that is there and that the run does not take stays as it is."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    augmenter = Augmenter(translating)
+    assert augmenter.copies(["red cat"], [0]) == [["a crimson cat"]]
+    augmenter.let_go()
+    augmenter.device = torch.device("meta")
+    assert {one.model.device.type for one in augmenter._translators} == {"meta"}
+
+
+def test_translation_models_go_before_the_base_comes(translating, overrides, tmp_path, monkeypatch):
+    """They take the run's device, until its rows are encoded."""
+    import torch
+
+    from lora_lab.config import compose
+    from lora_lab.data import build
+    from lora_lab.run import prepared
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red cat", "completion": "two birds fly"}])
+    there, back = translating.back_translation
+    config = compose.compose(
+        [
+            *overrides, f"data.train={rows}", "data.augment.methods=[back_translation]",
+            f"data.augment.back_translation=['{there}','{back}']", f"data.augment.prefixes=['{PREFIX}','']",
+        ]
+    )  # fmt: skip
+    encoder = prepared.find_base(config).encoder
+    assert encoder.augmenter.device == torch.device("cpu")
+    assert len(build.build(config.data, encoder).train) == 2
+    assert "_translators" not in vars(encoder.augmenter)
+    monkeypatch.setattr(prepared.load, "torch_device", lambda _: torch.device("cuda:0"))
+    assert prepared.find_base(config).encoder.augmenter.device == torch.device("cuda:0")
 
 
 def test_back_translation_does_not_depend_on_the_batch(translator, translating, monkeypatch):

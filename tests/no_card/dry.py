@@ -17,20 +17,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from accelerate import Accelerator
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
+from lora_lab.adapters.attach import attach
+from lora_lab.base import embeddings
 from lora_lab.config.run import RunConfig
+from lora_lab.merge.merge import judged_on
 from lora_lab.plan import card, skeletons
 from lora_lab.plan.card import CARD, Card, Precision, Wait
 from lora_lab.run import prepared, run_dir
-from lora_lab.run.setup import ADAPTER, Live, Setup
+from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.training import checkpoint, cohort, loop
 from lora_lab.training.cohort import Member, Share
+from lora_lab.verify import layers, parity
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -86,21 +99,48 @@ class Dry:
             yield
 
     def measure(self) -> None:
-        """The base and the adapter on the held-out rows, with what is generated."""
-        with self.phase("evaluation"):
+        """The base and the adapter on the held-out rows: `evaluation`, and `generation` of answers."""
+        task: Any = self.live.setup.task
+        with pytest.MonkeyPatch.context() as patch:
+            for name, own in (("evaluation", task.measure), ("generation", task.examine)):
+                patch.setattr(task, "measure" if name == "evaluation" else "examine", self._within(name, own))
             self.live.measure_base()
             self.live.measure("tuned")
 
+    def _within(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
+        def called(*args: Any, **options: Any) -> T:
+            with self.phase(name):
+                return function(*args, **options)
+
+        return called
+
+    def merge(self) -> None:
+        """What the unquantized base with the adapter says of the rows that a merge is judged on, layer by layer, as on a card that it does
+        not fit on; nothing of what was trained is there any more."""
+        setup = self.live.setup
+        self.members.clear()
+        self.live.close()
+        gc.collect()
+        rows = judged_on(setup)
+        base = _in_files(setup.skeleton(), getattr(torch, setup.config.export.dtype))
+        model = attach(base, setup.config.adapter, ADAPTER, setup.kind, 0).eval()
+        with self.phase("merge"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "_Pass", type("_Pass", (_PassOnCard,), {"card": self.card}))
+            parity.logits(model, rows, CARD)
+
 
 def on_card(config: RunConfig) -> Setup:
-    """The run made ready for the card."""
-    setup = prepared.prepare(config)
+    """The run made ready for the card, as a plan is: of a base whose weights need not be here, on a machine that has no card."""
+    found = prepared.find_base(config, weights=False)
+    data, found, task = prepared.build_data(config, found)
+    setup = prepared.assemble(config, found, data, task, torch.device("cpu"), Stages())
     return dataclasses.replace(setup, device=CARD, accelerator=Precision(config.model.dtype))
 
 
 @contextlib.contextmanager
 def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
-    """A run with its model on the card: the base as it is stored, its adapter, what is proved of packing, and the accelerations.
+    """A run with its model on the card: the base as it is stored, its adapter, what is proved of packing, and the accelerations. The phase
+    `load` is of a load of its own.
 
     Args:
         others: of other members of its cohort.
@@ -112,9 +152,13 @@ def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
     with pytest.MonkeyPatch.context() as patch, card.pretended() as there:
         patch.setattr(checkpoint, "save", lambda member: Path(member.run.checkpoints))
         patch.setattr(torch, "Generator", _Generator)
+        dry = Dry(there)
+        with dry.phase("load"):
+            _load(setup, base)
         skeletons.give_storage(base, there.mode, CARD)
         there.hold(skeletons.tensors(base))
-        dry = Dry(there)
+        if config.hardware.offload_embeddings:
+            embeddings.offload(base)
         with dry.phase("trial"):
             dry.live = live = setup.on(base, dict(zip(names, configs, strict=True)))
         dry.members = [_member(name, one, live) for name, one in zip(names, configs, strict=True)]
@@ -123,6 +167,53 @@ def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
         finally:
             dry.members.clear()
             live.close()
+
+
+def _load(setup: Setup, stored: PreTrainedModel) -> None:
+    """What is on the card while weights come there one after another, in transformers' order, and are quantized there by bitsandbytes.
+
+    Args:
+        stored: where each will lie.
+    """
+    config, held = setup.config, []
+    quant = setup.base.stored(config.quant)
+    for name, weight in sorted(setup.skeleton().named_parameters(), key=lambda one: dot_natural_key(one[0])):
+        module = stored.get_submodule(name.rpartition(".")[0])
+        came = torch.empty(weight.shape, dtype=getattr(torch, config.model.dtype), device=CARD)
+        if isinstance(module, Linear4bit) and name.endswith("weight"):
+            held.append(
+                functional.quantize_4bit(
+                    came, blocksize=64, compress_statistics=quant.double_quant, quant_type=quant.method
+                )
+            )
+        elif isinstance(module, Linear8bitLt) and name.endswith("weight"):
+            held.append(functional.int8_vectorwise_quant(came.half()))
+        else:
+            held.append(came)
+
+
+def _in_files(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose weights are on the host, and take no memory there."""
+    with _disable_current_modes():
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    zeros = torch.zeros((), dtype=dtype).expand(weight.shape)
+                    module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+class _PassOnCard(layers._Pass):
+    """A thread of its own in which the card is there too."""
+
+    card: Card
+
+    def run(self) -> None:
+        with self.card.mode, self.card, card._Functions():
+            super().run()
 
 
 def _member(name: str, config: RunConfig, live: Live) -> Member:
@@ -156,4 +247,4 @@ def assert_peaks_in_order(dry: Dry) -> None:
     peaks = dry.peaks
     assert peaks["trial"] <= 1.01 * peaks["step 2"], peaks  # rows of several lengths
     assert peaks["step 1"] <= peaks["step 2"], peaks
-    assert peaks.get("evaluation", 0) <= peaks["step 2"], peaks
+    assert max(peaks.get("evaluation", 0), peaks.get("generation", 0)) <= peaks["step 2"], peaks

@@ -8,14 +8,16 @@ import shutil
 import pytest
 
 from lora_lab import cli
+from lora_lab.base import load, quantized
 from lora_lab.config import compose
-from lora_lab.plan import on_card, plan
+from lora_lab.plan import memory, on_card, plan
 from lora_lab.plan.card import PRODUCTS_BYTES
 from lora_lab.run import prepared
 from tests.conftest import make_base, write_jsonl
 from tests.no_card.dry import loaded
+from tests.no_card.dry import on_card as made_ready
 
-_PHASES = {"trial": "trial", "train": "step 2", "evaluation": "evaluation"}
+_PHASES = {"load": "load", "trial": "trial", "train": "step 2", "evaluation": "evaluation"}
 _SIZE = 24 * 2**30
 
 
@@ -43,9 +45,7 @@ def config_on(tmp_path, middle):
 
 
 def _equal(config):
-    setup = prepared.prepare(config)
-    work = plan.foresee(config, setup.task, setup.training_rows(), setup.held_out)
-    found = on_card.of_setup(setup, work.largest, work.evaluation, _SIZE)
+    found = _planned(config)
     with loaded(config) as dry:
         dry.train(steps=2)
         dry.measure()
@@ -69,11 +69,95 @@ def test_the_plan_is_what_a_run_takes(config_on):
         ["speed.dequantize=always"],
         ["adapter=dora"],
         ["train.micro_batch_size=1"],
+        ["train.micro_batch_tokens=300"],
+        ["model.dtype=float16"],
+        ["adapter=adalora", "train.epochs=8"],
+        ["hardware=auto", "hardware.offload_embeddings=true"],
+        ["data.streaming=true", "train.micro_batch_size=2"],
     ],
     ids=" ".join,
 )
 def test_the_plan_is_what_a_run_takes_with(config_on, more):
     _equal(config_on(*more))
+
+
+def test_offloaded_embeddings_take_no_room(config_on, middle):
+    """But while they are loaded."""
+    here, there = (
+        _planned(config_on("hardware=auto", f"hardware.offload_embeddings={on}")) for on in ("false", "true")
+    )
+    table = 2048 * 256 * 2  # bfloat16
+    assert here.phases["load"] - there.phases["load"] < table
+    assert here.base - there.base == table
+    for phase in ("train", "evaluation"):
+        assert here.phases[phase] - there.phases[phase] == pytest.approx(table, rel=0.1), phase
+
+
+def _planned(config):
+    setup = made_ready(config)
+    work = plan.foresee(config, setup.task, setup.training_rows(), setup.held_out)
+    return on_card.of_setup(setup, work.largest, work.evaluation, _SIZE)
+
+
+def test_what_an_adapter_remembers_is_counted(config_on):
+    """AdaLoRA keeps two sums for each of its numbers, and which ranks are left."""
+    config = config_on("adapter=adalora", "train.epochs=8")
+    found = _planned(config)
+    assert found.adapter > 2.9 * found.gradients
+    setup = prepared.prepare(config)
+    work = plan.foresee(config, setup.task, setup.training_rows(), setup.held_out)
+    on_cpu = memory.estimate(config, setup.base, setup.kind, setup.task, work.largest, work.evaluation)
+    assert (on_cpu.adapter, on_cpu.gradients) == pytest.approx((found.adapter, found.gradients), rel=1e-3)
+
+
+@pytest.fixture
+def hub(middle, monkeypatch, tmp_path):
+    """A hub with one model, which hands over what is asked for by name, and no weights."""
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        assert (name, revision) == ("somebody/middle", None)
+        asked.extend(allow_patterns)
+        folder = tmp_path / "hub"
+        folder.mkdir(exist_ok=True)
+        for file in middle.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                assert file.suffix != ".safetensors", "weights were asked for"
+                shutil.copy(file, folder)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return asked
+
+
+def test_a_model_of_the_hub_is_planned_from_its_description(hub, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red cat", "completion": "one two"}] * 3)
+    told = [
+        "model=hub",
+        "model.path=somebody/middle",
+        "quant=nf4",
+        "hardware=cpu",
+        "tracker=none",
+        f"run_dir={tmp_path}/run",
+    ]
+    assert cli.main(["plan", *told, f"data.train={rows}", "data.check=off", "data.duplicates=keep"]) == 0
+    printed = capsys.readouterr().out
+    assert "its weights are not here: planned from config.json" in printed
+    assert "8 GiB yes" in printed
+    assert hub
+    assert not any("safetensors" in pattern for pattern in hub)
+
+
+def test_a_kept_base_is_as_large_as_what_is_written(config_on, middle):
+    """With embeddings and output layer, which are not quantized."""
+    config = config_on("hardware=cpu", f"model.path={shutil.copytree(middle, middle.parent / 'copied')}")
+    planned = plan.plan(config).disk["quantized base (cache folder)"]
+    setup = prepared.prepare(config)
+    load.load_model(setup.base, setup.kind, "bfloat16", config.quant, setup.device, 0)
+    kept = quantized.folder_of(setup.base, setup.kind, "bfloat16", config.quant, "cpu")
+    written = sum(file.stat().st_size for file in kept.glob("*.safetensors"))
+    assert planned == pytest.approx(written, rel=0.03)
+    assert written > 2 * 2048 * 256 * 2
 
 
 def test_dora_on_four_bits_and_without_weights(config_on, middle, tmp_path, capsys):

@@ -10,7 +10,9 @@ from lora_lab import cli
 from lora_lab.plan import plan as planning
 from lora_lab.run import pipeline
 from lora_lab.run import prepared as stages
+from lora_lab.training import loop
 from tests.conftest import make_rows, write_jsonl
+from tests.training.test_invariants import member_of, prepared_and_model
 
 
 def planned(config):
@@ -60,6 +62,24 @@ def test_a_stream_is_foreseen_from_some_of_its_steps(config_of):
     stored, _ = planned(config_of("train.epochs=2"))
     streamed, _ = planned(config_of("train.epochs=2", "data.streaming=true"))
     assert (streamed.steps, streamed.tokens) == (stored.steps, stored.tokens)
+
+
+def test_passes_are_filled_with_tokens_as_the_loop_fills_them(config_of, tmp_path):
+    """Of rows that are stored, and of a stream."""
+    file = write_jsonl(tmp_path / "rows.jsonl", make_rows(37, seed=4))
+    told = [f"data.train={file}", "train.batch_size=8", "train.micro_batch_tokens=90"]
+    config = config_of(*told)
+    prepared, model = prepared_and_model(config)
+    member = member_of(prepared, model, config)
+    sizes = []
+    for step in range(member.total_steps):
+        member.state.step = step
+        sizes += [sum(one.num_tokens for one in part) for part in loop._parts(member, prepared.train)]
+    stored, _ = planned(config)
+    streamed, _ = planned(config_of(*told, "data.streaming=true"))
+    assert stored.largest.num_tokens == streamed.largest.num_tokens == max(sizes)
+    assert len(streamed.largest.targets) == len(stored.largest.targets)
+    assert stored.tokens == streamed.tokens == sum(sizes)
 
 
 def test_the_plan_verb(overrides, eval_file, capsys, monkeypatch, tmp_path):

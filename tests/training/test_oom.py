@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.errors import ConfigError, NoRoomError
@@ -158,6 +159,23 @@ LACKS = {
     "cuSPARSE": RuntimeError("CUDA error: CUSPARSE_STATUS_ALLOC_FAILED when calling `cusparseCreate(handle)`"),
     "cuSOLVER": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
     "rocBLAS": RuntimeError("CUDA error: rocblas_status_memory_error when calling `rocblas_create_handle(handle)`"),
+    "cuFFT": RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    "cuSPARSE's own": RuntimeError(
+        "CUDA error: insufficient resources when calling `cusparseSpMM(handle)` (CUSPARSE_STATUS_INSUFFICIENT_RESOURCES)"
+    ),
+    "cuSOLVER without a handle": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`. If you keep seeing this error"
+    ),
+    "cuDNN without a handle": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    "the driver": RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "the caching allocator without NVML": RuntimeError(
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":995, please report a bug to PyTorch.'
+    ),
+    "the same in a container": RuntimeError(
+        'NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":813'
+    ),
+    "MIOpen": RuntimeError("miopenStatusAllocFailed"),
     "HIP": RuntimeError("HIP error: out of memory"),
     "NCCL": RuntimeError("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"),
     "Metal": RuntimeError(
@@ -174,6 +192,9 @@ LACKS = {
         "unable to mmap 134217728 bytes from file </base/model.safetensors>: Cannot allocate memory (12)"
     ),
     "safetensors": MemoryError("Cannot allocate memory (os error 12)"),
+    "safetensors while it writes": SafetensorError(
+        'Error while serializing: IoError(Os { code: 12, kind: OutOfMemory, message: "Cannot allocate memory" })'
+    ),
     "mmap": OSError(12, "Cannot allocate memory"),
     "numpy": np._core._exceptions._ArrayMemoryError((2**26,), np.dtype(float)),
     "Python": MemoryError(),
@@ -186,6 +207,13 @@ NOT_LACKS = {
         "out of resource: shared memory, Required: 114688, Hardware limit: 101376."
     ),
     "registers": RuntimeError("CUDA error: too many resources requested for launch"),
+    "cuSOLVER at work": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSgetrf(handle)`"
+    ),
+    "a damaged file": SafetensorError("Error while deserializing header: HeaderTooLarge"),
+    "an assertion of torch": RuntimeError(
+        'false INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":88, please report a bug to PyTorch.'
+    ),
     "a product": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`"),
     "a full disk": OSError(28, "No space left on device"),
     "a text": ValueError("the row says: out of memory"),
