@@ -135,8 +135,12 @@ class Engine:
     # -- the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._turn():
-            pass
+        going = True
+        while going:
+            try:
+                going = self._turn()
+            except Exception as error:  # a fault of ours: those who are asked now are told, and the others go on
+                self._tell_all([], self._failed(error))
 
     def _turn(self) -> bool:
         """One token for everybody; False: there is nothing left to do, ever."""
@@ -212,7 +216,7 @@ class Engine:
         kind = "memory" if is_out_of_memory(error) else type(error).__name__
         self._metrics.failures.labels(kind).inc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        console.say("failed", f"{kind} in {place.filename}:{place.lineno}")
+        console.say("failed", f"{kind} in {place.filename}:{place.lineno}")  # what it says may hold a text
         if kind == "memory":
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -276,13 +280,13 @@ class Engine:
                 self._leaving.remove((served, future))
                 _fulfil(future, lambda served=served: self.shelf.take(served))
 
-    def _tell_all(self, asked: Sequence[_Asked]) -> None:
-        """Say to everybody that there will be no answer."""
+    def _tell_all(self, asked: Sequence[_Asked], why: RequestError | None = None) -> None:
+        """Say to everybody that there will be no answer; by default because it is stopping."""
         with self._changed:
             waiting, self._rows = list(self._rows), collections.deque()
         rows = [row for lane in self._lanes.values() for batch in lane for row in batch.clear()]
         for row in (*rows, *(row for _, row in waiting)):
-            row.fail(_stopping())
+            row.fail(why or _stopping())
         for future in (*(one.found for one in asked), *(future for _, future in self._leaving)):
             _fulfil(future, _refuse)
         self._lanes.clear()

@@ -113,11 +113,12 @@ class Group:
         """Remove an adapter."""
         if name in self.names:
             self.names.remove(name)
+        model = cast("PeftModel", self._model)
         if self.names:
-            cast("PeftModel", self._model).delete_adapter(name)
+            model.set_adapter(self.names[0])  # peft looks the active one up wherever it is asked for its base
+            model.delete_adapter(name)
             return
         self._plain()
-        model = cast("PeftModel", self._model)
         # what peft put around the modules is gone with the last adapter
         self._model = model.get_base_model() if is_prompt(model, name) else cast("Any", model).unload()
         self.against_sharing = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from lora_lab.errors import LoraLabError
 from lora_lab.runtime import console
 from lora_lab.serve.keys import LOCAL, Account, Allowance, Key, Keys
 from lora_lab.serve.wishes import RequestError
@@ -66,7 +68,8 @@ class Guard:
             await asked.refuse(error)
         except Exception as error:
             self._metrics.failures.labels(type(error).__name__).inc()
-            asked.notes["error"] = type(error).__name__
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            asked.notes["error"] = f"{type(error).__name__} in {place.filename}:{place.lineno}"
             await asked.refuse(RequestError(500, "The server failed at this request.", "server_error"))
         finally:
             self._written(asked)
@@ -249,10 +252,12 @@ async def _refused(_: Request, error: Exception) -> Response:
         return told(error)
     if isinstance(error, HTTPException):  # Starlette's own: no such route, or not by this method
         return told(RequestError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+    if isinstance(error, LoraLabError):  # the thread that answers has refused what was asked
+        return told(RequestError(400, str(error)))
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     return told(RequestError(500, "The server failed at this request.", "server_error"))
 
 
 # what routes raise, and what is told of it
-TOLD = {RequestError: _refused, HTTPException: _refused, ClientDisconnect: _refused, Exception: _refused}
+TOLD = dict.fromkeys((RequestError, LoraLabError, HTTPException, ClientDisconnect, Exception), _refused)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_lab.errors import ConfigError
 from lora_lab.run import takes
 from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries
+
+if TYPE_CHECKING:
+    from lora_lab.config.run import RunConfig
 
 _EXAMPLES = """\
   lora-lab serve run=DIR                              one adapter and its base, for this machine: http://127.0.0.1:8000
@@ -36,7 +40,8 @@ def _run(told: Told) -> int:
     if not value:
         raise ConfigError(f"{said[0]}=: names nothing. {_WHAT}")
     if said[0] == "base":
-        paths, config = [], _of_base(value, told.overrides)
+        paths: list[str] = []
+        config = _of_base(value, told.overrides)
     else:
         paths = _folders(said[0], value)
         config = _of_runs(paths, told.overrides)
@@ -71,13 +76,15 @@ def _folders(word: str, value: str) -> list[str]:
     return paths
 
 
-def _of_runs(paths: list[str], overrides: list[str]):  # type: ignore[no-untyped-def]
+def _of_runs(paths: list[str], overrides: list[str]) -> RunConfig:
+    """The first run's configuration, once each is known to take what is said."""
     from lora_lab.run.trained import open_trained
 
-    return [open_trained(path, takes.SERVE, overrides)[1] for path in paths][0]
+    first, *_ = [open_trained(path, takes.SERVE, overrides)[1] for path in paths]
+    return first
 
 
-def _of_base(base: str, overrides: list[str]):  # type: ignore[no-untyped-def]
+def _of_base(base: str, overrides: list[str]) -> RunConfig:
     from lora_lab.serve import server
 
     foreign = next((text for text in overrides if not text.lstrip("+").startswith(_BASE_KEYS)), None)
