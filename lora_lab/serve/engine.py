@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 import traceback
@@ -193,7 +194,7 @@ class Engine:
                 if not lane or group.against_beside:
                     lane.append(group.batch())
                 batch = lane[-1]
-                self._guarded(batch, lambda batch=batch, part=part: batch.join(part), part)
+                self._guarded(batch, functools.partial(batch.join, part), part)
 
     def _guarded(self, batch: Batch, work: Callable[[], None], joining: Sequence[Row] = ()) -> None:
         """Do something with a batch. What goes wrong is told to its rows, and ends nothing else."""
@@ -236,15 +237,12 @@ class Engine:
         for those in by_adapter.values():
             try:
                 found = self._said_of(those)
-            except Exception:
-                if len(those) == 1:
-                    _fulfil(those[0].found, lambda one=those[0]: self._by_itself(one))
-                    continue
+            except Exception:  # one of them may be at fault
                 for one in those:
-                    _fulfil(one.found, lambda one=one: self._by_itself(one))
+                    _fulfil(one.found, functools.partial(self._by_itself, one))
                 continue
             for one, own in zip(those, found, strict=True):
-                _fulfil(one.found, lambda own=own: own)
+                _fulfil(one.found, functools.partial(_same, own))
 
     def _by_itself(self, one: _Asked) -> dict[str, dict[str, Any]]:
         try:
@@ -278,7 +276,7 @@ class Engine:
         for served, future in list(self._leaving):
             if served.key not in busy:
                 self._leaving.remove((served, future))
-                _fulfil(future, lambda served=served: self.shelf.take(served))
+                _fulfil(future, functools.partial(self.shelf.take, served))
 
     def _tell_all(self, asked: Sequence[_Asked], why: RequestError | None = None) -> None:
         """Say to everybody that there will be no answer; by default because it is stopping."""
@@ -287,7 +285,8 @@ class Engine:
         rows = [row for lane in self._lanes.values() for batch in lane for row in batch.clear()]
         for row in (*rows, *(row for _, row in waiting)):
             row.fail(why or _stopping())
-        for future in (*(one.found for one in asked), *(future for _, future in self._leaving)):
+        left: list[Future[Any]] = [one.found for one in asked]
+        for future in [*left, *(future for _, future in self._leaving)]:
             _fulfil(future, _refuse)
         self._lanes.clear()
         self._leaving.clear()
@@ -304,6 +303,10 @@ class _Asked:
 
 def _stopping() -> RequestError:
     return RequestError(503, "The server is stopping.", "server_error", "stopping")
+
+
+def _same(found: T) -> T:
+    return found
 
 
 def _refuse() -> None:

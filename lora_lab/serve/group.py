@@ -35,7 +35,7 @@ class Apart(Exception):
 
 
 BASE = ""  # the base's name among adapters
-_OFF = {field.name: False for field in dataclasses.fields(SpeedConfig) if field.type in (bool, "bool")}
+_OFF: dict[str, Any] = {field.name: False for field in dataclasses.fields(SpeedConfig) if field.type in (bool, "bool")}
 
 
 class Group:
@@ -120,7 +120,7 @@ class Group:
             return
         self._plain()
         # what peft put around the modules is gone with the last adapter
-        self._model = model.get_base_model() if is_prompt(model, name) else cast("Any", model).unload()
+        self._model = base_of(model) if is_prompt(model, name) else cast("Any", model).unload()
         self.against_sharing = ""
 
     def _plain(self) -> None:
@@ -133,9 +133,8 @@ class Group:
         self.against_sharing = shares
         if shares or not self.writes or self.virtual:
             return
-        wanted = dataclasses.replace(
-            speed, **{**_OFF, "fused_projections": speed.fused_projections, "fused_mlp": speed.fused_mlp}
-        )
+        kept: dict[str, Any] = {"fused_projections": speed.fused_projections, "fused_mlp": speed.fused_mlp}
+        wanted = dataclasses.replace(speed, **{**_OFF, **kept})
         ids = torch.tensor([self._trial[0]], device=self.base.device)
         model = cast("PeftModel", self._model)
 
@@ -209,12 +208,10 @@ class Group:
         if not self.writes:
             return
         names = [self.names[-1], *self.names[:1]] if self.names else [BASE, BASE]
-        if self._against(lambda: self._gap(names, beside=False)):
+        self.against_steps = ""
+        self.against_beside = self._against(lambda: self._gap(names, beside=True))
+        if self.against_beside and self._against(lambda: self._gap(names, beside=False)):
             self.against_steps = self.against_beside = "its answers cannot be written token by token"
-            return
-        self.against_steps = self.against_beside = ""
-        if reason := self._against(lambda: self._gap(names, beside=True)):
-            self.against_beside = reason
 
     def _against(self, gap: Callable[[], float]) -> str:
         limit = allowed_gap(self._model)
@@ -229,7 +226,13 @@ class Group:
     @torch.no_grad()
     def _gap(self, names: Sequence[str], beside: bool) -> float:
         """How far the scores of rows, token by token, are from those of whole passes of each alone."""
-        self.against_beside = "" if beside else "not tried yet"
+        before, self.against_beside = self.against_beside, "" if beside else "not tried yet"
+        try:
+            return self._gap_of(names, beside)
+        finally:
+            self.against_beside = before
+
+    def _gap_of(self, names: Sequence[str], beside: bool) -> float:
         rows = [_Tried(prompt, name) for prompt, name in zip(self._trial, [*names, BASE], strict=False)]
         lanes: dict[str, Batch] = {}
         for place, row in enumerate(rows):  # each comes when the ones before have said something already
@@ -239,9 +242,9 @@ class Group:
                 one.step()
         worst = 0.0
         for row in rows:
-            for steps, scores in enumerate(row.seen):
+            for steps in {0, len(row.seen) - 1}:
                 alone = self._alone(row, row.prompt + row.ids[:steps])
-                worst = max(worst, float((scores - alone).norm() / alone.norm()))
+                worst = max(worst, float((row.seen[steps] - alone).norm() / alone.norm()))
         return worst
 
     def _alone(self, row: _Tried, ids: list[int]) -> torch.Tensor:

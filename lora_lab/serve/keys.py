@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_lab.errors import ConfigError
 from lora_lab.runtime import storage
@@ -62,13 +63,15 @@ class Keys:
         return found
 
 
-def _entry(file: Path, one: object) -> Key:
-    if isinstance(one, dict):
-        name, scopes, digest = one.get("name"), one.get("scopes"), one.get("sha256")
-        plain = isinstance(name, str) and isinstance(scopes, list) and isinstance(digest, str)
-        if plain and _NAME.fullmatch(name) and set(scopes) <= set(SCOPES) and re.fullmatch("[0-9a-f]{64}", digest):
-            return Key(name, frozenset(scopes), digest)
-    raise ConfigError(f"serve.keys={file}: an entry is not what lora-lab wrote. Make the file again with add_key=NAME.")
+def _entry(file: Path, one: Any) -> Key:
+    told = one if isinstance(one, dict) else {}
+    name, scopes, digest = str(told.get("name")), told.get("scopes"), str(told.get("sha256"))
+    known = isinstance(scopes, list) and all(scope in SCOPES for scope in scopes)
+    if not (known and _NAME.fullmatch(name) and re.fullmatch("[0-9a-f]{64}", digest)):
+        raise ConfigError(
+            f"serve.keys={file}: an entry is not what lora-lab wrote. Make the file again with add_key=NAME."
+        )
+    return Key(name, frozenset(told["scopes"]), digest)
 
 
 def add(file: Path, name: str, scopes: Sequence[str]) -> str:

@@ -183,7 +183,9 @@ def open_base(config: RunConfig) -> Opened:
     """
     device = load.start_device(config.hardware, config.model.dtype, trains=False)
     own = load.model_config(load.find(config.model).folder, ModelKind())
-    task = next(filter(None, (_task(name, own) for name in _BASE_TASKS)), TASKS[_BASE_TASKS[-1]]())
+    task = next(filter(None, (_task(name, own) for name in _BASE_TASKS)), None)
+    if task is None:
+        raise BaseModelError(f"model.path={config.model.path}: nothing is known to ask a {own.model_type} for.")
     config = dataclasses.replace(config, task=task, data=DataConfig(train="none"), adapter=ADAPTERS["lora"]())
     found = find_base(config)
     data, found, asked = build_data(config, found, need_train=False, learned={})
@@ -192,11 +194,12 @@ def open_base(config: RunConfig) -> Opened:
 
 def _task(name: str, own: Any) -> Any:
     """The section of a task if such a base can be trained for it."""
+    kind: Any = TASKS[name]
     try:
-        TASKS[name].load().check_base(own)
+        kind.load().check_base(own)
     except BaseModelError:
         return None
-    return TASKS[name]()
+    return kind()
 
 
 class Shelf:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
@@ -134,7 +134,7 @@ class AdapterRequest:
 
 
 @functools.cache
-def _adapter(kind: type) -> Any:
+def _adapter(kind: Any) -> Any:
     return adapter_of(kind)
 
 
@@ -155,7 +155,7 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     problems = [f"{shown(name)}: unknown field.{nearest(name, fields)}" for name in unknown] or unreadable(tree)
     found = None
     if not problems:
-        found, errors = validate(_adapter(kind), tree)
+        found, errors = validate(_adapter(cast(Any, kind)), tree)
         problems = describe(errors, keys(kind)) if found is None else []
     if found is None:
         raise RequestError(400, "; ".join(problems), param=re.split("[=:]", problems[0])[0].strip('"'))

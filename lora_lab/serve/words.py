@@ -8,7 +8,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -155,8 +155,8 @@ class Row:
             return
         scores = logits
         if self._processors:
-            seen = torch.tensor([[*self.prompt, *self.ids]], device=logits.device)
-            scores = self._processors(seen, logits[None].clone())[0]
+            seen: Any = torch.tensor([[*self.prompt, *self.ids]], device=logits.device)
+            scores = self._processors(seen, cast(Any, logits[None].clone()))[0]
         token = self._choose(scores)
         self.ids.append(token)
         if self.wish.top_logprobs is not None:

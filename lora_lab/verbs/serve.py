@@ -77,11 +77,13 @@ def _folders(word: str, value: str) -> list[str]:
 
 
 def _of_runs(paths: list[str], overrides: list[str]) -> RunConfig:
-    """The first run's configuration, once each is known to take what is said."""
+    """The first run's configuration, once all are known to be there; each is looked at closely when it is loaded."""
+    from lora_lab.run import run_dir
     from lora_lab.run.trained import open_trained
 
-    first, *_ = [open_trained(path, takes.SERVE, overrides)[1] for path in paths]
-    return first
+    for path in paths:
+        run_dir.open_existing(path)
+    return open_trained(paths[0], takes.SERVE, overrides)[1]
 
 
 def _of_base(base: str, overrides: list[str]) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from lora_lab.run import takes
 from lora_lab.run.trained import open_trained
 from lora_lab.serve import server
 from lora_lab.serve.app import Service, build
+from tests.conftest import make_tokenizer
 
 NAMES = [str(number) for number in range(8)]
 
@@ -54,6 +56,43 @@ def service(sweep) -> Iterator[Service]:
     found = serving([sweep / name for name in NAMES], f"serve.root={sweep}")
     yield found
     stop(found)
+
+
+@pytest.fixture(scope="session")
+def vectors(tmp_path_factory) -> Iterator[tuple[Service, list[list[float]]]]:
+    """A base that was published for vectors, and what transformers makes of two texts."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "vectors"
+    (folder / "1_Pooling").mkdir(parents=True)
+    tokenizer = make_tokenizer(
+        folder, chat_template=None, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[MASK]")
+    )
+    tokenizer.mask_token = "[MASK]"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).eval()
+    model.save_pretrained(folder)
+    kinds = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for place, (kind, path) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    expected = []
+    for text in ("red cat", "three blue birds"):
+        with torch.no_grad():
+            pooled = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+        expected.append((pooled / pooled.norm()).tolist())
+    overrides = ["model.dtype=float32", "hardware=cpu"]
+    config = server.base_config(str(folder), overrides)
+    service = server.prepared([], config, overrides, server.settings(config, overrides))
+    yield service, expected
+    stop(service)
 
 
 def client_of(service: Service, keys=None) -> TestClient:
