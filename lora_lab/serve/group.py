@@ -220,7 +220,7 @@ class Group:
         except Exception as error:  # whatever a model of another make raises of what it is given
             if is_out_of_memory(error):
                 raise
-            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+            return f"it keeps something else than keys and values, or reads them otherwise ({type(error).__name__})"
         return "" if found <= limit else f"rows beside one another would change its scores by {found:.1e} of their size"
 
     @torch.no_grad()

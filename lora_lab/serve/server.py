@@ -153,8 +153,10 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
     )
     try:
         server.run()
+    except SystemExit as error:  # uvicorn's way to say that it could not begin
+        raise ConfigError(
+            f"serve.port={told.port}: {told.host} cannot be listened on there. Choose another port, or the certificate that fits its key."
+        ) from error
     finally:
         service.engine.stop(0)
         service.engine.join(10)
-    if not server.started:
-        raise ConfigError(f"serve.port={told.port}: {told.host} cannot be listened on there. Choose another port.")

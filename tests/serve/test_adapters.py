@@ -101,6 +101,7 @@ def test_one_that_goes_first_says_what_it_was_asked(own, two, client):
     assert "6" not in two.shelf.served
 
 
+@pytest.mark.long
 def test_the_last_one_may_go_and_others_come(sweep, client):
     alone = serving([sweep / "4"], f"serve.root={sweep}")
     try:
