@@ -69,7 +69,7 @@ def vectors(tmp_path_factory) -> Iterator[tuple[Service, list[list[float]]]]:
     tokenizer = make_tokenizer(
         folder, chat_template=None, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[MASK]")
     )
-    tokenizer.mask_token = "[MASK]"
+    tokenizer.mask_token = "[MASK]"  # noqa: S105
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
