@@ -106,16 +106,26 @@ def client(service) -> Iterator[TestClient]:
 
 
 @contextlib.contextmanager
+def halted(service: Service) -> Iterator[threading.Event]:
+    """The thread that answers stands still until the event is set, or the block ends."""
+    entered, gate = threading.Event(), threading.Event()
+    done = service.engine.do(lambda: (entered.set(), gate.wait()))
+    assert entered.wait(60)  # what comes earlier may still be taken in the turn before
+    try:
+        yield gate
+    finally:
+        gate.set()
+        done.result()
+
+
+@contextlib.contextmanager
 def held(service: Service, count: int) -> Iterator[None]:
     """Requests that are made in the block wait for each other: the thread goes on when `count` are there."""
-    gate = threading.Event()
-    done = service.engine.do(gate.wait)
-    waiter = threading.Thread(target=lambda: (until(lambda: service.engine.waiting >= count), gate.set()))
-    waiter.start()
-    yield
-    gate.set()
-    waiter.join()
-    done.result()
+    with halted(service) as gate:
+        waiter = threading.Thread(target=lambda: (until(lambda: service.engine.waiting >= count), gate.set()))
+        waiter.start()
+        yield
+        waiter.join()
 
 
 def until(holds: Callable[[], object], seconds: float = 60.0) -> None:
@@ -128,13 +138,12 @@ def until(holds: Callable[[], object], seconds: float = 60.0) -> None:
 
 def at_once_but(service: Service, calls: list[Callable[[], object]], quick: int) -> list:
     """As `at_once`, while the thread that answers waits until so many have come back without it."""
-    gate, back = threading.Event(), []
-    done = service.engine.do(gate.wait)
-    waiter = threading.Thread(target=lambda: (until(lambda: len(back) >= quick), gate.set()))
-    waiter.start()
-    found = at_once([lambda call=call: (back.append(one := call()), one)[1] for call in calls])
-    waiter.join()
-    done.result()
+    back: list = []
+    with halted(service) as gate:
+        waiter = threading.Thread(target=lambda: (until(lambda: len(back) >= quick), gate.set()))
+        waiter.start()
+        found = at_once([lambda call=call: (back.append(one := call()), one)[1] for call in calls])
+        waiter.join()
     return found
 
 

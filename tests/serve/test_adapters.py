@@ -13,7 +13,7 @@ from lora_lab import cli
 from lora_lab.runtime import storage
 from lora_lab.verify import probes
 from tests.conftest import make_base
-from tests.serve.conftest import NAMES, client_of, said, serving, stop, until
+from tests.serve.conftest import NAMES, client_of, halted, said, serving, stop, until
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +84,20 @@ def test_adapters_come_and_go_while_others_answer(own, two, client):
 
 
 def test_one_that_goes_first_says_what_it_was_asked(own, two, client):
-    own.post("/v1/adapters", json={"path": "6"})
-    gate, texts = threading.Event(), []
-    two.engine.do(gate.wait)
-    asking = threading.Thread(target=lambda: texts.append(answer(own, "6")))
-    asking.start()
-    until(lambda: two.engine.waiting == 1)
-    going = threading.Thread(target=lambda: texts.append(own.delete("/v1/adapters/6").status_code))
-    going.start()
-    until(lambda: two.shelf.served["6"].leaving)
-    assert own.post("/v1/chat/completions", json={"model": "6", "messages": said("a")}).status_code == 404
-    gate.set()
+    assert own.post("/v1/adapters", json={"path": "6"}).status_code == 201
+    found: list[str] = []
+    with halted(two):
+        asking = threading.Thread(target=lambda: found.append(answer(own, "6")))
+        asking.start()
+        until(lambda: two.engine.waiting == 1)
+        going = threading.Thread(target=lambda: found.append(own.delete("/v1/adapters/6").text))
+        going.start()
+        until(lambda: two.shelf.served["6"].leaving)
+        assert found == []
+        assert own.post("/v1/chat/completions", json={"model": "6", "messages": said("a")}).status_code == 404
     asking.join()
     going.join()
-    assert sorted(map(str, texts)) == sorted([answer(client, "6"), "200"])
+    assert sorted(found) == sorted([answer(client, "6"), '{"id":"6","object":"model","deleted":true}'])
     assert "6" not in two.shelf.served
 
 
