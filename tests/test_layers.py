@@ -24,6 +24,7 @@ FLOORS = (
     ("__main__",),
     ("cli", "api"),
     ("verbs",),
+    ("serve",),
     ("sweep",),
     ("plan",),
     ("run.pipeline", "run.chat", "run.answering"),  # what a run does

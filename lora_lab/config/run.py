@@ -33,6 +33,7 @@ from lora_lab.schema.sections import (
     unreadable,
     validate,
 )
+from lora_lab.serve.config import ServeConfig
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 
@@ -70,6 +71,7 @@ class RunConfig:
     merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)
     shrink: ShrinkConfig = dataclasses.field(default_factory=ShrinkConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
+    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
 
 
 _ADAPTER = adapter_of(RunConfig)
@@ -155,6 +157,10 @@ def contradictions(config: RunConfig) -> list[str]:
             f"speed.prefix_cache=true: not with {why}. Drop one of the two." for why, given in reasons.items() if given
         ]
     found += _hardware_contradictions(config.hardware)
+    if (config.serve.certificate is None) != (config.serve.certificate_key is None):
+        found.append(
+            "serve.certificate: a certificate and serve.certificate_key belong together. Name both, or neither."
+        )
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         found.append(
             f"train.micro_batch_size={train.micro_batch_size}: must be at most train.batch_size={train.batch_size}, "

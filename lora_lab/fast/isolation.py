@@ -15,6 +15,7 @@ from lora_lab.fast.forward import Forward
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from lora_lab.tasks.base import PaddedTask
 
@@ -49,9 +50,9 @@ def check_isolation(model: PeftModel, examples: list[Example]) -> None:
             f"The model's outputs are not finite (NaN or infinite) before any training. Copy the base again{wider}."
         )
     gap = ((packed - alone).norm() / alone.norm()).item()
-    if not gap <= _limit(model):
+    if not gap <= allowed_gap(model):
         raise TrainingError(
-            f"packed rows change this model's logits by {gap:.1e} of their norm (allowed: {_limit(model):.0e}), so rows would see each other."
+            f"packed rows change this model's logits by {gap:.1e} of their norm (allowed: {allowed_gap(model):.0e}), so rows would see each other."
         )
 
 
@@ -70,9 +71,9 @@ def check_padding(task: PaddedTask[Any, Any], model: PeftModel, examples: list[E
     spread = [ordered[place] for place in np.unique(np.linspace(0, len(ordered) - 1, _SPREAD).astype(int))]
     together, alone = (_outputs(task, model, parts) for parts in ([spread], [[example] for example in spread]))
     apart, norm = (together - alone).norm().item(), alone.norm().item()
-    if not apart <= _limit(model) * norm:
+    if not apart <= allowed_gap(model) * norm:
         raise TrainingError(
-            f"padding changes this model's outputs by {apart:.1e}, their norm being {norm:.1e} (allowed: {_limit(model):.0e} of it), so "
+            f"padding changes this model's outputs by {apart:.1e}, their norm being {norm:.1e} (allowed: {allowed_gap(model):.0e} of it), so "
             "rows would not be read as they are alone."
         )
 
@@ -85,9 +86,9 @@ def _outputs(task: PaddedTask[Any, Any], model: PeftModel, parts: list[list[Exam
     return torch.cat([task.row_outputs(model, batch) for batch in batches])
 
 
-def _limit(model: PeftModel) -> float:
+def allowed_gap(model: PreTrainedModel | PeftModel) -> float:
     """How much outputs may move by rounding alone, as a share of their norm."""
-    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else base_of(model).dtype]
+    return _ROUNDING["int8" if getattr(model, "is_loaded_in_8bit", False) else model.dtype]
 
 
 def tail(example: Example, tokens: int = 48) -> Example:

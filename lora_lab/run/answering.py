@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from lora_lab.config.run import RunConfig
 from lora_lab.data import formats
 from lora_lab.data.encode import Example
 from lora_lab.data.formats import Message, RowError
@@ -13,17 +14,24 @@ from lora_lab.data.sources import Row
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.run import takes
 from lora_lab.run.prepared import Trained
-from lora_lab.run.setup import Live
+from lora_lab.run.setup import Live, Setup
 from lora_lab.run.trained import open_trained
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 _NAME, _ROWS = "rows", 16  # what rows are called in messages; how many share a pass
 
 
-def _origin(number: int) -> str:
+def origin(number: int) -> str:
+    """What a row is called."""
     return f"{_NAME} row {number}"
+
+
+def without_rows(config: RunConfig) -> RunConfig:
+    """The configuration of a run that is asked, and so reads no rows."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None, eval_ratio=None))
 
 
 class Answering:
@@ -58,8 +66,7 @@ class Answering:
             raise ConfigError(
                 f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
             )
-        without_rows = dataclasses.replace(config.data, eval=None, eval_ratio=None)
-        return cls(Trained.of(run, dataclasses.replace(config, data=without_rows)).loaded())
+        return cls(Trained.of(run, without_rows(config)).loaded())
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,39 +95,58 @@ class Answering:
             DataError: a row that cannot be used.
         """
         setup = self._live.setup
-        examples = [one for number, row in enumerate(rows, start=1) for one in self._examples(dict(row), number)]
-        best: dict[str, tuple[float, dict[str, Any]]] = {}
-        order = sorted(range(len(examples)), key=lambda place: examples[place].num_tokens)
+        examples = [one for number, row in enumerate(rows, start=1) for one in unlabelled(setup, row, number)]
         with self._live.autocast():
-            for start in range(0, len(order), _ROWS):
-                part = [examples[place] for place in order[start : start + _ROWS]]
-                for group in [part] if setup.task.forward.together else [[one] for one in part]:
-                    for example, found in zip(group, setup.task.predict(self._live.model, group), strict=True):
-                        before = best.get(example.origin)
-                        best[example.origin] = found if before is None or found[0] > before[0] else before
-        return [best[_origin(number)][1] for number in range(1, len(rows) + 1)]
-
-    def _examples(self, row: dict[str, Any], number: int) -> list[Example]:
-        setup = self._live.setup
-        try:
-            values = setup.task.unlabelled(row)
-        except RowError as error:
-            raise DataError(f"{_origin(number)}: {error}") from error
-        name = formats.detect(_origin(number), list(values), "auto", setup.config.task.formats)
-        [outcome] = setup.encoder.encode([Row(number, values)], _NAME, name)
-        if outcome.problem is not None:
-            raise DataError(f"{_origin(number)}: {outcome.sentence}")
-        return [example for example in outcome.examples if not example.copy]
+            found = predicted(setup, self._live.model, examples)
+        return [found[origin(number)] for number in range(1, len(rows) + 1)]
 
     def _given(self, prompt: str | list[Message], number: int) -> str:
-        """What the model is given for a prompt."""
-        encoder: Any = self._live.setup.encoder  # of a task that answers: of chats, or of texts
-        try:
-            if encoder.chat:
-                messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                return str(encoder.prompt(messages))
-            if not isinstance(prompt, str):
-                raise RowError("not text", "this run turns one text into another. Give a text, not messages.")
-            return str(encoder.cleaned(prompt))
-        except RowError as error:
-            raise DataError(f"prompt {number}: {error}") from error
+        return given(self._live.setup, prompt, number)
+
+
+def unlabelled(setup: Setup, row: Mapping[str, Any], number: int) -> list[Example]:
+    """The examples of a row without a label, which is called `origin(number)`.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    try:
+        values = setup.task.unlabelled(dict(row))
+    except RowError as error:
+        raise DataError(f"{origin(number)}: {error}") from error
+    name = formats.detect(origin(number), list(values), "auto", setup.config.task.formats)
+    [outcome] = setup.encoder.encode([Row(number, values)], _NAME, name)
+    if outcome.problem is not None:
+        raise DataError(f"{origin(number)}: {outcome.sentence}")
+    return [example for example in outcome.examples if not example.copy]
+
+
+def predicted(setup: Setup, model: PeftModel, examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
+    """What a model says of the rows that examples are of, by their origins; of several examples of a row the surest."""
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    order = sorted(range(len(examples)), key=lambda place: examples[place].num_tokens)
+    for start in range(0, len(order), _ROWS):
+        part = [examples[place] for place in order[start : start + _ROWS]]
+        for group in [part] if setup.task.forward.together else [[one] for one in part]:
+            for example, found in zip(group, setup.task.predict(model, group), strict=True):
+                before = best.get(example.origin)
+                best[example.origin] = found if before is None or found[0] > before[0] else before
+    return {name: found for name, (_, found) in best.items()}
+
+
+def given(setup: Setup, prompt: str | list[Message], number: int = 1) -> str:
+    """What the model of a run that answers is given for a prompt: a text, or the messages so far.
+
+    Raises:
+        DataError: a prompt that it cannot be given.
+    """
+    encoder: Any = setup.encoder  # of a task that answers: of chats, or of texts
+    try:
+        if encoder.chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return str(encoder.prompt(messages))
+        if not isinstance(prompt, str):
+            raise RowError("not text", "this run turns one text into another. Give a text, not messages.")
+        return str(encoder.cleaned(prompt))
+    except RowError as error:
+        raise DataError(f"prompt {number}: {error}") from error

@@ -28,12 +28,12 @@ from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
 from lora_lab.runtime import console, storage
-from lora_lab.runtime.memory import peak_gib, peak_reserved_gib
+from lora_lab.runtime.memory import first_line, is_out_of_memory, peak_gib, peak_reserved_gib
 from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import Clock, fit
-from lora_lab.verify import parity
+from lora_lab.verify import parity, probes
 
 
 def train(config: RunConfig) -> RunDir:
@@ -232,6 +232,7 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
     with member.active():
         with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
             files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
+        _keep_probes(member, live)
         result = _training_result(member, clock)
         if setup.held_out is not None:
             try:
@@ -251,6 +252,17 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
         "versions": run_dir.versions(),
         **unmade,
     }
+
+
+def _keep_probes(member: Member, live: Live) -> None:
+    """Keep what the trained adapter says of a few rows, for whoever loads it later; a lack of memory keeps nobody from the rest."""
+    try:
+        with live.autocast():
+            probes.write(member.run.path, member.run.adapter, member.model.eval(), member.task, live.setup.some_rows())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        console.say("probes", f"{member.run.path}: none are kept ({first_line(error)})")
 
 
 def _training_result(member: Member, clock: Clock) -> dict[str, Any]:

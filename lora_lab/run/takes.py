@@ -44,3 +44,4 @@ COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", "hardwar
 SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))
 EXPORT = Takes("export", (*_PLACE, *_ROWS, *_MERGE, "export"))
 CHAT = Takes("chat", (*_PLACE, *_GENERATION))
+SERVE = Takes("serve", (*_PLACE, *_GENERATION, "serve"))

@@ -375,12 +375,13 @@ def _seal(folder: Path, meta: dict[str, Any]) -> None:
         _fsync(below)
     manifest = folder / MANIFEST
     content = {**meta, "files": files}
-    manifest.write_text(dump_json({**content, "manifest_sha256": _digest(content)}), encoding="utf-8")
+    manifest.write_text(dump_json({**content, "manifest_sha256": digest(content)}), encoding="utf-8")
     _fsync(manifest)
     _fsync(folder)
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
+    """Hex SHA-256 of what a JSON file says."""
     return hashlib.sha256(dump_json(content).encode()).hexdigest()
 
 
@@ -438,7 +439,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = reading.read_json(folder / MANIFEST, CheckpointError)
-        intact = manifest.pop("manifest_sha256") == _digest(manifest)
+        intact = manifest.pop("manifest_sha256") == digest(manifest)
     except (LoraLabError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is missing or unreadable, so the folder is incomplete.") from error
     if not intact:

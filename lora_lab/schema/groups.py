@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 GROUPS = (
-    "model quant adapter task data optim train hardware speed tracker export sweep recipe".split()
+    "model quant adapter task data optim train hardware speed tracker export sweep serve recipe".split()
 )  # folders of conf/, in the order of a run
 
 

@@ -41,6 +41,7 @@ class TaskSection:
     numbers: ClassVar[bool] = False  # its labels are numbers, not classes
     generates: ClassVar[bool] = False  # its model writes texts
     predicts: ClassVar[bool] = False  # its model says something of a row that has no label
+    asked_at: ClassVar[str] = ""  # the route under /v1 of a server where rows without labels are sent, if it predicts
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, resume, shrink, train
+from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, resume, serve, shrink, train
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
@@ -15,6 +15,7 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "shrink": shrink.VERB,
     "export": export.VERB,
     "chat": chat.VERB,
+    "serve": serve.VERB,
     "methods": methods.VERB,
     "config": config.VERB,
 }

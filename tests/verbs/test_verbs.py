@@ -187,7 +187,7 @@ def test_examples_can_be_typed(name, begun, tmp_path, monkeypatch, capsys):
             assert told.word("run") is None
             open_trained(begun, takes.COMBINE, [*told.overrides, f"merge.adapters={told.word('merge.adapters')}"])
         else:
-            assert sum(len(told.words.get(word, [])) for word in ("run", "sweep")) == 1
+            assert sum(len(told.words.get(word, [])) for word in ("run", "runs", "sweep", "base", "add_key")) == 1
             open_trained(begun, verb.takes, told.overrides)
 
 

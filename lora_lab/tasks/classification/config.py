@@ -24,6 +24,7 @@ class ClassificationConfig(TaskSection):
     label_smoothing: LabelSmoothing = 0.0
 
     predicts: ClassVar[bool] = True
+    asked_at: ClassVar[str] = "classify"
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
     augments: ClassVar[bool] = True
 

@@ -23,6 +23,7 @@ class QuestionAnsweringConfig(TaskSection):
     max_answer_tokens: Annotated[int, Field(ge=1, description="longest answer, in tokens")] = 30
 
     predicts: ClassVar[bool] = True
+    asked_at: ClassVar[str] = "answer"
     formats: ClassVar[tuple[str, ...]] = ("question_answering",)
     cuts: ClassVar[bool] = False
 

@@ -20,6 +20,7 @@ class RegressionConfig(TaskSection):
     name: Annotated[Literal["regression"], Field(description="objective")] = "regression"
 
     predicts: ClassVar[bool] = True
+    asked_at: ClassVar[str] = "classify"
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
     numbers: ClassVar[bool] = True
     augments: ClassVar[bool] = True

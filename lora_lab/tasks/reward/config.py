@@ -20,6 +20,7 @@ class RewardConfig(TaskSection):
     name: Annotated[Literal["reward"], Field(description="objective")] = "reward"
 
     predicts: ClassVar[bool] = True
+    asked_at: ClassVar[str] = "rewards"
     compares_rows: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("preference",)
     chat: ClassVar[bool] = True

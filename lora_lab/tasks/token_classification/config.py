@@ -22,6 +22,7 @@ class TokenClassificationConfig(TaskSection):
     label_smoothing: LabelSmoothing = 0.0
 
     predicts: ClassVar[bool] = True
+    asked_at: ClassVar[str] = "tokens"
     formats: ClassVar[tuple[str, ...]] = ("token_labels",)
     cuts: ClassVar[bool] = False
 

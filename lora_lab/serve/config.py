@@ -1,0 +1,53 @@
+"""The `serve` section."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated
+
+from pydantic import Field
+
+from lora_lab.schema.sections import section
+
+
+@section
+class ServeConfig:
+    """A server: where it listens, who may ask it, and how much it takes on. Only a command line says it, never a run's folder."""
+
+    host: Annotated[str, Field(min_length=1, description="address to listen on; any but loopback needs serve.keys")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: one that is free")] = 8000
+    keys: Annotated[
+        str | None,
+        Field(min_length=1, description="file of keys, see lora-lab serve add_key=NAME; null: none is needed"),
+    ] = None
+    root: Annotated[
+        str | None,
+        Field(min_length=1, description="folder below which adapters may be loaded while serving; null: none may"),
+    ] = None
+    certificate: Annotated[str | None, Field(min_length=1, description="PEM file of the TLS certificate")] = None
+    certificate_key: Annotated[str | None, Field(min_length=1, description="PEM file of its private key")] = None
+    max_rows: Annotated[int, Field(ge=1, le=4096, description="answers that are written together")] = 32
+    max_waiting: Annotated[int, Field(ge=1, description="requests that wait; further ones are refused")] = 512
+    max_tokens: Annotated[int, Field(ge=1, description="most tokens of an answer that a request may ask for")] = 4096
+    max_texts: Annotated[int, Field(ge=1, description="most rows, prompts or texts of one request")] = 64
+    max_body_bytes: Annotated[int, Field(ge=1024, description="largest body of a request")] = 2**20
+    requests_per_minute: Annotated[int | None, Field(ge=1, description="of one key; null: no limit")] = None
+    tokens_per_minute: Annotated[
+        int | None, Field(ge=1, description="of one key, prompts and answers; null: no limit")
+    ] = None
+    concurrent_requests: Annotated[int | None, Field(ge=1, description="of one key at once; null: no limit")] = None
+    stop_seconds: Annotated[
+        float, Field(ge=0, le=3600, description="how long open answers may go on once the server is told to stop")
+    ] = 30.0
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether nobody outside this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,45 @@
+"""What is counted while serving, as Prometheus reads it. No text, no key: names of keys, routes and adapters only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """Of one server."""
+
+    def __init__(self) -> None:
+        own = self.registry = CollectorRegistry()
+        self.requests = Counter("lora_lab_requests", "Requests that were answered", ("route", "status"), registry=own)
+        self.seconds = Histogram(
+            "lora_lab_request_seconds", "Until a request was answered", ("route",), buckets=_SECONDS, registry=own
+        )
+        self.first_token = Histogram(
+            "lora_lab_first_token_seconds", "Until an answer began", buckets=_SECONDS, registry=own
+        )
+        self.tokens = Counter("lora_lab_tokens", "Tokens that were read and written", ("model", "kind"), registry=own)
+        self.rows = Histogram(
+            "lora_lab_batch_rows", "Answers in a pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=own
+        )
+        self.passes = Counter("lora_lab_passes", "Passes that wrote tokens", registry=own)
+        self.refusals = Counter("lora_lab_refusals", "Requests that were refused", ("reason", "key"), registry=own)
+        self.failures = Counter("lora_lab_failures", "Errors of the server itself", ("kind",), registry=own)
+        self._gauge("lora_lab_memory_bytes", "Memory of the process", lambda: psutil.Process().memory_info().rss)
+
+    def _gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        Gauge(name, meaning, registry=self.registry).set_function(value)
+
+    def watch(self, waiting: Callable[[], int], writing: Callable[[], int], adapters: Callable[[], int]) -> None:
+        """Show how many requests wait, how many answers are being written, and how many adapters there are."""
+        self._gauge("lora_lab_waiting", "Requests that wait", waiting)
+        self._gauge("lora_lab_writing", "Answers that are being written", writing)
+        self._gauge("lora_lab_adapters", "Adapters that are served", adapters)
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self.registry)

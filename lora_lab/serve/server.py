@@ -1,0 +1,162 @@
+"""`lora-lab serve`: from a command line to a server that listens, and to its end."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.config import compose
+from lora_lab.config.compose import chosen, parse_override
+from lora_lab.config.run import all_keys, with_defaults
+from lora_lab.errors import ConfigError
+from lora_lab.runtime import console
+from lora_lab.serve.config import ServeConfig
+from lora_lab.serve.keys import Keys
+
+if TYPE_CHECKING:
+    from lora_lab.config.run import RunConfig
+    from lora_lab.serve.app import Service
+
+_NEEDED = ("starlette", "uvicorn", "prometheus_client")
+
+
+def check_extra() -> None:
+    """
+    Raises:
+        ConfigError: a library of the extra is missing.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"lora-lab serve needs {', '.join(missing)}. pip install 'lora-lab[serve]'")
+
+
+def settings(config: RunConfig, overrides: Sequence[str]) -> ServeConfig:
+    """The `serve` section as the command line says it: a run's folder, which may have been received, opens no ports.
+
+    Args:
+        config: a run's, with the overrides.
+    """
+    told: set[str] = set()
+    for override in map(parse_override, overrides):
+        key = override.key_or_group
+        told |= {f"serve.{name}" for name in chosen(override)} if key == "serve" else {key}
+    untold = [key for key in all_keys() if key.startswith("serve.") and key not in told]
+    return with_defaults(config, untold).serve
+
+
+def check(config: ServeConfig) -> Keys | None:
+    """The keys of a server, once it is certain that it may listen.
+
+    Raises:
+        ConfigError: it would be open to the network without keys, or a file that it needs is not there.
+    """
+    keys = None if config.keys is None else Keys.read(Path(config.keys).expanduser())
+    if keys is None and not config.on_loopback:
+        raise ConfigError(
+            f"serve.host={config.host}: others could reach it, and nobody would need a key. Make one (lora-lab serve add_key=NAME "
+            "serve.keys=keys.json) and name the file: serve.keys=keys.json"
+        )
+    for name in ("certificate", "certificate_key"):
+        file = getattr(config, name)
+        if file is not None and not Path(file).expanduser().is_file():
+            raise ConfigError(f"serve.{name}={file}: no such file.")
+    if config.root is not None and not Path(config.root).expanduser().is_dir():
+        raise ConfigError(f"serve.root={config.root}: no such folder.")
+    return keys
+
+
+def base_config(base: str, overrides: Sequence[str]) -> RunConfig:
+    """What a base alone is served with."""
+    return compose.compose(["model=hub", f"model.path={base}", "quant=none", "data.train=none", *overrides])
+
+
+def prepared(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], serve: ServeConfig) -> Service:
+    """Everything loaded, and the thread that answers at work.
+
+    Args:
+        paths: of runs; none: the base alone.
+        config: the first run's, or the base's.
+        overrides: of the command line.
+    """
+    from lora_lab.serve.app import Service
+    from lora_lab.serve.engine import Engine
+    from lora_lab.serve.metrics import Metrics
+    from lora_lab.serve.shelf import Shelf, open_base, open_run
+
+    opened = [open_run(path, overrides, name) for path, name in zip(paths, names(paths), strict=True)]
+    shelf = Shelf(open_base(opened[0].config if opened else config))
+    for one in opened:
+        shelf.check(one)
+    shelf.start()
+    for one in opened:
+        served = shelf.ready(one)()
+        console.say("adapter", f"{served.name}: {served.exactness}; probes: {served.probes}")
+    metrics = Metrics()
+    engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics)
+    engine.start()
+    return Service(shelf, engine, serve, metrics, overrides)
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """What clients call the runs in these folders: by their last part, and the one before where that is not enough.
+
+    Raises:
+        ConfigError: two would be called the same.
+    """
+    folders = [Path(path).expanduser().resolve() for path in paths]
+    last = [folder.name for folder in folders]
+    found = [
+        folder.name if last.count(folder.name) == 1 and folder.name != "base" else f"{folder.parent.name}-{folder.name}"
+        for folder in folders
+    ]
+    twice = next((name for name in found if found.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"runs: two of them would be called {twice}. Rename a folder.")
+    return found
+
+
+def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        LoraLabError: whatever stands against it, before it listens.
+    """
+    import uvicorn
+
+    from lora_lab.serve.app import build
+    from lora_lab.serve.listening import Server
+
+    told = settings(config, overrides)
+    keys = check(told)
+    service = prepared(paths, config, overrides, told)
+    options: dict[str, Any] = {}
+    if told.certificate is not None and told.certificate_key is not None:
+        options = {
+            "ssl_certfile": str(Path(told.certificate).expanduser()),
+            "ssl_keyfile": str(Path(told.certificate_key).expanduser()),
+        }
+    server = Server(
+        uvicorn.Config(
+            build(service, keys),
+            host=told.host,
+            port=told.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(told.stop_seconds) + 5,
+            **options,
+        ),
+        service,
+        told,
+    )
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's way to say that it could not begin
+        raise ConfigError(
+            f"serve.port={told.port}: {told.host} cannot be listened on there. Choose another port, or the certificate that fits its key."
+        ) from error
+    finally:
+        service.engine.stop(0)
+        service.engine.join(10)
