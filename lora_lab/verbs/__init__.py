@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, resume, shrink, train
+from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, predict, resume, shrink, train
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
@@ -11,6 +11,7 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "plan": plan.VERB,
     "resume": resume.VERB,
     "evaluate": evaluate.VERB,
+    "predict": predict.VERB,
     "merge": merge.VERB,
     "shrink": shrink.VERB,
     "export": export.VERB,
