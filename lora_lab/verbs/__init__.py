@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, predict, resume, shrink, train
+from lora_lab.verbs import (
+    chat,
+    config,
+    data,
+    evaluate,
+    export,
+    merge,
+    methods,
+    plan,
+    predict,
+    resume,
+    runs,
+    shrink,
+    train,
+)
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
@@ -16,6 +30,7 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "shrink": shrink.VERB,
     "export": export.VERB,
     "chat": chat.VERB,
+    "runs": runs.VERB,
     "methods": methods.VERB,
     "config": config.VERB,
 }
