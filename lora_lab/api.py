@@ -193,11 +193,11 @@ class Run:
         return self._opened(overrides).answers(prompts)
 
     def predict(self, rows: Sequence[Mapping[str, Any]], *overrides: str) -> list[dict[str, Any]]:
-        """What the model says of each row, which has the columns of the training rows but no label.
+        """What the model says of each row, which has the columns of the training rows but no label or answer.
 
         classification: `label` and `score` (with `task.multi_label`: `labels` and `scores`); regression: `value`;
-        token_classification: `words` and `tags`; question_answering: `answer`; reward: `reward` of `messages`, or of `prompt` and
-        `completion`.
+        token_classification: `words`, `tags` and `entities`; question_answering, causal_lm and seq2seq: `answer`; reward: `reward` of
+        `messages`, or of `prompt` and `completion`. `lora-lab predict` does it for files.
 
         The model stays loaded for the next call with the same overrides, until `unload`.
 
@@ -208,10 +208,9 @@ class Run:
             ConfigError: the run's task predicts nothing of a row.
             DataError: a row that cannot be used, with its number.
         """
-        if not self.config.task.predicts:
+        if not (self.config.task.predicts or self.config.task.generates):
             raise ConfigError(
-                f"run={self.path}: task={self.config.task.name} predicts nothing of a row by itself. "
-                f"{'Use run.generate.' if self.config.task.generates else 'Use run.evaluate.'}"
+                f"run={self.path}: task={self.config.task.name} predicts nothing of a row by itself. Use run.evaluate."
             )
         return self._opened(overrides).predictions(rows)
 

@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         environment.refuse_several_processes()
         verb = VERBS[args.verb]
-        problem = forms.words(args.overrides, args.verb, composes=verb.takes is None)
+        problem = forms.words(args.overrides, args.verb, composes=verb.composes)
         if problem:
             raise ConfigError(problem)
         _tell_repeated(args.overrides, verb)
@@ -222,6 +222,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         own = [word.name for verb in VERBS.values() for word in verb.words]
         _parser().error(forms.option(unknown[0], argv, args.verb, own))
     args.overrides += rest
+    if bare := VERBS[args.verb].bare:
+        args.overrides = [text if "=" in text else f"{bare}={text}" for text in args.overrides]
     return args
 
 

@@ -410,6 +410,7 @@ def load_model(
             pages.trim()
             # mapped from there, as in later loads, its weights need no memory of their own
             model = _read(files, kind, dtype, quant, device, seed, kept)
+    module: Any
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights in place at the first evaluation, and gradients are lost after
         # that. A frozen base stays as it is.

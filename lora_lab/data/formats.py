@@ -36,6 +36,7 @@ __all__ = [
     "detect",
     "promised",
     "read",
+    "unanswered",
     "unread",
     "weight_of",
 ]
@@ -87,6 +88,7 @@ class Format:
     read: Callable[[dict[str, Any], Sequence[str] | None], Record]  # (values, class names) -> record
     optional: tuple[str, ...] = ()  # that are read where a row has them
     typical: tuple[str, ...] = ()  # of the optional ones: with them the format is preferred to later ones
+    answer: str | None = None  # the column of what is to be said of the others
 
 
 # -- readers ------------------------------------------------------------------------------------------------------------
@@ -377,6 +379,7 @@ def _plain(values: dict[str, Any], _: Any = None) -> Record:
     return Record(text=text)
 
 
+_ANY_ANSWER = "-"
 _SPOKEN_WITH = ("system", "tools", "functions")
 # Detected is the first format whose columns are all there, so the more particular come first.
 FORMATS: dict[str, Format] = {
@@ -390,13 +393,15 @@ FORMATS: dict[str, Format] = {
     ),
     "feedback_messages": Format(("messages", "label"), _feedback, _SPOKEN_WITH),
     "feedback": Format(("prompt", "completion", "label"), _feedback, ("history", *_SPOKEN_WITH)),
-    "prompt_completion": Format(("prompt", "completion"), _prompt_completion, ("history", *_SPOKEN_WITH)),
-    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "history", *_SPOKEN_WITH)),
-    "question_answering": Format(("question", "context", "answers"), _question_answering),
-    "source_target": Format(("source", "target"), _source_target),
-    "token_labels": Format(("tokens", "tags"), _token_labels),
-    "pair_label": Format(("text", "text_pair", "label"), _pair_label),
-    "text_label": Format(("text", "label"), _text_label),
+    "prompt_completion": Format(
+        ("prompt", "completion"), _prompt_completion, ("history", *_SPOKEN_WITH), answer="completion"
+    ),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "history", *_SPOKEN_WITH), answer="output"),
+    "question_answering": Format(("question", "context", "answers"), _question_answering, answer="answers"),
+    "source_target": Format(("source", "target"), _source_target, answer="target"),
+    "token_labels": Format(("tokens", "tags"), _token_labels, answer="tags"),
+    "pair_label": Format(("text", "text_pair", "label"), _pair_label, answer="label"),
+    "text_label": Format(("text", "label"), _text_label, answer="label"),
     "text": Format(("text",), _plain),
 }
 
@@ -438,6 +443,28 @@ def detect(
             f"{ready}.{nearest(missing[0], columns)}"
         )
     return name
+
+
+def unanswered(values: dict[str, Any], of_task: Sequence[str]) -> dict[str, Any]:
+    """A row that may lack its answer, as one that has some: what stands before an answer is what a model is asked.
+
+    Args:
+        of_task: names of the formats that the task can learn from.
+
+    Raises:
+        RowError: `messages` or `conversations` are none.
+    """
+    for column in ("messages", "conversations"):
+        if column in values:
+            turns = turns_of(values[column], column, whole=column == "messages")
+            answered = bool(turns) and turns[-1]["role"] == "assistant"
+            return {**values, column: turns if answered else [*turns, {"role": "assistant", "content": _ANY_ANSWER}]}
+    for name, known in FORMATS.items():
+        if name in of_task and known.answer and {*known.columns} - {known.answer} <= values.keys():
+            context = values.get("context")
+            any_answer = context[:1] if known.answer == "answers" and isinstance(context, str) else _ANY_ANSWER
+            return {**values, known.answer: any_answer}
+    return values
 
 
 def _ready(formats: Sequence[Sequence[str]], columns: Sequence[str], given: dict[str, str] | None) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from lora_lab.config.run import RunConfig
 from lora_lab.data import formats
 from lora_lab.data.encode import Example
 from lora_lab.data.formats import Message, RowError
-from lora_lab.data.sources import Row
+from lora_lab.data.sources import Row, renamed
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.run import takes
 from lora_lab.run.prepared import Trained
@@ -20,6 +20,8 @@ from lora_lab.run.trained import open_trained
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from lora_lab.run.run_dir import RunDir
 
 _NAME, _ROWS = "rows", 16  # what rows are called in messages; how many share a pass
 
@@ -61,12 +63,7 @@ class Answering:
         Raises:
             ConfigError: the run's task neither answers nor predicts.
         """
-        run, config = open_trained(path, takes.CHAT, overrides)
-        if not (config.task.answers if chat else config.task.generates or config.task.predicts):
-            raise ConfigError(
-                f"run={path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
-            )
-        return cls(Trained.of(run, without_rows(config)).loaded())
+        return cls(ready(*open_trained(path, takes.CHAT, overrides), chat).loaded())
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -94,14 +91,95 @@ class Answering:
         Raises:
             DataError: a row that cannot be used.
         """
+        found = self.outcomes([Row(number, dict(row)) for number, row in enumerate(rows, start=1)], _NAME)
+        said = []
+        for one in found:
+            if isinstance(one, DataError):
+                raise one
+            said.append(one)
+        return said
+
+    def outcomes(self, rows: Sequence[Row], name: str) -> list[dict[str, Any] | DataError]:
+        """What the model says of each row, or why it cannot.
+
+        Args:
+            name: what the rows are called in messages.
+        """
         setup = self._live.setup
-        examples = [one for number, row in enumerate(rows, start=1) for one in unlabelled(setup, row, number)]
+        say: Callable[[list[Any]], list[dict[str, Any]]] = (
+            self._generated if setup.config.task.generates else self._predicted
+        )
+        asked: list[Any] = [_asked_or_why(setup, row, name) for row in rows]
+        found = iter(say([one for one in asked if not isinstance(one, DataError)]))
+        return [
+            one if isinstance(one, DataError) else setup.task.of_row(next(found), row.values)
+            for one, row in zip(asked, rows, strict=True)
+        ]
+
+    def _generated(self, prompts: list[str]) -> list[dict[str, Any]]:
+        task: Any = self._live.setup.task  # one that generates
         with self._live.autocast():
-            found = predicted(setup, self._live.model, examples)
-        return [found[origin(number)] for number in range(1, len(rows) + 1)]
+            return [{"answer": text} for text in task.generate(self._live.model, prompts)] if prompts else []
+
+    def _predicted(self, rows: list[list[Example]]) -> list[dict[str, Any]]:
+        setup = self._live.setup
+        named = [
+            dataclasses.replace(example, origin=str(number))
+            for number, examples in enumerate(rows)
+            for example in examples
+        ]
+        with self._live.autocast():
+            found = predicted(setup, self._live.model, named)
+        return [found[str(number)] for number in range(len(rows))]
 
     def _given(self, prompt: str | list[Message], number: int) -> str:
         return given(self._live.setup, prompt, number)
+
+
+def ready(run: RunDir, config: RunConfig, chat: bool = False) -> Trained:
+    """A trained run without rows of its own, before its weights are loaded.
+
+    Args:
+        chat: answers to conversations are wanted.
+
+    Raises:
+        ConfigError: the run's task neither answers nor predicts.
+    """
+    if not (config.task.answers if chat else config.task.generates or config.task.predicts):
+        raise ConfigError(
+            f"run={run.path}: trained for task={config.task.name}, which does not answer. Try lora-lab evaluate."
+        )
+    return Trained.of(run, without_rows(config))
+
+
+def asked(setup: Setup, row: Row, name: str) -> str | list[Example]:
+    """What the model is given for a row without its answer: a prompt, or examples.
+
+    Raises:
+        RowError: the row cannot be used.
+        DataError: its columns are not those that the task reads.
+    """
+    if row.problem is not None:
+        raise RowError("unreadable", row.problem)
+    columns = {ours: theirs for ours, theirs in (setup.config.data.columns or {}).items() if theirs in row.values}
+    values = setup.task.unlabelled(renamed(row, columns).values)
+    section = setup.config.task
+    format_name = formats.detect(f"{name} row {row.number}", list(values), "auto", section.formats)
+    if section.generates:
+        return setup.task.prompt(formats.read(values, format_name))
+    [outcome] = setup.encoder.encode([Row(row.number, values)], name, format_name)
+    if outcome.problem is not None:
+        raise RowError(outcome.problem, outcome.sentence)
+    return [example for example in outcome.examples if not example.copy]
+
+
+def _asked_or_why(setup: Setup, row: Row, name: str) -> str | list[Example] | DataError:
+    try:
+        return asked(setup, row, name)
+    except RowError as error:
+        return DataError(f"{name} row {row.number}: {error}")
+    except DataError as error:
+        return error
 
 
 def unlabelled(setup: Setup, row: Mapping[str, Any], number: int) -> list[Example]:
@@ -110,15 +188,11 @@ def unlabelled(setup: Setup, row: Mapping[str, Any], number: int) -> list[Exampl
     Raises:
         DataError: it cannot be used.
     """
-    try:
-        values = setup.task.unlabelled(dict(row))
-    except RowError as error:
-        raise DataError(f"{origin(number)}: {error}") from error
-    name = formats.detect(origin(number), list(values), "auto", setup.config.task.formats)
-    [outcome] = setup.encoder.encode([Row(number, values)], _NAME, name)
-    if outcome.problem is not None:
-        raise DataError(f"{origin(number)}: {outcome.sentence}")
-    return [example for example in outcome.examples if not example.copy]
+    found = _asked_or_why(setup, Row(number, dict(row)), _NAME)
+    if isinstance(found, DataError):
+        raise found
+    assert not isinstance(found, str), f"task={setup.config.task.name} answers, and predicts nothing"
+    return found
 
 
 def predicted(setup: Setup, model: PeftModel, examples: Sequence[Example]) -> dict[str, dict[str, Any]]:

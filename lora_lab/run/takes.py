@@ -43,5 +43,9 @@ MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
 COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", "hardware", *_MERGE))
 SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))
 EXPORT = Takes("export", (*_PLACE, *_ROWS, *_MERGE, "export"))
+PREDICT = Takes(
+    "predict",
+    (*_PLACE, *_GENERATION, "data.columns", "data.field", "data.sample_by", "data.max_tokens", "data.too_long"),
+)
 CHAT = Takes("chat", (*_PLACE, *_GENERATION))
 SERVE = Takes("serve", (*_PLACE, *_GENERATION, "serve"))

@@ -73,7 +73,9 @@ class Reading(TorchDispatchMode):
         super().__init__()
         self._files, self._read = list(files), 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         try:
             result = func(*args, **(kwargs or {}))
         except Exception as error:

@@ -28,7 +28,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -123,28 +123,53 @@ def write_all(descriptor: int, content: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
+def append_whole(descriptor: int, content: bytes) -> None:
+    """Append all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    size = os.fstat(descriptor).st_size
+    try:
+        write_all(descriptor, content)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all (temporary file, fsync, rename). Signals are delivered after it.
 
     Raises:
         RunError: it cannot be written; what was there before is untouched.
     """
-    with signals.deferred():
-        temporary = descriptor = None
-        try:
-            recover(path.parent, path.name)
-            temporary, descriptor = _temporary_file(path)
-            write_all(descriptor, text.encode("utf-8"))
-            os.fsync(descriptor)
-            os.replace(temporary, path)
-            _fsync(path.parent)
-        except (OSError, ValueError) as error:
-            raise cannot_be_written(path, error) from error
-        finally:
-            if temporary is not None and descriptor is not None:
-                with contextlib.suppress(OSError):  # it was renamed, or a full disk has nothing to lose here
-                    os.unlink(temporary)
-                os.close(descriptor)
+    with signals.deferred(), new_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: it has its name when the block ends well. An existing file of that name is replaced.
+
+    Raises:
+        RunError: it cannot be written; what was there before is untouched.
+    """
+    temporary = descriptor = None
+    try:
+        recover(path.parent, path.name)
+        temporary, descriptor = _temporary_file(path)
+        with open(descriptor, "wb", closefd=False) as file:
+            yield file
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except (OSError, ValueError) as error:
+        raise cannot_be_written(path, error) from error
+    finally:
+        if temporary is not None and descriptor is not None:
+            with contextlib.suppress(OSError):  # it was renamed, or a full disk has nothing to lose here
+                os.unlink(temporary)
+            os.close(descriptor)
 
 
 def _temporary_file(path: Path) -> tuple[Path, int]:

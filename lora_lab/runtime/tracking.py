@@ -50,7 +50,7 @@ class MetricsLog:
         try:
             descriptor = storage.open_own(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
-                _append_whole(descriptor, content)
+                storage.append_whole(descriptor, content)
                 self.unwritten, self.problem = [], None
                 if durable:
                     os.fsync(descriptor)
@@ -126,20 +126,6 @@ def _parsed(row: bytes) -> dict[str, Any] | None:
     if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
         return None
     return line if all(isinstance(value, (int, float, NoneType)) for value in line.values()) else None
-
-
-def _append_whole(descriptor: int, content: bytes) -> None:
-    """Append all of it or nothing.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    size = os.fstat(descriptor).st_size
-    try:
-        storage.write_all(descriptor, content)
-    except OSError:
-        os.ftruncate(descriptor, size)
-        raise
 
 
 def _steps(numbers: list[int]) -> str:

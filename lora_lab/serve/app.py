@@ -295,7 +295,8 @@ class Service:
         found = await asyncio.wrap_future(self.engine.predict(served, examples))
         tokens = sum(example.num_tokens for example in examples)
         self._count(request, served, tokens, 0)
-        rows = [found[origin(number)] for number in range(1, len(asked.rows) + 1)]
+        of_row = served.setup.task.of_row
+        rows = [of_row(found[origin(number)], row) for number, row in enumerate(asked.rows, start=1)]
         said = {"object": "list", "data": rows, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
         return JSONResponse(
             {**said, "model": served.name, "lora_lab": self._who(served)}, headers=self._headers(served)

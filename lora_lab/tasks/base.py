@@ -17,6 +17,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
+from lora_lab.data.formats import Record
 from lora_lab.errors import BaseModelError, NoRoomError
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.isolation import tail
@@ -331,7 +332,7 @@ class Task(Generic[Section, B]):
         return Predictions(examples, kept, predicted.numpy(), batch.targets.cpu().numpy())
 
     def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row that has no label, with any label that the encoder takes: what is predicted does not depend on it.
+        """A row that has no label, or no answer, with any that is read: what is predicted does not depend on it.
 
         Raises:
             RowError: a column is missing.
@@ -344,6 +345,18 @@ class Task(Generic[Section, B]):
         the same row."""
         batch = self.collate(examples, np.random.default_rng(0)).to(model.device)
         return self.said(self.observed(examples, self.logits(model, batch), batch))
+
+    def of_row(self, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        """What was said of a row, with what can only be told beside the row as it was given."""
+        return found
+
+    def prompt(self, record: Record) -> str:
+        """What a model that generates is given for a row, of `unlabelled`: all before its answer.
+
+        Raises:
+            RowError: it cannot be asked.
+        """
+        raise NotImplementedError
 
     def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
         """`predict`, of what was observed."""

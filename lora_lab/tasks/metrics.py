@@ -258,6 +258,23 @@ def entities(targets: list[list[str]], predicted: list[list[str]]) -> tuple[dict
     return metrics, {"per_type": per_type}
 
 
+def entities_in(tags: list[str]) -> list[dict[str, Any]]:
+    """The entities that tags mark: `type` ('' without one), and the places of their `first` and `last` token.
+
+    By seqeval, as in `entities`.
+
+    Raises:
+        ValueError: a tag of another form.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    [inside] = _inside_as_i([tags])
+    return [
+        {"type": kind if kind != "_" else "", "first": first, "last": last}
+        for kind, first, last in get_entities(inside)
+    ]
+
+
 @reports(higher=("exact_match", "f1"))
 def squad(predictions: list[str], answers: list[list[str]], language: Language) -> dict[str, float]:
     """Short answers against every answer that is right, by torchmetrics' form of the SQuAD script.

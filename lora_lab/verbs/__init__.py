@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from lora_lab.verbs import chat, config, data, evaluate, export, merge, methods, plan, resume, serve, shrink, train
+from lora_lab.verbs import (
+    chat,
+    config,
+    data,
+    evaluate,
+    export,
+    merge,
+    methods,
+    plan,
+    predict,
+    resume,
+    runs,
+    serve,
+    shrink,
+    train,
+)
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
@@ -11,11 +26,13 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "plan": plan.VERB,
     "resume": resume.VERB,
     "evaluate": evaluate.VERB,
+    "predict": predict.VERB,
     "merge": merge.VERB,
     "shrink": shrink.VERB,
     "export": export.VERB,
     "chat": chat.VERB,
     "serve": serve.VERB,
+    "runs": runs.VERB,
     "methods": methods.VERB,
     "config": config.VERB,
 }

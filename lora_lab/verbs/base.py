@@ -37,6 +37,8 @@ class Verb:
     run: Callable[[Told], int]  # its exit code
     takes: Takes | None = None  # what it may be told about a trained run; None: it composes a whole configuration
     arguments: tuple[Option | Word, ...] = ()  # its own, beside key=value
+    filters: bool = False  # what is said of the configuration is looked for, and composes none
+    bare: str = ""  # the word of its own that a value without a name is for
     output_is_all: bool = False  # its output is all that it is for, so that losing it is a failure
     exit_1: str = ""  # what exit code 1 says of it; '': a bug, as everywhere
     others: tuple[str, ...] = ()  # what other tools call it
@@ -45,7 +47,12 @@ class Verb:
     def options(self) -> list[Option]:
         own = [one for one in self.arguments if isinstance(one, Option)]
         composing = Option("--config-dir", metavar="DIR", help="a folder with your own groups and recipes")
-        return own if self.takes is not None else [composing, *own]
+        return [composing, *own] if self.composes else own
+
+    @property
+    def composes(self) -> bool:
+        """Whether it composes a whole configuration."""
+        return self.takes is None and not self.filters
 
     @property
     def words(self) -> list[Word]:

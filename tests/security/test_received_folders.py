@@ -108,7 +108,7 @@ def sealed(folder: Path, content: dict) -> Path:
     """A folder whose manifest matches its own checksum, whatever it says."""
     folder.mkdir(parents=True)
     (folder / "a").write_text("a")
-    text = storage.dump_json({**content, "manifest_sha256": storage._digest(content)})
+    text = storage.dump_json({**content, "manifest_sha256": storage.digest(content)})
     (folder / storage.MANIFEST).write_text(text)
     return folder
 

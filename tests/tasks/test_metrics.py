@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from lora_lab.tasks import metrics as module
-from lora_lab.tasks.metrics import classification, entities, multi_label, overlap, perplexity, regression, squad
+from lora_lab.tasks.metrics import (
+    classification,
+    entities,
+    entities_in,
+    multi_label,
+    overlap,
+    perplexity,
+    regression,
+    squad,
+)
 
 NAMES = ["a", "b", "c"]
 
@@ -169,6 +178,17 @@ def test_entities_by_hand():
             "PER": {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "entities": 1},
         }
     }
+
+
+def test_entities_have_places():
+    tags = ["B-PER", "M-PER", "E-PER", "O", "S-LOC", "B-ORG", "B-ORG", "I-ORG"]
+    assert entities_in(tags) == [
+        {"type": kind, "first": first, "last": last}
+        for kind, first, last in (("PER", 0, 2), ("LOC", 4, 4), ("ORG", 5, 5), ("ORG", 6, 7))
+    ]
+    assert entities_in(["O", "B", "I"]) == [{"type": "", "first": 1, "last": 2}]
+    with pytest.raises(ValueError, match="tag 'NOUN'"):
+        entities_in(["NOUN"])
 
 
 def test_entities_equal_seqeval():

@@ -936,6 +936,14 @@ def _scored(case: str, rows: list[dict], run: lora_lab.Run) -> tuple[str, float]
         return "mse", float(np.mean([(one["value"] - row["label"]) ** 2 for one, row in zip(found, rows, strict=True)]))
     if case.startswith("token_classification"):
         assert [one["words"] for one in found] == [row["tokens"] for row in rows]
+        texts = [" ".join(row["tokens"]) for row in rows]
+        for text, one, other in zip(texts, run.predict([{"text": text} for text in texts]), found, strict=True):
+            assert one["tags"] == other["tags"]
+            assert [{**entity, "text": text[entity["start"] : entity["end"]]} for entity in one["entities"]] == one[
+                "entities"
+            ]
+            words = [" ".join(one["words"][entity["first"] : entity["last"] + 1]) for entity in one["entities"]]
+            assert words == [entity["text"] for entity in one["entities"]]
         scores, _ = metrics.entities([row["tags"] for row in rows], [one["tags"] for one in found])
         return "f1", scores["f1"]
     scores = metrics.squad([one["answer"] for one in found], [row["answers"]["text"] for row in rows], "en")

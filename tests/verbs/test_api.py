@@ -102,6 +102,9 @@ def test_answers_are_those_of_chat(run, capsys):
     model = run._answering
     assert run.generate(prompts[1:]) == answers[1:]  # alone as together
     assert run.generate([[{"role": "user", "content": prompts[0]}]]) == answers[:1]
+    assert run.predict([{"prompt": prompts[0]}, {"text": prompts[1]}]) == [{"answer": answer} for answer in answers]
+    asked = [{"role": "user", "content": prompts[0]}, {"role": "assistant", "content": "known"}]
+    assert run.predict([{"messages": asked}, {"messages": asked[:1]}]) == [{"answer": answers[0]}] * 2
     assert run._answering is model
     for prompt, answer in zip(prompts, answers, strict=True):
         capsys.readouterr()
@@ -127,6 +130,9 @@ def test_texts_are_made_of_texts(tmp_path, capsys):
     run = lora_lab.train(config)
     answers = run.generate(["red green blue", "one two"])
     assert run.generate(["one two"]) == answers[1:]
+    assert run.predict([{"source": "red green blue", "target": "one"}, {"text": "one two"}]) == [
+        {"answer": answer} for answer in answers
+    ]
     with pytest.raises(DataError, match="prompt 1: this run turns one text into another"):
         run.generate([[{"role": "user", "content": "red"}]])
     with pytest.raises(DataError, match="prompt 2: the text is nothing but the tokenizer's own marks"):

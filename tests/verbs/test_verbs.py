@@ -22,7 +22,7 @@ from lora_lab.verbs.base import RUN, Option, Told, Verb, Word, run_folder
 from tests.conftest import fails
 
 ON_RUN = [name for name, verb in VERBS.items() if verb.takes is not None]
-COMPOSING = [name for name, verb in VERBS.items() if verb.takes is None]
+COMPOSING = [name for name, verb in VERBS.items() if verb.composes]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,9 @@ def test_examples_can_be_typed(name, begun, tmp_path, monkeypatch, capsys):
         assert line[0] == name
         args = cli._parse(line)
         told = Told.of(name, verb, args.overrides, args)
-        if verb.takes is None:
+        if verb.filters:
+            [compose.parse_override(text) for text in told.overrides]
+        elif verb.takes is None:
             if told.overrides:
                 compose.compose(told.overrides, args.config_dir, multirun=getattr(args, "multirun", False))
         elif told.words.get("merge.adapters"):

@@ -14,6 +14,7 @@ from lora_lab.data.chat import ChatEncoder
 from lora_lab.data.collate import PackedBatch, join, pack
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoder, Example
+from lora_lab.data.formats import Record, promised, unanswered
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import Answer, EvalResult, LossSum, Packed, Pass, Predictions, Section, Task
@@ -154,6 +155,14 @@ class CausalLM(DecoderTask[CausalLMConfig]):
         return self.encoder.template.text(
             messages[:first] + shots + messages[first:], row.tools, add_generation_prompt=True
         )
+
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A conversation, a prompt or a text to say something of, with an answer behind it."""
+        return unanswered(row, self.config.formats)
+
+    def prompt(self, record: Record) -> str:
+        messages = promised(record.messages)
+        return self.encoder.prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, record.tools)
 
     def generate(self, model: PeftModel, prompts: list[str], title: str | None = None, **options: Any) -> list[str]:
         """Answers to rendered prompts (greedy or by beams, unless `options`, transformers' own, say otherwise)."""

@@ -14,7 +14,7 @@ from lora_lab.data.collate import PlacedBatch, pad
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example
-from lora_lab.data.formats import Record, RowError
+from lora_lab.data.formats import Record, RowError, unanswered
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import TRIED_TOKENS, Answer, EvalResult, PaddedTask, Predictions, logits_at
@@ -134,6 +134,15 @@ class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
         answers = [Answer(row["source"], row["target"], text) for row, text in zip(rows, texts, strict=True)]
         scores = metrics.overlap(texts, [row["target"] for row in rows], self.config.language)
         return EvalResult(scores, answers)
+
+    def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A source, which may be called `text`, with a target."""
+        return unanswered({"source": row["text"]} if row.keys() == {"text"} else row, self.config.formats)
+
+    def prompt(self, record: Record) -> str:
+        if record.text is None:
+            raise RowError("not text", "this run turns one text into another. Give a text, not messages.")
+        return self.encoder.cleaned(record.text)
 
     def generate(self, model: PeftModel, sources: list[str], title: str | None = None, **options: Any) -> list[str]:
         """Targets generated for sources (greedy or by beams, unless `options`, transformers' own, say otherwise)."""

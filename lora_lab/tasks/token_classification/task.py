@@ -16,6 +16,7 @@ from lora_lab.data.columns import TEXTS, TOKENS
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, promised
+from lora_lab.data.values import decoded
 from lora_lab.errors import DataError
 from lora_lab.tasks import metrics
 from lora_lab.tasks.base import EvalResult, Predictions
@@ -23,6 +24,7 @@ from lora_lab.tasks.classification.task import ClassTask
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]")
 _ENTITY = re.compile(r"[BIESM](-.+)?")  # begin, inside, end, single, middle (as inside)
 
 
@@ -121,15 +123,41 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
         return dataclasses.replace(short, own={**short.own, "labels": example["labels"][-count:]})
 
     def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:
-        words = row.get("tokens")
-        return {**row, "tags": [self.labels[0]] * len(words) if isinstance(words, list) else []}
+        """`tokens`, or a `text`, whose words and signs are taken apart; each Chinese or Japanese sign is a word."""
+        if "tokens" not in row and isinstance(row.get("text"), str):
+            row = {**row, "tokens": _WORDS.findall(row["text"])}
+        words = decoded(row.get("tokens"), "tokens")
+        return {**row, "tokens": words, "tags": [self.labels[0]] * len(words) if isinstance(words, list) else []}
 
     def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
-        """`words` and their `tags`."""
+        """`words` and their `tags`; where tags mark entities, `entities`: `type`, and the places of the `first` and `last` word."""
         return [
-            (1.0, {"words": list(example["words"]), "tags": tags})
+            (1.0, {"words": list(example["words"]), "tags": tags} | self._entities(tags))
             for example, tags in zip(seen.examples, self._tags(seen), strict=True)
         ]
+
+    def _entities(self, tags: list[str]) -> dict[str, Any]:
+        return {"entities": metrics.entities_in(tags)} if self._marks_entities else {}
+
+    @property
+    def _marks_entities(self) -> bool:
+        return all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels)
+
+    def of_row(self, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        """Entities with their `text` and the characters where it is: `start`, and `end` behind it."""
+        if "entities" not in found or not isinstance(row.get("text"), str) or "tokens" in row:
+            return found
+        text, place, places = row["text"], 0, []
+        for word in found["words"]:
+            start = text.index(word, place)
+            place = start + len(word)
+            places.append((start, place))
+        entities = [
+            {**one, "text": text[places[one["first"]][0] : places[one["last"]][1]],
+             "start": places[one["first"]][0], "end": places[one["last"]][1]}
+            for one in found["entities"]
+        ]  # fmt: skip
+        return {**found, "entities": entities}
 
     def _tags(self, seen: Predictions) -> list[list[str]]:
         """The predicted tag of each word; a word without a token has none but O."""
@@ -147,7 +175,7 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
         """By seqeval's definition of entities; without entities (parts of speech) by word."""
         targets = [example["tags"] for one in seen for example in one.examples]
         predicted = [tags for one in seen for tags in self._tags(one)]
-        if all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels):
+        if self._marks_entities:
             scores, details = metrics.entities(targets, predicted)
         else:
             number = {label: place for place, label in enumerate(self.labels)}
