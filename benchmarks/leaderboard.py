@@ -35,7 +35,7 @@ _RESULTS = ROOT / "benchmarks" / "results" / "leaderboard.json"
 _DOCUMENT = ROOT / "docs" / "leaderboard.md"
 _RATES = (1e-3, 4e-3, 1.6e-2)
 _TUNED_WITH, _SEEDS = 0, (1, 2, 3)
-_AT_ONCE = 6  # methods in one process at a time
+_AT_ONCE = 5  # methods in one process at a time
 _COMMON = [
     "quant=none", "model.dtype=float32", "export.targets=[]", "tracker=none", "hardware=cpu", "train.keep_best=false", "data.check=off",
     "train.eval_steps=1000000", "train.save_steps=1000000", "data.eval_ratio=null", "train.max_steps=null", "train.epochs=1",
@@ -51,15 +51,16 @@ class Set:
     rows: tuple[int, int, int]
     metric: str  # that is reported; "loss" is always
     more: list[str]
+    longest: int | None = None  # characters of a line; longer ones are left out
 
 
 SETS = {
     "sentiment": Set(
-        "sentiment", ("sst2/train.jsonl", "sst2/validation.jsonl", "sst2/test.jsonl"), (400, 200, 400), "accuracy",
+        "sentiment", ("sst2/train.jsonl", "sst2/validation.jsonl", "sst2/test.jsonl"), (1280, 300, 600), "accuracy",
         ["train.batch_size=16", "data.max_train_rows=null"],
     ),
     "instructions": Set(
-        "assistant", ("alpaca_en_1k/train.jsonl",) * 3, (64, 24, 24), "loss", ["train.batch_size=8", "data.max_tokens=128"],
+        "assistant", ("alpaca_en_1k/train.jsonl",) * 3, (96, 32, 60), "loss", ["train.batch_size=4", "data.max_tokens=128"], longest=200,
     ),
 }  # fmt: skip
 LIKE = {  # settings by which a method has about the parameters of LoRA with rank 4; others have what their defaults give
@@ -161,7 +162,8 @@ def _write_rows(data: Set, folder: Path) -> list[Path]:
     for name, source, count in zip(("train", "development", "test"), data.files, data.rows, strict=True):
         lines = (root / source).read_text(encoding="utf-8").splitlines()
         random.Random(0).shuffle(lines)
-        chosen = [line for line in dict.fromkeys(lines) if line not in taken][:count]
+        fitting = [line for line in dict.fromkeys(lines) if data.longest is None or len(line) <= data.longest]
+        chosen = [line for line in fitting if line not in taken][:count]
         taken |= {*chosen}
         files.append(folder / f"{name}.jsonl")
         files[-1].write_text("\n".join(chosen) + "\n", encoding="utf-8")
@@ -208,6 +210,10 @@ with little, not how far it can come.
 - **told apart**: whether that interval leaves out zero. With {count} comparisons a few would by chance alone.
 - **step**, **memory**: time of a step as a multiple of LoRA's in the same process; MiB for adapter, gradients and optimizer.
 - A rate in *italics* is the lowest or highest that was tried, so a better one may lie beyond.
+
+**What it says**: of the methods that are as large as LoRA, none is better on both sets beyond chance, and several are worse at these rates
+on one. DoRA cannot be told from LoRA and takes 1.3 times as long. LoKr and IA3 come as far with a sixth to an eighth of the parameters. The
+order within a set is not the order of the other: three seeds and some hundred rows decide little.
 """
 
 

@@ -145,8 +145,11 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
-    # some methods let peft train one adapter only; `set_adapter` trains whichever it is. A prompt's network is not made then
-    config.inference_mode = isinstance(model, PeftModel) and not config.is_prompt_learning
+    # some methods let peft train one adapter only, so of those that are there only one may say that it trains; `set_adapter` trains
+    # whichever it is. A prompt's network is not made then
+    others = [*model.peft_config.values()] if isinstance(model, PeftModel) else []
+    for one in (*others[1:], config):
+        one.inference_mode = bool(others) and not one.is_prompt_learning
     if hasattr(config, "fan_in_fan_out"):  # as this base lies, not another
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     try:
@@ -162,7 +165,8 @@ def _put(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str, seed
     except (ValueError, NotImplementedError) as error:
         raise AdapterError(f"adapter: peft refuses it on this base ({error}).") from error
     model.set_adapter(name)
-    config.inference_mode = False
+    for one in (*others, config):
+        one.inference_mode = False
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     return model

@@ -15,6 +15,7 @@ from lora_lab.config import compose
 from lora_lab.errors import Interrupted
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
+from lora_lab.sweep import cohort, jobs
 from lora_lab.training.batches import plan_of
 from tests.adapters.test_adapters import adapter_bytes
 from tests.conftest import fails
@@ -109,3 +110,15 @@ def test_a_schedule_that_leaves_nothing_is_refused(told, says, overrides, capsys
     plain = [text for text in overrides if not text.startswith("adapter.")]
     assert says in " ".join(fails(["train", *plain, *TOLD, *told], capsys).split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_a_sweep_over_its_rates_is_each_alone(config_for):
+    """peft trains one, and there are three."""
+    rates = ("optim.lr=0.01", "optim.lr=0.002", "optim.lr=0.005")
+    found = jobs.jobs_of([config_for(f"sweep/{place}", rate) for place, rate in enumerate(rates)])
+    cohort.train(found)
+    for place, (job, rate) in enumerate(zip(found, rates, strict=True)):
+        assert job.error is None
+        alone = pipeline.train(config_for(f"alone{place}", rate))
+        assert adapter_bytes(job.run) == adapter_bytes(alone)
