@@ -31,6 +31,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from lora_lab.verify import layers
+
 CARD = torch.device("cuda:0")
 _TOLD = torch.device("xla:0")  # what C++ is told instead
 _BLOCK = 512  # bytes: torch's allocator rounds up to whole ones
@@ -406,6 +408,7 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         Card(mode, size) as card,
         _put(torch.cuda, "synchronize", lambda *_: card._wait("read")),
         _put(FakeTensor, "tolist", _listed),
+        _put(layers._Pass, "run", lambda thread: _run_there(thread, mode, card)),
         _put(torch.cuda, "reset_peak_memory_stats", lambda *_: None),
         _put(torch.cuda, "max_memory_allocated", lambda *_: card.peak),
         _put(torch.cuda, "max_memory_reserved", lambda *_: card.peak),
@@ -413,6 +416,15 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         _Functions(),
     ):
         yield card
+
+
+_run = layers._Pass.run
+
+
+def _run_there(thread: layers._Pass, mode: FakeTensorMode, card: Card) -> None:
+    """A pass in a thread of its own, which begins without modes."""
+    with mode, card, _Functions():
+        _run(thread)
 
 
 class Precision:

@@ -14,12 +14,13 @@ import torch
 from lora_lab.adapters import prompts
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.adapters.base import Step
-from lora_lab.base import embeddings
+from lora_lab.base import embeddings, load
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch
 from lora_lab.export import targets
 from lora_lab.fast import apply
+from lora_lab.merge.merge import judged_on
 from lora_lab.plan import card, memory, skeletons
 from lora_lab.plan.card import CARD, Card, Precision
 from lora_lab.plan.memory import Memory
@@ -28,7 +29,7 @@ from lora_lab.tasks import generation
 from lora_lab.tasks.base import StepBatches
 from lora_lab.training import oom
 from lora_lab.training.cohort import Share, learn
-from lora_lab.verify import layers
+from lora_lab.verify import layers, parity
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,9 +37,17 @@ if TYPE_CHECKING:
     from lora_lab.tasks.base import AnyTask
 
 _STEPS = 1000  # of a run, for methods whose updates depend on it
-Trial = Callable[
-    ["PeftModel", Precision], None
-]  # what a run makes sure of before it trains; it replaces the model's modules
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRows:
+    """What a run does with its own rows, beside the passes that all runs have."""
+
+    trial: Callable[
+        [PeftModel, Precision], None
+    ]  # what it makes sure of before it trains; it replaces the model's modules
+    prompts: list[int]  # tokens of each that the model answers
+    judged: parity.Probe  # that a merge is judged on
 
 
 def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int) -> Memory:
@@ -54,7 +63,10 @@ def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int) ->
                 own.task.forward.together = together
             live.accelerate()
 
-    return estimate(setup.config, setup.base, setup.kind, own.task, train, evaluation, size, trial)
+    asks: Any = own.task  # only some tasks let a decoder answer
+    answered = setup.held_out is not None and hasattr(asks, "prompt_tokens")
+    rows = OwnRows(trial, asks.prompt_tokens(setup.held_out) if answered else [], judged_on(own))
+    return estimate(setup.config, setup.base, setup.kind, own.task, train, evaluation, size, rows)
 
 
 def estimate(
@@ -65,7 +77,7 @@ def estimate(
     train: Batch,
     evaluation: Batch | None,
     size: int = 0,
-    trial: Trial | None = None,
+    rows: OwnRows | None = None,
 ) -> Memory:
     """Predict the peak memory of a training run in tensors on a card, as torch's allocator counts them.
 
@@ -75,7 +87,7 @@ def estimate(
         train: the largest batch of a forward pass; what it holds does not matter, see `memory.blank`.
         evaluation: the same in evaluation; None without held-out rows.
         size: bytes that are free on the card, a share of which is used to keep dequantized weights; 0: of no card that is known.
-        trial: see `of_setup`; None: the accelerations are taken without trying them.
+        rows: see `of_setup`; None: the accelerations are taken without trying them, nothing is generated, and a merge is its weights alone.
     """
     stored, unquantized = skeletons.stored(config, base, kind)
     precision = Precision(config.model.dtype)
@@ -86,7 +98,7 @@ def estimate(
             torch.empty(skeletons.largest_layer(stored), dtype=getattr(torch, config.model.dtype), device=CARD)
             if config.hardware.offload_embeddings:
                 embeddings.offload(stored)
-            model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
+        model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
         if config.train.gradient_checkpointing:
             oom.recompute(model, config.train.recompute_every, config.train.offload_activations)
         parameters = trainable(model)
@@ -96,7 +108,7 @@ def estimate(
         optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters.values())
         before = there.allocated
         with there.phase("trial"):
-            _try(model, config, task, train, trial, precision)
+            _try(model, config, task, train, rows, precision)
         learner = _learner(model, config, task, there)
         with there.phase("train"):
             resting = there.allocated
@@ -108,26 +120,32 @@ def estimate(
                 found = task.loss(model.eval(), batch)
                 task.observed([], found.logits, batch)
                 del found
-            rows = getattr(config.task, "generate_rows", 0)
-            if rows and not config.task.encoder_decoder:
-                prompt, new = max(evaluation.lengths), config.task.max_new_tokens
-                free, _ = torch.cuda.mem_get_info()
-                most = generation.room(model, free, config.task.num_beams) // (prompt + new)
-                with there.phase("generation"), precision.autocast():
-                    _generate(model, task, max(1, min(rows, generation.ROWS, most)), prompt, new)
+        if rows is not None and rows.prompts:
+            prompt, new = max(rows.prompts), config.task.max_new_tokens
+            free, _ = torch.cuda.mem_get_info()
+            most = generation.room(model, free, config.task.num_beams) // (prompt + new)
+            together = max(1, min(len(rows.prompts), generation.ROWS, most))
+            with there.phase("generation"), precision.autocast():
+                _generate(model.eval(), task, together, prompt, new)
+        merged = targets.needs_merged(config.export.targets)
+        if merged and rows is not None:
+            with there.phase("merge"):  # first what the trained model says
+                parity.logits(model.eval(), _longest(rows.judged), CARD, precision.autocast)
         kept = max(there.allocated - before - optimizer, 0)
     phases = dict(there.peaks)
-    if targets.needs_merged(config.export.targets):
-        whole, layered = skeletons.for_merging(stored, unquantized, getattr(torch, config.export.dtype).itemsize)
-        phases["merge"] = whole if layers.fits(whole, size) else layered
+    whole, layered = skeletons.for_merging(stored, unquantized, getattr(torch, config.export.dtype).itemsize)
+    fits = layers.fits(whole, size)
+    if merged:
+        own = (whole if fits else layered) if rows is None else _merge(config, base, kind, rows.judged, size, fits)
+        phases["merge"] = max(phases.get("merge", 0), own)
     return Memory(frozen, kept, 0, adapter, gradients, optimizer, activations, 0, 0, 0, phases)
 
 
 def _try(
-    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, trial: Trial | None, precision: Precision
+    model: PeftModel, config: RunConfig, task: AnyTask, batch: Batch, rows: OwnRows | None, precision: Precision
 ) -> None:
-    if trial is not None:
-        trial(model, precision)
+    if rows is not None:
+        rows.trial(model, precision)
         return
     batch = batch.to(CARD)
     with precision.autocast():
@@ -161,6 +179,36 @@ def _learn(learner: Any, batch: Batch, precision: Precision) -> None:
     config.adapter.before_update(step)
     config.adapter.after_update(step)
     model.zero_grad()
+
+
+def _longest(judged: parity.Probe) -> parity.Probe:
+    """Of the rows the one that takes the most."""
+    place = max(range(len(judged.examples)), key=lambda one: judged.examples[one].num_tokens)
+    return dataclasses.replace(judged, examples=[judged.examples[place]], passes=[judged.passes[place]])
+
+
+def _merge(config: RunConfig, base: BaseFiles, kind: ModelKind, judged: parity.Probe, size: int, whole: bool) -> int:
+    """Bytes that the unquantized base with the adapter takes while rows go through it.
+
+    Args:
+        whole: it is on the card as a whole, and rows go through it one after another; else layer by layer, all rows at once.
+    """
+    dtype = getattr(torch, config.export.dtype)
+    model = load.skeleton(base.folder, kind, config.export.dtype)
+    if not whole:
+        skeletons.on_host(model, dtype)
+    with card.pretended(size) as there:
+        if whole:
+            skeletons.give_storage(model, there.mode, CARD)
+            there.hold(skeletons.tensors(model))
+        adapted = attach(model, config.adapter, ADAPTER, kind, config.seed).eval()
+        waiting = sum(one.num_tokens for one in judged.examples) - _longest(judged).examples[0].num_tokens
+        width = getattr(model.config.get_text_config(), "hidden_size", 0)
+        with there.phase("merge"), contextlib.redirect_stdout(io.StringIO()):
+            held = None if whole else torch.empty(waiting, width, dtype=dtype, device=CARD)
+            parity.logits(adapted, _longest(judged), CARD)
+            del held
+    return there.peaks["merge"]
 
 
 def _generate(model: PeftModel, task: AnyTask, rows: int, tokens: int, new: int) -> None:

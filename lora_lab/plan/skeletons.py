@@ -119,6 +119,18 @@ def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
             yield scales
 
 
+def on_host(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model on the meta device tensors in main memory that take none of it: they are one zero."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
 def nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 

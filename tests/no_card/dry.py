@@ -34,14 +34,15 @@ from transformers.core_model_loading import dot_natural_key
 from lora_lab.adapters.attach import attach
 from lora_lab.base import embeddings
 from lora_lab.config.run import RunConfig
+from lora_lab.merge import bases
 from lora_lab.merge.merge import judged_on
 from lora_lab.plan import card, skeletons
 from lora_lab.plan.card import CARD, Card, Precision, Wait
-from lora_lab.run import prepared, run_dir
+from lora_lab.run import pipeline, prepared, run_dir
 from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.training import checkpoint, cohort, loop
 from lora_lab.training.cohort import Member, Share
-from lora_lab.verify import layers, parity
+from lora_lab.verify import parity
 
 T = TypeVar("T")
 
@@ -115,17 +116,25 @@ class Dry:
         return called
 
     def merge(self) -> None:
-        """What the unquantized base with the adapter says of the rows that a merge is judged on, layer by layer, as on a card that it does
-        not fit on; nothing of what was trained is there any more."""
+        """What the trained model says of the rows that a merge is judged on, and the unquantized base with the adapter: as a whole where it
+        fits on the card, else layer by layer; nothing of what was trained is there then."""
         setup = self.live.setup
+        with self.phase("merge"):
+            pipeline._as_trained(self.live)
         self.members.clear()
         self.live.close()
         gc.collect()
         rows = judged_on(setup)
-        base = _in_files(setup.skeleton(), getattr(torch, setup.config.export.dtype))
+        base = setup.skeleton()
+        if bases.as_a_whole(setup):
+            base = base.to(getattr(torch, setup.config.export.dtype))
+            skeletons.give_storage(base, self.card.mode, CARD)
+            self.card.hold(skeletons.tensors(base))
+        else:
+            with _disable_current_modes():
+                skeletons.on_host(base, getattr(torch, setup.config.export.dtype))
         model = attach(base, setup.config.adapter, ADAPTER, setup.kind, 0).eval()
-        with self.phase("merge"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "_Pass", type("_Pass", (_PassOnCard,), {"card": self.card}))
+        with self.phase("merge"):
             parity.logits(model, rows, CARD)
 
 
@@ -161,6 +170,7 @@ def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
             embeddings.offload(base)
         with dry.phase("trial"):
             dry.live = live = setup.on(base, dict(zip(names, configs, strict=True)))
+        del base
         dry.members = [_member(name, one, live) for name, one in zip(names, configs, strict=True)]
         try:
             yield dry
@@ -190,30 +200,6 @@ def _load(setup: Setup, stored: PreTrainedModel) -> None:
             held.append(functional.int8_vectorwise_quant(came.half()))
         else:
             held.append(came)
-
-
-def _in_files(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose weights are on the host, and take no memory there."""
-    with _disable_current_modes():
-        for module in model.modules():
-            for name, weight in module._parameters.items():
-                if weight is not None:
-                    zeros = torch.zeros((), dtype=dtype).expand(weight.shape)
-                    module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    return model
-
-
-class _PassOnCard(layers._Pass):
-    """A thread of its own in which the card is there too."""
-
-    card: Card
-
-    def run(self) -> None:
-        with self.card.mode, self.card, card._Functions():
-            super().run()
 
 
 def _member(name: str, config: RunConfig, live: Live) -> Member:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
+from transformers import LlamaConfig
 
 from lora_lab import cli
 from lora_lab.base import load, quantized
@@ -13,11 +15,12 @@ from lora_lab.config import compose
 from lora_lab.plan import memory, on_card, plan
 from lora_lab.plan.card import PRODUCTS_BYTES
 from lora_lab.run import prepared
-from tests.conftest import make_base, write_jsonl
+from tests.conftest import make_base, make_tokenizer, write_jsonl
 from tests.no_card.dry import loaded
 from tests.no_card.dry import on_card as made_ready
 
 _PHASES = {"load": "load", "trial": "trial", "train": "step 2", "evaluation": "evaluation"}
+_ALL = {**_PHASES, "generation": "generation", "merge": "merge"}
 _SIZE = 24 * 2**30
 
 
@@ -79,6 +82,73 @@ def test_the_plan_is_what_a_run_takes(config_on):
 )
 def test_the_plan_is_what_a_run_takes_with(config_on, more):
     _equal(config_on(*more))
+
+
+def described(folder, **shape):
+    """A base that is known by its `config.json` and its tokenizer alone."""
+    tokenizer = make_tokenizer(folder)
+    config = LlamaConfig(**shape, dtype="bfloat16", bos_token_id=1, eos_token_id=tokenizer.eos_token_id)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def of_tokens(tmp_path, base, rows, tokens, more):
+    """The configuration of a run whose rows have so many tokens each, answers of 16 among them."""
+    told = [
+        "model=hub", f"model.path={base}", "model.dtype=bfloat16", "quant=nf4", "tracker=none", "hardware=cpu", "adapter.r=16",
+        "adapter.target_modules=all-linear", f"data.train={tmp_path}/rows.jsonl", f"data.eval={tmp_path}/rows.jsonl",
+        "data.check=off", "data.duplicates=keep", "data.max_tokens=16384", f"train.batch_size={rows}", "train.epochs=2", "task.generate_rows=2",
+        "task.max_new_tokens=6", "export=merged", f"run_dir={tmp_path}/run", *more,
+    ]  # fmt: skip
+
+    def of(words):
+        row = {"prompt": "red" + " red" * words, "completion": "blue " * 8}
+        write_jsonl(tmp_path / "rows.jsonl", [row] * rows)
+        config = compose.compose(told)
+        return config, int(made_ready(config).training_rows().lengths.max())
+
+    (_, least), (_, more_words) = of(0), of(100)  # the template adds some
+    config, found = of(100 * (tokens - least) // (more_words - least))
+    assert tokens - 2 < found <= tokens
+    return config
+
+
+SHAPES = {
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    },
+    "14B": {
+        "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+_CHECKPOINTED = "train.gradient_checkpointing=true"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("shape", "rows", "tokens", "more"),
+    [
+        ("8B", 2, 2048, [_CHECKPOINTED]),
+        ("8B", 8, 512, []),
+        ("8B", 1, 8192, [_CHECKPOINTED]),
+        ("14B", 1, 2048, [_CHECKPOINTED]),
+    ],
+    ids=str,
+)
+def test_a_large_model_is_planned_from_its_description(tmp_path, shape, rows, tokens, more):
+    """Every phase; nothing is computed, so it is a matter of seconds."""
+    config = of_tokens(tmp_path, described(tmp_path / "base", **SHAPES[shape]), rows, tokens, more)
+    began = time.process_time()
+    found = _planned(config)
+    assert time.process_time() - began < 60
+    with loaded(config) as dry:
+        dry.train(steps=2)
+        dry.measure()
+        dry.merge()
+    assert found.phases == pytest.approx({name: dry.peaks[own] for name, own in _ALL.items()}, rel=0.03)
 
 
 def test_offloaded_embeddings_take_no_room(config_on, middle):

@@ -130,7 +130,7 @@ class CausalLM(DecoderTask[CausalLMConfig]):
         Args:
             shots: messages of other rows that stand before each prompt.
         """
-        rows = [row for row in first_examples(data, self.config.generate_rows) if row.messages]
+        rows = self._asked(data)
         prompts = [self._prompt(row, shots or []) for row in rows]
         texts = self.generate(model, prompts, title) if prompts else []
         answers = [
@@ -138,6 +138,13 @@ class CausalLM(DecoderTask[CausalLMConfig]):
             for row, text in zip(rows, texts, strict=True)
         ]
         return EvalResult(self.score(answers), answers)
+
+    def _asked(self, data: Dataset) -> list[Example]:
+        return [row for row in first_examples(data, self.config.generate_rows) if row.messages]
+
+    def prompt_tokens(self, data: Dataset) -> list[int]:
+        """Tokens of each prompt that `examine` asks of the model."""
+        return [len(ids) for ids in self._ids([self._prompt(row, []) for row in self._asked(data)])]
 
     def shots(self, train: Dataset, places: list[int]) -> list[dict[str, Any]]:
         """Training rows as messages that can stand before a prompt."""
@@ -166,9 +173,12 @@ class CausalLM(DecoderTask[CausalLMConfig]):
 
     def generate(self, model: PeftModel, prompts: list[str], title: str | None = None, **options: Any) -> list[str]:
         """Answers to rendered prompts (greedy or by beams, unless `options`, transformers' own, say otherwise)."""
-        ids = [self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
+        ids, ends = self._ids(prompts), self.encoder.end_tokens()
         with self.forward.generating(model):
-            return generate_all(model, self.tokenizer, ids, self.config, self.encoder.end_tokens(), title, **options)
+            return generate_all(model, self.tokenizer, ids, self.config, ends, title, **options)
+
+    def _ids(self, prompts: list[str]) -> list[list[int]]:
+        return [self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
 
     def score(self, answers: list[Answer]) -> dict[str, float]:
         """How near the answers are to the references; for `answer_format=json`, equality as parsed JSON, and valid JSON."""
