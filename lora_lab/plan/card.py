@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes  # noqa: F401 - registers its operations
+import bitsandbytes
+import bitsandbytes.functional
 import numpy as np
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -408,6 +409,7 @@ def pretended(size: int = 24 * 2**30) -> Iterator[Card]:
         Card(mode, size) as card,
         _put(torch.cuda, "synchronize", lambda *_: card._wait("read")),
         _put(FakeTensor, "tolist", _listed),
+        _put(bitsandbytes.functional, "name2qmap", {}),  # what it keeps of a table is for the card alone
         _put(layers._Pass, "run", lambda thread: _run_there(thread, mode, card)),
         _put(torch.cuda, "reset_peak_memory_stats", lambda *_: None),
         _put(torch.cuda, "max_memory_allocated", lambda *_: card.peak),
