@@ -247,7 +247,8 @@ cli.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("updates", [pytest.param(5, marks=pytest.mark.long), 32])
+@pytest.mark.long
+@pytest.mark.parametrize("updates", [5, 32])
 def test_a_killed_sweep_goes_on_where_it_stopped(overrides, eval_file, tmp_path, capsys, updates):
     assert cli.main(_sweep_command(overrides, eval_file, tmp_path / "whole")) == 0
     command = _sweep_command(overrides, eval_file, tmp_path / "killed")
