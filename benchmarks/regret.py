@@ -560,6 +560,13 @@ _LIMITS = """
 - The schedule falls to zero over the run. With a constant rate, or a warm-up, other rates are best.
 - One base, one data set, answers of about 24 tokens. Larger models and long answers may differ.
 - The intervals hold for seeds (row choice, row order, fresh adapter), not for other rows of test.
+
+## What our defaults take from it
+- `adapter.target_modules=all-linear`, one rate for every rank, and small batches (8 rows) in the recipes.
+- `optim.lr=2e-4` stays the default: it is made for large bases and long runs. A run of less than 100 steps on a small
+  base learns more at 1e-3 to 2e-3 (above: 0.08 nats). `recipe=assistant`, 25 steps: loss 1.995 -> 1.857 at 3e-4, 1.795 at 1e-3, 1.778 at
+  2e-3, which it has now. `recipe=shakespeare`, 20 steps: perplexity 61.2 at 5e-4, 52.9 at 1e-3, 46.6 at 2e-3.
+- When in doubt, sweep it: `lora-lab train -m recipe=NAME optim.lr=3e-4,1e-3,2e-3` shares passes.
 """
 
 

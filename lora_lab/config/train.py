@@ -15,7 +15,14 @@ class OptimConfig:
     name: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Field(description="torch AdamW, or bitsandbytes' 8-bit")
     ] = "adamw"
-    lr: Annotated[float, Field(gt=0, le=0.1, description="peak learning rate")] = 2e-4
+    lr: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=0.1,
+            description="peak learning rate; short runs on small bases want 1e-3 to 2e-3, see docs/regret.md",
+        ),
+    ] = 2e-4
     loraplus_lr_ratio: Annotated[
         float | None,
         Field(ge=1, le=1000, description="LoRA+: B learns so many times faster than A (arXiv:2402.12354); null: alike"),
