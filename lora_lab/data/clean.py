@@ -29,7 +29,7 @@ STEPS: tuple[Step, ...] = get_args(Step)
 
 MASKS: Step = "mask_pii"  # the only step that changes answers too: what is personal must not be learned
 # What each step imports, by language; a step that depends on the language and is absent would have no effect.
-_PACKAGES = {
+_PACKAGES: dict[tuple[str, str], list[str]] = {
     (MASKS, "en"): [*personal.PACKAGES],
     (MASKS, "zh"): [*personal.PACKAGES],
     ("remove_stop_words", "en"): ["stopwordsiso"],

@@ -47,7 +47,7 @@ _SAID = re.compile(
 )  # a bare row of digits is what one of these words before it says
 _SAID_BEFORE = 24  # characters
 _DIGITS = re.compile(r"[0-9](?:[^0-9]{0,3}[0-9]){6}")  # without so many, there is no number to look for
-_AS_ASCII = {
+_AS_ASCII: dict[int, int | str | None] = {
     **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
     **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\u00ad\u200b\u200c\u200d\u2060\ufeff"), "-"),
     **dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2008\u2009\u202f\u3000"), " "),
