@@ -58,9 +58,7 @@ def asked(service: Service) -> list[str]:
     with client_of(service) as client:
         found = [client.post(f"/v1/{route}", json=body) for route, those in bodies.items() for body in those]
         for path in (f"/v1/models/{SECRETS['phone']}", f"/{SECRETS['email']}?{SECRETS['card']}"):
-            found.append(
-                client.get(path, headers={"x-api-key": SECRETS["iban"], "user-agent": TEXT.encode()})
-            )
+            found.append(client.get(path, headers={"x-api-key": SECRETS["iban"], "user-agent": TEXT.encode()}))
             found.append(client.delete(path))
         found.append(
             client.post("/v1/completions", content=TEXT.encode(), headers={"content-type": "application/json"})
