@@ -189,6 +189,8 @@ class Engine:
             self._lanes[key] = [batch for batch in self._lanes[key] if batch.rows]
             if not self._lanes[key]:
                 del self._lanes[key]
+        if not self._lanes:
+            self._cached = 0
         self._let_go()
         return True
 

@@ -12,7 +12,7 @@ from lora_lab.serve.batch import Batch
 from lora_lab.serve.config import ServeConfig
 from lora_lab.serve.engine import Engine
 from tests.conftest import fails
-from tests.serve.conftest import client_of, said
+from tests.serve.conftest import at_once, client_of, held, said, until
 
 SECRETS = {
     "email": "li.wei@example.com", "phone": "13812345678", "card": "4111 1111 1111 1111", "iban": "DE89370400440532013000",
@@ -160,8 +160,6 @@ def small(service):
 
 
 def test_answers_that_do_not_fit_together_wait_for_one_another(small, client):
-    from tests.serve.conftest import at_once, held
-
     most: list[int] = []
     ask = {"messages": said("red cat"), "max_tokens": 30}
     alone = {
@@ -179,6 +177,7 @@ def test_answers_that_do_not_fit_together_wait_for_one_another(small, client):
         found = at_once([lambda name=name: watched(name) for name in "0123"])
     assert found == [alone[name] for name in "0123"]
     assert max(most) <= small.engine._cache
+    until(lambda: small.engine._cached == 0)
     after = rows("lora_lab_batch_rows_bucket", {"le": "2.0"}), rows("lora_lab_batch_rows_count")
     assert after[0] - before[0] == after[1] - before[1] > 0  # never three at once
 
