@@ -72,7 +72,9 @@ def _run(args: argparse.Namespace) -> int:
         if problem:
             raise ConfigError(problem)
         _tell_repeated(args.overrides, verb)
-        return verb.run(Told.of(args.verb, verb, args.overrides, args))
+        told = Told.of(args.verb, verb, args.overrides, args)
+        told.refuse_foreign()
+        return verb.run(told)
     except LoraLabError as error:
         return _failed(args, str(error), error.exit_code)
     except Interrupted as error:

@@ -61,6 +61,7 @@ BESIDE = {  # what sections import beside the schema
     ("config.data", "data.clean"): "the names of the cleaning steps",
     ("config.data", "data.formats"): "the names of the row formats",
     ("data.augment", "data.clean"): "the names of languages",
+    ("serve.config", "data.personal"): "the kinds of personal data",
     ("data.augment", "base.resolve"): "the section stands beside the code that it configures",
 }
 

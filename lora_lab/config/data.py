@@ -103,7 +103,8 @@ class DataConfig:
     clean: Annotated[
         list[Step],
         Field(
-            description="changes to input texts (never to answers), made in chat too; see data/clean.py for the order"
+            description="changes to input texts, made in chat too; only mask_pii changes answers as well; see data/clean.py for "
+            "the order"
         ),
     ] = dataclasses.field(default_factory=list)
     clean_language: Annotated[Language, Field(description="language of stop words and stems")] = "en"

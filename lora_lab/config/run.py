@@ -323,6 +323,10 @@ def _task_contradictions(config: RunConfig) -> list[str]:
             for name in ("supervise", "chat_template_kwargs")
             if getattr(data, name) != default_of(data, name)
         ]
+    if data.clean and not task.cleans:
+        found.append(
+            f"data.clean: no effect with task={task.name}, whose labels belong to places of the text. Drop it, and clean the file itself."
+        )
     if data.augment.methods and not task.augments:
         found.append(f"data.augment.methods: would invalidate the label positions of task={task.name}. Drop it.")
     if data.too_long != "error" and task.in_pieces:

@@ -1,9 +1,10 @@
-"""Text cleaning, off by default: markup, character forms, stop words and word endings, in one fixed order.
+"""Text cleaning, off by default: markup, character forms, personal data, stop words and word endings, in one fixed order.
 
 Cleaning removes information that a language model could use; it is for text that has to match a corpus cleaned in the
 same way. Libraries, all with their data inside and none with a download: stopwordsiso (word lists of
 github.com/stopwords-iso), snowballstemmer (Porter2, snowballstem.org/algorithms/english/stemmer.html), and rjieba, the
-Rust form of jieba, for Chinese, which writes no spaces between words. They come with the extra `text`.
+Rust form of jieba, for Chinese, which writes no spaces between words; for personal data see `personal.py`. They come with
+the extra `text`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from collections.abc import Collection
 from html.parser import HTMLParser
 from typing import Any, Literal, get_args
 
+from lora_lab.data import personal
 from lora_lab.errors import ConfigError, nearest
 
-Step = Literal["strip_html", "nfkc", "lowercase", "remove_stop_words", "stem", "collapse_spaces"]
+Step = Literal["strip_html", "nfkc", "mask_pii", "lowercase", "remove_stop_words", "stem", "collapse_spaces"]
 Language = Literal["en", "zh"]
 # The order in which steps are applied, however the user lists them. Markup goes before NFKC, which makes "<" of "＜";
-# stop words before stems, which are in no list; spaces last, to tidy what the others leave.
+# personal data before what changes words; stop words before stems, which are in no list; spaces last, to tidy what the
+# others leave.
 STEPS: tuple[Step, ...] = get_args(Step)
 
-# What each step that depends on the language imports; a pair that is absent would have no effect.
-_PACKAGES = {
+MASKS: Step = "mask_pii"  # the only step that changes answers too: what is personal must not be learned
+# What each step imports, by language; a step that depends on the language and is absent would have no effect.
+_PACKAGES: dict[tuple[str, str], list[str]] = {
+    (MASKS, "en"): [*personal.PACKAGES],
+    (MASKS, "zh"): [*personal.PACKAGES],
     ("remove_stop_words", "en"): ["stopwordsiso"],
     ("remove_stop_words", "zh"): ["stopwordsiso", "rjieba"],
     ("stem", "en"): ["snowballstemmer"],
@@ -82,6 +88,7 @@ def clean(text: str, steps: Collection[str], language: str) -> str:
       line breaks, table cells spaces. The text is read as HTML: a `<` right before a letter opens a tag.
     - nfkc: Unicode NFKC (unicode.org/reports/tr15): full-width forms, ligatures and no-break spaces become plain ones,
       and so does Chinese punctuation that has an ASCII twin.
+    - mask_pii: e-mail addresses, phone numbers, cards, IBANs and ID numbers become marks such as `[EMAIL]`.
     - lowercase: `str.lower`.
     - remove_stop_words: in any case; punctuation and numerals stay. The lists are wide: the English one also holds
       "not", "computer" and "system"; the Chinese one is for simplified characters, and also holds "不", "年" and "月".
@@ -189,6 +196,7 @@ def _collapse_spaces(text: str, language: str) -> str:
 _APPLY = {
     "strip_html": _strip_html,
     "nfkc": lambda text, language: unicodedata.normalize("NFKC", text),
+    "mask_pii": lambda text, language: personal.masked(text)[0],
     "lowercase": lambda text, language: text.lower(),
     "remove_stop_words": _remove_stop_words,
     "stem": _stem,

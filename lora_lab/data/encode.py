@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from lora_lab.config.data import DataConfig
-from lora_lab.data import formats
+from lora_lab.data import formats, personal
 from lora_lab.data.augment import AugmentConfig, Augmenter
-from lora_lab.data.clean import clean
+from lora_lab.data.clean import MASKS, clean
 from lora_lab.data.columns import typed
 from lora_lab.data.formats import Message, Record, RowError
 from lora_lab.data.marks import marks_of
@@ -177,6 +177,7 @@ class Encoder:
                 if row.problem:
                     raise RowError("unreadable", row.problem)
                 record = self.bare(formats.read(row.values, format_name, self.config.label_names))
+                record = _masked(record) if MASKS in self.config.clean else record
                 waiting.append((place, _digest(record), record))
             except RowError as error:
                 outcomes[place] = Outcome(row.number, problem=error.kind, sentence=str(error))
@@ -292,6 +293,20 @@ class Encoder:
     def too_long(self, count: int, way_out: str) -> RowError:
         """Why a row of `count` tokens cannot be used."""
         return RowError(TOO_LONG, f"{count} tokens, more than data.max_tokens={self.config.max_tokens}. {way_out}")
+
+
+def _masked(record: Record) -> Record:
+    """The record without personal data in what is to be answered; what is given is masked as it is cleaned."""
+
+    def answers(messages: list[Message] | None) -> list[Message] | None:
+        if messages is None:
+            return None
+        return [personal.masked_within(one)[0] if one["role"] == "assistant" else one for one in messages]
+
+    target = None if record.target is None else personal.masked(record.target)[0]
+    return dataclasses.replace(
+        record, messages=answers(record.messages), rejected=answers(record.rejected), target=target
+    )
 
 
 def _digest(record: Record) -> int:

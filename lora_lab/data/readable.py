@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lora_lab.data.sources import DataFile, HubData
 
 _ROWS = 256  # of each key that are looked at
-_AMONG = 5_000  # of the first rows of a file, evenly spread
+LOOKED_AT = 5_000  # of the first rows of a file, evenly spread
 _MAX_CHARS = 2_000  # of a text
 # Ranges of characters by the script that a base must know: (first, last, name)
 _SCRIPTS = (
@@ -85,13 +85,14 @@ def sample(key: str, names: Any, encoder: Encoder) -> Iterator[str]:
     """Texts of some rows, spread over the files of a key."""
     files = sources.find(key, names, encoder.config.sample_by, encoder.config.field)
     for file in files:
-        for record in _records(file, encoder, max(1, _ROWS // len(files))):
+        for record in records(file, encoder, max(1, _ROWS // len(files))):
             yield from texts_of(record)
 
 
-def _records(file: DataFile | HubData, encoder: Encoder, count: int) -> Iterator[Record]:
+def records(file: DataFile | HubData, encoder: Encoder, count: int = LOOKED_AT) -> Iterator[Record]:
+    """So many of the first `LOOKED_AT` rows of a file, evenly spread."""
     name, mapping = format_of(file, encoder), columns_of(file, encoder.config)
-    first = sum(1 for _ in itertools.islice(file.rows(), _AMONG))
+    first = sum(1 for _ in itertools.islice(file.rows(), LOOKED_AT))
     for row in itertools.islice(file.rows(), 0, first, max(1, -(-first // count))):
         with contextlib.suppress(RowError):  # told of elsewhere
             values = sources.renamed(row, mapping)

@@ -10,13 +10,14 @@ import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from lora_lab.data import personal
 from lora_lab.errors import LoraLabError, nearest
 from lora_lab.run.answering import given, origin, unlabelled
 from lora_lab.schema.sections import shown
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lora_lab.serve.metrics import Metrics
     from lora_lab.serve.shelf import Shelf
 
+T = TypeVar("T")
 PREDICTING = ("classify", "tokens", "answer", "rewards")  # routes of rows, see `asked_at` of the tasks' sections
 _BEATS = 0.25  # seconds between two looks whether a client is still there
 
@@ -118,7 +120,8 @@ class Service:
     async def _chat(self, request: Request) -> Response:
         asked = wishes.parse(wishes.ChatRequest, await body_of(request))
         served = self._named(asked.model, "chat/completions")
-        text = await _prepared(given, served.setup, asked.messages)
+        messages = await self._masked(request, asked.messages)
+        text = await _prepared(given, served.setup, messages)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         if asked.top_logprobs and not asked.logprobs:
             raise RequestError(400, "top_logprobs: no effect without logprobs=true.", param="top_logprobs")
@@ -137,11 +140,21 @@ class Service:
         served = self._named(asked.model, "completions")
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else list(asked.prompt)
         self._check_count("prompt", len(prompts))
+        prompts = await self._masked(request, prompts)
         found = [await _prepared(_continued, served, prompt) for prompt in prompts]
         longest = max(len(ids) for _, ids in found)
         wish = self._wish(served, asked, asked.max_tokens, asked.logprobs, longest)
         reply = replies.Completion(self._who(served), served.setup.encoder.tokenizer, asked.logprobs is not None)
         return await self._answer(request, served, found, wish, reply, asked.stream_options)
+
+    async def _masked(self, request: Request, said: T) -> T:
+        """What the model is given of it (`serve.mask`)."""
+        if not self.config.mask:
+            return said
+        found, counts = await asyncio.to_thread(personal.masked_within, said, self.config.mask)
+        self.metrics.count_masked("model", counts)
+        note(request, masked=counts.total())
+        return cast("T", found)
 
     def _check_count(self, name: str, count: int) -> None:
         if count > self.config.max_texts:
@@ -291,12 +304,13 @@ class Service:
         served = self._named(asked.model, route)
         self._check_count("rows", len(asked.rows))
         note(request, model=served.name)
-        examples = await _prepared(_examples, served, asked.rows)
+        given_rows = await self._masked(request, asked.rows)
+        examples = await _prepared(_examples, served, given_rows)
         found = await asyncio.wrap_future(self.engine.predict(served, examples))
         tokens = sum(example.num_tokens for example in examples)
         self._count(request, served, tokens, 0)
         of_row = served.setup.task.of_row
-        rows = [of_row(found[origin(number)], row) for number, row in enumerate(asked.rows, start=1)]
+        rows = [of_row(found[origin(number)], row) for number, row in enumerate(given_rows, start=1)]
         said = {"object": "list", "data": rows, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
         return JSONResponse(
             {**said, "model": served.name, "lora_lab": self._who(served)}, headers=self._headers(served)
@@ -311,6 +325,7 @@ class Service:
             )
         texts = [asked.input] if isinstance(asked.input, str) else list(asked.input)
         self._check_count("input", len(texts))
+        texts = await self._masked(request, texts)
         note(request, model=served.name)
         async with self._loading:
             embedder = await _prepared(self.shelf.embedder)

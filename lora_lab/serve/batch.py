@@ -86,6 +86,14 @@ class Batch:
             row.go_on(scores)
         self._drop()
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values of a row; 0: something else is kept."""
+        layers: list[Any] = list(getattr(self._cache, "layers", ()))
+        if not self.rows or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+            return 0
+        return sum((one.keys.nbytes + one.values.nbytes) // one.keys[:, 0, :, 0].numel() for one in layers)
+
     def clear(self) -> list[Row]:
         """Let all rows go; which they were."""
         gone, self.rows, self._lengths, self._cache = self.rows, [], [], None

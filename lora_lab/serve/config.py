@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 from typing import Annotated
 
 from pydantic import Field
 
+from lora_lab.data.personal import Kind
 from lora_lab.schema.sections import section
 
 
@@ -29,10 +31,18 @@ class ServeConfig:
     certificate: Annotated[str | None, Field(min_length=1, description="PEM file of the TLS certificate")] = None
     certificate_key: Annotated[str | None, Field(min_length=1, description="PEM file of its private key")] = None
     max_rows: Annotated[int, Field(ge=1, le=4096, description="answers that are written together")] = 32
+    cache_gib: Annotated[
+        float | None,
+        Field(gt=0, description="memory for keys and values of open answers; null: half of what is free at the start"),
+    ] = None
     max_waiting: Annotated[int, Field(ge=1, description="requests that wait; further ones are refused")] = 512
     max_tokens: Annotated[int, Field(ge=1, description="most tokens of an answer that a request may ask for")] = 4096
     max_texts: Annotated[int, Field(ge=1, description="most rows, prompts or texts of one request")] = 64
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest body of a request")] = 2**20
+    mask: Annotated[
+        list[Kind],
+        Field(description="personal data that the model does not see: marks such as [EMAIL] stand in its place"),
+    ] = dataclasses.field(default_factory=list)
     requests_per_minute: Annotated[int | None, Field(ge=1, description="of one key; null: no limit")] = None
     tokens_per_minute: Annotated[
         int | None, Field(ge=1, description="of one key, prompts and answers; null: no limit")

@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,8 +20,8 @@ import torch
 from lora_lab.data.encode import Example
 from lora_lab.errors import LoraLabError
 from lora_lab.run.answering import predicted
-from lora_lab.runtime import console
-from lora_lab.runtime.memory import is_out_of_memory
+from lora_lab.runtime.memory import free_bytes, is_out_of_memory
+from lora_lab.serve import logs
 from lora_lab.serve.batch import Batch
 from lora_lab.serve.group import Group
 from lora_lab.serve.shelf import Served, Shelf
@@ -38,8 +38,14 @@ _PROMPT_TOKENS = 4096  # read between two tokens of the others, about and at mos
 class Engine:
     """See above."""
 
-    def __init__(self, shelf: Shelf, max_rows: int, max_waiting: int, metrics: Metrics):
+    def __init__(self, shelf: Shelf, max_rows: int, max_waiting: int, metrics: Metrics, cache_gib: float | None = None):
+        """
+        Args:
+            cache_gib: for keys and values; None: half of what is free now, because they are copied when rows join.
+        """
         self.shelf, self._max_rows, self._max_waiting, self._metrics = shelf, max_rows, max_waiting, metrics
+        self._cache = free_bytes(shelf.device) // 2 if cache_gib is None else int(cache_gib * 2**30)
+        self._cached = 0  # bytes that are reserved
         self._changed = threading.Condition()
         self._rows: collections.deque[tuple[Served, Row]] = collections.deque()  # these four under the condition
         self._asked: collections.deque[_Asked] = collections.deque()
@@ -51,7 +57,9 @@ class Engine:
         ] = {}  # by group and lane; several where rows do not lie side by side
         self._groups: dict[int, Group] = {}
         self._thread = threading.Thread(target=self._run, name="lora_lab engine", daemon=True)
-        metrics.watch(lambda: self.waiting, lambda: self.writing, lambda: len(shelf.served) - 1)
+        metrics.watch(
+            lambda: self.waiting, lambda: self.writing, lambda: len(shelf.served) - 1, lambda: self._cached, self._cache
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -76,8 +84,9 @@ class Engine:
         """Begin answers.
 
         Raises:
-            RequestError: too many wait already, or it is stopping.
+            RequestError: too many wait already, one would never fit into memory, or it is stopping.
         """
+        self._check_memory(served, rows)
         with self._changed:
             self._check_room(served, len(rows))
             self._rows.extend((served, row) for row in rows)
@@ -133,6 +142,19 @@ class Engine:
                 503, f"{self.waiting} requests wait already. Try again later.", "server_error", "overloaded"
             )
 
+    def _check_memory(self, served: Served, rows: Sequence[Row]) -> None:
+        group = served.group
+        assert group is not None, "it was asked for what it can"
+        most = max((row.most_tokens for row in rows), default=0)
+        if most * group.bytes_per_token > self._cache:
+            raise RequestError(
+                400,
+                f"The prompt and its answer may become {most} tokens, whose keys and values take {most * group.bytes_per_token / 2**30:.2f} "
+                f"GiB, and there are {self._cache / 2**30:.2f} (serve.cache_gib). Ask for fewer tokens.",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+
     # -- the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -167,11 +189,15 @@ class Engine:
             self._lanes[key] = [batch for batch in self._lanes[key] if batch.rows]
             if not self._lanes[key]:
                 del self._lanes[key]
+        if not self._lanes:
+            self._cached = 0
         self._let_go()
         return True
 
     def _admit(self) -> None:
-        """Let waiting rows join, as many as there is room for."""
+        """Let waiting rows join, as many as there is room for; those that came first go first."""
+        open_rows = {key: [row for batch in lane for row in batch.rows] for key, lane in self._lanes.items()}
+        self._cached = self._needed(open_rows)
         new: dict[tuple[int, str], list[Row]] = {}
         room, tokens = self._max_rows - self.writing, _PROMPT_TOKENS
         while room > 0 and tokens > 0:
@@ -185,6 +211,13 @@ class Engine:
             assert group is not None, "it was asked for what it can"
             key = (id(group), group.lane(row))
             self._groups[id(group)] = group
+            open_rows[key] = [*open_rows.get(key, []), row]
+            needed = self._needed(open_rows)
+            if needed > self._cache and self._cached:  # it waits until others have ended
+                with self._changed:
+                    self._rows.appendleft((served, row))
+                break
+            self._cached = needed
             new.setdefault(key, []).append(row)
             room, tokens = room - 1, tokens - len(row.prompt)
         for key, rows in new.items():
@@ -195,6 +228,15 @@ class Engine:
                     lane.append(group.batch())
                 batch = lane[-1]
                 self._guarded(batch, functools.partial(batch.join, part), part)
+
+    def _needed(self, rows: Mapping[tuple[int, str], Sequence[Row]]) -> int:
+        """Bytes of keys and values when all of these have become as long as they may; rows of a batch are kept as long as its longest."""
+        total = 0
+        for (group, _), own in rows.items():
+            sizes = [row.most_tokens for row in own] or [0]
+            tokens = sum(sizes) if self._groups[group].against_beside else len(own) * max(sizes)
+            total += tokens * self._groups[group].bytes_per_token
+        return total
 
     def _guarded(self, batch: Batch, work: Callable[[], None], joining: Sequence[Row] = ()) -> None:
         """Do something with a batch. What goes wrong is told to its rows, and ends nothing else."""
@@ -217,7 +259,7 @@ class Engine:
         kind = "memory" if is_out_of_memory(error) else type(error).__name__
         self._metrics.failures.labels(kind).inc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        console.say("failed", f"{kind} in {place.filename}:{place.lineno}")  # what it says may hold a text
+        logs.say(self._metrics, "failed", f"{kind} in {place.filename}:{place.lineno}")  # what it says may hold a text
         if kind == "memory":
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -57,6 +57,7 @@ class Group:
         self.names: list[str] = []
         self.writes = writes
         self.against_steps = self.against_beside = self.against_sharing = ""  # each '' where it is done
+        self.bytes_per_token = 0  # of keys and values; 0: it keeps something else, which does not grow so
         self._model: PreTrainedModel | PeftModel = base
         self._autocast, self._trial = autocast, [list(one) for one in trial]
         self._forward = Forward()
@@ -240,6 +241,7 @@ class Group:
             batch.join([row])
             for one in lanes.values():
                 one.step()
+        self.bytes_per_token = max(one.bytes_per_token for one in lanes.values())
         worst = 0.0
         for row in rows:
             for steps in {0, len(row.seen) - 1}:

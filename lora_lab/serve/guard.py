@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lora_lab.errors import LoraLabError
-from lora_lab.runtime import console
+from lora_lab.serve import logs
 from lora_lab.serve.keys import LOCAL, Account, Allowance, Key, Keys
 from lora_lab.serve.wishes import RequestError
 
@@ -168,7 +168,7 @@ class Guard:
         if route == "/healthz":
             return
         line = {"method": asked.scope["method"], "route": route, "status": asked.status, "seconds": round(seconds, 4)}
-        console.say("request", json.dumps({**line, **asked.notes}))
+        logs.say(self._metrics, "request", json.dumps({**line, **asked.notes}))
 
 
 class _Asked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -29,13 +29,29 @@ class Metrics:
         self.passes = Counter("lora_lab_passes", "Passes that wrote tokens", registry=own)
         self.refusals = Counter("lora_lab_refusals", "Requests that were refused", ("reason", "key"), registry=own)
         self.failures = Counter("lora_lab_failures", "Errors of the server itself", ("kind",), registry=own)
+        self.masked = Counter("lora_lab_masked", "Personal data that was masked", ("kind", "where"), registry=own)
         self._gauge("lora_lab_memory_bytes", "Memory of the process", lambda: psutil.Process().memory_info().rss)
 
     def _gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
         Gauge(name, meaning, registry=self.registry).set_function(value)
 
-    def watch(self, waiting: Callable[[], int], writing: Callable[[], int], adapters: Callable[[], int]) -> None:
-        """Show how many requests wait, how many answers are being written, and how many adapters there are."""
+    def count_masked(self, where: str, counts: Mapping[str, int]) -> None:
+        """`where`: log, or model."""
+        for kind, count in counts.items():
+            self.masked.labels(kind, where).inc(count)
+
+    def watch(
+        self,
+        waiting: Callable[[], int],
+        writing: Callable[[], int],
+        adapters: Callable[[], int],
+        cached: Callable[[], int],
+        cache: int,
+    ) -> None:
+        """Show how many requests wait, how many answers are being written, how many adapters there are, and the bytes that are
+        reserved for keys and values, of all that may be."""
+        self._gauge("lora_lab_cache_bytes", "Reserved for keys and values of open answers", cached)
+        self._gauge("lora_lab_cache_limit_bytes", "That may be reserved for keys and values", lambda: cache)
         self._gauge("lora_lab_waiting", "Requests that wait", waiting)
         self._gauge("lora_lab_writing", "Answers that are being written", writing)
         self._gauge("lora_lab_adapters", "Adapters that are served", adapters)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.config import compose
 from lora_lab.config.compose import chosen, parse_override
 from lora_lab.config.run import all_keys, with_defaults
+from lora_lab.data import personal
 from lora_lab.errors import ConfigError
 from lora_lab.runtime import console
 from lora_lab.serve.config import ServeConfig
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
     from lora_lab.serve.app import Service
 
-_NEEDED = ("starlette", "uvicorn", "prometheus_client")
+_NEEDED = ("starlette", "uvicorn", "prometheus_client", *personal.PACKAGES)
 
 
 def check_extra() -> None:
@@ -94,7 +95,7 @@ def prepared(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], 
         served = shelf.ready(one)()
         console.say("adapter", f"{served.name}: {served.exactness}; probes: {served.probes}")
     metrics = Metrics()
-    engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics)
+    engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics, serve.cache_gib)
     engine.start()
     return Service(shelf, engine, serve, metrics, overrides)
 
@@ -125,6 +126,7 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
     """
     import uvicorn
 
+    from lora_lab.serve import logs
     from lora_lab.serve.app import build
     from lora_lab.serve.listening import Server
 
@@ -137,6 +139,7 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
             "ssl_certfile": str(Path(told.certificate).expanduser()),
             "ssl_keyfile": str(Path(told.certificate_key).expanduser()),
         }
+    logs.attach(service.metrics)
     server = Server(
         uvicorn.Config(
             build(service, keys),

@@ -225,6 +225,10 @@ class Shelf:
     def base(self) -> BaseFiles:
         return self._base.setup.base
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def start(self) -> None:
         """Load the base, where it answers by itself."""
         kind = self._base.setup.kind

@@ -144,6 +144,11 @@ class Row:
         self._unsent: list[Chosen] = []
 
     @property
+    def most_tokens(self) -> int:
+        """That its prompt and answer may become."""
+        return len(self.prompt) + self.wish.max_tokens
+
+    @property
     def last(self) -> int:
         """The token that the model reads next."""
         return self.ids[-1]

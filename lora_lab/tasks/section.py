@@ -35,6 +35,7 @@ class TaskSection:
     chat: ClassVar[bool] = False  # it renders conversations
     in_pieces: ClassVar[bool] = False  # long texts are cut into pieces, so that none is too long
     cuts: ClassVar[bool] = True  # a row that is too long may lose its beginning
+    cleans: ClassVar[bool] = True  # its texts may be changed before they are read (data.clean)
     augments: ClassVar[bool] = False  # changed copies of a text keep their labels
     compares_distributions: ClassVar[bool] = True  # over classes or tokens, as R-Drop does
     encoder_decoder: ClassVar[bool] = False  # it takes a base of these two parts

@@ -38,6 +38,7 @@ class Verb:
     takes: Takes | None = None  # what it may be told about a trained run; None: it composes a whole configuration
     arguments: tuple[Option | Word, ...] = ()  # its own, beside key=value
     filters: bool = False  # what is said of the configuration is looked for, and composes none
+    foreign: tuple[str, ...] = ("serve",)  # sections that mean nothing to it where it composes a whole configuration
     bare: str = ""  # the word of its own that a value without a name is for
     output_is_all: bool = False  # its output is all that it is for, so that losing it is a failure
     exit_1: str = ""  # what exit code 1 says of it; '': a bug, as everywhere
@@ -80,6 +81,16 @@ class Told:
             key, _, value = text.partition("=")
             (words[key] if key in own else overrides).append(value if key in own else text)
         return cls(name, verb, overrides, words, options)
+
+    def refuse_foreign(self) -> None:
+        """
+        Raises:
+            ConfigError: something is said that would have no effect here.
+        """
+        for text in self.overrides if self.verb.composes else ():
+            section = text.partition("=")[0].lstrip("+~").partition(".")[0]
+            if section in self.verb.foreign:
+                raise ConfigError(f"{text}: no effect on {self.name}. It is for lora-lab {section}; drop it.")
 
     def word(self, name: str) -> str | None:
         """The value of one of the verb's words that holds; None if it was not said."""

@@ -33,6 +33,7 @@ VERB = Verb(
     examples=_EXAMPLES,
     run=_run,
     arguments=(Option("--keys", action="store_true", help="list every key with its meaning"),),
+    foreign=(),
     output_is_all=True,
     others=("show",),
 )

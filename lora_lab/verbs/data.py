@@ -48,7 +48,7 @@ def _look(config: RunConfig, rows: int, html: str | None) -> bool:
         built = build.Data(sample, built.held_out)
         console.say("sample", f"{sample.rows_read} lines, evenly spread, are looked at")
     parts = [part for part in (built.train, built.held_out) if isinstance(part, Dataset)]
-    findings = check.check(built, config.data, found.encoder)
+    findings = check.check(built, config.data, found.encoder) + check.personal_data(config.data, found.encoder)
     overviews = [data_report.overview(part, found.encoder, _HTML_ROWS) for part in parts]
     data_report.show(overviews, findings, config.data, rows)
     page = Path(html) if html else Path(config.run_dir).parent / "data.html"

@@ -12,9 +12,10 @@ import pytest
 
 from lora_lab.data import clean as module
 from lora_lab.data.clean import STEPS, clean, require
+from lora_lab.data.personal import PACKAGES
 from lora_lab.errors import ConfigError
 
-LIBRARIES = ["stopwordsiso", "snowballstemmer", "rjieba"]
+LIBRARIES = ["stopwordsiso", "snowballstemmer", "rjieba", *PACKAGES]
 needs_libraries = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in LIBRARIES), reason='needs pip install "lora-lab[text]"'
 )
@@ -66,6 +67,7 @@ def test_steps_that_need_no_library(text, step, result):
         ("他说“北京的天气”。\n我们\n\n去上海", ["remove_stop_words"], "zh", "“北京天气”。\n\n\n上海"),
         ("GPT和BERT 的 模型", ["remove_stop_words"], "zh", "GPT BERT 模型"),
         ("2024年3月，１０个苹果", ["remove_stop_words"], "zh", "2024 3，１０苹果"),
+        ("<b>li@example.com</b> 或 ＬＩ＠ＥＸＡＭＰＬＥ．ＣＯＭ", ["mask_pii", "strip_html", "lowercase"], "zh", "[email] 或 [email]"),
         ("<p>我们的ＧＰＵ</p><p>和  模型！</p>", [step for step in STEPS if step != "stem"], "zh", "gpu\n模型!"),
     ],
 )  # fmt: skip
@@ -85,7 +87,7 @@ def test_the_order_of_the_list_changes_nothing():
 
 
 @needs_libraries
-@pytest.mark.parametrize("step", ["nfkc", "lowercase", "remove_stop_words", "collapse_spaces"])
+@pytest.mark.parametrize("step", ["nfkc", "mask_pii", "lowercase", "remove_stop_words", "collapse_spaces"])
 def test_a_second_time_changes_nothing(step):
     # Not so for strip_html ("&amp;lt;" is decoded once) and stem (an ending may hide another one).
     pieces = ["the", "Cat", "a", "is", "don't", ".", ",", "'", "-", "’", "(", ")", ":", "\n", "\t", "ﬁ", "Ａ", *" " * 6]
@@ -127,11 +129,15 @@ def test_refusals(steps, language, messages):
         (["remove_stop_words"], "zh", ["stopwordsiso", "rjieba"]),
         (["stem", "nfkc"], "en", ["snowballstemmer"]),
         (["stem", "remove_stop_words"], "en", ["snowballstemmer", "stopwordsiso"]),
+        (["mask_pii"], "en", [*PACKAGES]),
+        (["mask_pii"], "zh", [*PACKAGES]),
     ],
 )
 def test_missing_packages(monkeypatch, steps, language, packages):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    require([step for step in STEPS if step not in ("remove_stop_words", "stem")], language)  # these need none
+    require(
+        [step for step in STEPS if step not in ("remove_stop_words", "stem", "mask_pii")], language
+    )  # these need none
     with pytest.raises(ConfigError) as refused:
         require(steps, language)
     assert [problem.split("the package ")[1].split(",")[0] for problem in refused.value.problems] == packages

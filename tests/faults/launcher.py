@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STAGES = ("data", "forward", "backward", "save", "eval", "merge")
+STAGES = ("data", "forward", "backward", "save", "eval", "merge", "serve")
 _FOREIGN = ("renameat2", "renameat", "rename", "syscall", "copy_file_range")  # that may be called through ctypes
 _PID = re.compile(r"\b\d{2,}\b")
 
@@ -270,6 +270,8 @@ def _watch_stage(stage: str, signum: int, nth: int) -> None:
         _before(CausalLM, "measure", lambda *_: True)
     if stage == "backward":
         _inside_backward()
+    if stage == "serve":
+        _once_it_listens()
 
 
 def _before(kind: type, name: str, counts: Callable[..., bool]) -> None:
@@ -295,6 +297,19 @@ def _inside_backward() -> None:
         return real(self, *args, **options)
 
     torch.Tensor.backward = backward
+
+
+def _once_it_listens() -> None:
+    """The signal arrives when a server has loaded everything and listens."""
+    from lora_lab.serve.listening import Server
+
+    real = Server.startup
+
+    async def startup(self: Any, sockets: Any = None) -> None:
+        await real(self, sockets)
+        _enter("serve")
+
+    Server.startup = startup
 
 
 # -- processes that the product starts ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,8 @@ class Kind:
         result: what counts as the result.
         weight: its share of all tries.
         remade: whether everything that these files hold can be had elsewhere, so that nothing may stop at them.
+        plan: what else happens in the process, see `tests.faults.launcher`.
+        code: what it exits with when all is well.
     """
 
     make: Callable[[World], None]
@@ -52,6 +55,8 @@ class Kind:
     result: Callable[[World, Done], dict[str, str]]
     weight: int = 3
     remade: bool = False
+    plan: dict[str, Any] = dataclasses.field(default_factory=dict)
+    code: int = 0
 
 
 # -- what is made ---------------------------------------------------------------------------------------------------
@@ -179,6 +184,11 @@ def _of_chat(_: World, done: Done) -> dict[str, str]:
     return {"answer": done.out}
 
 
+def _of_server(_: World, done: Done) -> dict[str, str]:
+    """What the adapter said again when it was loaded."""
+    return {"adapter": next((line for line in done.out.splitlines() if "probes: " in line), "")}
+
+
 def _of_folder(folder: str) -> Callable[[World, Done], dict[str, str]]:
     def result(world: World, _: Done) -> dict[str, str]:
         """What a loader reads; the reports beside it name times and versions."""
@@ -267,6 +277,10 @@ KINDS = {
         _swept, ("sweep/ranking.json", "sweep/*/config.yaml", "sweep/*/manifest.json", "sweep/*/adapter/*"),
         ("merge", _SWEEP), _of_merged_member, weight=4,
     ),
+    "probes and adapter, serve": Kind(
+        _finished, ("run/probes.json", "run/adapter/*"), ("serve", _RUN, "serve.port=0"), _of_server, weight=3,
+        plan={"stage": "serve", "signal": 15}, code=143,
+    ),
     "search journal, train": Kind(_searched, ("sweep/optuna.journal",), _search("{root}"), _of_search, weight=2),
     "runs, merge.adapters": Kind(
         _two_runs, ("run/adapter/*", "run/config.yaml", "other/adapter/*"),
@@ -340,7 +354,7 @@ def judge(tally: Tally, kind: Kind, world: World, file: Path, done: Done, clean:
         return tally.add("traces", f"{what}: hangs")
     if done.trace:
         return tally.add("traces", f"{what}: {done.last_line}")
-    if done.rc != 0:
+    if done.rc != kind.code:
         if not named(file, world.root, done.said, usual.said):
             tally.note(f"refused without naming the file: {file.name}: {done.last_line[:160]}")
         if kind.remade:
@@ -364,8 +378,8 @@ def test_damage(name, world, tally):
     kind.make(world)
     world.keep()
     argv = [word.replace("{root}", str(world.root)) for word in kind.argv]
-    usual = world.run(*argv)
-    assert usual.rc == 0, usual.said
+    usual = world.run(*argv, **kind.plan)
+    assert usual.rc == kind.code, usual.said
     clean = usual, kind.result(world, usual)
     world.restore()
     files = sorted({file for pattern in kind.files for file in world.root.glob(pattern) if file.is_file()})
@@ -377,7 +391,7 @@ def test_damage(name, world, tally):
         file, damage = draw.choice(files), DAMAGES[number % len(DAMAGES)]
         where = harm(file, damage, draw.choice(files), draw)
         what = f"{name}: {damage} {file.relative_to(world.root)} {where}"
-        judge(counted, kind, world, file, world.run(*argv), clean, what)
+        judge(counted, kind, world, file, world.run(*argv, **kind.plan), clean, what)
         world.restore()
     assert not counted.problems, "\n".join(counted.problems)
 

@@ -288,3 +288,13 @@ def test_without_the_extra_it_says_what_to_install(sweep, capsys, monkeypatch):
     monkeypatch.setattr(server, "_NEEDED", ("starlette", "no_such_library"))
     message = fails(["serve", f"run={sweep}/0"], capsys)
     assert message == "lora-lab: lora-lab serve needs no_such_library. pip install 'lora-lab[serve]'\n"
+
+
+@pytest.mark.parametrize("verb", ["train", "data", "plan", "evaluate", "merge", "chat"])
+@pytest.mark.parametrize("override", ["serve.port=9000", "serve=network", "+serve.host=0.0.0.0"])
+def test_other_verbs_take_nothing_of_serve(verb, override, sweep, base, rows_file, capsys):
+    composes = ["model=hub", f"model.path={base}", f"data.train={rows_file}"]
+    words = composes if verb in ("train", "data", "plan") else [f"run={sweep}/0"]
+    message = fails([verb, *words, override], capsys)
+    assert "no effect" in message
+    assert override.lstrip("+") in message or override in message

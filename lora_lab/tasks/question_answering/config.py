@@ -26,6 +26,7 @@ class QuestionAnsweringConfig(TaskSection):
     asked_at: ClassVar[str] = "answer"
     formats: ClassVar[tuple[str, ...]] = ("question_answering",)
     cuts: ClassVar[bool] = False
+    cleans: ClassVar[bool] = False
 
     @classmethod
     def load(cls) -> type[Task[Any, Any]]:

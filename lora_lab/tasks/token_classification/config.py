@@ -25,6 +25,7 @@ class TokenClassificationConfig(TaskSection):
     asked_at: ClassVar[str] = "tokens"
     formats: ClassVar[tuple[str, ...]] = ("token_labels",)
     cuts: ClassVar[bool] = False
+    cleans: ClassVar[bool] = False
 
     @property
     def smoothing(self) -> float:
