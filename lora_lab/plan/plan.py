@@ -90,7 +90,7 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     setup = prepared.assemble(config, found, data, task, device, Stages())
     targets.check(setup)
     work = foresee(config, task, data.train, data.held_out)
-    estimated, on_cuda = _memory(setup, work)
+    estimated, on_cuda = needed(setup, work)
     matched, unmatched, trainable, base, saved, kept = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
@@ -107,7 +107,7 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     return result
 
 
-def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:
+def needed(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:
     """What training needs on this device and on a card; None, aloud, for models that cannot be run on tensors without content."""
     config, on_cpu = setup.config, setup.device.type == "cpu"
     try:

@@ -8,6 +8,7 @@ from lora_lab.verbs import (
     data,
     evaluate,
     export,
+    init,
     merge,
     methods,
     plan,
@@ -21,6 +22,7 @@ from lora_lab.verbs import (
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
+    "init": init.VERB,
     "train": train.VERB,
     "data": data.VERB,
     "plan": plan.VERB,
