@@ -83,7 +83,9 @@ def _number(label: Any) -> float | None:
     return None
 
 
-def look(file: DataFile | HubData, of_task: Sequence[str] | None = None, told: Mapping[str, str] | None = None) -> Guess:
+def look(
+    file: DataFile | HubData, of_task: Sequence[str] | None = None, told: Mapping[str, str] | None = None
+) -> Guess:
     """Look at the first rows of a file.
 
     Args:
@@ -97,10 +99,14 @@ def look(file: DataFile | HubData, of_task: Sequence[str] | None = None, told: M
     whole = [sources.renamed(row, dict(told or {})) for row in rows]
     readable_rows = [row for row in whole if row.problem is None]
     if not readable_rows:
-        problem = f"row {whole[0].number}: {whole[0].problem}" if whole else "no rows. Name a file with at least one row."
+        problem = (
+            f"row {whole[0].number}: {whole[0].problem}" if whole else "no rows. Name a file with at least one row."
+        )
         raise DataError(f"{file.key}={file.path}: {problem}")
     there = list(dict.fromkeys(column for row in readable_rows for column in row.values))
-    found = [_tried(name, mapping, readable_rows) for name, mapping in _ways(there) if of_task is None or name in of_task]
+    found = [
+        _tried(name, mapping, readable_rows) for name, mapping in _ways(there) if of_task is None or name in of_task
+    ]
     best = min(found, key=lambda one: one.rank(readable_rows), default=None)
     if best is None or not best.records:
         raise DataError(_unknown(file, there, readable_rows, best, of_task))
@@ -202,13 +208,19 @@ def _class_names(best: _Try, rows: Sequence[Row]) -> str:
     for column in (column for column in rows[0].values if column not in own):
         pairs = {(str(row.values.get(label)), row.values.get(column)) for row in rows}
         texts = {text for _, text in pairs}
-        if len(pairs) == len(numbers) == len(texts) and all(isinstance(text, str) and text.strip() and not text.isdecimal() for text in texts):
+        if len(pairs) == len(numbers) == len(texts) and all(
+            isinstance(text, str) and text.strip() and not text.isdecimal() for text in texts
+        ):
             return column
     return ""
 
 
 def _unknown(
-    file: DataFile | HubData, there: Sequence[str], rows: Sequence[Row], best: _Try | None, of_task: Sequence[str] | None
+    file: DataFile | HubData,
+    there: Sequence[str],
+    rows: Sequence[Row],
+    best: _Try | None,
+    of_task: Sequence[str] | None,
 ) -> str:
     place = f"{file.key}={file.path}"
     if best is not None:

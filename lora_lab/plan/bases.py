@@ -51,7 +51,13 @@ _BASES = (
 )  # fmt: skip
 # Larger decoders of the hub by their parameters in units of 1e9. In NF4 a parameter takes about 0.75 bytes with its scales and the unquantized
 # output head; what a step holds beside it was about 2.5 GiB with rows of 1,024 tokens (docs/memory.md).
-_LARGER = ((1.7, "Qwen/Qwen3-1.7B"), (4, "Qwen/Qwen3-4B"), (8, "Qwen/Qwen3-8B"), (14, "Qwen/Qwen3-14B"), (32, "Qwen/Qwen3-32B"))
+_LARGER = (
+    (1.7, "Qwen/Qwen3-1.7B"),
+    (4, "Qwen/Qwen3-4B"),
+    (8, "Qwen/Qwen3-8B"),
+    (14, "Qwen/Qwen3-14B"),
+    (32, "Qwen/Qwen3-32B"),
+)
 _NF4_GIB, _STEP_GIB = 0.75, 2.5
 _ON_CPU = 1.7  # what is larger takes hours on a CPU
 

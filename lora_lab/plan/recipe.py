@@ -20,6 +20,7 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data import build, check, guess, sources
 from lora_lab.data.build import Data
 from lora_lab.data.dataset import Dataset
+from lora_lab.data.encode import TOO_LONG
 from lora_lab.data.guess import Guess
 from lora_lab.data.sources import DataFile, HubData
 from lora_lab.errors import BaseModelError, ConfigError, DataError
@@ -38,14 +39,22 @@ from lora_lab.tasks.section import TaskSection
 _KEY = "data.train"
 _FOLDER = "mine/recipe"  # of recipes that are not told where to go
 _LOOK_ROWS = 50_000  # that are read with the base, at most
-_HELD_OUT, _MOST_HELD_OUT = 0.1, 1_000
+_HELD_OUT, _OF_FEW, _MOST_HELD_OUT = 0.1, 0.25, 1_000
 _MOST_TOKENS = {"encoder": 512, "encoder-decoder": 512, "decoder": 1_024}  # what is longer is cut or left out
 _STEPS = 100  # what small data are repeated for
 _MOST_EPOCHS, _SMALL_BATCH = 10, 16
 _CPU_TOKENS = 150_000  # of a decoder: a CPU of two cores takes some ten minutes
 _UNUSABLE = 0.05  # share of rows that may be left out without asking
+_LEFT_OUT = (TOO_LONG, "duplicates", "held out", "for training", "also held out")  # rows that are as usable as others
 _ANSWERS = 32  # held-out rows whose answers are generated
-_BESIDE = (("train", "validation"), ("train", "valid"), ("train", "dev"), ("train", "val"), ("train", "eval"), ("train", "test"))
+_BESIDE = (
+    ("train", "validation"),
+    ("train", "valid"),
+    ("train", "dev"),
+    ("train", "val"),
+    ("train", "eval"),
+    ("train", "test"),
+)
 _PLAIN_NAMES = ("train", "data", "dataset", "rows", "all", "input")  # the folder says more
 
 
@@ -127,7 +136,9 @@ def _place(out: str | None, name: str) -> Path:
     """
     place = Path(out).expanduser() if out is not None else Path(_FOLDER) / f"{_named(name)}.yaml"
     if place.suffix != ".yaml" or place.parent.name != "recipe":
-        raise ConfigError(f"out={place}: recipes are found in a folder called recipe. Write out=mine/recipe/{place.stem}.yaml")
+        raise ConfigError(
+            f"out={place}: recipes are found in a folder called recipe. Write out=mine/recipe/{place.stem}.yaml"
+        )
     if place.stem in choices("recipe"):
         raise ConfigError(f"out={place}: lora_lab has a recipe of that name, which goes first. Choose another name.")
     if place.exists() or place.is_symlink():
@@ -247,12 +258,22 @@ class _Draft:
         other = _beside(self.files, self.guessed)
         if other is not None:
             self.set("data.eval", str(other), "held-out rows beside the file")
-            self.assumed.append(f"{other.name} has the rows to measure on; data.eval=null data.eval_ratio=0.1 holds some of yours out")
+            self.assumed.append(
+                f"{other.name} has the rows to measure on; data.eval=null data.eval_ratio=0.1 holds some of yours out"
+            )
             return
         ratio = min(_HELD_OUT, round(_MOST_HELD_OUT / max(1, self.rows), 4))
         self.set("data.eval_ratio", ratio, "of the rows are held out to measure on; data.eval=FILE names others")
         if "label" in self._columns and not self.section.numbers and not self.guessed.is_several:
             self.set("data.stratify", "label", "each class keeps its share on both sides")
+
+    def hold_out_otherwise(self) -> bool:
+        """Of a few rows hold some more out, whatever their classes; False if that is done already."""
+        if self.values.get("data.eval_ratio") in (None, _OF_FEW):
+            return False
+        self.set("data.stratify", None)
+        self.set("data.eval_ratio", _OF_FEW, "of the few rows are held out to measure on; more would say more")
+        return True
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -263,7 +284,10 @@ class _Draft:
     def _say_what_it_is(self) -> None:
         guessed, task = self.guessed, self.section.name
         scripts = " and ".join(sorted(guessed.scripts))
-        self.assumed.insert(0, f"task={task}, because the columns are those of {guessed.format} ({', '.join(guessed.there)}); letters are {scripts}")
+        self.assumed.insert(
+            0,
+            f"task={task}, because the columns are those of {guessed.format} ({', '.join(guessed.there)}); letters are {scripts}",
+        )
         if guessed.names:
             self.assumed.append(f"classes are called as column {guessed.names} says")
         if guessed.left:
@@ -314,7 +338,11 @@ class _Draft:
         dropped = {kind for part in (train, data.held_out) if part is not None for kind in part.rows_dropped}
         if "duplicates" in dropped:
             self.set("data.duplicates", "drop", f"{train.rows_dropped.get('duplicates', 0)} rows are there twice")
-        if "data.eval" in self.values and data.held_out is not None and np.isin(train.digests, data.held_out.digests).any():
+        if (
+            "data.eval" in self.values
+            and data.held_out is not None
+            and np.isin(train.digests, data.held_out.digests).any()
+        ):
             self.set("data.shared", "drop", "rows that are held out are not learned")
         if self._unusable(train):
             self.set("data.unusable", "drop", "rows that cannot be used are left out; lora-lab data lists them")
@@ -326,7 +354,7 @@ class _Draft:
             self.set("task.max_new_tokens", self._answer_tokens(found), "longest answer")
 
     def _limit(self, train: Dataset, held_out: Dataset | None) -> None:
-        too_long = sum(one.rows_dropped.get("too long", 0) for one in (train, held_out) if one is not None)
+        too_long = sum(one.rows_dropped.get(TOO_LONG, 0) for one in (train, held_out) if one is not None)
         longest = max(int(one.lengths.max()) for one in (train, held_out) if one is not None and len(one))
         if self.section.in_pieces:
             self.set("data.max_tokens", self.most_tokens, "tokens of a piece of text")
@@ -336,11 +364,10 @@ class _Draft:
             self.set("data.max_tokens", min(rounded, self.most_tokens), f"the longest row has {longest}")
             return
         self.set("data.max_tokens", self.most_tokens, f"{too_long} rows are longer")
-        self.set("data.too_long", "truncate_prompt" if self.section.cuts and not self.section.generates else "drop")
+        self.set("data.too_long", "truncate_prompt" if self.section.cuts and self.section.predicts else "drop")
 
     def _unusable(self, train: Dataset) -> bool:
-        kinds = set(train.rows_dropped) - {"too long", "duplicates", "held out", "for training", "also held out"}
-        return bool(kinds)
+        return bool(set(train.rows_dropped) - {*_LEFT_OUT})
 
     def _steps(self, rows: int, tokens: float) -> None:
         batch = self._value("train.batch_size", 8)
@@ -353,13 +380,19 @@ class _Draft:
         if self.on_cpu and self.section.packed and epochs * rows * tokens > _CPU_TOKENS:
             most = max(20, round(_CPU_TOKENS / (batch * tokens)))
             if most < epochs * per_epoch:
-                self.set("train.max_steps", most, f"of {epochs * per_epoch}, because a CPU takes long; remove the line to see every row")
+                self.set(
+                    "train.max_steps",
+                    most,
+                    f"of {epochs * per_epoch}, because a CPU takes long; remove the line to see every row",
+                )
 
     def _value(self, key: str, default: Any) -> Any:
         return self.told.values.get(key, self.values.get(key, default))
 
     def _answer_tokens(self, found: ResolvedBase) -> int:
-        answers = [record.target or (record.messages or [{}])[-1].get("content") or "" for record in self.guessed.records[:500]]
+        answers = [
+            record.target or (record.messages or [{}])[-1].get("content") or "" for record in self.guessed.records[:500]
+        ]
         lengths = [len(found.encoder.tokenizer(str(one))["input_ids"]) for one in answers]
         return int(min(256, max(16, -(-np.percentile(lengths, 95) // 16) * 16)))
 
@@ -428,7 +461,9 @@ def _scalar(value: Any) -> str:
         return "{" + ", ".join(f"{_scalar(key)}: {_scalar(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_scalar, value)) + "]"
-    if isinstance(value, str) and re.fullmatch(r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[^\W\d][\w./-]*", value, re.IGNORECASE):
+    if isinstance(value, str) and re.fullmatch(
+        r"(?!(?:null|true|false|yes|no|on|off|y|n)$)[^\W\d][\w./-]*", value, re.IGNORECASE
+    ):
         return value
     return json.dumps(value, ensure_ascii=False)
 
@@ -459,7 +494,10 @@ def _beside(files: Sequence[DataFile | HubData], guessed: Guess) -> Path | None:
     if others or not isinstance(file, DataFile) or "train" not in file.path.name.lower():
         return None
     there = {path.name.lower(): path for path in file.path.parent.iterdir() if path.is_file() and path != file.path}
-    stem, kinds = file.path.name.lower().partition(".")[0], {".jsonl", ".jsonl.gz", *(f"{kind}" for kind in sources.KINDS)}
+    stem, kinds = (
+        file.path.name.lower().partition(".")[0],
+        {".jsonl", ".jsonl.gz", *(f"{kind}" for kind in sources.KINDS)},
+    )
     for train, other in _BESIDE:
         for kind in kinds:
             path = there.get(f"{stem.replace(train, other)}{kind}")
@@ -539,7 +577,12 @@ def _tried(draft: _Draft) -> tuple[ResolvedBase, Data, list[str]]:
     if positions is not None and positions < draft.most_tokens:
         draft.most_tokens = positions
         return _tried(draft)
-    data = build.build(config.data, found.encoder)
+    try:
+        data = build.build(config.data, found.encoder)
+    except DataError:
+        if not draft.hold_out_otherwise():
+            raise
+        return _tried(draft)
     train = data.train
     assert isinstance(train, Dataset)
     findings = [one.sentence for one in check.check(data, config.data, found.encoder) if one.level == "error"]
@@ -547,11 +590,10 @@ def _tried(draft: _Draft) -> tuple[ResolvedBase, Data, list[str]]:
     if sum(unusable.values()) > _UNUSABLE * train.rows_read:
         kind = max(unusable, key=unusable.__getitem__)
         first = next((report.sentences[kind][0] for report in train.reports if report.sentences.get(kind)), "")
-        findings.append(f"{sum(unusable.values())} of {train.rows_read} rows cannot be used ({', '.join(unusable)}). {first}")
+        findings.append(
+            f"{sum(unusable.values())} of {train.rows_read} rows cannot be used ({', '.join(unusable)}). {first}"
+        )
     return found, data, findings
-
-
-_LEFT_OUT = ("too long", "duplicates", "held out", "for training", "also held out")
 
 
 def _prove(draft: _Draft) -> None:
@@ -567,14 +609,19 @@ def _prove(draft: _Draft) -> None:
     setup = prepared.assemble(config, found, data, task, device, Stages())
     free, batch = free_bytes(device), config.train.micro_batch_size or config.train.batch_size
     while True:
-        estimated, _ = plan.needed(setup, plan.foresee(setup.config, task, data.train, data.held_out))
-        if estimated is None or estimated.peak <= free or batch == 1 or "train.micro_batch_size" in draft.told.values:
+        try:
+            peak = plan.needed(setup, plan.foresee(setup.config, task, data.train, data.held_out)).peak
+        except Exception as error:  # of whatever torch or a model of another make does with tensors without content
+            draft.assumed.append(
+                f"it fits into memory, which cannot be estimated for this model ({type(error).__name__})"
+            )
+            return
+        if peak <= free or batch == 1 or "train.micro_batch_size" in draft.told.values:
             break
         batch //= 2
         draft.set("train.micro_batch_size", batch, f"rows of a forward pass: {free / 2**30:.0f} GiB are free")
         setup = dataclasses.replace(setup, config=draft.config(**draft.limits))
-    if estimated is not None:
-        draft.assumed.append(f"training needs about {estimated.peak / 2**30:.1f} GiB of the {free / 2**30:.0f} GiB that are free")
+    draft.assumed.append(f"training needs about {peak / 2**30:.1f} GiB of the {free / 2**30:.0f} GiB that are free")
 
 
 def _others(draft: _Draft) -> Iterator[str]:
