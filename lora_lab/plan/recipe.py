@@ -179,7 +179,7 @@ def _tasks_for(guessed: Guess) -> Iterator[type[TaskSection]]:
     """Tasks that the rows are for, the likeliest first."""
     meant = [task for task in TASKS.values() if guessed.format in task.meant_for]
     yield from (task for task in meant if task.numbers == guessed.is_numbers and _has_base(task, guessed))
-    yield from (task for task in TASKS.values() if guessed.format in task().formats)
+    yield from (task for name, task in TASKS.items() if guessed.format in task(name=name).formats)
 
 
 def _has_base(task: type[TaskSection], guessed: Guess) -> bool:
@@ -236,8 +236,9 @@ class _Draft:
             self.set("data.sample_by", "paragraph", "blank lines part the text")
         self._hold_out()
         options = dataclasses.asdict(section)
+        defaults = dataclasses.asdict(type(section)(name=section.name))
         for name in ("loss", "multi_label"):
-            if options.get(name) != dataclasses.asdict(type(section)()).get(name):
+            if options.get(name) != defaults.get(name):
                 self.set(f"task.{name}", options[name])
         if "language" in options and "Chinese" in guessed.scripts:
             self.set("task.language", "zh", "how answers are split into words")
@@ -295,7 +296,7 @@ class _Draft:
         others = [
             name
             for name, one in TASKS.items()
-            if name != task and guessed.format in one().formats and (not one.numbers or guessed.is_numbers)
+            if name != task and guessed.format in one(name=name).formats and (not one.numbers or guessed.is_numbers)
         ]
         if others:
             self.possible.append(f"task={' or task='.join(others)} can learn from these rows too")

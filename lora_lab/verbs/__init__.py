@@ -6,6 +6,7 @@ from lora_lab.verbs import (
     chat,
     config,
     data,
+    doctor,
     evaluate,
     export,
     init,
@@ -37,4 +38,5 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "runs": runs.VERB,
     "methods": methods.VERB,
     "config": config.VERB,
+    "doctor": doctor.VERB,
 }
