@@ -22,7 +22,7 @@ from lora_lab.merge.merge import judged_on, reference
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.report import summary
-from lora_lab.run import run_dir, takes
+from lora_lab.run import evaluation, run_dir, takes
 from lora_lab.run.prepared import Trained, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live
@@ -238,6 +238,8 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
             try:
                 with setup.stages("evaluate"):
                     after = live.measure("tuned", member.measured)
+                    if show:
+                        evaluation.write(run, live, {"base": before, "tuned": after})
             except NoRoomError as error:
                 unmade[_UNMADE] = {"evaluate": str(error)}
                 console.say("evaluate", f"{run.path}: {error}")
@@ -307,6 +309,7 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
         if shots:
             found[f"{shots}-shot"] = live.measure_few_shot()
         found["tuned"] = live.measure("tuned")
+        evaluation.write(run, live, found)
     _show_measured(held_out, found)
     result = {
         "data": held_out.files,

@@ -37,6 +37,6 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "serve": serve.VERB,
     "runs": runs.VERB,
     "methods": methods.VERB,
-    "config": config.VERB,
     "doctor": doctor.VERB,
+    "config": config.VERB,
 }

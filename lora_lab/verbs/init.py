@@ -22,6 +22,10 @@ def _run(told: Told) -> int:
     file = told.word("file")
     if not file:
         raise ConfigError("init: needs a data file. Write lora-lab init FILE, such as lora-lab init reviews.csv")
+    from lora_lab.data import sources
+
+    if not file.startswith(sources.HUB):
+        sources.find("data.train", file)  # a wrong name is told at once
     quiet_libraries()
     from lora_lab.plan import recipe
 
