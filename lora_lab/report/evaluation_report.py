@@ -25,7 +25,7 @@ class Said:
     said: dict[str, Any]
     off: float | None  # how far from what was expected; 0: it is right, None: that cannot be told
     score: float | None  # the probability of what was said
-    length: int  # tokens; of what is generated, characters of the question
+    length: int
 
 
 def write(
@@ -34,12 +34,14 @@ def write(
     metrics: Mapping[str, Mapping[str, float]],
     said: Sequence[Said],
     confusion: Mapping[str, Any] | None,
+    unit: str,
 ) -> None:
     """Write the page; pictures that cannot be drawn of these rows are left out.
 
     Args:
         metrics: of each model that was measured.
         said: the worst first.
+        unit: of their lengths.
         confusion: `labels`, and `rows` with how often each class was taken for which.
     """
     names = list(dict.fromkeys(name for one in metrics.values() for name in one))
@@ -48,7 +50,7 @@ def write(
         run=run,
         metrics={name: [one.get(name) for one in metrics.values()] for name in names},
         models=list(metrics),
-        pictures=_pictures(said, confusion),
+        pictures=_pictures(said, confusion, unit),
         rows=[_shown(one) for one in said[:_SHOWN]],
         count=len(said),
         wrong=sum(1 for one in said if one.off),
@@ -56,12 +58,12 @@ def write(
     storage.write_text(file, page)
 
 
-def _pictures(said: Sequence[Said], confusion: Mapping[str, Any] | None) -> list[pictures.Picture]:
+def _pictures(said: Sequence[Said], confusion: Mapping[str, Any] | None, unit: str) -> list[pictures.Picture]:
     judged = [one for one in said if one.off is not None]
     drawn = [
-        None if confusion is None else pictures.confusion(confusion["labels"], confusion["rows"]),
         pictures.calibration([(one.score, not one.off) for one in judged if one.score is not None]),
-        pictures.by_length([(one.length, float(one.off or 0.0)) for one in judged]),
+        pictures.by_length([(one.length, float(one.off or 0.0)) for one in judged], unit),
+        None if confusion is None else pictures.confusion(confusion["labels"], confusion["rows"]),
     ]
     return [one for one in drawn if one is not None]
 
@@ -73,7 +75,9 @@ def _shown(one: Said) -> dict[str, Any]:
         said = {name: value for name, value in one.said.items() if name == "tags"}
     return {
         "origin": one.origin,
-        "given": [_text(value) for value in one.values.values() if isinstance(value, str | list)][:3],
+        "given": [
+            _text(value) for value in one.values.values() if isinstance(value, str | list) and value != one.expected
+        ][:3],
         "expected": _text(one.expected),
         "said": "; ".join(_text(value) for value in said.values()),
         "score": "" if one.score is None else f"{one.score:.2f}",

@@ -16,9 +16,13 @@ import numpy as np
 
 from lora_lab.runtime import console
 
-_CLASSES = 24  # of a confusion matrix; of more, those that are mixed up most
+_MANY, _CLASSES = (
+    6,
+    24,
+)  # classes above which a matrix is wide; most that are drawn: of more, those that are mixed up most
 _LETTERS = 14  # of a class's name
-_BINS, _LEAST = 10, 20  # of a calibration; rows from which one is drawn
+_BINS = 10  # of a calibration
+_FEW, _LEAST = 10, 30  # rows of a bin at least; rows from which a plot is drawn
 _PARTS = 6  # of the lengths
 _WIDTH, _HEIGHT = 420, 280  # of a plot
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42  # around its frame
@@ -31,6 +35,7 @@ class Picture:
     title: str
     svg: str
     says: str
+    wide: bool = False  # it needs the width of the page
 
 
 def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture | None:
@@ -44,7 +49,7 @@ def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture |
     count, longest = len(names), max(_columns(_short(name)) for name in names)
     cell = max(30, min(64, 420 // count))
     left, slanted = 26 + 7 * longest, 7 * longest > cell - 6
-    top = 34 + (5 * longest if slanted else 0)
+    top = 44 + (5 * longest if slanted else 0)
     right = 5 * longest if slanted else 6
     parts = [
         _label(left + cell * count / 2, 14, "said", "dim"),
@@ -60,11 +65,11 @@ def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture |
     for (row, column), value in np.ndenumerate(counts):
         share = value / max(1, counts[row].sum())
         x, y = left + cell * column, top + cell * row
-        colour = "bar" if row == column else "error"
+        colour = "line" if not value else "bar" if row == column else "error"
         title = f"{names[row]} said to be {names[column]}: {value} ({share:.0%})"
         parts.append(
             f'<rect x="{x + 1}" y="{y + 1}" width="{cell - 2}" height="{cell - 2}" rx="3" style="fill: var(--{colour})" '
-            f'fill-opacity="{0.05 + 0.95 * share:.3f}"><title>{_safe(title)}</title></rect>'
+            f'fill-opacity="{0.1 + 0.9 * share if value else 0.35:.3f}"><title>{_safe(title)}</title></rect>'
         )
         if value:
             parts.append(_label(x + cell / 2, y + cell / 2 + 4, str(value), "on-bar" if share > 0.5 else "ink"))
@@ -86,44 +91,39 @@ def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture |
 
 
 def calibration(scores: Sequence[tuple[float, bool]]) -> Picture | None:
-    """How often what was said with a probability is right. None: too few rows."""
+    """How often what was said with a probability is right, in parts of as many rows. None: too few rows."""
     if len(scores) < _LEAST:
         return None
     given, right = np.array([score for score, _ in scores]), np.array([is_right for _, is_right in scores], dtype=float)
-    bins = np.minimum((given * _BINS).astype(int), _BINS - 1)
+    order = np.argsort(given, kind="stable")
     plot = _Plot((0, 1), (0, 1), "probability", "share that is right")
     parts = [plot.frame([0, 0.25, 0.5, 0.75, 1], [0, 0.25, 0.5, 0.75, 1])]
     parts.append(
         f'<line x1="{plot.x(0):.1f}" y1="{plot.y(0):.1f}" x2="{plot.x(1):.1f}" y2="{plot.y(1):.1f}" '
         'style="stroke: var(--dim)" stroke-dasharray="4 4"/>'
     )
-    error, points = 0.0, []
-    for number in np.unique(bins):
-        inside = bins == number
-        count, x, y = int(inside.sum()), float(given[inside].mean()), float(right[inside].mean())
+    error = 0.0
+    for inside in np.array_split(order, min(_BINS, len(order) // _FEW)):
+        count, x, y = len(inside), float(given[inside].mean()), float(right[inside].mean())
         error += count / len(given) * abs(x - y)
         low, high = interval(y * count, count)
-        points.append((plot.x(x), plot.y(y)))
         title = f"{count} rows: said with {x:.2f}, right {y:.2f}"
         parts.append(_whisker(plot.x(x), plot.y(low), plot.y(high)))
         parts.append(
-            f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="{3 + 7 * math.sqrt(count / len(given)):.1f}" '
-            f'style="fill: var(--bar)"><title>{_safe(title)}</title></circle>'
+            f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="4.5" style="fill: var(--bar)"><title>{_safe(title)}</title></circle>'
         )
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    parts.insert(2, f'<polyline points="{line}" style="fill: none; stroke: var(--bar)" stroke-width="1.5"/>')
     lean = float((given - right).mean())
     which = "surer than it should be" if lean > 0 else "less sure than it could be"
     says = f"Expected calibration error {error:.3f}; the model is {which} by {abs(lean):.3f} on average. Below the dashed line it is too sure."
     return Picture("Is it as often right as it says?", _svg(_WIDTH, _HEIGHT, parts), says)
 
 
-def by_length(rows: Sequence[tuple[int, float]]) -> Picture | None:
+def by_length(rows: Sequence[tuple[int, float]], unit: str) -> Picture | None:
     """How far off rows of each length are, in parts of as many rows. None: too few rows, or nothing is off."""
     if len(rows) < _LEAST or not any(off for _, off in rows):
         return None
     lengths, off = np.array([length for length, _ in rows]), np.array([value for _, value in rows])
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _PARTS + 1)).round().astype(int))
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, min(_PARTS, len(rows) // _FEW) + 1)).round().astype(int))
     if len(edges) < 3:
         return None
     edges[-1] += 1
@@ -139,7 +139,7 @@ def by_length(rows: Sequence[tuple[int, float]]) -> Picture | None:
             )
             bars.append((f"{start}–{end - 1}" if end - 1 > start else f"{start}", len(inside), mean, low, high))
     ticks = _ticks(max(high for *_, high in bars))
-    plot = _Plot((0, len(bars)), (0, ticks[-1]), "length", "share that is off" if is_share else "mean distance")
+    plot = _Plot((0, len(bars)), (0, ticks[-1]), unit, "share that is off" if is_share else "mean distance")
     parts = [plot.frame([], ticks)]
     for place, (name, count, mean, low, high) in enumerate(bars):
         x, width = plot.x(place + 0.5), 0.62 * (plot.x(1) - plot.x(0))
@@ -204,7 +204,7 @@ def _ticks(most: float) -> list[float]:
 
 
 def _whisker(x: float, low: float, high: float) -> str:
-    return f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" style="stroke: var(--dim)" stroke-width="1.5"/>'
+    return f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" style="stroke: var(--ink)" stroke-width="1.5"/>'
 
 
 def _label(

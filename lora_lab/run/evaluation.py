@@ -39,8 +39,9 @@ def write(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
     said.sort(key=lambda one: (-(one.off or 0.0), -(one.score or 0.0)))
     predictions.write_rows(run.path / ROWS, map(_row, said))
     page = run.path / PAGE
+    unit = "tokens of the row" if live.setup.config.task.predicts else "characters of the question"
     metrics = {name: one.metrics for name, one in found.items()}
-    evaluation_report.write(page, str(run.path), metrics, said, tuned.details.get("confusion_matrix"))
+    evaluation_report.write(page, str(run.path), metrics, said, tuned.details.get("confusion_matrix"), unit)
     wrong = sum(1 for one in said if one.off)
     console.say(
         "rows",
