@@ -70,19 +70,24 @@ def _pictures(said: Sequence[Said], confusion: Mapping[str, Any] | None, unit: s
 
 def _shown(one: Said) -> dict[str, Any]:
     """A row as texts for the table."""
-    said = {name: value for name, value in one.said.items() if name not in ("score", "scores", "words", "tags")}
-    if not said:
-        said = {name: value for name, value in one.said.items() if name == "tags"}
     return {
         "origin": one.origin,
         "given": [
             _text(value) for value in one.values.values() if isinstance(value, str | list) and value != one.expected
         ][:3],
         "expected": _text(one.expected),
-        "said": "; ".join(_text(value) for value in said.values()),
+        "said": _text(_said(one.said)),
         "score": "" if one.score is None else f"{one.score:.2f}",
         "off": "" if one.off is None else f"{one.off:.3g}",
     }
+
+
+def _said(said: Mapping[str, Any]) -> str:
+    """What was said, in one line: words with their tags, else the values without their probabilities."""
+    if "words" in said and "tags" in said:
+        tagged = [f"{word}/{tag}" for word, tag in zip(said["words"], said["tags"], strict=True) if tag != "O"]
+        return " ".join(tagged) or "no tag but O"
+    return "; ".join(_text(value) for name, value in said.items() if name not in ("score", "scores"))
 
 
 def _text(value: Any) -> str:

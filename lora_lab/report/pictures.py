@@ -87,6 +87,7 @@ def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture |
         "Which class is taken for which",
         _svg(left + cell * count + right, top + cell * count + 6, parts),
         says + left_out,
+        count > _MANY,
     )
 
 
