@@ -239,7 +239,7 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
                 with setup.stages("evaluate"):
                     after = live.measure("tuned", member.measured)
                     if show:
-                        evaluation.write(run, live, {"base": before, "tuned": after})
+                        _keep_said(run, live, {"base": before, "tuned": after})
             except NoRoomError as error:
                 unmade[_UNMADE] = {"evaluate": str(error)}
                 console.say("evaluate", f"{run.path}: {error}")
@@ -254,6 +254,14 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
         "versions": run_dir.versions(),
         **unmade,
     }
+
+
+def _keep_said(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
+    """Keep what was said of each held-out row, unless a disk is full or a file of rows is gone: the training stands all the same."""
+    try:
+        evaluation.write(run, live, found)
+    except LoraLabError as error:
+        console.say("rows", f"what was said of each row is not kept ({error})")
 
 
 def _keep_probes(member: Member, live: Live) -> None:

@@ -144,3 +144,18 @@ def test_rows_are_written_with_the_errors_first(task, tiny, tmp_path, capsys):
     page = (Path(run.path) / "evaluation.html").read_text(encoding="utf-8")
     assert ("<svg" in page) == (task == "classification")  # the others are too few for a picture
     assert ("B-X" in page) == (task == "token_classification")
+
+
+def test_a_training_stands_without_them(tiny, tmp_path, monkeypatch, capsys):
+    from lora_lab.errors import RunError
+    from lora_lab.run import evaluation
+
+    def full(*_):
+        raise RunError("predictions.jsonl: No space left on device")
+
+    monkeypatch.setattr(evaluation, "write", full)
+    file = write_jsonl(tmp_path / "rows.jsonl", ROWS["classification"])
+    told = ["task=classification", f"data.train={file}", f"data.eval={file}", f"run_dir={tmp_path}/run"]
+    run = lora_lab.train(lora_lab.load_config(*tiny, *told))
+    assert run.result["tuned"]["accuracy"] >= 0
+    assert "not kept (predictions.jsonl: No space left on device)" in capsys.readouterr().out

@@ -146,7 +146,7 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
     def off(self, found: dict[str, Any], example: Example) -> float:
         """The share of the words that have another tag."""
         pairs = list(zip(found["tags"], example["tags"], strict=True))
-        return sum(said != tag for said, tag in pairs) / len(pairs)
+        return float(np.mean([said != tag for said, tag in pairs]))
 
     def of_row(self, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         """Entities with their `text` and the characters where it is: `start`, and `end` behind it."""
