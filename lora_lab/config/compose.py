@@ -71,6 +71,11 @@ def parse_override(text: str) -> Override:
     ) from problem
 
 
+def value_of(override: Override) -> Any:
+    """The plain value that an override sets."""
+    return quoting.plain_keys(OmegaConf.to_container(OmegaConf.create({"value": override.value()})))["value"]
+
+
 def _plain_form(text: str) -> str:
     """The line that was meant: with plain signs, or an example."""
     plain = quoting.full_width(text)

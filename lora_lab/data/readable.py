@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _ROWS = 256  # of each key that are looked at
 LOOKED_AT = 5_000  # of the first rows of a file, evenly spread
 _MAX_CHARS = 2_000  # of a text
+_OTHER_SCRIPT = 0.2  # share of the letters by which a text is not one in Latin letters
 # Ranges of characters by the script that a base must know: (first, last, name)
 _SCRIPTS = (
     (0x0041, 0x024F, "Latin"), (0x0370, 0x03FF, "Greek"), (0x0400, 0x052F, "Cyrillic"), (0x0590, 0x05FF, "Hebrew"),
@@ -132,8 +133,23 @@ def _spelled(text: str, offsets: list[tuple[int, int]]) -> collections.Counter[s
     return collections.Counter(text[place] for place in several if _counts(text[place]))
 
 
+def script_of(texts: Iterable[str]) -> str:
+    """The script that a base must know for texts: Latin letters stand among those of any other, so a share of these decides."""
+    counts = _scripts(letter for text in texts for letter in text[:_MAX_CHARS])
+    del counts[""]
+    others = collections.Counter({name: count for name, count in counts.items() if name != "Latin"})
+    first = others.most_common(1)
+    if first and others.total() >= _OTHER_SCRIPT * counts.total():
+        return "Japanese" if counts["Japanese"] >= _OTHER_SCRIPT * others.total() else first[0][0]
+    return "Latin" if counts else ""
+
+
 def _script(letters: Iterable[str]) -> str:
-    counts = collections.Counter(
+    counts = _scripts(letters)
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def _scripts(letters: Iterable[str]) -> collections.Counter[str]:
+    return collections.Counter(
         next((name for first, last, name in _SCRIPTS if first <= ord(letter) <= last), "") for letter in letters
     )
-    return counts.most_common(1)[0][0] if counts else ""

@@ -109,19 +109,28 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
 
 def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:
     """What training needs on this device and on a card; None, aloud, for models that cannot be run on tensors without content."""
-    config, on_cpu = setup.config, setup.device.type == "cpu"
     try:
-        size = 0 if on_cpu else free_bytes(setup.device)
-        on_cuda = on_card.of_setup(setup, work.largest, work.evaluation, size)
-        if not on_cpu:
-            return on_cuda, on_cuda
-        return memory.estimate(config, setup.base, setup.kind, setup.task, work.largest, work.evaluation), on_cuda
+        here = needed(setup, work)
+        if setup.device.type != "cpu":
+            return here, here
+        return here, on_card.of_setup(setup, work.largest, work.evaluation, 0)
     except Exception as error:  # of whatever torch or a model of another make does with such tensors
         reason = str(error).strip().partition("\n")[0][:160]
         console.say(
             "memory", f"cannot be estimated for this model ({type(error).__name__}: {reason}); probe=true measures it"
         )
         return None, None
+
+
+def needed(setup: Setup, work: Work) -> Memory:
+    """What training needs on this device.
+
+    Raises:
+        Exception: the model cannot be run on tensors without content.
+    """
+    if setup.device.type != "cpu":
+        return on_card.of_setup(setup, work.largest, work.evaluation, free_bytes(setup.device))
+    return memory.estimate(setup.config, setup.base, setup.kind, setup.task, work.largest, work.evaluation)
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------

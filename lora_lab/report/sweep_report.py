@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_INK = "#010203"  # stands for the page's own colour of text, light or dark
+_MARK = "#1b6ca8"  # the same for what stands out
 _FONT = ["Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
 
 
@@ -108,14 +110,18 @@ def _figure(width: float, height: float) -> Figure:
     mpl.rcParams["font.sans-serif"] = _FONT
     mpl.rcParams["text.parse_math"] = False  # a value with two $ is no formula
     mpl.rcParams["svg.hashsalt"] = "lora_lab"
+    for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
+        mpl.rcParams[part] = _INK
     mpl.rcParams["svg.fonttype"] = "none"
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    """The drawing in the page's colours, not narrower than its texts can be read at."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    text = file.getvalue()[file.getvalue().index("<svg") :].replace(_INK, "var(--ink)").replace(_MARK, "var(--mark)")
+    return text.replace("<svg", f'<svg style="min-width: {60 * figure.get_figwidth():.0f}px"', 1)
 
 
 def _short(key: str) -> str:
@@ -163,7 +169,7 @@ def _heat_map(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figur
             cells[row, column] = statistics.fmean(found) if found else np.nan
     figure = _figure(1.8 + 1.1 * len(across), 1.6 + 0.55 * len(down))
     ax = figure.subplots()
-    image = ax.imshow(cells, cmap=_colours(result), aspect="auto")
+    ax.imshow(cells, cmap=_colours(result), aspect="auto")
     middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
     for (row, column), value in np.ndenumerate(cells):
         if math.isfinite(value):
@@ -179,7 +185,7 @@ def _heat_map(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figur
     ax.set_yticks(range(len(down)), [_label(value) for value in down])
     ax.set_xlabel(keys[1])
     ax.set_ylabel(keys[0])
-    figure.colorbar(image, label=result["metric"])
+    ax.set_title(f"{result['metric']}, the best is bright", fontsize=10)
     return figure
 
 
@@ -227,19 +233,27 @@ def _height(number: int, count: int) -> float:
 def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
     if not any(curve.train and curve.train[0] for curve in curves):
         return None
-    figure = _figure(11, 3.8)
-    left, right = figure.subplots(1, 2)
+    axes = [("training loss, smoothed", True)]
+    if any(
+        len(one) > 1 for curve in curves[:most] for one in curve.held_out
+    ):  # a point is no curve; the ranking has it
+        axes.append(("held-out loss", False))
+    figure = _figure(1.5 + 4.8 * len(axes), 3.8)
+    panels = figure.subplots(1, len(axes), squeeze=False)[0]
     for number, curve in enumerate(curves[:most]):
         colour = f"C{number}"
         label = _shortened(curve.title, 60)
-        _draw(left, [_smoothed(one) for one in curve.train], colour, label)
-        _draw(right, curve.held_out, colour, label, marker="o")
+        for (_, is_train), ax in zip(axes, panels, strict=True):
+            if is_train:
+                _draw(ax, [_smoothed(one) for one in curve.train], colour, label)
+            else:
+                _draw(ax, curve.held_out, colour, label, marker="o")
     more = f" (the {most} best of {len(curves)})" if len(curves) > most else ""
-    for ax, title in ((left, f"training loss, smoothed{more}"), (right, f"held-out loss{more}")):
-        ax.set_title(title, fontsize=10)
+    for (title, _), ax in zip(axes, panels, strict=True):
+        ax.set_title(title + more, fontsize=10)
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=7, frameon=False)
+    panels[0].legend(fontsize=7, frameon=False)
     return figure
 
 
@@ -276,6 +290,8 @@ def _pareto(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure 
     ]
     if not costs or len(places) < 2:
         return None
+    from matplotlib.ticker import EngFormatter
+
     sign = 1 if result["lower_is_better"] else -1
     figure = _figure(4 * len(costs), 3.6)
     for (key, label), ax in zip(costs, figure.subplots(1, len(costs), squeeze=False)[0], strict=True):
@@ -284,10 +300,11 @@ def _pareto(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure 
         )
         front = [point for i, point in enumerate(points) if all(point[1] < other[1] for other in points[:i])]
         ax.scatter([x for x, _, _ in points], [sign * y for _, y, _ in points], color="#8c8c8c", s=18)
-        ax.plot([x for x, _, _ in front], [sign * y for _, y, _ in front], "o-", color="#1b6ca8", ms=5)
+        ax.plot([x for x, _, _ in front], [sign * y for _, y, _ in front], "o-", color=_MARK, ms=5)
         for x, y, name in points:
             ax.annotate(name, (x, sign * y), textcoords="offset points", xytext=(4, 3), fontsize=8)
         ax.set_xlabel(label)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_ylabel(result["metric"])
         ax.spines[["top", "right"]].set_visible(False)
     return figure

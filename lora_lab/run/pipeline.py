@@ -22,7 +22,7 @@ from lora_lab.merge.merge import judged_on, reference
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.report import summary
-from lora_lab.run import run_dir, takes
+from lora_lab.run import evaluation, run_dir, takes
 from lora_lab.run.prepared import Trained, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live
@@ -238,6 +238,8 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
             try:
                 with setup.stages("evaluate"):
                     after = live.measure("tuned", member.measured)
+                    if show:
+                        _keep_said(run, live, {"base": before, "tuned": after})
             except NoRoomError as error:
                 unmade[_UNMADE] = {"evaluate": str(error)}
                 console.say("evaluate", f"{run.path}: {error}")
@@ -252,6 +254,14 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
         "versions": run_dir.versions(),
         **unmade,
     }
+
+
+def _keep_said(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
+    """Keep what was said of each held-out row, unless a disk is full or a file of rows is gone: the training stands all the same."""
+    try:
+        evaluation.write(run, live, found)
+    except LoraLabError as error:
+        console.say("rows", f"what was said of each row is not kept ({error})")
 
 
 def _keep_probes(member: Member, live: Live) -> None:
@@ -307,6 +317,7 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
         if shots:
             found[f"{shots}-shot"] = live.measure_few_shot()
         found["tuned"] = live.measure("tuned")
+        evaluation.write(run, live, found)
     _show_measured(held_out, found)
     result = {
         "data": held_out.files,

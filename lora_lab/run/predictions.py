@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,20 @@ class _Part:
         os.unlink(self._path)
 
 
+def write_rows(place: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows that are all there, a line of JSON each, in the place of what was there.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    _write_lines(place, map(_line, rows))
+
+
+def _write_lines(place: Path, lines: Iterable[bytes]) -> None:
+    with storage.new_file(place) as file:
+        file.writelines(lines)
+
+
 def _line(row: dict[str, Any]) -> bytes:
     return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")
 
@@ -252,8 +266,7 @@ def _begun(place: Path, made_of: dict[str, Any]) -> Iterator[_Part]:
 
 
 def _write_jsonl(part: _Part, place: Path) -> None:
-    with storage.new_file(place) as file:
-        file.writelines(part.lines())
+    _write_lines(place, part.lines())
 
 
 def _write_csv(part: _Part, place: Path) -> None:

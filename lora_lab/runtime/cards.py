@@ -19,7 +19,7 @@ _SECONDS = 20  # that nvidia-smi may take; a card that hangs lets it wait for ev
 _HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every card
 _BUILT = re.compile(r"(sm|compute)_(\d+)([a-z]?)")
 _REPEATABLE = (":4096:8", ":16:8")  # workspaces with which cuBLAS sums in one order
-_BFLOAT16 = (8, 0)  # compute capability from which a card multiplies bfloat16
+BFLOAT16 = (8, 0)  # compute capability from which a card multiplies bfloat16
 _BESIDE = 0.25  # GiB of a card that stay free beside what torch takes: workspaces of libraries, and the driver's own
 
 
@@ -117,7 +117,7 @@ def check_bfloat16(index: int, trains: bool) -> None:
     import torch
 
     capability = torch.cuda.get_device_capability(index)
-    if torch.version.hip is not None or capability >= _BFLOAT16:
+    if torch.version.hip is not None or capability >= BFLOAT16:
         return
     name = f"{torch.cuda.get_device_name(index)} (compute capability {capability[0]}.{capability[1]})"
     if trains:

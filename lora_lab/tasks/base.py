@@ -350,6 +350,10 @@ class Task(Generic[Section, B]):
         """What was said of a row, with what can only be told beside the row as it was given."""
         return found
 
+    def off(self, found: dict[str, Any], example: Example) -> float | None:
+        """How far what was said of a row is from its label; 0: it is right, None: that cannot be told."""
+        return None
+
     def prompt(self, record: Record) -> str:
         """What a model that generates is given for a row, of `unlabelled`: all before its answer.
 

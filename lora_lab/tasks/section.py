@@ -43,6 +43,8 @@ class TaskSection:
     generates: ClassVar[bool] = False  # its model writes texts
     predicts: ClassVar[bool] = False  # its model says something of a row that has no label
     asked_at: ClassVar[str] = ""  # the route under /v1 of a server where rows without labels are sent, if it predicts
+    # row formats that are there for this task before others that read them, each with the options that it needs
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {}
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
 
     @property

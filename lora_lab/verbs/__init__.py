@@ -6,8 +6,10 @@ from lora_lab.verbs import (
     chat,
     config,
     data,
+    doctor,
     evaluate,
     export,
+    init,
     merge,
     methods,
     plan,
@@ -21,6 +23,7 @@ from lora_lab.verbs import (
 from lora_lab.verbs.base import Verb
 
 VERBS: dict[str, Verb] = {  # in the order of --help
+    "init": init.VERB,
     "train": train.VERB,
     "data": data.VERB,
     "plan": plan.VERB,
@@ -34,5 +37,6 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "serve": serve.VERB,
     "runs": runs.VERB,
     "methods": methods.VERB,
+    "doctor": doctor.VERB,
     "config": config.VERB,
 }

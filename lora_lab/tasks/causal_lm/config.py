@@ -23,6 +23,9 @@ class CausalLMConfig(Generating):
         Field(description="json: answers are compared as parsed JSON and valid_json is reported"),
     ] = "text"
 
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {
+        "messages": {}, "sharegpt": {}, "prompt_completion": {}, "alpaca": {}
+    }  # fmt: skip
     formats: ClassVar[tuple[str, ...]] = (
         "messages", "sharegpt", "preference", "prompt_completion", "alpaca", "question_answering", "source_target", "pair_label",
         "text_label", "text",

@@ -25,6 +25,7 @@ class ClassificationConfig(TaskSection):
 
     predicts: ClassVar[bool] = True
     asked_at: ClassVar[str] = "classify"
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"pair_label": {}, "text_label": {}}
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
     augments: ClassVar[bool] = True
 

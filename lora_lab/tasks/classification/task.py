@@ -196,6 +196,11 @@ class Classification(ClassTask[ClassificationConfig]):
             for row in rows
         ]
 
+    def off(self, found: dict[str, Any], example: Example) -> float:
+        """1: another class, or other classes."""
+        said = found["labels"] if self.config.multi_label else [found["label"]]
+        return float(set(said) != set(example["labels"]))
+
     @reports(lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         targets = np.concatenate([one.targets for one in seen])

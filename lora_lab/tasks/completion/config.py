@@ -19,6 +19,7 @@ class CompletionConfig(TaskSection):
 
     name: Annotated[Literal["completion"], Field(description="objective")] = "completion"
 
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"text": {}}
     formats: ClassVar[tuple[str, ...]] = ("text",)
     packed: ClassVar[bool] = True
     in_pieces: ClassVar[bool] = True

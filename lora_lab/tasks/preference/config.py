@@ -38,6 +38,10 @@ class PreferenceConfig(TaskSection):
     chat: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False
 
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {
+        "preference": {}, "feedback_messages": {"loss": "kto"}, "feedback": {"loss": "kto"}
+    }  # fmt: skip
+
     @property
     def formats(self) -> tuple[str, ...]:
         return ("preference", "feedback_messages", "feedback") if self.loss == "kto" else ("preference",)

@@ -24,6 +24,7 @@ class QuestionAnsweringConfig(TaskSection):
 
     predicts: ClassVar[bool] = True
     asked_at: ClassVar[str] = "answer"
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"question_answering": {}}
     formats: ClassVar[tuple[str, ...]] = ("question_answering",)
     cuts: ClassVar[bool] = False
     cleans: ClassVar[bool] = False

@@ -164,6 +164,10 @@ class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
         found = [self._best(s.numpy(), e.numpy(), x) for s, e, x in zip(starts, ends, seen.examples, strict=True)]
         return [(score, {"answer": text}) for score, text in found]
 
+    def off(self, found: dict[str, Any], example: Example) -> float:
+        """What F1 lacks."""
+        return 1 - metrics.squad([found["answer"]], [example["answers"]], self.config.language)["f1"]
+
     @reports(metrics.squad, lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         best: dict[str, tuple[float, str]] = {}

@@ -21,6 +21,7 @@ class RegressionConfig(TaskSection):
 
     predicts: ClassVar[bool] = True
     asked_at: ClassVar[str] = "classify"
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"pair_label": {}, "text_label": {}}
     formats: ClassVar[tuple[str, ...]] = ("pair_label", "text_label")
     numbers: ClassVar[bool] = True
     augments: ClassVar[bool] = True

@@ -82,6 +82,10 @@ class Regression(PaddedTask[RegressionConfig, PaddedBatch]):
         """`value`."""
         return [(1.0, {"value": value}) for value in seen.predicted.tolist()]
 
+    def off(self, found: dict[str, Any], example: Example) -> float:
+        """The distance between the two numbers."""
+        return abs(float(found["value"]) - float(example["value"]))
+
     @reports(metrics.regression, lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         targets = np.concatenate([one.targets for one in seen])

@@ -21,6 +21,7 @@ class Seq2SeqConfig(Generating):
     prefix: Annotated[str, Field(description="put before every source, such as 'summarize: '")] = ""
 
     encoder_decoder: ClassVar[bool] = True
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"source_target": {}}
     formats: ClassVar[tuple[str, ...]] = ("source_target", "prompt_completion", "alpaca")
 
     @classmethod

@@ -23,6 +23,7 @@ class TokenClassificationConfig(TaskSection):
 
     predicts: ClassVar[bool] = True
     asked_at: ClassVar[str] = "tokens"
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"token_labels": {}}
     formats: ClassVar[tuple[str, ...]] = ("token_labels",)
     cuts: ClassVar[bool] = False
     cleans: ClassVar[bool] = False

@@ -143,6 +143,11 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
     def _marks_entities(self) -> bool:
         return all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels)
 
+    def off(self, found: dict[str, Any], example: Example) -> float:
+        """The share of the words that have another tag."""
+        pairs = list(zip(found["tags"], example["tags"], strict=True))
+        return float(np.mean([said != tag for said, tag in pairs]))
+
     def of_row(self, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         """Entities with their `text` and the characters where it is: `start`, and `end` behind it."""
         if "entities" not in found or not isinstance(row.get("text"), str) or "tokens" in row:

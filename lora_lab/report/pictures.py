@@ -1,0 +1,248 @@
+"""Drawings for pages, as SVG whose colours are the page's own, so that they follow it into the dark.
+
+A page defines the variables --ink, --dim, --line, --bar, --on-bar and --error. Texts are escaped here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import itertools
+import math
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_lab.runtime import console
+
+_MANY, _CLASSES = (
+    6,
+    24,
+)  # classes above which a matrix is wide; most that are drawn: of more, those that are mixed up most
+_LETTERS = 14  # of a class's name
+_BINS = 10  # of a calibration
+_FEW, _LEAST = 10, 30  # rows of a bin at least; rows from which a plot is drawn
+_PARTS = 6  # of the lengths
+_WIDTH, _HEIGHT = 420, 280  # of a plot
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42  # around its frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A drawing, what it shows, and what to make of it."""
+
+    title: str
+    svg: str
+    says: str
+    wide: bool = False  # it needs the width of the page
+
+
+def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture | None:
+    """Rows are true classes, columns what was said; the shade is the share of the row. None: there is one class."""
+    counts = np.asarray(rows)
+    if len(labels) < 2 or counts.sum() == 0:
+        return None
+    wrong = counts.sum(1) + counts.sum(0) - 2 * counts.diagonal()
+    chosen = np.sort(np.argsort(-wrong, kind="stable")[:_CLASSES])
+    names, counts = [labels[place] for place in chosen], counts[np.ix_(chosen, chosen)]
+    count, longest = len(names), max(_columns(_short(name)) for name in names)
+    cell = max(30, min(64, 420 // count))
+    left, slanted = 26 + 7 * longest, 7 * longest > cell - 6
+    top = 44 + (5 * longest if slanted else 0)
+    right = 5 * longest if slanted else 6
+    parts = [
+        _label(left + cell * count / 2, 14, "said", "dim"),
+        _label(12, top + cell * count / 2, "true", "dim", turn=-90),
+    ]
+    for place, name in enumerate(names):
+        middle = left + cell * (place + 0.5)
+        if slanted:
+            parts.append(_label(middle, top - 8, _short(name), anchor="start", turn=-45, title=name))
+        else:
+            parts.append(_label(middle, top - 8, _short(name), title=name))
+        parts.append(_label(left - 8, top + cell * (place + 0.5) + 4, _short(name), anchor="end", title=name))
+    for (row, column), value in np.ndenumerate(counts):
+        share = value / max(1, counts[row].sum())
+        x, y = left + cell * column, top + cell * row
+        colour = "line" if not value else "bar" if row == column else "error"
+        title = f"{names[row]} said to be {names[column]}: {value} ({share:.0%})"
+        parts.append(
+            f'<rect x="{x + 1}" y="{y + 1}" width="{cell - 2}" height="{cell - 2}" rx="3" style="fill: var(--{colour})" '
+            f'fill-opacity="{0.1 + 0.9 * share if value else 0.35:.3f}"><title>{_safe(title)}</title></rect>'
+        )
+        if value:
+            parts.append(_label(x + cell / 2, y + cell / 2 + 4, str(value), "on-bar" if share > 0.5 else "ink"))
+    left_out = f" Of {len(labels)} classes, the {count} that are mixed up most." if count < len(labels) else ""
+    pairs = [
+        (int(counts[row, column]), names[row], names[column])
+        for row, column in itertools.product(range(count), repeat=2)
+        if row != column
+    ]
+    most, true, said = max(pairs)
+    says = (
+        f"Most often mixed up: {true} is said to be {said}, {most} times." if most else "No class is taken for another."
+    )
+    return Picture(
+        "Which class is taken for which",
+        _svg(left + cell * count + right, top + cell * count + 6, parts),
+        says + left_out,
+        count > _MANY,
+    )
+
+
+def calibration(scores: Sequence[tuple[float, bool]]) -> Picture | None:
+    """How often what was said with a probability is right, in parts of as many rows. None: too few rows."""
+    if len(scores) < _LEAST:
+        return None
+    given, right = np.array([score for score, _ in scores]), np.array([is_right for _, is_right in scores], dtype=float)
+    order = np.argsort(given, kind="stable")
+    plot = _Plot((0, 1), (0, 1), "probability", "share that is right")
+    parts = [plot.frame([0, 0.25, 0.5, 0.75, 1], [0, 0.25, 0.5, 0.75, 1])]
+    parts.append(
+        f'<line x1="{plot.x(0):.1f}" y1="{plot.y(0):.1f}" x2="{plot.x(1):.1f}" y2="{plot.y(1):.1f}" '
+        'style="stroke: var(--dim)" stroke-dasharray="4 4"/>'
+    )
+    error = 0.0
+    for inside in np.array_split(order, min(_BINS, len(order) // _FEW)):
+        count, x, y = len(inside), float(given[inside].mean()), float(right[inside].mean())
+        error += count / len(given) * abs(x - y)
+        low, high = interval(y * count, count)
+        title = f"{count} rows: said with {x:.2f}, right {y:.2f}"
+        parts.append(_whisker(plot.x(x), plot.y(low), plot.y(high)))
+        parts.append(
+            f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="4.5" style="fill: var(--bar)"><title>{_safe(title)}</title></circle>'
+        )
+    lean = float((given - right).mean())
+    which = "surer than it should be" if lean > 0 else "less sure than it could be"
+    says = f"Expected calibration error {error:.3f}; the model is {which} by {abs(lean):.3f} on average. Below the dashed line it is too sure."
+    return Picture("Is it as often right as it says?", _svg(_WIDTH, _HEIGHT, parts), says)
+
+
+def by_length(rows: Sequence[tuple[int, float]], unit: str) -> Picture | None:
+    """How far off rows of each length are, in parts of as many rows. None: too few rows, or nothing is off."""
+    if len(rows) < _LEAST or not any(off for _, off in rows):
+        return None
+    lengths, off = np.array([length for length, _ in rows]), np.array([value for _, value in rows])
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, min(_PARTS, len(rows) // _FEW) + 1)).round().astype(int))
+    if len(edges) < 3:
+        return None
+    edges[-1] += 1
+    is_share = set(np.unique(off)) <= {0.0, 1.0}
+    bars = []
+    for start, end in itertools.pairwise(edges):
+        inside = off[(lengths >= start) & (lengths < end)]
+        if len(inside):
+            mean = float(inside.mean())
+            spread = 1.96 * float(inside.std()) / math.sqrt(len(inside))
+            low, high = (
+                interval(float(inside.sum()), len(inside)) if is_share else (max(0.0, mean - spread), mean + spread)
+            )
+            bars.append((f"{start}–{end - 1}" if end - 1 > start else f"{start}", len(inside), mean, low, high))
+    ticks = _ticks(max(high for *_, high in bars))
+    plot = _Plot((0, len(bars)), (0, ticks[-1]), unit, "share that is off" if is_share else "mean distance")
+    parts = [plot.frame([], ticks)]
+    for place, (name, count, mean, low, high) in enumerate(bars):
+        x, width = plot.x(place + 0.5), 0.62 * (plot.x(1) - plot.x(0))
+        title = f"{name}: {count} rows, {mean:.3g}"
+        parts.append(
+            f'<rect x="{x - width / 2:.1f}" y="{plot.y(mean):.1f}" width="{width:.1f}" height="{plot.y(0) - plot.y(mean):.1f}" rx="2" '
+            f'style="fill: var(--bar)"><title>{_safe(title)}</title></rect>'
+        )
+        parts.append(_whisker(x, plot.y(low), plot.y(high)))
+        parts.append(_label(x, plot.y(0) + 15, name, "dim", size=11))
+    first, last = bars[0], bars[-1]
+    apart = first[4] < last[3] or last[4] < first[3]
+    says = f"Shortest {first[2]:.3g}, longest {last[2]:.3g}; the lines are 95 % intervals"
+    says += "." if apart else ", and those of the two overlap: no difference can be told."
+    return Picture("Does it depend on the length?", _svg(_WIDTH, _HEIGHT, parts), says)
+
+
+def interval(hits: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z = 1.96
+    share, scale = hits / count, 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plot:
+    """A frame with two axes."""
+
+    across: tuple[float, float]
+    up: tuple[float, float]
+    x_title: str
+    y_title: str
+
+    def x(self, value: float) -> float:
+        low, high = self.across
+        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.up
+        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    def frame(self, across: Sequence[float], up: Sequence[float]) -> str:
+        parts = []
+        for value in up:
+            parts.append(
+                f'<line x1="{_LEFT}" y1="{self.y(value):.1f}" x2="{_WIDTH - _RIGHT}" y2="{self.y(value):.1f}" style="stroke: var(--line)"/>'
+            )
+            parts.append(_label(_LEFT - 6, self.y(value) + 4, f"{value:g}", "dim", "end", size=11))
+        parts += [_label(self.x(value), _HEIGHT - _BOTTOM + 15, f"{value:g}", "dim", size=11) for value in across]
+        parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, self.x_title, "dim"))
+        parts.append(_label(11, (_TOP + _HEIGHT - _BOTTOM) / 2, self.y_title, "dim", turn=-90))
+        return "".join(parts)
+
+
+def _ticks(most: float) -> list[float]:
+    """Round numbers from 0 to above the largest value."""
+    step = 10 ** math.floor(math.log10(most / 3)) if most > 0 else 1.0
+    step = next(step * factor for factor in (1, 2, 5, 10) if step * factor * 5 >= most)
+    return [round(step * number, 10) for number in range(math.ceil(most / step - 1e-9) + 1)]
+
+
+def _whisker(x: float, low: float, high: float) -> str:
+    return f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" style="stroke: var(--ink)" stroke-width="1.5"/>'
+
+
+def _label(
+    x: float,
+    y: float,
+    text: str,
+    colour: str = "ink",
+    anchor: str = "middle",
+    turn: int = 0,
+    size: int = 12,
+    title: str = "",
+) -> str:
+    turned = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
+    hint = f"<title>{_safe(title)}</title>" if title and title != text else ""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" style="fill: var(--{colour})"{turned}>'
+        f"{_safe(text)}{hint}</text>"
+    )
+
+
+def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" style="max-width: {width:.0f}px">{"".join(parts)}</svg>'
+
+
+def _safe(text: str) -> str:
+    return html.escape(console.shown(text).replace("\n", " "))
+
+
+def _short(name: str) -> str:
+    text = name.strip() or "(empty)"
+    return (
+        text
+        if _columns(text) <= _LETTERS
+        else f"{text[: _LETTERS - 1 if _columns(text) == len(text) else _LETTERS // 2]}…"
+    )
+
+
+def _columns(text: str) -> int:
+    """The width of a text in letters; Chinese ones are twice as wide."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
