@@ -104,6 +104,7 @@ class Encoder:
     chat = False  # it renders conversations
     blocks = False  # short rows are put together up to data.max_tokens
     task_options: ClassVar[tuple[str, ...]] = ()  # fields of the task's section that decide what an example is
+    kept_together: ClassVar[str | None] = None  # of its own columns: rows that are equal there are held out together
     token_columns: ClassVar[tuple[str, ...]] = ()  # of its own columns, those of token ids that the model reads too
 
     def __init__(

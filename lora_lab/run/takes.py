@@ -38,7 +38,7 @@ class Takes:
 RESUME = Takes(
     "resume", ("tracker",), "resume takes no overrides but tracker, because it would not be the same run any more."
 )
-EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot"))
+EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot", "task.corpus"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
 COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", "hardware", *_MERGE))
 SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))

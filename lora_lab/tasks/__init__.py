@@ -4,6 +4,7 @@ row becomes, the head, the loss, the metrics); `base.py` has what tasks share.""
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.classification.config import ClassificationConfig
 from lora_lab.tasks.completion.config import CompletionConfig
+from lora_lab.tasks.embedding.config import EmbeddingConfig
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.preference.config import PreferenceConfig
 from lora_lab.tasks.question_answering.config import QuestionAnsweringConfig
@@ -24,4 +25,5 @@ TASKS: dict[str, type[TaskSection]] = {
     "seq2seq": Seq2SeqConfig,
     "preference": PreferenceConfig,
     "reward": RewardConfig,
+    "embedding": EmbeddingConfig,
 }

@@ -42,6 +42,7 @@ class TaskSection:
     generates: ClassVar[bool] = False  # its model writes texts
     predicts: ClassVar[bool] = False  # its model says something of a row that has no label
     asked_at: ClassVar[str] = ""  # the route under /v1 of a server where rows without labels are sent, if it predicts
+    vectors: ClassVar[bool] = False  # its model gives texts vectors, and is compared by their directions
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
 
     @property
@@ -91,6 +92,7 @@ class Generating(TaskSection):
 
     generates: ClassVar[bool] = True
     augments: ClassVar[bool] = True
+    vectors: ClassVar[bool] = False  # its model gives texts vectors, and is compared by their directions
     measured_rows: ClassVar[tuple[str, ...]] = ("generate_rows",)
 
     @property
