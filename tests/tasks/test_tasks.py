@@ -174,7 +174,10 @@ def text_row(draw):
 def found_row(draw):
     """A document with a colour and an animal, and a query with the same two."""
     colour, animal = draw.choice(COLOURS), draw.choice(ANIMALS)
-    row = {"query": f"{animal} {colour}", "positive": " ".join([*_text(draw), colour, animal, *_text(draw, 9)])}
+    row = {
+        "query": f"lamp Oslo table {animal} {colour}",
+        "positive": " ".join([*_text(draw), colour, animal, *_text(draw, 9)]),
+    }
     if draw.random() < 0.5:
         row["negatives"] = [" ".join([*_text(draw), draw.choice([c for c in COLOURS if c != colour]), animal])]
     return row
@@ -216,7 +219,7 @@ CASES = {
     "embedding": (["task=embedding", "task.dimensions=[16]", "task.query_prompt=lamp"], "bert_without_head", found_row, "ndcg@10", False),
     "embedding-decoder": (["task=embedding", "task.symmetric=false"], "llama", found_row, "loss", True),
     "embedding-cosent": (["task=embedding", "task.loss=cosent"], "bert", alike_row, "spearman", False),
-    "embedding-angle": (["task=embedding", "task.loss=angle", "optim.lr=0.0005"], "bert", alike_row, "loss", True),
+    "embedding-angle": (["task=embedding", "task.loss=angle", "task.temperature=1"], "bert", alike_row, "loss", True),
 }  # fmt: skip
 # Others of the same make run by default; their losses have tests of their own.
 _LONG_CASES = (
