@@ -127,8 +127,8 @@ def test_a_masked_document_changes_nothing():
 def test_losses_are_sentence_transformers():
     """In-batch negatives in both directions, CoSENT and AnglE."""
     st = pytest.importorskip("sentence_transformers")
-    from sentence_transformers import losses as theirs
     from sentence_transformers import util
+    from sentence_transformers.sentence_transformer import losses as theirs
 
     assert st
     torch.manual_seed(0)
@@ -334,3 +334,79 @@ def test_sizes_are_checked_before_weights(start, monkeypatch):  # noqa: F811
     monkeypatch.setattr("lora_lab.base.load.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(LoraLabError, match="task.dimensions: 64 of the 64 numbers"):
         prepared.prepare(compose.compose(start("embedding", "task.dimensions=[64]")))
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "negatives"),
+    [
+        ({"negative": "cat"}, ["cat"]),
+        ({"negatives": ["cat", "dog", "cat"]}, ["cat", "dog"]),
+        ({"negatives": '["cat", "dog"]'}, ["cat", "dog"]),  # CSV has nothing else
+        ({"negative": "[1] cat", "negatives": None}, ["[1] cat"]),
+        ({"negatives": []}, []),
+    ],
+)
+def test_any_number_of_negatives(row, negatives):
+    from lora_lab.data import formats
+
+    row = {"query": "lamp", "positive": "red", **row}
+    assert formats.detect("rows", list(row), "auto") == "retrieval"
+    record = formats.read(row, "retrieval")
+    assert (record.text, record.pair, record.label) == ("lamp", "red", negatives)
+
+
+@pytest.mark.parametrize("row", [{"negatives": [3]}, {"negatives": [" "]}, {"negatives": {"a": 1}}, {"positive": 3}])
+def test_negatives_that_are_no_texts_are_refused(row):
+    from lora_lab.data import formats
+    from lora_lab.data.formats import RowError
+
+    with pytest.raises(RowError):
+        formats.read({"query": "lamp", "positive": "red", **row}, "retrieval")
+
+
+def test_what_data_says_of_texts_that_contradict(start, tmp_path, capsys):  # noqa: F811
+    overrides = start("embedding", rows=4)
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        [
+            {"query": "lamp", "positive": "red cat"},
+            {"query": "Lamp", "positive": "blue dog", "negatives": ["Red  cat"]},
+            {"query": "Oslo", "positive": "blue dog"},
+            {"query": "Graz", "positive": "green bird"},
+        ],
+    )
+    write_jsonl(
+        tmp_path / "eval.jsonl", [{"query": "table", "positive": "green bird"}, {"query": "Oslo", "positive": "a"}]
+    )
+    cli.main(["data", *overrides])
+    printed = " ".join(capsys.readouterr().out.split())
+    for sentence in (
+        "1 negatives are what an equal query should find: train.jsonl row 2 (positive in train.jsonl row 1)",
+        "1 of 4 rows have the query of an earlier row",
+        "1 of 4 rows have the document of an earlier row",
+        "1 of 2 held-out rows ask for a document that training rows have too (eval.jsonl row 1)",
+        "1 held-out queries are training queries too (eval.jsonl row 2)",
+    ):
+        assert sentence in printed
+
+
+@pytest.mark.long
+def test_members_of_a_sweep_train_as_alone(start, tmp_path):  # noqa: F811
+    """In turns, to the same bytes, with dropout and micro-batches."""
+    more = ["adapter.lora_dropout=0.2", "train.micro_batch_size=3", "train.max_steps=4", "export=adapter"]
+    told = [text for text in start("embedding", *more) if not text.startswith("run_dir=")]
+    folder = tmp_path / "sweep"
+    assert cli.main(["sweep", *told, "optim.lr=0.001,0.01", f"hydra.sweep.dir={folder}"]) == 0
+    weights = {}
+    for path in sorted(folder.rglob("adapter_model.safetensors")):
+        if path.parent.name == "adapter":
+            lr = compose.load(path.parent.parent / "config.yaml").optim.lr
+            weights[lr] = path.read_bytes()
+    assert sorted(weights) == [0.001, 0.01]
+    for lr, expected in weights.items():
+        alone = tmp_path / f"alone{lr}"
+        assert cli.main(["train", *told, f"optim.lr={lr}", f"run_dir={alone}"]) == 0
+        assert (alone / "adapter/adapter_model.safetensors").read_bytes() == expected

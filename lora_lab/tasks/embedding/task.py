@@ -20,13 +20,14 @@ from lora_lab.data import sources
 from lora_lab.data.collate import PaddedBatch, of_like_length
 from lora_lab.data.columns import TEXTS, TOKENS
 from lora_lab.data.dataset import Dataset
-from lora_lab.data.encode import Encoded, Encoder, Example
+from lora_lab.data.encode import Encoded, Encoder, Example, Told
 from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import BaseModelError, DataError
 from lora_lab.tasks import bm25, metrics
 from lora_lab.tasks.base import TRIED_TOKENS, EvalResult, LossSum, PaddedTask, Pass, Predictions, StepBatches
 from lora_lab.tasks.embedding import losses
 from lora_lab.tasks.embedding.config import EmbeddingConfig
+from lora_lab.tasks.embedding.looks import look
 from lora_lab.tasks.metrics import reported, reports
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ class TextsEncoder(Encoder):
         if example["score"] is not None:
             return f"{example['score']:g}: {first}"
         return " | not: ".join([first, *others])
+
+    def findings(self, train: Dataset | None, held_out: Dataset | None) -> list[Told]:
+        return look(train, held_out) if self.task.loss == "infonce" else []
 
     def sequences(self, example: Example) -> list[np.ndarray]:
         ends = np.cumsum(example["other_lengths"])[:-1]
