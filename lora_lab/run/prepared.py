@@ -72,8 +72,8 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None, weights
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     new = load.new_modules(model, base.folder, kind.head)
-    unread = tuple(name for name in task.unread if hasattr(model, name))
-    kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model), unread=unread)
+    unused = tuple(name for name in task.unread if hasattr(model, name))
+    kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model), unread=unused)
     targets = check_adapter(config, base, model, kind)
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)

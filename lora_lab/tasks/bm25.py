@@ -51,4 +51,5 @@ class BM25:
         for word in query:
             if word in self._numbers:
                 asked[self._numbers[word]] += 1
-        return self._weights @ asked
+        found: np.ndarray = self._weights @ asked
+        return found

@@ -22,7 +22,8 @@ def equal_texts(queries: Sequence[Sequence[object]], documents: Sequence[Sequenc
     count = len(queries)
     same_query = _same(queries, queries)
     same_positive = _same(documents[:count], documents)
-    masked = (same_query.astype(np.float32) @ same_positive.astype(np.float32) > 0) | _same(queries, documents)
+    masked: np.ndarray = same_query.astype(np.float32) @ same_positive.astype(np.float32) > 0
+    masked |= _same(queries, documents)
     masked[np.arange(count), np.arange(count)] = False
     return masked
 
