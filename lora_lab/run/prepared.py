@@ -72,7 +72,7 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None, weights
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     new = load.new_modules(model, base.folder, kind.head)
-    unused = tuple(name for name in task.unread if hasattr(model, name))
+    unused = tuple(name for name in task.unread if getattr(model, name, None) is not None)
     kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model), unread=unused)
     targets = check_adapter(config, base, model, kind)
     for title, sentence in config.adapter.warnings(model, targets).items():

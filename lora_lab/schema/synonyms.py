@@ -112,7 +112,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "dpo": "task=preference task.loss=dpo", "ipo": "task=preference task.loss=ipo", "simpo": "task=preference task.loss=simpo",
         "orpo": "task=preference task.loss=orpo", "kto": "task=preference task.loss=kto", "rlhf": "task=preference task.loss=dpo",
         "similarity": "regression", "embeddings": "embedding", "retrieval": "embedding", "sentence_transformer": "embedding",
-        "sentence_embedding": "embedding", "contrastive": "embedding", "ppo": "There is no reinforcement learning; task=preference learns from pairs.",
+        "sentence_embedding": "embedding", "contrastive": "embedding", "cross_encoder": "reranker", "rerank": "reranker", "ppo": "There is no reinforcement learning; task=preference learns from pairs.",
         "grpo": "There is no reinforcement learning; task=preference learns from pairs.",
     },
     "optim": {

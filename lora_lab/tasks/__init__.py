@@ -9,6 +9,7 @@ from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.preference.config import PreferenceConfig
 from lora_lab.tasks.question_answering.config import QuestionAnsweringConfig
 from lora_lab.tasks.regression.config import RegressionConfig
+from lora_lab.tasks.reranker.config import RerankerConfig
 from lora_lab.tasks.reward.config import RewardConfig
 from lora_lab.tasks.section import TaskSection
 from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
@@ -26,4 +27,5 @@ TASKS: dict[str, type[TaskSection]] = {
     "preference": PreferenceConfig,
     "reward": RewardConfig,
     "embedding": EmbeddingConfig,
+    "reranker": RerankerConfig,
 }

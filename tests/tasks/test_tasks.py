@@ -183,6 +183,13 @@ def found_row(draw):
     return row
 
 
+def candidates_row(draw):
+    """A query that is answered by a document with its colour, and not by others."""
+    colour, *others = draw.sample(COLOURS, k=draw.randint(2, 3))
+    texts = [" ".join([one, *_text(draw, 3)]) for one in (colour, *others)]
+    return {"query": f"lamp Oslo table {colour}", "positive": texts[0], "negatives": texts[1:]}
+
+
 def alike_row(draw):
     one, other = draw.choice(COLOURS), draw.choice(COLOURS)
     texts = (" ".join([*_text(draw), colour]) for colour in (one, other))
@@ -218,6 +225,8 @@ CASES = {
     "reward-decoder": (["task=reward"], "llama", judged_row, "loss", True),
     "embedding": (["task=embedding", "task.dimensions=[16]", "task.query_prompt=lamp"], "bert_without_head", found_row, "ndcg@10", False),
     "embedding-decoder": (["task=embedding", "task.symmetric=false"], "llama", found_row, "loss", True),
+    "reranker": (["task=reranker"], "bert", candidates_row, "mrr@10", False),
+    "reranker-decoder": (["task=reranker", "task.loss=binary"], "llama", candidates_row, "loss", True),
     "embedding-cosent": (["task=embedding", "task.loss=cosent"], "bert", alike_row, "spearman", False),
     "embedding-angle": (["task=embedding", "task.loss=angle", "task.temperature=1"], "bert", alike_row, "loss", True),
 }  # fmt: skip
@@ -225,7 +234,7 @@ CASES = {
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
     "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto", "completion",
-    "embedding-decoder", "embedding-angle",
+    "embedding-decoder", "embedding-angle", "reranker-decoder",
 )  # fmt: skip
 STEPS = 30
 
@@ -330,7 +339,7 @@ def test_accelerations_are_tried_on_the_end_of_a_row(case, start, monkeypatch, c
     """Of rows that are longer than what is tried, a batch that its task can make and its model can read."""
     from lora_lab.config import compose
 
-    for module in ("base", "reward.task", "seq2seq.task", "embedding.task"):
+    for module in ("base", "reward.task", "seq2seq.task", "embedding.task", "reranker.task"):
         monkeypatch.setattr(importlib.import_module(f"lora_lab.tasks.{module}"), "TRIED_TOKENS", 5)
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
     task, examples = ready.task, [example for i in range(len(ready.train)) for example in ready.train[i]]
@@ -741,6 +750,7 @@ WRONG = {
     "judgement": ("preference-kto", {"prompt": "lamp", "completion": "red", "label": "yes"}, "train", "train.jsonl row 49: label 'yes' is neither true"),
     "positive as negative": ("embedding", {"query": "lamp", "positive": "red", "negatives": ["cat", "red"]}, "train", "train.jsonl row 49: the positive 'red' is a negative of the row too"),
     "empty query": ("embedding", {"query": " ", "positive": "red"}, "train", "train.jsonl row 49: 'query' is empty"),
+    "no negatives": ("reranker", {"query": "lamp", "positive": "red"}, "train", "train.jsonl row 49: the row has no negatives"),
     "no score": ("embedding-cosent", {"text_a": "lamp", "text_b": "red", "score": "high"}, "train", "train.jsonl row 49: score 'high' is not a number"),
     "empty target": ("seq2seq", {"source": "lamp", "target": ""}, "train", "train.jsonl row 49"),
 }  # fmt: skip
@@ -956,6 +966,13 @@ def _scored(case: str, rows: list[dict], run: lora_lab.Run) -> tuple[str, float]
         better, worse = ([one["reward"] for one in run.predict(
             [{"prompt": row["prompt"], "completion": row[side]} for row in rows])] for side in ("chosen", "rejected"))  # fmt: skip
         return "accuracy", float(np.mean(np.array(better) > np.array(worse)))
+    if case.startswith("reranker"):
+        pairs = [[row["positive"], *row["negatives"]] for row in rows]
+        said = [
+            [one["score"] for one in run.predict([{"query": row["query"], "document": text} for text in texts])]
+            for row, texts in zip(rows, pairs, strict=True)
+        ]
+        return "mrr@10", metrics.retrieval([[1 + sum(one >= own[0] for one in own[1:])] for own in said])["mrr@10"]
     if case.startswith("embedding"):
         return _scored_vectors(case, rows, run)
     found = run.predict([{key: value for key, value in row.items() if key not in _LABELS} for row in rows])
