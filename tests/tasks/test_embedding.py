@@ -410,3 +410,51 @@ def test_members_of_a_sweep_train_as_alone(start, tmp_path):  # noqa: F811
         alone = tmp_path / f"alone{lr}"
         assert cli.main(["train", *told, f"optim.lr={lr}", f"run_dir={alone}"]) == 0
         assert (alone / "adapter/adapter_model.safetensors").read_bytes() == expected
+
+
+# -- hard negatives -------------------------------------------------------------------------------------------------------
+
+
+def test_mined_negatives_are_near_and_not_right(start, tmp_path, capsys):  # noqa: F811
+    import lora_lab
+
+    assert cli.main(["train", *start("embedding", "train.max_steps=2", rows=24)]) == 0
+    told = ["mine", f"run={tmp_path}/run", f"data={tmp_path}/train.jsonl", f"out={tmp_path}/harder.jsonl"]
+    assert cli.main([*told, "negatives=3", "margin=0.01"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    mined = [json.loads(line) for line in (tmp_path / "harder.jsonl").read_text().splitlines()]
+    documents = list(dict.fromkeys(row["positive"] for row in rows))
+    run = lora_lab.open_run(f"{tmp_path}/run")
+    vectors = [np.array([one["vector"] for one in run.predict([{name: text} for text in texts])])
+               for name, texts in (("query", [row["query"] for row in rows]), ("document", documents))]  # fmt: skip
+    run.unload()
+    total = 0
+    for row, one, scores in zip(rows, mined, vectors[0] @ vectors[1].T, strict=True):
+        right = {other["positive"] for other in rows if other["query"] == row["query"]}
+        own = row.get("negatives", [])
+        most = scores[documents.index(row["positive"])] - 0.01
+        fitting = [d for d in documents if d not in right and d not in own and scores[documents.index(d)] <= most]
+        expected = sorted(fitting, key=lambda text: -scores[documents.index(text)])[:3]
+        assert one["negatives"][: len(own)] == own
+        assert [scores[documents.index(text)] for text in one["negatives"][len(own) :]] == pytest.approx(
+            [scores[documents.index(text)] for text in expected], abs=1e-6
+        )
+        total += len(expected)
+    assert total
+    capsys.readouterr()
+    for wrong, says in (
+        ([], "exists"),
+        ([f"out={tmp_path}/a.csv"], "must end in .jsonl"),
+        ([f"out={tmp_path}/b.jsonl", "negatives=0"], "negatives=0: must be a number from 1"),
+        ([f"out={tmp_path}/b.jsonl", "margin=wide"], "margin=wide: must be a number"),
+    ):
+        assert cli.main([*told, *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_only_a_retriever_mines(start, tmp_path, capsys):  # noqa: F811
+    assert cli.main(["train", *start("embedding-cosent", "train.max_steps=1", rows=8)]) == 0
+    capsys.readouterr()
+    told = ["mine", f"run={tmp_path}/run", f"data={tmp_path}/train.jsonl", f"out={tmp_path}/harder.jsonl"]
+    assert cli.main(told) == 2
+    assert "finds no documents. Name a run of task=embedding" in capsys.readouterr().err

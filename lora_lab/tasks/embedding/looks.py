@@ -36,11 +36,12 @@ def _rows(data: Dataset) -> Iterator[_Row]:
     table = data.table.select(["texts", "origin", "copy"]).take(pa.array(data.chosen))
     for row in table.to_pylist():
         if not row["copy"]:
-            query, positive, *negatives = map(_plain, row["texts"])
+            query, positive, *negatives = map(plain, row["texts"])
             yield _Row(query, positive, negatives, row["origin"])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text without capitals, width and blanks."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
