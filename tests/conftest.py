@@ -212,14 +212,15 @@ def config_of(overrides):
 def reload_here(monkeypatch):
     """Checkpoints are reloaded in this process, to be quick; other scripts still get their own."""
     from lora_lab.runtime import children
-    from lora_lab.verify import reload
+    from lora_lab.verify import reload, reload_sentences
 
     run = children.run
 
     def here(command, **options):
-        if not command[2:3] or not command[2].endswith("reload.py"):
+        script = Path(command[2]).name if command[2:3] else ""
+        if script not in ("reload.py", "reload_sentences.py"):
             return run(command, **options)
-        reload.main(*command[3:])
+        (reload if script == "reload.py" else reload_sentences).main(*command[3:])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(children, "run", here)

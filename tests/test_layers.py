@@ -27,7 +27,7 @@ FLOORS = (
     ("serve",),
     ("sweep",),
     ("plan",),
-    ("run.pipeline", "run.chat", "run.answering", "run.predictions", "run.evaluation"),  # what a run does
+    ("run.pipeline", "run.chat", "run.answering", "run.predictions", "run.evaluation", "run.mining"),  # what a run does
     ("export",),
     ("merge",),
     ("verify",),

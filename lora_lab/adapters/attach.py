@@ -109,8 +109,8 @@ def fresh_settings(base: PreTrainedModel, adapter: AdapterSection, kind: ModelKi
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    by_name = adapter.needs_names(base, kind.whole)
-    targets = adapter.targets(base, kind.whole) if by_name else None
+    by_name = adapter.needs_names(base, kind.unadapted)
+    targets = adapter.targets(base, kind.unadapted) if by_name else None
     config = adapter.peft_config(kind.peft_task_type, targets)
     if kind.whole and not hasattr(config, "modules_to_save"):
         raise AdapterError(

@@ -42,11 +42,18 @@ class ModelKind:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of config.json, such as id2label
     new_modules: tuple[str, ...] = ()  # found by `new_modules`: trained whole, in float32, beside the adapter
     retrained: tuple[str, ...] = ()  # modules of the base itself that are trained so, by the adapter's section
+    # modules that the task does not read: they get no adapter, and zeros where the base has no weights for them
+    unread: tuple[str, ...] = ()
 
     @property
     def whole(self) -> tuple[str, ...]:
         """All that is trained whole."""
         return (*self.new_modules, *self.retrained)
+
+    @property
+    def unadapted(self) -> tuple[str, ...]:
+        """All that gets no adapter."""
+        return (*self.whole, *self.unread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +267,7 @@ _MOST_PER_BYTE, _SMALL_MODEL = 8, 2**28  # parameters: of one bit each, and a he
 _said: set[tuple[str, str]] = set()  # configurations are read several times, and told of once
 
 AS = {
+    "AutoModel": "a model that gives hidden states",
     "AutoModelForCausalLM": "a causal language model",
     "AutoModelForMaskedLM": "a masked language model",
     "AutoModelForSequenceClassification": "a classifier of texts",
@@ -481,7 +489,7 @@ def _read(
     absent = sorted(report["missing_keys"]) + sorted(
         key if isinstance(key, str) else str(key[0]) for key in report["mismatched_keys"]
     )
-    absent = [name for name in absent if not _is_new(name, kind, model)]
+    absent = [name for name in absent if not _is_new(name, kind, model) and not _blank(name, kind, model)]
     if absent:
         raise BaseModelError(
             f"model.path={files.name}: no weights for {absent[0]} ({len(absent)} tensors): transformers would fill them "
@@ -514,16 +522,24 @@ def _is_new(name: str, kind: ModelKind, model: PreTrainedModel) -> bool:
     return kind.head == "missing" and name.endswith(".bias") and not model.get_parameter(name).any()
 
 
+def _blank(name: str, kind: ModelKind, model: PreTrainedModel) -> bool:
+    """Whether a tensor that the checkpoint lacks is one that the task does not read; then it is zeros, whatever the seed."""
+    if not any(name.startswith(f"{module}.") for module in kind.unread):
+        return False
+    model.get_parameter(name).data.zero_()
+    return True
+
+
 def quantization_config(quant: QuantConfig, dtype: str, kind: ModelKind) -> BitsAndBytesConfig | TorchAoConfig | None:
-    """transformers' description of a quantization, which leaves what is trained whole alone; None for none."""
+    """transformers' description of a quantization, which leaves what is trained whole or never read alone; None for none."""
     import torch
     from transformers import BitsAndBytesConfig
 
     if quant.method == "none":
         return None
     skipped = quant.skip_modules
-    if kind.whole:  # given a list, transformers no longer leaves the output layer alone of itself
-        skipped = [*(["lm_head", "decoder"] if skipped is None else skipped), *kind.whole]
+    if kind.unadapted:  # given a list, transformers no longer leaves the output layer alone of itself
+        skipped = [*(["lm_head", "decoder"] if skipped is None else skipped), *kind.unadapted]
     if quant.method == "torchao_int8":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig

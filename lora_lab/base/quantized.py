@@ -40,6 +40,7 @@ def folder_of(files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig,
         dataclasses.asdict(quant),
         device,
         versions,
+        *([kind.unread] if kind.unread else []),
     ]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "quantized" / digest[:32]

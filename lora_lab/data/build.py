@@ -49,7 +49,7 @@ def build(config: DataConfig, encoder: Encoder, need_train: bool = True, refuse:
     if config.eval_ratio is not None:
         assert isinstance(train, Dataset)  # a stream has no share of its rows held out
         refuse_empty(train)
-        train, held_out = split(train, config.eval_ratio, config.split_seed)
+        train, held_out = split(train, config.eval_ratio, config.split_seed, encoder.kept_together)
     if config.shared == "drop" and isinstance(train, Dataset) and held_out is not None:
         train = _without(train, np.isin(train.digests, held_out.digests), "also held out")
     if encoder.augmenter is not None and not isinstance(train, Stream):
@@ -145,15 +145,18 @@ def _without(data: Dataset, dropped: np.ndarray, why: str) -> Dataset:
     return dataclasses.replace(data.only(~dropped), dropped={**data.dropped, **({why: rows} if rows else {})})
 
 
-def split(data: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
+def split(data: Dataset, ratio: float, seed: int, together: str | None = None) -> tuple[Dataset, Dataset]:
     """Hold out a share of the rows, within each stratum.
 
     A row's side follows from its content and the seed alone: equal rows stay together, and adding rows moves few others.
 
+    Args:
+        together: a column of text; rows that are equal there stay together.
+
     Raises:
         DataError: one side would be empty.
     """
-    draws = np.array([_draw(int(digest), seed) for digest in data.digests])
+    draws = np.array([_draw(digest, seed) for digest in _digests(data, together)])
     strata = np.array([str(s) for s in data.table.column("stratum").take(pa.array(data.chosen)).to_pylist()])
     held = np.zeros(len(data), dtype=bool)
     for stratum in np.unique(strata):
@@ -174,6 +177,14 @@ def split(data: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
         others = len(np.unique(data.rows)) - len(np.unique(data.rows[mask]))
         sides.append(dataclasses.replace(data.only(mask), key=key, other_side=others))
     return sides[0], dataclasses.replace(sides[1], weights=None)
+
+
+def _digests(data: Dataset, together: str | None) -> list[int]:
+    """For each example a number that only its content decides."""
+    if together is None:
+        return [int(digest) for digest in data.digests]
+    texts = data.table.column(together).take(pa.array(data.chosen)).to_pylist()
+    return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts]
 
 
 def _draw(digest: int, seed: int) -> int:

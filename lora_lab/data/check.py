@@ -87,6 +87,8 @@ def check(data: Data, config: DataConfig, encoder: Encoder) -> list[Finding]:
             findings += _readable(part.key, names, encoder)
     if isinstance(data.train, Dataset) and data.held_out is not None:
         findings += _shared(data.train, data.held_out)
+    known = [part if isinstance(part, Dataset) and len(part) else None for part in (data.train, data.held_out)]
+    findings += [Finding(*told) for told in encoder.findings(*known)]
     if isinstance(encoder, ChatEncoder):
         findings += _template(encoder, config)
     return sorted(findings, key=lambda finding: ("error", "warning", "note").index(finding.level))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,10 @@ from lora_lab.tasks.section import TaskSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lora_lab.data.dataset import Dataset
+
 TOO_LONG = "too long"
+Told: TypeAlias = tuple[Literal["error", "warning", "note"], str, str]  # how bad, of which key, and the sentence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,6 +107,7 @@ class Encoder:
     chat = False  # it renders conversations
     blocks = False  # short rows are put together up to data.max_tokens
     task_options: ClassVar[tuple[str, ...]] = ()  # fields of the task's section that decide what an example is
+    kept_together: ClassVar[str | None] = None  # of its own columns: rows that are equal there are held out together
     token_columns: ClassVar[tuple[str, ...]] = ()  # of its own columns, those of token ids that the model reads too
 
     def __init__(
@@ -132,6 +136,10 @@ class Encoder:
     def day(self) -> str | None:
         """The day whose date is in its texts: on another they are encoded anew; None: no text has it."""
         return None
+
+    def findings(self, train: Dataset | None, held_out: Dataset | None) -> list[Told]:
+        """What `lora-lab data` should say of rows that only the task can see."""
+        return []
 
     def sequences(self, example: Example) -> list[np.ndarray]:
         """All token ids that the model reads, each sequence for itself."""

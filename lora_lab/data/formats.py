@@ -372,6 +372,46 @@ def _tag(tag: Any, names: Sequence[str] | None) -> str:
     return tag
 
 
+def _retrieval(values: dict[str, Any], _: Any = None) -> Record:
+    """A text that is asked with, one that it should find, and any number of texts that it should not."""
+    query, positive = (_filled(values, column) for column in ("query", "positive"))
+    negatives = [
+        text_of({column: text}, column) for column in ("negative", "negatives") for text in _texts(values, column)
+    ]
+    if positive in negatives:
+        raise RowError("label", f"the positive {shown(positive)} is a negative of the row too. Remove one of the two.")
+    if not all(text.strip() for text in negatives):
+        raise RowError("empty", "a negative is empty. Remove it.")
+    return Record(text=query, pair=positive, label=list(dict.fromkeys(negatives)))
+
+
+def _texts(values: dict[str, Any], column: str) -> list[Any]:
+    """What a column holds that may be a text, a list of texts, or left out."""
+    given = values.get(column)
+    if given is None or given == "":
+        return []
+    found = list_of(given, column)
+    return found if isinstance(found, list) else [found]
+
+
+def _filled(values: dict[str, Any], column: str) -> str:
+    text = text_of(values, column)
+    if not text.strip():
+        raise RowError("empty", f"'{column}' is empty, so there is nothing to learn. Remove the row.")
+    return text
+
+
+def _scored_pair(values: dict[str, Any], _: Any = None) -> Record:
+    one, other = (_filled(values, column) for column in ("text_a", "text_b"))
+    try:
+        score = float(values["score"])
+    except (TypeError, ValueError, OverflowError):
+        score = float("nan")
+    if score != score or score in _NOT_NUMBERS:
+        raise RowError("label", f"score {shown(values['score'])} is not a number.")
+    return Record(text=one, pair=other, label=score)
+
+
 def _plain(values: dict[str, Any], _: Any = None) -> Record:
     text = text_of(values, "text")
     if not text.strip():
@@ -399,6 +439,8 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "history", *_SPOKEN_WITH), answer="output"),
     "question_answering": Format(("question", "context", "answers"), _question_answering, answer="answers"),
     "source_target": Format(("source", "target"), _source_target, answer="target"),
+    "retrieval": Format(("query", "positive"), _retrieval, ("negative", "negatives")),
+    "scored_pair": Format(("text_a", "text_b", "score"), _scored_pair),
     "token_labels": Format(("tokens", "tags"), _token_labels, answer="tags"),
     "pair_label": Format(("text", "text_pair", "label"), _pair_label, answer="label"),
     "text_label": Format(("text", "label"), _text_label, answer="label"),

@@ -26,6 +26,7 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
         "review_text", "utterance", "article", "post", "title", "文本", "评论", "内容", "句子",
     ),
     "text_pair": ("sentence2", "hypothesis", "question2", "text2", "text_b"),
+    "text_b": ("sentence2", "text_pair", "text2", "hypothesis", "question2"),
     "label": (
         "class", "category", "sentiment", "labels", "target", "stars", "rating", "score", "intent", "emotion", "topic", "gold_label", "y",
         "标签", "类别", "分类", "情感",
@@ -37,6 +38,12 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "answers": ("answer",),
     "context": ("passage", "paragraph", "document"),
     "question": ("query",),
+    "query": ("anchor", "question", "q", "sentence1", "query_text", "问题", "查询"),
+    "positive": ("pos", "document", "passage", "context", "answer", "positive_passage", "positive_text", "sentence2", "文档", "段落"),
+    "negative": ("neg", "hard_negative", "negative_passage", "negative_text"),
+    "negatives": ("neg", "hard_negatives", "negative_passages"),
+    "text_a": ("sentence1", "text", "text1", "premise", "question1"),
+    "score": ("label", "similarity", "similarity_score", "gold"),
     "system": ("system_prompt", "system_message", "systemprompt", "sys_prompt", "系统"),
     "history": ("context_history", "chat_history"),
 }  # fmt: skip

@@ -29,7 +29,7 @@ from lora_lab.report import card
 from lora_lab.run.prepared import Trained
 from lora_lab.run.setup import ADAPTER, Setup
 from lora_lab.runtime import console, storage
-from lora_lab.verify import layers, parity
+from lora_lab.verify import layers, parity, sentences
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,6 +72,7 @@ def merge(trained: Trained, as_trained: parity.Reference) -> dict[str, Any]:
         save_tokenizer(setup.encoder.tokenizer, temporary)
         if (base.folder / SENTENCEPIECE).is_file():
             shutil.copy(base.folder / SENTENCEPIECE, temporary)
+        setup.task.describe(temporary)
         del one
         clear_device_cache(garbage_collection=True)
         report = _verify(temporary, setup, merging, as_trained, answers)
@@ -262,6 +263,11 @@ def _verify(
     rows, config = merging.rows, setup.config
     reloaded, agreed = answers.compared(folder, setup.kind.auto_class, rows, merging.logits, setup.device)
     refused = text.folder_problems(folder, answers.encoder, answers.asked)
+    elsewhere: dict[str, Any] = {}
+    if setup.config.task.vectors:
+        elsewhere["sentence_transformers"] = sentences.check(
+            folder, rows, merging.logits, setup.device, config.export.dtype
+        )
     if agreed.parting:
         refused.append(f"greedy answers part: {agreed.parting}")
     arithmetic = parity.compare(merging.logits, reloaded, rows)
@@ -275,6 +281,7 @@ def _verify(
         "merged_vs_model_as_trained": dataclasses.asdict(gap),
         "texts": len(answers.asked),
         **agreed.told(),
+        **elsewhere,
         "refused": parity.judge(arithmetic, gap, config.merge, config.export.dtype) + refused,
     }
 

@@ -243,9 +243,11 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
             except NoRoomError as error:
                 unmade[_UNMADE] = {"evaluate": str(error)}
                 console.say("evaluate", f"{run.path}: {error}")
+    baselines = {} if setup.held_out is None else setup.task.baselines(setup.held_out)
     if show and setup.held_out is not None and not unmade:
-        _show_measured(setup.held_out, {"base": before, "tuned": after})
+        _show_measured(setup.held_out, {**baselines, "base": before, "tuned": after})
     return result | {
+        **_by_name(baselines),
         "base": before.metrics or None,
         "tuned": after.metrics or None,
         "details": after.details or None,
@@ -296,6 +298,11 @@ def _training_result(member: Member, clock: Clock) -> dict[str, Any]:
     }
 
 
+def _by_name(baselines: dict[str, EvalResult]) -> dict[str, Any]:
+    """What a result says of them, if there are any."""
+    return {"baselines": {name: one.metrics for name, one in baselines.items()}} if baselines else {}
+
+
 def _show_measured(held_out: Dataset, found: dict[str, EvalResult]) -> None:
     """Metrics side by side, what does not fit into them, and some answers."""
     console.metrics_table(f"{len(held_out)} held-out rows", {name: one.metrics for name, one in found.items()})
@@ -312,14 +319,16 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
+    baselines = trained.setup.task.baselines(held_out)
     with trained.loaded() as live:
         found = {"base": live.measure_base()}
         if shots:
             found[f"{shots}-shot"] = live.measure_few_shot()
         found["tuned"] = live.measure("tuned")
         evaluation.write(run, live, found)
-    _show_measured(held_out, found)
+    _show_measured(held_out, {**baselines, **found})
     result = {
+        **_by_name(baselines),
         "data": held_out.files,
         "rows": len(held_out),
         **{name: one.metrics for name, one in found.items()},

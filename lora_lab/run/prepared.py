@@ -72,7 +72,8 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None, weights
     kind = task.kind(config, tokenizer, {})
     model = load.skeleton(base.folder, kind)
     new = load.new_modules(model, base.folder, kind.head)
-    kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model))
+    unused = tuple(name for name in task.unread if getattr(model, name, None) is not None)
+    kind = dataclasses.replace(kind, new_modules=new, retrained=config.adapter.retrained(model), unread=unused)
     targets = check_adapter(config, base, model, kind)
     for title, sentence in config.adapter.warnings(model, targets).items():
         console.say(title, sentence)
@@ -110,7 +111,7 @@ def check_adapter(config: RunConfig, base: BaseFiles, model: PreTrainedModel, ki
         AdapterError: it does not fit these layers.
         ConfigError: it cannot be trained on a base that is stored so, or with what else the run is told.
     """
-    targets = config.adapter.targets(model, kind.whole)
+    targets = config.adapter.targets(model, kind.unadapted)
     _check_quant(config, base)
     settings = fresh_settings(model, config.adapter, kind)
     if config.hardware.offload_embeddings:
@@ -144,7 +145,8 @@ def _say_older_tokens(config: RunConfig, base: BaseFiles, tokenizer: PreTrainedT
 def with_task(config: RunConfig, found: ResolvedBase, learned: dict[str, Any]) -> tuple[ResolvedBase, AnyTask]:
     """The base as the task needs it, now that it is known what the training rows hold."""
     kind = config.task.load().kind(config, found.encoder.tokenizer, learned)
-    kind = dataclasses.replace(kind, new_modules=found.kind.new_modules, retrained=found.kind.retrained)
+    known = found.kind
+    kind = dataclasses.replace(kind, new_modules=known.new_modules, retrained=known.retrained, unread=known.unread)
     model = load.skeleton(found.base.folder, kind)
     task = config.task.load()(config, found.encoder, learned, model.config)
     return dataclasses.replace(found, kind=kind, model=model), task

@@ -38,7 +38,7 @@ class Takes:
 RESUME = Takes(
     "resume", ("tracker",), "resume takes no overrides but tracker, because it would not be the same run any more."
 )
-EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot"))
+EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot", "task.corpus"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
 COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", "hardware", *_MERGE))
 SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))
@@ -47,5 +47,6 @@ PREDICT = Takes(
     "predict",
     (*_PLACE, *_GENERATION, "data.columns", "data.field", "data.sample_by", "data.max_tokens", "data.too_long"),
 )
+MINE = Takes("mine", (*_PLACE, "data.columns", "data.max_tokens", "data.too_long"))
 CHAT = Takes("chat", (*_PLACE, *_GENERATION))
 SERVE = Takes("serve", (*_PLACE, *_GENERATION, "serve"))

@@ -111,7 +111,8 @@ CHOICES: dict[str, dict[str, str]] = {
         "translation": "seq2seq", "text2text": "seq2seq", "rm": "reward", "reward_model": "reward", "reward_modeling": "reward",
         "dpo": "task=preference task.loss=dpo", "ipo": "task=preference task.loss=ipo", "simpo": "task=preference task.loss=simpo",
         "orpo": "task=preference task.loss=orpo", "kto": "task=preference task.loss=kto", "rlhf": "task=preference task.loss=dpo",
-        "similarity": "regression", "ppo": "There is no reinforcement learning; task=preference learns from pairs.",
+        "similarity": "regression", "embeddings": "embedding", "retrieval": "embedding", "sentence_transformer": "embedding",
+        "sentence_embedding": "embedding", "contrastive": "embedding", "cross_encoder": "reranker", "rerank": "reranker", "ppo": "There is no reinforcement learning; task=preference learns from pairs.",
         "grpo": "There is no reinforcement learning; task=preference learns from pairs.",
     },
     "optim": {

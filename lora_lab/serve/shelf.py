@@ -16,6 +16,7 @@ from lora_lab.adapters import ADAPTERS
 from lora_lab.adapters.attach import beside
 from lora_lab.base import load
 from lora_lab.base.load import BaseFiles, ModelKind
+from lora_lab.base.pooling import Pooling
 from lora_lab.base.positions import usable_positions
 from lora_lab.config.data import DataConfig
 from lora_lab.config.run import RunConfig
@@ -26,7 +27,7 @@ from lora_lab.run.prepared import assemble, build_data, find_base, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import Setup, Stages
 from lora_lab.run.trained import open_trained
-from lora_lab.serve.embeddings import Embedder, Pooling
+from lora_lab.serve.embeddings import Embedder
 from lora_lab.serve.group import BASE, Apart, Group
 from lora_lab.serve.words import generation_settings
 from lora_lab.tasks import TASKS

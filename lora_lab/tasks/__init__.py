@@ -4,10 +4,12 @@ row becomes, the head, the loss, the metrics); `base.py` has what tasks share.""
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.classification.config import ClassificationConfig
 from lora_lab.tasks.completion.config import CompletionConfig
+from lora_lab.tasks.embedding.config import EmbeddingConfig
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.preference.config import PreferenceConfig
 from lora_lab.tasks.question_answering.config import QuestionAnsweringConfig
 from lora_lab.tasks.regression.config import RegressionConfig
+from lora_lab.tasks.reranker.config import RerankerConfig
 from lora_lab.tasks.reward.config import RewardConfig
 from lora_lab.tasks.section import TaskSection
 from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
@@ -24,4 +26,6 @@ TASKS: dict[str, type[TaskSection]] = {
     "seq2seq": Seq2SeqConfig,
     "preference": PreferenceConfig,
     "reward": RewardConfig,
+    "embedding": EmbeddingConfig,
+    "reranker": RerankerConfig,
 }

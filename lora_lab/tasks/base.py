@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _WHY = {
     "AutoModelForMaskedLM": ": a decoder reads from left to right and cannot be trained by masking",
     "AutoModelForSeq2SeqLM": ": it has no encoder and decoder",
+    "AutoModel": " of a text alone: it has an encoder and a decoder",
 }
 Section = TypeVar("Section", bound=TaskSection)  # the task's own
 B = TypeVar("B", bound=Batch)  # what its examples are put into
@@ -120,6 +122,7 @@ class Task(Generic[Section, B]):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     head: ClassVar[Literal["none", "always", "missing"]] = "none"  # see `ModelKind`
+    unread: ClassVar[tuple[str, ...]] = ()  # modules of the base that it does not read, see `ModelKind`
     one_place: ClassVar[bool] = (
         False  # whether the model gives one thing for a row, so that it may read one place of it
     )
@@ -174,21 +177,22 @@ class Task(Generic[Section, B]):
         return reported(cls.metrics)
 
     @classmethod
+    def takes(cls, config: PretrainedConfig) -> bool:
+        """Whether transformers knows a base's architecture as the model of this task."""
+        import transformers
+
+        return type(config) in getattr(transformers, cls.auto_class)._model_mapping
+
+    @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
         """Refuse a base that the task cannot train: transformers knows its architecture, but not as such a model.
 
         Raises:
             BaseModelError: saying why, and which tasks there are for it.
         """
-        import transformers
-
-        if type(config) in getattr(transformers, cls.auto_class)._model_mapping:
+        if cls.takes(config):
             return
-        fitting = [
-            name
-            for name, section in TASKS.items()
-            if type(config) in getattr(transformers, section.load().auto_class)._model_mapping
-        ]
+        fitting = [name for name, section in TASKS.items() if section.load().takes(config)]
         if fitting:  # else transformers says what it is
             raise BaseModelError(
                 f"model.path: transformers cannot build {AS[cls.auto_class]} from {config.model_type}"
@@ -374,11 +378,18 @@ class Task(Generic[Section, B]):
         """What takes too long to be measured during training, such as generated answers. `title`: of the progress bar."""
         return EvalResult({})
 
+    def baselines(self, data: Dataset) -> dict[str, EvalResult]:
+        """What is reached on held-out rows without any model, by name."""
+        return {}
+
     # -- merged checkpoints -----------------------------------------------------------------------------------------------
 
     def passes(self, example: Example) -> list[Pass]:
         """The forward passes by which models are compared on a row."""
         raise NotImplementedError
+
+    def describe(self, folder: Path) -> None:
+        """Write what a merged checkpoint needs beside model and tokenizer into its folder."""
 
     def compared_targets(self, example: Example) -> torch.Tensor:
         """[S] what the logits of `compared` should say."""

@@ -170,6 +170,42 @@ def multi_label(
     return metrics, {"per_class": {name: _scores(*each[i], rows[i]) for i, name in enumerate(names)}}
 
 
+FOUND_WITHIN = (1, 5, 10)  # of recall
+
+
+@reports(higher=(*(f"recall@{count}" for count in FOUND_WITHIN), "mrr@10", "ndcg@10"))
+def retrieval(ranks: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Where the documents stand that queries should find: as trec_eval computes it, the mean over all queries.
+
+    Args:
+        ranks: for each query the places, from 1 on, of all documents that are right for it.
+
+    Raises:
+        ValueError: no queries, or one for which nothing is right.
+    """
+    if not ranks or not all(ranks):
+        raise ValueError("retrieval needs queries, each with at least one right document")
+    found = {
+        f"recall@{count}": fmean(sum(rank <= count for rank in own) / len(own) for own in ranks)
+        for count in FOUND_WITHIN
+    }
+    first = [min(own) for own in ranks]
+    found["mrr@10"] = fmean(1 / rank if rank <= 10 else 0.0 for rank in first)
+    found["ndcg@10"] = fmean(
+        sum(1 / math.log2(rank + 1) for rank in own if rank <= 10)
+        / sum(1 / math.log2(place + 1) for place in range(1, min(len(own), 10) + 1))
+        for own in ranks
+    )
+    return found
+
+
+@reports(higher=("pearson", "spearman"))
+def correlations(targets: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """pearson and spearman as in `regression`, of similarities, whose unit is not that of the targets."""
+    found = regression(targets, predicted)
+    return {name: found[name] for name in ("pearson", "spearman")}
+
+
 @reports(lower=("mse", "mae"), higher=("pearson", "spearman"))
 def regression(targets: Sequence[float] | np.ndarray, predicted: Sequence[float] | np.ndarray) -> dict[str, float]:
     """A number per row: errors by scikit-learn, correlations by scipy.

@@ -45,6 +45,7 @@ class TaskSection:
     asked_at: ClassVar[str] = ""  # the route under /v1 of a server where rows without labels are sent, if it predicts
     # row formats that are there for this task before others that read them, each with the options that it needs
     meant_for: ClassVar[dict[str, dict[str, Any]]] = {}
+    vectors: ClassVar[bool] = False  # its model gives texts vectors, and is compared by their directions
     measured_rows: ClassVar[tuple[str, ...]] = ()  # options that count held-out rows to be measured at length; 0: none
 
     @property
@@ -94,6 +95,7 @@ class Generating(TaskSection):
 
     generates: ClassVar[bool] = True
     augments: ClassVar[bool] = True
+    vectors: ClassVar[bool] = False  # its model gives texts vectors, and is compared by their directions
     measured_rows: ClassVar[tuple[str, ...]] = ("generate_rows",)
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
 from lora_lab.adapters import files
 from lora_lab.config.merge import MergeConfig
@@ -41,7 +41,8 @@ _CHUNK = 64  # positions that are compared at once
 class Gap:
     """How far a model's logits are from a reference's, on the same positions.
 
-    Where a row has a single number (regression), `kl` is the mean squared difference as a share of the targets' variance, and
+    Of vectors (embeddings), `kl` and `loss` are the mean of 1 - cosine, and `top1_agreement` is the share of texts whose nearest other
+    text is the same. Where a row has a single number (regression), `kl` is the mean squared difference as a share of the targets' variance, and
     `top1_agreement` the share of pairs of rows, among those told apart by 1 % of its root, that come in the same order.
     """
 
@@ -174,6 +175,8 @@ def outputs_of_rows(rows: Probe, outputs: list[dict[str, torch.Tensor]]) -> list
 
 def compare(reference: list[torch.Tensor], other: list[torch.Tensor], rows: Probe) -> Gap:
     """Measure `other` against `reference`; [S, C] float32 for each row."""
+    if rows.task.config.vectors:
+        return _compare_vectors(torch.cat(reference), torch.cat(other))
     targets = [rows.task.compared_targets(example) for example in rows.examples]
     if reference[0].shape[-1] == 1:
         return _compare_numbers(torch.cat(reference)[:, 0], torch.cat(other)[:, 0], torch.cat(targets))
@@ -222,6 +225,16 @@ def _compare_numbers(reference: torch.Tensor, other: torch.Tensor, targets: torc
         reference_loss=(reference - targets).square().mean().item(),
         loss=(other - targets).square().mean().item(),
     )
+
+
+def _compare_vectors(reference: torch.Tensor, other: torch.Tensor) -> Gap:
+    """Of vectors [S, D] of length 1."""
+    apart = (1 - cosine_similarity(reference, other, dim=-1)).mean().item()
+    near, found = (
+        (side @ side.T).fill_diagonal_(-2) if len(side) > 1 else torch.zeros(1, 1) for side in (reference, other)
+    )
+    agreed = as_likely(near, found.argmax(-1)).float().mean().item()
+    return Gap((reference - other).abs().max().item(), max(apart, 0.0), agreed, 0.0, max(apart, 0.0))
 
 
 def judge(arithmetic: Gap, trained: Gap, limits: MergeConfig, dtype: str) -> list[str]:

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-OUTPUTS = ("logits", "start_logits", "end_logits")
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
 def at(row: Any, positions: Any, inputs: Any) -> Any:

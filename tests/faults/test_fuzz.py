@@ -322,6 +322,7 @@ _FORMATS = {
     "preference": ("preference",),
     "seq2seq": ("source_target", "text_label"),
     "masked_lm": ("text",),
+    "embedding": ("retrieval",),
 }
 
 

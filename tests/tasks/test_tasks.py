@@ -171,6 +171,31 @@ def text_row(draw):
     }
 
 
+def found_row(draw):
+    """A document with a colour and an animal, and a query with the same two."""
+    colour, animal = draw.choice(COLOURS), draw.choice(ANIMALS)
+    row = {
+        "query": f"lamp Oslo table {animal} {colour}",
+        "positive": " ".join([*_text(draw), colour, animal, *_text(draw, 9)]),
+    }
+    if draw.random() < 0.5:
+        row["negatives"] = [" ".join([*_text(draw), draw.choice([c for c in COLOURS if c != colour]), animal])]
+    return row
+
+
+def candidates_row(draw):
+    """A query that is answered by a document with its colour, and not by others."""
+    colour, *others = draw.sample(COLOURS, k=draw.randint(2, 3))
+    texts = [" ".join([one, *_text(draw, 3)]) for one in (colour, *others)]
+    return {"query": f"lamp Oslo table {colour}", "positive": texts[0], "negatives": texts[1:]}
+
+
+def alike_row(draw):
+    one, other = draw.choice(COLOURS), draw.choice(COLOURS)
+    texts = (" ".join([*_text(draw), colour]) for colour in (one, other))
+    return {**dict(zip(("text_a", "text_b"), texts, strict=True)), "score": float(one == other)}
+
+
 # (task and its options, model, rows, metric that must improve, whether lower is better)
 CASES = {
     "causal_lm": (["task=causal_lm", "task.generate_rows=2", "task.max_new_tokens=4"], "llama", pair_row, "perplexity", True),
@@ -198,11 +223,18 @@ CASES = {
     "preference-kto": (["task=preference", "task.loss=kto"], "llama", feedback_row, "reward_margin", False),
     "reward": (["task=reward"], "bert", judged_row, "accuracy", False),
     "reward-decoder": (["task=reward"], "llama", judged_row, "loss", True),
+    "embedding": (["task=embedding", "task.dimensions=[16]", "task.query_prompt=lamp"], "bert_without_head", found_row, "ndcg@10", False),
+    "embedding-decoder": (["task=embedding", "task.symmetric=false"], "llama", found_row, "loss", True),
+    "reranker": (["task=reranker"], "bert", candidates_row, "mrr@10", False),
+    "reranker-decoder": (["task=reranker", "task.loss=binary"], "llama", candidates_row, "loss", True),
+    "embedding-cosent": (["task=embedding", "task.loss=cosent"], "bert", alike_row, "spearman", False),
+    "embedding-angle": (["task=embedding", "task.loss=angle", "task.temperature=1"], "bert", alike_row, "loss", True),
 }  # fmt: skip
 # Others of the same make run by default; their losses have tests of their own.
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
     "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto", "completion",
+    "embedding-decoder", "embedding-angle", "reranker-decoder",
 )  # fmt: skip
 STEPS = 30
 
@@ -307,7 +339,7 @@ def test_accelerations_are_tried_on_the_end_of_a_row(case, start, monkeypatch, c
     """Of rows that are longer than what is tried, a batch that its task can make and its model can read."""
     from lora_lab.config import compose
 
-    for module in ("base", "reward.task", "seq2seq.task"):
+    for module in ("base", "reward.task", "seq2seq.task", "embedding.task", "reranker.task"):
         monkeypatch.setattr(importlib.import_module(f"lora_lab.tasks.{module}"), "TRIED_TOKENS", 5)
     ready = prepared.prepare(compose.compose(start(case, rows=6)))
     task, examples = ready.task, [example for i in range(len(ready.train)) for example in ready.train[i]]
@@ -716,6 +748,10 @@ WRONG = {
     "no start": ("question_answering", {"question": "table", "context": "a red lamp", "answers": {"text": ["red", "lamp"], "answer_start": [2]}}, "train", "train.jsonl row 49: 'answers' has 2 texts and the starts [2]"),
     "equal answers": ("preference-dpo", {"prompt": "lamp", "chosen": "red", "rejected": "red"}, "train", "train.jsonl row 49: chosen and rejected are the same"),
     "judgement": ("preference-kto", {"prompt": "lamp", "completion": "red", "label": "yes"}, "train", "train.jsonl row 49: label 'yes' is neither true"),
+    "positive as negative": ("embedding", {"query": "lamp", "positive": "red", "negatives": ["cat", "red"]}, "train", "train.jsonl row 49: the positive 'red' is a negative of the row too"),
+    "empty query": ("embedding", {"query": " ", "positive": "red"}, "train", "train.jsonl row 49: 'query' is empty"),
+    "no negatives": ("reranker", {"query": "lamp", "positive": "red"}, "train", "train.jsonl row 49: the row has no negatives"),
+    "no score": ("embedding-cosent", {"text_a": "lamp", "text_b": "red", "score": "high"}, "train", "train.jsonl row 49: score 'high' is not a number"),
     "empty target": ("seq2seq", {"source": "lamp", "target": ""}, "train", "train.jsonl row 49"),
 }  # fmt: skip
 
@@ -748,6 +784,11 @@ REFUSED = {
     "no mask": (["task=masked_lm"], "llama", "cannot build a masked language model"),
     "no decoder": (["task=seq2seq"], "llama", "llama has no encoder for texts, so task=seq2seq cannot train it"),
     "no dropout": (["train.rdrop_alpha=1"], "llama", "train.rdrop_alpha=1: nothing is dropped"),
+    "one row": (["task=embedding", "train.batch_size=1"], "bert", "so it needs two"),
+    "read twice": (["task=embedding", "train.neftune_alpha=5"], "bert", "train.neftune_alpha: task=embedding reads the rows of a step twice"),
+    "no queries": (["task=embedding", "task.loss=cosent", "task.symmetric=false"], "bert", "task.symmetric: no effect with task.loss=cosent"),
+    "corpus alone": (["task=embedding", "task.corpus=x.jsonl"], "bert", "task.corpus: needs held-out rows"),
+    "two parts": (["task=embedding"], "t5", "it has an encoder and a decoder"),
     "format": (["task=classification", "data.format=messages"], "bert", "data.format=messages is not for this task"),
 }  # fmt: skip
 
@@ -925,6 +966,15 @@ def _scored(case: str, rows: list[dict], run: lora_lab.Run) -> tuple[str, float]
         better, worse = ([one["reward"] for one in run.predict(
             [{"prompt": row["prompt"], "completion": row[side]} for row in rows])] for side in ("chosen", "rejected"))  # fmt: skip
         return "accuracy", float(np.mean(np.array(better) > np.array(worse)))
+    if case.startswith("reranker"):
+        pairs = [[row["positive"], *row["negatives"]] for row in rows]
+        said = [
+            [one["score"] for one in run.predict([{"query": row["query"], "document": text} for text in texts])]
+            for row, texts in zip(rows, pairs, strict=True)
+        ]
+        return "mrr@10", metrics.retrieval([[1 + sum(one >= own[0] for one in own[1:])] for own in said])["mrr@10"]
+    if case.startswith("embedding"):
+        return _scored_vectors(case, rows, run)
     found = run.predict([{key: value for key, value in row.items() if key not in _LABELS} for row in rows])
     if case == "classification-several":
         missed = [len({*one["labels"]} ^ {*row["label"]}) / 3 for one, row in zip(found, rows, strict=True)]
@@ -948,6 +998,29 @@ def _scored(case: str, rows: list[dict], run: lora_lab.Run) -> tuple[str, float]
         return "f1", scores["f1"]
     scores = metrics.squad([one["answer"] for one in found], [row["answers"]["text"] for row in rows], "en")
     return "f1", scores["f1"]
+
+
+def _scored_vectors(case: str, rows: list[dict], run: lora_lab.Run) -> tuple[str, float]:
+    """Of texts that are asked one by one, and together with what belongs to them."""
+    if "text_a" in rows[0]:
+        pairs = run.predict([{"text_a": row["text_a"], "text_b": row["text_b"]} for row in rows])
+        alone = [run.predict([{"text": row[side]} for row in rows]) for side in ("text_a", "text_b")]
+        for one, first, second in zip(pairs, *alone, strict=True):
+            assert one["vector"] == pytest.approx(first["vector"], abs=1e-6)
+            assert one["other_vector"] == pytest.approx(second["vector"], abs=1e-6)
+            assert np.dot(first["vector"], second["vector"]) == pytest.approx(one["similarity"], abs=1e-6)
+        scores = metrics.regression([row["score"] for row in rows], [one["similarity"] for one in pairs])
+        return "spearman", scores["spearman"]
+    documents = list(dict.fromkeys(text for row in rows for text in [row["positive"], *row.get("negatives", [])]))
+    queries = list(dict.fromkeys(row["query"] for row in rows))
+    right = {query: {row["positive"] for row in rows if row["query"] == query} for query in queries}
+    asked = np.array([one["vector"] for one in run.predict([{"query": query} for query in queries])])
+    there = np.array([one["vector"] for one in run.predict([{"document": text} for text in documents])])
+    ranks = []
+    for query, scores in zip(queries, asked @ there.T, strict=True):
+        order = [documents[place] for place in np.argsort(-scores)]
+        ranks.append([order.index(text) + 1 for text in right[query]])
+    return "ndcg@10", metrics.retrieval(ranks)["ndcg@10"]
 
 
 @pytest.mark.parametrize(
