@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_lab import __version__
 from lora_lab.config import forms
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
-from lora_lab.runtime import environment, signals
+from lora_lab.runtime import environment, launch, signals
 from lora_lab.verbs import VERBS
 from lora_lab.verbs.base import Told, Verb
 
@@ -66,8 +66,9 @@ def _is_text(argument: str) -> bool:
 def _run(args: argparse.Namespace) -> int:
     """The verb's exit code, after saying what went wrong."""
     try:
-        environment.refuse_several_processes()
         verb = VERBS[args.verb]
+        if not verb.together:
+            launch.refuse_several(args.verb)
         problem = forms.words(args.overrides, args.verb, composes=verb.composes)
         if problem:
             raise ConfigError(problem)

@@ -36,7 +36,9 @@ class Takes:
 
 
 RESUME = Takes(
-    "resume", ("tracker",), "resume takes no overrides but tracker, because it would not be the same run any more."
+    "resume",
+    ("tracker", "hardware.processes", "hardware.timeout"),
+    "resume takes no overrides but tracker, hardware.processes and hardware.timeout, because it would not be the same run any more.",
 )
 EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))

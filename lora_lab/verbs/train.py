@@ -43,10 +43,20 @@ def _run(told: Told) -> int:
     config = compose.compose(told.overrides, told.options.config_dir)
     refuse_upload(config.export.push_to_hub, told.overrides)
     quiet_libraries()
-    from lora_lab.run import pipeline
+    from lora_lab.run import parallel, pipeline
 
-    pipeline.train(config)
-    return 0
+    code = parallel.elsewhere(config.hardware, lambda: _command(told))
+    if code is None:
+        pipeline.train(config)
+    return code or 0
+
+
+def _command(told: Told) -> list[str]:
+    """The command line again."""
+    options = ["-m"] if told.options.multirun else []
+    if told.options.config_dir is not None:
+        options += ["--config-dir", told.options.config_dir]
+    return ["train", *options, *told.overrides]
 
 
 def refuse_upload(repository: str | None, overrides: Sequence[str]) -> None:
@@ -92,5 +102,6 @@ VERB = Verb(
     examples=_EXAMPLES,
     run=_run,
     arguments=(Option("-m", "--multirun", action="store_true", help="one run for each combination of values"),),
+    together=True,
     others=("finetune", "fine-tune", "sft", "fit", "run", "sweep"),
 )
