@@ -250,7 +250,7 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
     run, after, setup = member.run, EvalResult({}), live.setup
     unmade: dict[str, Any] = {}
     with member.active():
-        ranks.together(lambda: _write_adapter(member, live))
+        ranks.agreed(lambda: _write_adapter(member, live))
         result = _training_result(member, clock)
         if setup.held_out is not None:
             try:

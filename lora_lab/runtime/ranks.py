@@ -202,6 +202,20 @@ def together(action: Callable[[], T]) -> list[T]:
     Raises:
         Exception: in every process, if it failed in any.
     """
+    _, found = _agreed(action, lambda value: value)
+    return [one.told for one in found]
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """What an action gives here, once it went well in every process.
+
+    Raises:
+        Exception: in every process, if it failed in any.
+    """
+    return _agreed(action, lambda _: None)[0]
+
+
+def _agreed(action: Callable[[], T], told: Callable[[T], Any]) -> tuple[T, list[Report]]:
     try:
         value = action()
     except ProcessError:
@@ -209,7 +223,7 @@ def together(action: Callable[[], T]) -> list[T]:
     except Exception as error:
         exchange(Report.of(error))
         raise
-    return [one.told for one in exchange(Report(value))]
+    return value, exchange(Report(told(value)))
 
 
 def on_main(action: Callable[[], T]) -> T:

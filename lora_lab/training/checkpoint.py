@@ -50,7 +50,7 @@ def _digest(member: Member) -> str:
     found = hashlib.sha256()
     for name, parameter in member.parameters.items():
         found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

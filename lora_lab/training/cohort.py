@@ -180,9 +180,9 @@ class Share:
     parts: list[list[Example]]  # of each micro-batch
     batches: StepBatches[Any]
     weight: float  # what the losses of all its batches are divided by, whichever process passes over them
-    seed: int  # of everything random in the step
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
     scale: float = 1.0  # what the loss is multiplied by before the backward pass, see `State.loss_scale`
+    seed: int = 0  # of everything random in the step
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # of each batch, where they were computed
     tokens: int = 0
     supervised: int = 0
@@ -279,7 +279,7 @@ def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Ac
     with accelerator.autocast():
         batches = member.task.step(member.model, parts, np.random.default_rng(seed))
     generator = None if alone else torch.Generator(member.model.device)
-    return Share(member, parts, batches, batches.weight, seed, generator, member.state.loss_scale or 1.0)
+    return Share(member, parts, batches, batches.weight, generator, member.state.loss_scale or 1.0, seed)
 
 
 def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:

@@ -39,7 +39,8 @@ def _sweep(told: Told, folder: str) -> int:
     from lora_lab.sweep import sweep
 
     members = told.word("members")
-    return sweep.resume(folder, None if members is None else members.split(","))
+    command = ["resume", f"sweep={folder}", *([] if members is None else [f"members={members}"])]
+    return sweep.resume(folder, None if members is None else members.split(","), command)
 
 
 VERB = Verb(
