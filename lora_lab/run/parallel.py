@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,9 +200,9 @@ def elsewhere(hardware: HardwareConfig, command: Callable[[], Sequence[str]]) ->
     """Train in `hardware.processes` processes that are started for it; their exit code. None: this process trains itself.
 
     Args:
-        command: gives what each of them is told.
+        command: gives what each of them is told, beginning with the verb.
     """
     if hardware.processes in (None, 1) or launch.place() is not None:
         return None
     assert hardware.processes is not None
-    return launch.run_here(command(), hardware.processes, hardware.timeout)
+    return launch.run_here([sys.executable, "-m", "lora_lab", *command()], hardware.processes, hardware.timeout)

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 
@@ -123,13 +122,14 @@ def take() -> None:
 # -- processes of this machine ------------------------------------------------------------------------------------------
 
 
-def run_here(arguments: Sequence[str], processes: int, timeout: float) -> int:
-    """Run `lora-lab ARGUMENTS` in so many processes of this machine, by torch's own launcher; the exit code.
+def run_here(command: Sequence[str], processes: int, timeout: float) -> int:
+    """Run a command in so many processes of this machine, by torch's own launcher; the exit code.
 
     They end with this one. A signal is handed to each of them, and they save before they end.
 
     Args:
-        timeout: seconds that they have for that.
+        command: program and arguments.
+        timeout: seconds that they have to end.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -139,7 +139,7 @@ def run_here(arguments: Sequence[str], processes: int, timeout: float) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    tied = [*children.tied(sys.executable), "-m", "lora_lab", *arguments]
+    tied = children.tied(*command)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with storage.scratch() as folder:
         config = LaunchConfig(
