@@ -31,7 +31,7 @@ _DOCUMENT = ROOT / "docs" / "parallel.md"
 TIMEOUT = 120.0
 _COMMON = [
     "model=hub", "model.dtype=float32", "tracker=none", "hardware=cpu", "optim.lr=2e-4", "adapter.r=4", "adapter.lora_dropout=0.1",
-    "train.batch_size=5", "train.micro_batch_size=1", "train.max_steps=6", "train.eval_steps=3", "optim.weight_decay=0.01",
+    "train.batch_size=5", "train.micro_batch_size=1", "train.max_steps=5", "train.eval_steps=5", "optim.weight_decay=0.01",
 ]  # fmt: skip
 _COHORT = ["seed=3", "optim.lr=1e-4", "adapter.r=2"]  # what sets the members of a cohort apart from the first
 
@@ -286,8 +286,8 @@ def _keep(part: str, value: Any) -> None:
     text = _DOCUMENT.read_text(encoding="utf-8")
     for name, rows in kept.items():
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"\n<!-- end of {name} -->")
-        text = f"{before}{begin}{_table(rows)}{end}{after}"
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        text = f"{before}{begin}{_table(rows)}\n{end}{after}"
     _DOCUMENT.write_text(text, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.errors import ConfigError, ExportError, Interrupted, LoraLabError, MergeError, NoRoomError
+from lora_lab.errors import ConfigError, ExportError, Interrupted, LoraLabError, MergeError, NoRoomError, ProcessError
 from lora_lab.export import targets
 from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import judged_on, reference
@@ -107,6 +107,12 @@ def _stoppable(run: RunDir) -> Iterator[None]:
     except Interrupted as interruption:
         interruption.run = run.path if run.config.is_file() else None
         raise
+    except ProcessError as error:
+        if not (ranks.main() and run.config.is_file()):
+            raise
+        raise ProcessError(
+            f"{error} Resume, with as many processes as you like: lora-lab resume run={run.path} hardware.processes=N"
+        ) from error
 
 
 def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:

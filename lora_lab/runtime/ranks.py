@@ -360,8 +360,7 @@ def _lost(group: _Group, error: Exception, waited: float) -> ProcessError:
     else:
         what = f"did not come within hardware.timeout={group.timeout:g} s"
     return ProcessError(
-        f"{who}: {what}, so {title(group.rank)} ends too ({_first_line(error)}). What the lost one said is on its own output. Resume "
-        "with as many processes as you like: lora-lab resume run=DIR"
+        f"{who}: {what}, so {title(group.rank)} ends too ({_first_line(error)}). What the lost one said is on its own output."
     )
 
 

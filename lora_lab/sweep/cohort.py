@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
-from lora_lab.errors import ConfigError, LoraLabError, NoRoomError, RunError, nearest
+from lora_lab.errors import ConfigError, LoraLabError, NoRoomError, ProcessError, RunError, nearest
 from lora_lab.run import parallel, run_dir
 from lora_lab.run.pipeline import finish, measure_base
 from lora_lab.run.prepared import check_adapter, prepare
@@ -89,6 +89,9 @@ def _train(jobs: list[Job]) -> None:
         _train_group(part, budget)
         for job in part:
             _leave_failure(job)
+        for job in part:
+            if isinstance(job.error, ProcessError):  # nobody is there to train the other groups with
+                raise ProcessError(f"{job.error} Resume with: lora-lab resume sweep={job.run.path.parent}")
 
 
 def opened(jobs: list[Job]) -> list[Job]:

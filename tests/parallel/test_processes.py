@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.parallel import ROOT, Sources, gaps, train_kind
+from lora_lab import cli
 from lora_lab.runtime import launch
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -44,7 +49,7 @@ def close(found: dict, alone: dict) -> None:
 
 
 def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
-    kinds = ["packed", "padded", "preference", "cohort of 3"]
+    kinds = ["cohort of 3", "padded"]
     found = run(2, *kinds, "short_of_memory", "unlike", "fails", "dies")
     for kind in kinds:
         close(found[kind], train_kind(kind, sources, tmp_path / kind))
@@ -63,7 +68,95 @@ def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 def test_each_kind_in_several_processes(run, sources, tmp_path, count):
-    kinds = ["packed, micro-batches of 2", "preference, KTO", "NEFTune", "NF4", "NF4, cohort of 3"]
+    kinds = [
+        "packed",
+        "packed, micro-batches of 2",
+        "preference",
+        "preference, KTO",
+        "NEFTune",
+        "NF4",
+        "NF4, cohort of 3",
+    ]
     found = run(count, *kinds)
     for kind in kinds:
         close(found[kind], train_kind(kind, sources, tmp_path / kind))
+
+
+# -- through the command line ---------------------------------------------------------------------------------------------
+
+DYING = Path(__file__).parent / "dying.py"
+FILES = ("adapter/adapter_model.safetensors", "metrics.jsonl")
+
+
+@pytest.fixture
+def command(sources) -> list[str]:
+    return [
+        "train", "model=hub", f"model.path={sources.base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
+        f"data.train={sources.rows('completions')}", f"data.eval={sources.rows('completions', 'eval')}", "adapter.lora_dropout=0.1",
+        "train.batch_size=4", "train.micro_batch_size=1", "train.max_steps=5", "train.save_steps=2", "hardware.timeout=20",
+    ]  # fmt: skip
+
+
+def of(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def adapter(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / FILES[0])
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["step", "exchange", "sum", "update", "save", "measure"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bytes(
+    command, tmp_path, monkeypatch, capfd, rank, where
+):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli.main([*command, f"run_dir={whole}", "hardware.processes=2"]) == 0
+    dying = [sys.executable, str(DYING), where, str(rank), "KILL", *command, f"run_dir={killed}"]
+    assert launch.run_here(dying, 2, 20) in (3, 143)
+    assert not (killed / "result.json").exists()
+    said = capfd.readouterr().err
+    assert f"process {rank} was ended by SIGKILL" in said
+    if rank == 1:
+        assert re.search(r"process 1 \(.*\): has ended, so process 0 .* ends too", said)
+    assert cli.main(["resume", f"run={killed}", "hardware.processes=2"]) == 0
+    assert of(killed) == of(whole)
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_ends_the_run_in_time(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    hanging = [sys.executable, str(DYING), "step", "1", "STOP", *command, f"run_dir={tmp_path}/run"]
+    assert launch.run_here(hanging, 2, 5) != 0
+    said = capfd.readouterr().err
+    assert re.search(r"process 1 \(.*\): did not come within hardware.timeout=20 s, so process 0", said)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-2"]
+
+
+@pytest.mark.long
+def test_a_run_of_two_goes_on_with_one_or_three(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    whole = tmp_path / "whole"
+    assert cli.main([*command, f"run_dir={whole}"]) == 0
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        dying = [sys.executable, str(DYING), "step", "1", "TERM", *command, f"run_dir={folder}"]
+        assert launch.run_here(dying, 2, 20) == 128 + signal.SIGTERM
+        assert cli.main(["resume", f"run={folder}", f"hardware.processes={count}"]) == 0
+        assert (adapter(folder) - adapter(whole)).abs().max() < ADAPTER
+
+
+@pytest.mark.long
+def test_a_sweep_in_two_processes_is_ranked_as_in_one(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    points = ["-m", "optim.lr=0.001,0.0001,0.01"]
+    for count in (1, 2):
+        told = [*points, f"hydra.sweep.dir={tmp_path}/{count}", f"hardware.processes={count}"]
+        assert cli.main([command[0], *told[:1], *command[1:], *told[1:]]) == 0
+    one, two = (json.loads((tmp_path / str(count) / "ranking.json").read_text()) for count in (1, 2))
+    assert [place["name"] for place in one["ranking"]] == [place["name"] for place in two["ranking"]]
+    for mine, theirs in zip(one["ranking"], two["ranking"], strict=True):
+        assert mine["metric"] == pytest.approx(theirs["metric"], rel=1e-5)
