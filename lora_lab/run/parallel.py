@@ -16,7 +16,7 @@ from lora_lab.base import load
 from lora_lab.config.compose import leaves
 from lora_lab.config.run import RunConfig
 from lora_lab.config.train import HardwareConfig
-from lora_lab.errors import ConfigError, RunError
+from lora_lab.errors import ConfigError, LoraLabError, RunError
 from lora_lab.run import run_dir
 from lora_lab.runtime import console, launch, ranks, reading, storage
 
@@ -56,6 +56,9 @@ def joined(hardware: HardwareConfig, command: Sequence[str]) -> Iterator[Path | 
         with contextlib.nullcontext() if ranks.main() else storage.scratch() as own:
             yield own
         ranks.stop()
+    except LoraLabError as error:
+        ranks.last_words(str(error))
+        raise
     finally:
         ranks.leave()
         console.out.quiet = False

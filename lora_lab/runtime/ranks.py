@@ -46,6 +46,10 @@ class _Group:
 
 
 _group: _Group | None = None
+_number = (
+    0  # of this process; it keeps it when it has parted from the others, and so never writes what process 0 writes
+)
+_said_by_main = False  # whether process 0 told of an error, when this one met one
 
 
 def size() -> int:
@@ -55,7 +59,7 @@ def size() -> int:
 
 def rank() -> int:
     """The number of this one, from 0."""
-    return 0 if _group is None else _group.rank
+    return _number
 
 
 def local() -> int:
@@ -89,7 +93,7 @@ def start(place: Place, timeout: float, backend: str) -> None:
     Raises:
         ProcessError: they do not all come.
     """
-    global _group
+    global _group, _number
     import torch.distributed as dist
 
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
@@ -107,6 +111,7 @@ def start(place: Place, timeout: float, backend: str) -> None:
             f"hardware.timeout={timeout:g} s ({_first_line(error)}). Start all of them; MASTER_ADDR and MASTER_PORT must name a port of "
             "the machine of process 0 that the others reach."
         ) from error
+    _number = place.rank
     _group = _Group(place.rank, place.size, place.local, store, timeout)
     _group.where = gather((socket.gethostname(), os.getpid()))
 
@@ -124,7 +129,7 @@ def lost() -> bool:
 
 
 def leave() -> None:
-    """Part from the others without a word: this process is the only one from now on, and writes if it wrote before."""
+    """Part from the others without a word: whoever goes on does so alone."""
     global _group
     if _group is None:
         return
@@ -133,6 +138,26 @@ def leave() -> None:
     complete, _group = _group.lost is None, None
     if complete:  # else it would wait for those that are gone
         dist.destroy_process_group()
+
+
+def last_words(text: str) -> None:
+    """Say with what error this process ends. Where all meet the same one, process 0 tells of it, and nobody else."""
+    global _said_by_main
+    if _group is None:
+        return
+    try:
+        _group.store.set(f"words/{_group.rank}", text)
+        begun = time.monotonic()
+        while not main() and not _said_by_main and time.monotonic() - begun < 2 * _GRACE:
+            _said_by_main = _group.store.check(["words/0"])
+            time.sleep(_GRACE / 20)
+    except (RuntimeError, OSError):  # the store has gone
+        return
+
+
+def said_by_main() -> bool:
+    """Whether process 0 tells of the error that this one ends with."""
+    return _said_by_main
 
 
 # -- what they say ------------------------------------------------------------------------------------------------------
