@@ -237,15 +237,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,3")
     parser.add_argument("--kinds", default=";".join(KINDS), help="separated by ;")
+    parser.add_argument("--scaling", action="store_true", help="speed of two processes beside one, instead")
     parser.add_argument("--write", action="store_true", help="into the results and docs/parallel.md")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.work:
         out, folder, what = told.work
         kinds, more = json.loads(what)
-        work(Path(out), Sources(Path(folder)), kinds, more)
+        if kinds == ["scaling"]:
+            race(Path(out), Path(folder))
+        else:
+            work(Path(out), Sources(Path(folder)), kinds, more)
         return
-    equal(told)
+    if told.scaling:
+        scaling(told)
+    else:
+        equal(told)
 
 
 def equal(told: argparse.Namespace) -> None:
@@ -276,6 +283,99 @@ def equal(told: argparse.Namespace) -> None:
                 print(rows[-1], flush=True)
     if told.write:
         _keep("equal", rows)
+
+
+_ROW, _ROWS, _ROUNDS = 512, 8, 4  # tokens of a row, rows of a step, and steps of each way
+_SHAPE = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+}
+
+
+def scaling(told: argparse.Namespace) -> None:
+    """Tokens per second of one process and of two, with a thread each, and what a step's exchange takes."""
+    from tests.conftest import WORDS, make_base, make_tokenizer, write_jsonl
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_base(folder / "base", initializer_range=0.02, **_SHAPE)
+        tokenizer = make_tokenizer(folder)
+        words = [WORDS[place % 8] for place in range(_ROW)]
+        lengths = [len(tokenizer(" ".join(words[:count]))["input_ids"]) for count in range(_ROW)]
+        words = words[: max(count for count, length in enumerate(lengths) if length <= _ROW - 24)]
+        write_jsonl(folder / "rows.jsonl", [{"prompt": " ".join(words), "completion": "one two three"}] * _ROWS)
+        found = in_processes(2, folder / "scaling.json", Sources(folder), ["scaling"])
+    print(found)
+    if told.write:
+        _keep("scaling", [found])
+
+
+def race(out: Path, folder: Path) -> None:
+    """Steps that process 0 makes alone, while the other waits, in turn with steps that both share; process 0 writes how long they took."""
+    from lora_lab.config import compose
+    from lora_lab.run import run_dir
+    from lora_lab.run.prepared import prepare
+    from lora_lab.training import learned, loop
+    from lora_lab.training.cohort import Member
+
+    told = [
+        "model=hub", f"model.path={folder}/base", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu", "data.duplicates=keep",
+        f"data.train={folder}/rows.jsonl", f"train.batch_size={_ROWS}", "train.micro_batch_size=1", f"train.epochs={2 * _ROUNDS + 2}",
+        "train.save_steps=1000", "adapter.r=16", "data.check=off",
+    ]  # fmt: skip
+    deal, seconds, tokens, buffers = ranks.own, [], [], []
+
+    def own(sizes: Sequence[float]) -> list[int]:
+        alone = len(seconds) % 2 == 0
+        return (list(range(len(sizes))) if ranks.main() else []) if alone else deal(sizes)
+
+    def add(clock: Any, took: float, count: int) -> None:
+        seconds.append(took)
+        tokens.append(count)
+
+    def of(cls: Any, shares: Any, finished: bool) -> Any:
+        buffers.append(made(cls, shares, finished))
+        return buffers[-1]
+
+    made = learned.Learned.of.__func__  # type: ignore[attr-defined]
+    with grouped(), tempfile.TemporaryDirectory() as runs:
+        config = compose.compose([*told, f"run_dir={runs}/run"])
+        setup = prepare(config)
+        live = setup.loaded()
+        member = Member(
+            "default", config, run_dir.create(config), setup.base, live.model, setup.training_rows(), setup.task
+        )
+        ranks.own, loop.Clock.add, learned.Learned.of = own, add, classmethod(of)  # type: ignore[assignment, method-assign]
+        loop.fit([member], setup.training_rows(), None, setup.accelerator)
+        last, times = buffers[-1], []
+        for _ in range(20):
+            ranks.gather(None)
+            begun = time.perf_counter()
+            ranks.gather(last.told)
+            ranks.sum_flat(last.buffer)
+            ranks.gather(([], False))
+            ranks.from_main(None)
+            times.append(time.perf_counter() - begun)
+        alone, shared = (sorted(seconds[2 + way :: 2])[_ROUNDS // 2] for way in (0, 1))
+        if ranks.main():
+            exchange = sorted(times)[len(times) // 2]
+            out.write_text(
+                json.dumps(
+                    {
+                        "tokens a row": tokens[0] // _ROWS,
+                        "tokens/s, one process": round(tokens[0] / alone),
+                        "tokens/s, two": round(tokens[0] / shared),
+                        "ratio": round(alone / shared, 2),
+                        "numbers summed": last.buffer.numel(),
+                        "exchange, ms": round(1000 * exchange, 2),
+                        "of a shared step, %": round(100 * exchange / shared, 2),
+                    }
+                )
+            )
 
 
 def _keep(part: str, value: Any) -> None:
