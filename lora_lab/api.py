@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import ConfigError, RunError
-from lora_lab.runtime import environment
+from lora_lab.runtime import launch
 
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
@@ -54,7 +54,11 @@ def train(config: RunConfig) -> Run:
     Raises:
         LoraLabError: as `lora-lab train`; a refused export is raised once the run is complete, and `open_run` opens it.
     """
-    environment.refuse_several_processes()
+    if config.hardware.processes not in (None, 1) and launch.place() is None:
+        raise ConfigError(
+            f"hardware.processes={config.hardware.processes}: a Python program is one process. Start it with torchrun, or train with "
+            "lora-lab train hardware.processes=N and open the run with lora_lab.open_run."
+        )
     from lora_lab.config.run import parse
 
     config = parse(dataclasses.asdict(config))  # it may have been changed since it was composed

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_lab import __version__
 from lora_lab.config import forms
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
-from lora_lab.runtime import environment, signals
+from lora_lab.runtime import environment, launch, ranks, signals
 from lora_lab.verbs import VERBS
 from lora_lab.verbs.base import Told, Verb
 
@@ -66,8 +66,9 @@ def _is_text(argument: str) -> bool:
 def _run(args: argparse.Namespace) -> int:
     """The verb's exit code, after saying what went wrong."""
     try:
-        environment.refuse_several_processes()
         verb = VERBS[args.verb]
+        if not verb.together:
+            launch.refuse_several(args.verb)
         problem = forms.words(args.overrides, args.verb, composes=verb.composes)
         if problem:
             raise ConfigError(problem)
@@ -78,6 +79,8 @@ def _run(args: argparse.Namespace) -> int:
     except LoraLabError as error:
         return _failed(args, str(error), error.exit_code)
     except Interrupted as error:
+        if not ranks.main():
+            return error.exit_code
         what = f"sweep={error.sweep}" if error.sweep else f"run={error.run}"
         hint = f"; finished work is saved. Resume with: lora-lab resume {what}" if error.sweep or error.run else ""
         place = " at step {} of {}".format(*error.steps) if error.steps else ""
@@ -105,6 +108,8 @@ def _tell_repeated(overrides: Sequence[str], verb: Verb) -> None:
 
 
 def _failed(args: argparse.Namespace, sentence: str, code: int) -> int:
+    if ranks.said_by_main():
+        return code
     if args.debug:
         _complain(traceback.format_exc().rstrip())
     _complain(f"lora-lab: {sentence}{forms.full_width_hint(args.overrides, sentence)}")

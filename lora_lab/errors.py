@@ -8,7 +8,8 @@
     ├── RunError            2   run folders: existing, missing, locked, read-only
     ├── CheckpointError     2   a checkpoint or artifact that fails its checksums
     ├── TrainingError       3   training stopped before a bad update (non-finite loss or gradient)
-    │   └── NoRoomError     3   something does not fit into memory, in the smallest way that is known
+    │   ├── NoRoomError     3   something does not fit into memory, in the smallest way that is known
+    │   └── ProcessError    3   another process of the run was lost, or is not as this one
     └── MergeError          4   the merged checkpoint is not the model that was trained
         └── ExportError     4   an exported file does not load in its target runtime, or its outputs differ there
     Interrupted             130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after the state was saved
@@ -67,6 +68,10 @@ class TrainingError(LoraLabError):
 
 class NoRoomError(TrainingError):
     """Something does not fit into memory, although it was tried in the smallest way that is known."""
+
+
+class ProcessError(TrainingError):
+    """Another process of the run was lost, or has something else than this one."""
 
 
 class MergeError(LoraLabError):

@@ -17,7 +17,7 @@ from lora_lab.base.tokenizer import READER, read_tokenizer
 from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.config.train import HardwareConfig
 from lora_lab.errors import BaseModelError, ConfigError, LoraLabError
-from lora_lab.runtime import cards, console
+from lora_lab.runtime import cards, console, ranks
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +150,12 @@ def tokenized_otherwise(model: ModelConfig, base: BaseFiles, tokenizer: PreTrain
     )
 
 
-def torch_device(hardware: HardwareConfig) -> torch.device:
+def torch_device(hardware: HardwareConfig, number: int | None = None) -> torch.device:
     """The device that `hardware.device` names.
+
+    Args:
+        number: of this process among those of the machine that train together; each has the card of its number, or the only one
+            that it sees.
 
     Raises:
         ConfigError: CUDA is asked for and torch has none, or torch cannot use a card that is there.
@@ -166,11 +170,19 @@ def torch_device(hardware: HardwareConfig) -> torch.device:
         name = "cuda"
     if not name.startswith("cuda"):
         return torch.device(name)
-    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    named = name.partition(":")[2]
+    number = ranks.local() if number is None else number
+    index = int(named) if named else number if count > 1 else 0
     if count == 0:
         raise ConfigError(
             f"{key}: no CUDA device can be used ({cards.why_unusable()}). Use hardware=cpu, or install a CUDA build of torch and a "
             "driver that fits it."
+        )
+    if index >= count and not named:
+        raise ConfigError(
+            f"hardware.processes: process {index} of this machine has no card, because there are {count}. Start at most {count} processes "
+            "here."
         )
     if index >= count:
         raise ConfigError(

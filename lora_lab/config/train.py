@@ -103,6 +103,21 @@ class HardwareConfig:
         "auto"
     )
     threads: Annotated[int | None, Field(ge=1, le=1024, description="CPU threads; null: torch's choice")] = None
+    processes: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="processes of this machine that share each step, one for each card; null: one, or those that torchrun, "
+            "accelerate launch or srun started",
+        ),
+    ] = None
+    timeout: Annotated[
+        float,
+        Field(
+            ge=1, le=86400, description="seconds that a process waits for the others before the run ends, to be resumed"
+        ),
+    ] = 600.0
     deterministic: Annotated[
         bool,
         Field(

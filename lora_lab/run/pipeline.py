@@ -15,19 +15,19 @@ from lora_lab.adapters import files
 from lora_lab.adapters.attach import coverage
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, first_examples
-from lora_lab.errors import ConfigError, ExportError, Interrupted, LoraLabError, MergeError, NoRoomError
+from lora_lab.errors import ConfigError, ExportError, Interrupted, LoraLabError, MergeError, NoRoomError, ProcessError
 from lora_lab.export import targets
 from lora_lab.merge.combine import combine as combine_adapters
 from lora_lab.merge.merge import judged_on, reference
 from lora_lab.merge.merge import merge as merge_adapter
 from lora_lab.merge.merge import settings as merge_settings
 from lora_lab.report import summary
-from lora_lab.run import evaluation, run_dir, takes
+from lora_lab.run import evaluation, parallel, run_dir, takes
 from lora_lab.run.prepared import Trained, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
-from lora_lab.runtime import console, storage
+from lora_lab.runtime import console, ranks, storage
 from lora_lab.runtime.memory import first_line, is_out_of_memory, peak_gib, peak_reserved_gib
 from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint
@@ -42,9 +42,17 @@ def train(config: RunConfig) -> RunDir:
         raise ConfigError(
             "merge.adapters: no effect in training. Train first, then: lora-lab merge merge.adapters=[A,B]"
         )
+    with parallel.joined(config.hardware, ["train"]) as own:
+        parallel.same_configuration(config)
+        return _train(parallel.own_configuration(config, own))
+
+
+def _train(config: RunConfig) -> RunDir:
     run_dir.check_free(config)
+    parallel.enough_passes(config)
     setup = prepare(config)
     targets.check(setup)
+    parallel.same_rows(setup.base.recorded(), setup.data_hashes())
     live = setup.loaded()  # before there is a folder: a base that does not load leaves none
     with _stoppable(RunDir(Path(config.run_dir).expanduser())), run_dir.created(config) as run:
         run_dir.write_manifest(run, config, setup.base, setup.data_hashes())
@@ -56,9 +64,18 @@ def train(config: RunConfig) -> RunDir:
 def resume(path: str, overrides: list[str]) -> RunDir:
     """`lora-lab resume`: go on from the newest valid checkpoint, to the same bytes as an uninterrupted run; of a trained run make what
     could not be made before."""
+    hardware = open_trained(path, takes.RESUME, overrides)[1].hardware
+    with parallel.joined(hardware, ["resume", *overrides]) as own:
+        return _resume(parallel.copy_of(path, own), overrides, own)
+
+
+def _resume(path: str, overrides: list[str], own: Path | None) -> RunDir:
     run, config = open_trained(path, takes.RESUME, overrides)
+    config = parallel.own_configuration(config, own)
     with _stoppable(run), run.locked():
-        result, damage = run_dir.read_result(run)
+        result, damage = ranks.from_main(run_dir.read_result(run))
+        if result is not None and not parallel.part():
+            return run
         if result is not None and result.get(_UNMADE):
             _make_rest(run, config, result)
             return run
@@ -71,6 +88,7 @@ def resume(path: str, overrides: list[str]) -> RunDir:
         tell_uploads(run, config)
         setup = prepare(config, begun=run)
         run_dir.check_manifest(run, setup.base, setup.data_hashes())
+        parallel.same_rows(setup.base.recorded(), setup.data_hashes())
         if run_dir.read_manifest(run) is None:  # stopped before it was written
             run_dir.write_manifest(run, config, setup.base, setup.data_hashes())
         found, skipped = checkpoint.newest_valid(run.checkpoints)
@@ -89,6 +107,12 @@ def _stoppable(run: RunDir) -> Iterator[None]:
     except Interrupted as interruption:
         interruption.run = run.path if run.config.is_file() else None
         raise
+    except ProcessError as error:
+        if not (ranks.main() and run.config.is_file()):
+            raise
+        raise ProcessError(
+            f"{error} Resume, with as many processes as you like: lora-lab resume run={run.path} hardware.processes=N"
+        ) from error
 
 
 def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:
@@ -100,6 +124,8 @@ def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:
     trained = Trained(run, live.setup)
     with live:
         result = _fit(run, live, resume_from)
+        if not parallel.part():
+            return
         ending = _Ending(trained, result)
         as_trained = ending.as_trained(live)
     ending.make(as_trained)
@@ -227,19 +253,15 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
         before: the base's metrics.
         show: whether metrics and answers are shown.
     """
-    run, state, after, setup = member.run, member.state, EvalResult({}), live.setup
+    run, after, setup = member.run, EvalResult({}), live.setup
     unmade: dict[str, Any] = {}
     with member.active():
-        with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
-            files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
-        _keep_probes(member, live)
+        ranks.agreed(lambda: _write_adapter(member, live))
         result = _training_result(member, clock)
         if setup.held_out is not None:
             try:
                 with setup.stages("evaluate"):
                     after = live.measure("tuned", member.measured)
-                    if show:
-                        _keep_said(run, live, {"base": before, "tuned": after})
             except NoRoomError as error:
                 unmade[_UNMADE] = {"evaluate": str(error)}
                 console.say("evaluate", f"{run.path}: {error}")
@@ -258,12 +280,11 @@ def finish(member: Member, live: Live, before: EvalResult, clock: Clock, show: b
     }
 
 
-def _keep_said(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
-    """Keep what was said of each held-out row, unless a disk is full or a file of rows is gone: the training stands all the same."""
-    try:
-        evaluation.write(run, live, found)
-    except LoraLabError as error:
-        console.say("rows", f"what was said of each row is not kept ({error})")
+def _write_adapter(member: Member, live: Live) -> None:
+    run, state = member.run, member.state
+    with storage.new_folder(run.adapter, {"step": state.step, "best_step": state.best_step}) as temporary:
+        files.write(temporary, member.model, member.name, member.config, member.base, member.task.learned)
+    _keep_probes(member, live)
 
 
 def _keep_probes(member: Member, live: Live) -> None:

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 
+_HARDWARE = (
+    "hardware.device",
+    "hardware.threads",
+    "hardware.deterministic",
+    "hardware.memory_gib",
+    "hardware.offload_embeddings",
+)
 _PLACE = (  # found to be the same base, wherever it lies and however it is computed
-    "model.path", "model.revision", "hardware", "quant.cache", "speed.fused_projections", "speed.fused_mlp", "speed.fused_norms",
+    "model.path", "model.revision", *_HARDWARE, "quant.cache", "speed.fused_projections", "speed.fused_mlp", "speed.fused_norms",
     "speed.liger_kernels", "speed.block_attention", "speed.varlen_attention", "speed.short_rows", "speed.unpadded",
     "speed.chunked_loss", "speed.last_layer_rows", "speed.fused_4bit", "speed.dequantize",
 )  # fmt: skip
@@ -36,11 +43,13 @@ class Takes:
 
 
 RESUME = Takes(
-    "resume", ("tracker",), "resume takes no overrides but tracker, because it would not be the same run any more."
+    "resume",
+    ("tracker", "hardware.processes", "hardware.timeout"),
+    "resume takes no overrides but tracker, hardware.processes and hardware.timeout, because it would not be the same run any more.",
 )
 EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot", "task.corpus"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
-COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", "hardware", *_MERGE))
+COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", *_HARDWARE, *_MERGE))
 SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))
 EXPORT = Takes("export", (*_PLACE, *_ROWS, *_MERGE, "export"))
 PREDICT = Takes(

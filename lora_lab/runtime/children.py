@@ -21,8 +21,12 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[s
 
     The tie is made by a tiny program of its own, as nothing may run between fork and exec in a process with threads.
     """
-    tied = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
-    return subprocess.run(tied, capture_output=True, text=True, errors="replace", check=False, **options)
+    return subprocess.run(tied(*command), capture_output=True, text=True, errors="replace", check=False, **options)
+
+
+def tied(*command: str) -> list[str]:
+    """A command whose process the kernel kills when this one dies."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
 def end_with_parent(parent: int) -> None:

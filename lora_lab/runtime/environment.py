@@ -1,4 +1,4 @@
-"""What the environment says: which launcher started this process, what torch reads when it starts, and secrets, of which none may
+"""What the environment says: what torch reads when it starts, and secrets, of which none may
 stand in a configuration, because configurations are shown and saved with the run."""
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ import os
 import re
 from collections.abc import Iterable
 from typing import Any
-
-from lora_lab.errors import ConfigError
 
 _SHORTEST = 8  # characters; what is shorter is found in harmless text by chance
 _WORDS = frozenset(
@@ -77,17 +75,3 @@ def before_torch() -> None:
     those that are a little too small. What the user says of the allocator holds instead."""
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-
-
-def refuse_several_processes() -> None:
-    """Each process of a launcher would train the whole run by itself, in one folder.
-
-    Raises:
-        ConfigError: a launcher started more than one.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise ConfigError(
-            f"WORLD_SIZE={size}: lora-lab works in one process. Start it without torchrun or accelerate launch; several runs at once: "
-            "lora-lab train -m."
-        )

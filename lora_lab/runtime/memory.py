@@ -7,10 +7,14 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError
+
+from lora_lab.errors import ProcessError
+from lora_lab.runtime import ranks
 
 # What torch, CUDA and ROCm, their libraries, the C++ runtime and the kernel call a failed allocation. Each of them comes as a plain
 # RuntimeError somewhere; `tests/training/test_oom.py` has whole messages.
@@ -51,27 +55,45 @@ class Attempt:
 
     fitted = False
     lacked = ""
+    told: Any = None  # what the block has for the other processes
+    heard: list[Any]  # that of each process, once it fitted everywhere
+
+    def __init__(self, together: bool = False):
+        self._together = together
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
-        self.fitted = error is None
-        if error is None or not is_out_of_memory(error):
-            return False
-        self.lacked = first_line(error)
-        error.__traceback__ = None  # it holds the activations that did not fit
-        return True
+        lacks = error is not None and is_out_of_memory(error)
+        if error is not None and lacks:
+            self.lacked = first_line(error)
+            error.__traceback__ = None  # it holds the activations that did not fit
+        if self._together:
+            self._settle(error, lacks)
+        self.fitted = error is None and not self.lacked
+        return lacks
+
+    def _settle(self, error: BaseException | None, lacks: bool) -> None:
+        """Hear how it went in the other processes: where it did not fit in one, it did not fit."""
+        if error is not None and (not isinstance(error, Exception) or isinstance(error, ProcessError)):
+            return
+        own = ranks.Report.of(error) if error is not None and not lacks else ranks.Report(self.told, self.lacked)
+        found = ranks.exchange(own)
+        self.heard = [one.told for one in found]
+        if not lacks:
+            self.lacked = next((f"{ranks.title(n)}: {one.lacked}" for n, one in enumerate(found) if one.lacked), "")
 
 
-def attempts(need_less: Callable[[str], None]) -> Iterator[Attempt]:
+def attempts(need_less: Callable[[str], None], together: bool = False) -> Iterator[Attempt]:
     """Attempts at a block, one after another until it fits into memory: `for attempt in attempts(...): with attempt: ...`.
 
     Args:
         need_less: called between two of them with what the failed allocation said; raises if nothing is left to do.
+        together: whether all processes of the run make it at the same time: it fits once it fits in each of them.
     """
     while True:
-        attempt = Attempt()
+        attempt = Attempt(together)
         yield attempt
         if attempt.fitted:
             return

@@ -50,7 +50,9 @@ KEYS: dict[str, str] = {
     "flash_attn": "Attention is chosen automatically (speed=fast).", "attn_implementation": "Attention is chosen automatically (speed=fast).",
     "device": "hardware.device", "device_map": "hardware.device", "num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
     "dataloader_num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
-    "deepspeed": "lora-lab trains in one process.", "fsdp": "lora-lab trains in one process.",
+    "deepspeed": "hardware.processes=N: several processes share each step.", "fsdp": "hardware.processes=N: several processes share each step.",
+    "num_processes": "hardware.processes", "nproc_per_node": "hardware.processes", "nproc": "hardware.processes", "num_gpus": "hardware.processes",
+    "n_gpus": "hardware.processes", "gpus": "hardware.processes", "world_size": "hardware.processes", "ddp_timeout": "hardware.timeout",
     # outputs
     "output_dir": "run_dir", "out_dir": "run_dir", "output": "run_dir", "save_dir": "run_dir", "run_name": "name", "experiment_name": "name",
     "save_steps": "train.save_steps", "eval_steps": "train.eval_steps", "save_total_limit": "train.keep_checkpoints",

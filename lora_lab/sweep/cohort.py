@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import resource
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
-from lora_lab.errors import ConfigError, LoraLabError, NoRoomError, RunError, nearest
-from lora_lab.run import run_dir
+from lora_lab.errors import ConfigError, LoraLabError, NoRoomError, ProcessError, RunError, nearest
+from lora_lab.run import parallel, run_dir
 from lora_lab.run.pipeline import finish, measure_base
 from lora_lab.run.prepared import check_adapter, prepare
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import Live, Setup
-from lora_lab.runtime import console, storage
+from lora_lab.runtime import console, ranks, storage
 from lora_lab.runtime.reading import reading
 from lora_lab.sweep import halving, ranking
 from lora_lab.sweep.budget import Budget
@@ -45,13 +47,51 @@ def train(jobs: list[Job]) -> None:
     Raises:
         Interrupted: after the state of every member was saved.
     """
-    parts, budget = groups(opened(jobs)), Budget.of(jobs[0].config.sweep.budget)
+    waiting = opened(jobs)
+    if waiting:
+        _handed_out(waiting, None)
+        _train(waiting)
+
+
+def follow(own: Path) -> None:
+    """Train along with process 0, which has the sweep, until it has no more jobs.
+
+    Args:
+        own: a folder for what this process has to itself.
+    """
+    for turn in itertools.count():
+        jobs = _handed_out([], own / str(turn))
+        if not jobs:
+            return
+        _train(jobs)
+
+
+def no_more() -> None:
+    """Let the other processes go, once the sweep is ranked."""
+    _handed_out([], None)
+
+
+def _handed_out(jobs: list[Job], own: Path | None) -> list[Job]:
+    """The jobs that process 0 has; in any other one they have folders of its own."""
+    folders = parallel.copies_of([str(job.run.path) for job in jobs], own)
+    configs = ranks.from_main([job.config for job in jobs])
+    if own is None:
+        return jobs
+    moved = [dataclasses.replace(one, run_dir=folder) for one, folder in zip(configs, folders, strict=True)]
+    return [Job(parallel.own_configuration(one, own), {}) for one in moved]
+
+
+def _train(jobs: list[Job]) -> None:
+    parts, budget = groups(jobs), Budget.of(jobs[0].config.sweep.budget)
     for number, part in enumerate(parts):
         if number:
             console.say("group", f"{len(part)} runs of their own: other {why_apart(parts[0][0], part[0])}")
         _train_group(part, budget)
         for job in part:
             _leave_failure(job)
+        for job in part:
+            if isinstance(job.error, ProcessError):  # nobody is there to train the other groups with
+                raise ProcessError(f"{job.error} Resume with: lora-lab resume sweep={job.run.path.parent}")
 
 
 def opened(jobs: list[Job]) -> list[Job]:
@@ -94,7 +134,7 @@ def _train_group(jobs: list[Job], budget: Budget) -> None:
     """Train jobs that share a base. What goes wrong with what they share is the error of each."""
     _allow_files(len(jobs))
     with contextlib.ExitStack() as stack:
-        jobs = _those(jobs, lambda job: stack.enter_context(job.run.locked()))
+        jobs = _those(jobs, lambda job: ranks.agreed(lambda: stack.enter_context(job.run.locked())))
         try:
             if jobs:
                 _train_together(jobs, budget)
@@ -116,6 +156,7 @@ def _train_together(jobs: list[Job], budget: Budget) -> None:
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
     setup = _prepared(by_method(jobs), begun)
     skeleton = setup.skeleton()
+    parallel.same_rows(setup.base.recorded(), setup.data_hashes())
     jobs = _those(
         [job for job in jobs if job.error is None],
         lambda job: check_adapter(job.config, setup.base, skeleton, setup.kind),
@@ -195,7 +236,8 @@ def _check_metric(sweep: SweepConfig, before: EvalResult) -> None:
 
 
 def _join(job: Job, joined: list[_Joined], name: str, live: Live) -> None:
-    joined.append(_Joined(job, _member(name, job, live), live))
+    member = ranks.agreed(lambda: _member(name, job, live))
+    joined.append(_Joined(job, member, live))
 
 
 def _member(name: str, job: Job, live: Live) -> Member:
@@ -255,7 +297,7 @@ def _fit(members: list[Member], setup: Setup, budget: Budget) -> Clock:
 
 def _finish(job: Job, member: Member, live: Live, before: EvalResult, clock: Clock) -> None:
     result = finish(member, live, before, clock, show=False)
-    storage.write_text(job.run.result, storage.dump_json(result))
+    ranks.agreed(lambda: storage.write_text(job.run.result, storage.dump_json(result)))
     for text in result.get("unmade", {}).values():
         raise NoRoomError(text)
 

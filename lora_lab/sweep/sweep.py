@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from lora_lab.config.run import RunConfig
-from lora_lab.errors import Interrupted, LoraLabError, RunError
-from lora_lab.run import pipeline
-from lora_lab.runtime import console
+from lora_lab.errors import ConfigError, Interrupted, LoraLabError, RunError
+from lora_lab.run import parallel, pipeline
+from lora_lab.runtime import console, ranks
 from lora_lab.sweep import cohort, nodes, ranking
 from lora_lab.sweep.jobs import Job, Nodes, Outcome, in_folder, jobs_of, repeats, run_folders
 
@@ -26,6 +27,10 @@ class Sweep:
 
     def launch(self, configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
         """Train these runs; what each was worth."""
+        if nodes is not None and ranks.size() > 1:
+            raise ConfigError(
+                "hydra/launcher: hands whole runs to other processes, and these share each step. Drop the launcher, or start one process."
+            )
         new = jobs_of(configs)
         self.jobs, self.nodes = self.jobs + new, nodes
         if new:
@@ -52,6 +57,7 @@ class Sweep:
             folders = ", ".join(str(folder) for folder, other in failed if str(other) == error)
             console.complain(f"lora-lab: {folders}: {error}")
         console.say("sweep", f"{len(failed)} of its runs failed" if failed else "all runs finished")
+        cohort.no_more()
         return max((error.exit_code if isinstance(error, LoraLabError) else 1 for _, error in failed), default=0)
 
 
@@ -63,19 +69,44 @@ def _train(jobs: list[Job], on: Nodes | None = None) -> None:
         raise
 
 
-def resume(folder: str, members: list[str] | None = None) -> int:
+def elsewhere(configs: list[RunConfig], processes: contextlib.ExitStack, command: list[str]) -> int | None:
+    """Have a sweep trained by processes that are started for it, or train along with process 0, which has it; the exit code. None: this
+    process has the sweep.
+
+    Args:
+        processes: this process parts from the others when it ends.
+        command: the command line.
+    """
+    hardware = configs[0].hardware
+    code = parallel.elsewhere(hardware, lambda: command)
+    if code is not None:
+        return code
+    own = processes.enter_context(parallel.joined(hardware, command))
+    if own is None:
+        return None
+    cohort.follow(own)
+    return 0
+
+
+def resume(folder: str, members: list[str] | None, command: list[str]) -> int:
     """`lora-lab resume sweep=DIR`: finished runs stay as they are, the others go on.
 
     Args:
         members: names of the runs that go on, without a ranking; None: all of them.
+        command: the command line.
     """
-    whole = Sweep()
-    whole.jobs, left_out = in_folder(Path(folder).expanduser(), members)
-    for path, error in left_out:
-        console.say("left out", f"{path}: {error}")
-    if whole.jobs:
-        _train(whole.jobs)
-    return whole.end(left_out, ranked=members is None)
+    jobs, left_out = in_folder(Path(folder).expanduser(), members)
+    with contextlib.ExitStack() as processes:
+        code = elsewhere([job.config for job in jobs], processes, command) if jobs else None
+        if code is not None:
+            return code
+        whole = Sweep()
+        whole.jobs = jobs
+        for path, error in left_out:
+            console.say("left out", f"{path}: {error}")
+        if whole.jobs:
+            _train(whole.jobs)
+        return whole.end(left_out, ranked=members is None)
 
 
 def merge(folder: str, overrides: list[str], member: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
@@ -22,7 +23,7 @@ from lora_lab.data.formats import Record
 from lora_lab.errors import BaseModelError, NoRoomError
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.isolation import tail
-from lora_lab.runtime import console
+from lora_lab.runtime import console, ranks
 from lora_lab.runtime.memory import attempts
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.metrics import reported
@@ -106,6 +107,15 @@ class Predictions:
     logits: torch.Tensor  # [S, C] float32 on the CPU; of large vocabularies the prediction alone, [S, 1]
     predicted: np.ndarray  # [S] class of each item
     targets: np.ndarray  # [S]
+
+
+class Measured(NamedTuple):
+    """What one pass of an evaluation gave."""
+
+    place: int  # among all passes
+    loss: float
+    weight: float
+    seen: Predictions  # without its examples, which every process has
 
 
 class Pass(NamedTuple):
@@ -276,23 +286,28 @@ class Task(Generic[Section, B]):
             NoRoomError: not even one row at a time fits into memory.
         """
         begun: list[list[Example]] = []
-        for attempt in attempts(lambda lacked: self._measure_with_less(data, begun[-1:], lacked)):
+        for attempt in attempts(lambda lacked: self._measure_with_less(data, begun[-1:], lacked), together=True):
             with attempt:
-                found = self._measured(model, data, begun)
-        return found
+                groups = self._eval_groups(data)
+                attempt.told = self._measured(model, groups, begun)
+        found = sorted(itertools.chain(*attempt.heard), key=lambda one: one.place)
+        seen = [dataclasses.replace(one.seen, examples=groups[one.place]) for one in found]
+        return self.metrics(sum(one.loss for one in found) / sum(one.weight for one in found), seen)
 
-    def _measure_with_less(self, data: Dataset, failed: list[list[Example]], lacked: str) -> None:
+    def _measure_with_less(self, data: Dataset, begun: list[list[Example]], lacked: str) -> None:
         """After a failed allocation: no kept weights, then half as many tokens in a pass. All is measured anew, since it is drawn in
-        order.
+        order. Every process does the same.
 
         Args:
-            failed: the pass that did not fit; empty: what comes before all passes did not.
+            begun: the pass that did not fit, if it was one of this process; empty: what comes before all passes did not.
         """
         longest = int(data.lengths.max())
-        if freed := self.forward.drop_kept_weights():
+        every = ranks.gather([[example.num_tokens for example in part] for part in begun])
+        failed = [sizes for part in every for sizes in part if sizes]
+        if freed := max(ranks.gather(self.forward.drop_kept_weights())):
             done = f"weights are dequantized in every pass, which gives back {freed / 2**30:.2f} GiB"
-        elif self.forward.together and self.eval_tokens > 1 and all(len(examples) > 1 for examples in failed):
-            tokens = min((sum(example.num_tokens for example in examples) for examples in failed), default=longest)
+        elif self.forward.together and self.eval_tokens > 1 and all(len(sizes) > 1 for sizes in failed):
+            tokens = min(map(sum, failed), default=longest)
             self.eval_tokens = min(self.eval_tokens, tokens) // 2
             done = f"{self.eval_tokens} tokens in a pass"
         else:
@@ -302,25 +317,30 @@ class Task(Generic[Section, B]):
             )
         console.say("memory", f"held-out rows do not fit: {done}; what is measured stays the same")
 
-    def _measured(self, model: PeftModel, data: Dataset, begun: list[list[Example]]) -> EvalResult:
-        """One attempt at `measure`; `begun` gets the examples of each pass."""
+    def _eval_groups(self, data: Dataset) -> list[list[Example]]:
+        """The examples of each pass of an evaluation."""
         groups = [
             [example for i in places for example in data[i]]
             for places in eval_batches(data.lengths, self.forward.together, self.eval_tokens)
         ]
-        if not self.forward.together:  # a place may hold several short texts
-            groups = [[example] for group in groups for example in group]
+        if self.forward.together:
+            return groups
+        return [[example] for group in groups for example in group]  # a place may hold several short texts
+
+    def _measured(self, model: PeftModel, groups: list[list[Example]], begun: list[list[Example]]) -> list[Measured]:
+        """One attempt at this process's part of `measure`; `begun` gets the examples of each pass, and none once all fitted."""
         batches = self.step(model, groups, np.random.default_rng(0)).batches
-        loss, weight = 0.0, 0.0
-        seen: list[Predictions] = []
-        for examples, batch in zip(groups, batches, strict=True):
-            begun.append(examples)
+        found = []
+        for place in ranks.own([batch.num_tokens for batch in batches]):
+            begun.append(groups[place])
+            batch = batches[place]
             out = self.loss(model, batch.to(model.device))
-            loss, weight = loss + out.loss.item(), weight + out.weight
             assert out.logits is not None  # only passes that members share leave them out
-            seen.append(self.observed(examples, out.logits, batch))
+            seen = dataclasses.replace(self.observed(groups[place], out.logits, batch), examples=[])
+            found.append(Measured(place, out.loss.item(), out.weight, seen))
             del out  # the next batch's logits need the room
-        return self.metrics(loss / weight, seen)
+        begun.append([])
+        return found
 
     @torch.no_grad()
     def losses_of(self, model: PeftModel, examples: list[Example]) -> np.ndarray:

@@ -10,7 +10,7 @@ from lora_lab.adapters.attach import base_of
 from lora_lab.adapters.prompts import generating
 from lora_lab.data.collate import pad
 from lora_lab.errors import NoRoomError
-from lora_lab.runtime import console
+from lora_lab.runtime import console, ranks
 from lora_lab.runtime.memory import attempts, free_bytes
 from lora_lab.tasks.section import Generating
 
@@ -31,7 +31,8 @@ def generate_all(
     title: str | None,
     **options: Any,
 ) -> list[str]:
-    """Texts generated for rows of token ids, in their order; greedy, or the best of `task.num_beams`.
+    """Texts generated for rows of token ids, in their order; greedy, or the best of `task.num_beams`. Each process of a run generates a part of
+    them.
 
     Args:
         end_tokens: ids that end an answer.
@@ -49,11 +50,30 @@ def generate_all(
         "pad_token_id": tokenizer.pad_token_id,
         **options,
     }
+    part = ranks.own([len(row) for row in rows])
+    found = ranks.together(lambda: _generated(model, tokenizer, [rows[i] for i in part], settings, title))
+    places = ranks.dealt([len(row) for row in rows], ranks.size())
+    texts = {i: text for own, those in zip(places, found, strict=True) for i, text in zip(own, those, strict=True)}
+    return [texts[i] for i in range(len(rows))]
+
+
+def _generated(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    settings: dict[str, Any],
+    title: str | None,
+) -> list[str]:
+    """As `generate_all`, by this process alone.
+
+    Args:
+        settings: of transformers' `generate`.
+    """
     texts: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
     # padding would come behind virtual tokens
     most = 1 if model.active_peft_config.is_prompt_learning else ROWS
-    tokens = room(model, free_bytes(model.device), config.num_beams)
+    tokens = room(model, free_bytes(model.device), settings["num_beams"])
     with console.steps(title, len(rows)) if title else contextlib.nullcontext() as progress:
         while order:
             chosen = _fitting(order, rows, settings["max_new_tokens"], most, tokens)

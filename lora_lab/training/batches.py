@@ -53,6 +53,16 @@ class BatchPlan:
         return int(np.random.SeedSequence([self.seed, step, 1]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def pass_seed(seed: int, place: int) -> int:
+    """Seed of everything random inside one pass of a step, so that it does not matter who makes the passes before it.
+
+    Args:
+        seed: `BatchPlan.dropout_seed` of the step, which is the first pass's own.
+        place: of the pass among those of the step.
+    """
+    return int(np.random.SeedSequence([seed, place, 4]).generate_state(1, np.uint64)[0] >> 1) if place else seed
+
+
 def plan_of(config: RunConfig, data: Dataset | Stream) -> BatchPlan:
     """The batches of a run on its training rows."""
     train = config.train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import typing
@@ -30,10 +31,31 @@ _LATER = {"best_lost", "loss_scale", "steps_at_scale", "micro_batch_tokens", "de
 
 
 def save(member: Member) -> Path:
-    """Write `checkpoints/step-N/`, then drop older checkpoints beyond `train.keep_checkpoints` (never the best one)."""
+    """Write `checkpoints/step-N/`, then drop older checkpoints beyond `train.keep_checkpoints` (never the best one).
+
+    Raises:
+        ProcessError: the adapter of another process is not the same to the last bit.
+    """
+    if ranks.size() > 1:
+        ranks.prove(
+            {f"adapter after step {member.state.step} (SHA-256)": _digest(member)},
+            "Nothing was saved: resume from the checkpoint before. Processes of one run need cards or processors of one kind.",
+        )
+    ranks.on_main(lambda: _write(member))
+    return _folder(member, member.state.step)
+
+
+def _digest(member: Member) -> str:
+    """Of all bytes of the adapter."""
+    found = hashlib.sha256()
+    for name, parameter in member.parameters.items():
+        found.update(name.encode())
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _write(member: Member) -> None:
     folder = _folder(member, member.state.step)
-    if not ranks.main():
-        return folder
     tensors, scalars = _flatten(member.optimizer.state_dict())
     state = {
         "member": dataclasses.asdict(member.state),
@@ -50,7 +72,6 @@ def save(member: Member) -> Path:
             save_file({key: one.detach().cpu().contiguous() for key, one in kept.items()}, temporary / _KEPT)
         (temporary / _STATE).write_text(storage.dump_json(state), encoding="utf-8")
     _purge(member)
-    return folder
 
 
 def _folder(member: Member, step: int) -> Path:
@@ -163,6 +184,28 @@ def restore(member: Member, folder: Path) -> None:
     member.state = type(member.state)(**saved["member"])
     member.log.unwritten = saved.get(_UNWRITTEN, [])
     _replace_lost_best(member)
+
+
+@torch.no_grad()
+def hand_out(member: Member) -> None:
+    """Give the member of each process what process 0 has: adapter, optimizer, schedule and state, as a checkpoint would."""
+    if ranks.size() == 1:
+        return
+    own = {**member.parameters, **member.config.adapter.kept(member.model, member.name)}
+    content = None
+    if ranks.main():
+        tensors = {key: one.detach().cpu().contiguous() for key, one in own.items()}
+        optimizer = _flatten(member.optimizer.state_dict())
+        content = tensors, optimizer, member.schedule.state_dict(), dataclasses.asdict(member.state)
+    content = ranks.from_main(content)
+    if ranks.main() or content is None:
+        return
+    tensors, optimizer, schedule, state = content
+    for key, one in own.items():
+        one.copy_(tensors[key])
+    member.optimizer.load_state_dict(_unflatten(*optimizer))
+    member.schedule.load_state_dict(schedule)
+    member.state = type(member.state)(**state)
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.fast.routing import Route
 from lora_lab.run.run_dir import RunDir
-from lora_lab.runtime import ranks, tracking
+from lora_lab.runtime import tracking
 from lora_lab.training import regularize
-from lora_lab.training.batches import plan_of
+from lora_lab.training.batches import pass_seed, plan_of
 from lora_lab.training.optim import build_optimizer, build_schedule
 
 if TYPE_CHECKING:
@@ -161,6 +161,17 @@ class Member:
         yield
 
 
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What one process learned of a member's step."""
+
+    weight: float  # of the whole step, and so the same everywhere
+    batches: int  # likewise
+    tokens: int
+    supervised: int
+    figures: dict[str, float]
+
+
 @dataclasses.dataclass
 class Share:
     """What one member brings into a step, and what it learned in it."""
@@ -168,9 +179,10 @@ class Share:
     member: Member
     parts: list[list[Example]]  # of each micro-batch
     batches: StepBatches[Any]
-    weight: float  # what the losses of all its batches are divided by
+    weight: float  # what the losses of all its batches are divided by, whichever process passes over them
     generator: torch.Generator | None  # draws its dropout in passes that it shares; None: it shares none
     scale: float = 1.0  # what the loss is multiplied by before the backward pass, see `State.loss_scale`
+    seed: int = 0  # of everything random in the step
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # of each batch, where they were computed
     tokens: int = 0
     supervised: int = 0
@@ -183,6 +195,10 @@ class Share:
         if self._loss is None:
             self._loss = sum(loss.item() for loss in self.losses)
         return self._loss
+
+    def tokens_at(self, place: int) -> int:
+        """Of one of its batches; 0 where it has none."""
+        return self.batches.batches[place].num_tokens if place < len(self.batches) else 0
 
     def as_learned(self, loss: torch.Tensor) -> torch.Tensor:
         """A weighted sum of losses as the backward pass starts from it."""
@@ -198,6 +214,31 @@ class Share:
         for name, value in found.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
 
+    @property
+    def counts(self) -> Counts:
+        """What it learned here, as plain numbers."""
+        return Counts(self.weight, len(self.batches), self.tokens, self.supervised, self.figures)
+
+    def receive(self, counts: Sequence[Counts], loss: torch.Tensor) -> None:
+        """Take what it learned in all processes.
+
+        Args:
+            counts: of each process.
+            loss: summed over all of them.
+        """
+        self.losses, self._loss = [loss], None
+        self.tokens, self.supervised = sum(one.tokens for one in counts), sum(one.supervised for one in counts)
+        names = dict.fromkeys(name for one in counts for name in one.figures)
+        self.figures = {name: sum(one.figures.get(name, 0.0) for one in counts) for name in names}
+
+    def draw_for(self, place: int) -> None:
+        """Let what is random in a pass begin as it does in whichever process makes that pass."""
+        seed = pass_seed(self.seed, place)
+        if self.generator is None:
+            torch.manual_seed(seed)
+        else:
+            self.generator.manual_seed(seed)
+
     def read(self, norm: torch.Tensor) -> float:
         """The gradient's norm, and `loss` too: nothing else of a step waits for the device."""
         if not self.losses:
@@ -207,10 +248,10 @@ class Share:
         return float(size)
 
     def mean_loss(self) -> float:
-        return ranks.sum(self.loss) / self.weight
+        return self.loss / self.weight
 
     def mean_figures(self) -> dict[str, float]:
-        return {name: ranks.sum(value) / self.weight for name, value in self.figures.items()}
+        return {name: value / self.weight for name, value in self.figures.items()}
 
 
 @contextlib.contextmanager
@@ -237,9 +278,8 @@ def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Ac
     member.model.train()
     with accelerator.autocast():
         batches = member.task.step(member.model, parts, np.random.default_rng(seed))
-    generator = None if alone else torch.Generator(member.model.device).manual_seed(seed)
-    scale = member.state.loss_scale or 1.0
-    return Share(member, parts, batches, ranks.sum(batches.weight), generator, scale)
+    generator = None if alone else torch.Generator(member.model.device)
+    return Share(member, parts, batches, batches.weight, generator, member.state.loss_scale or 1.0, seed)
 
 
 def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None:
@@ -250,6 +290,8 @@ def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None
         place: which of its batches; shares that have no such batch have no part in the pass.
     """
     shares = [one for one in shares if place < len(one.batches)]
+    for one in shares:
+        one.draw_for(place)
     first = shares[0].member
     train, model, task = first.config.train, first.model, first.task
     batches = [one.batches.batches[place].to(model.device) for one in shares]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,11 +19,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lora_lab.adapters import files
 from lora_lab.data.collate import of_like_length
 from lora_lab.data.dataset import Dataset, Stream
-from lora_lab.errors import CheckpointError, Interrupted, NoRoomError, RunError, TrainingError
+from lora_lab.errors import CheckpointError, Interrupted, NoRoomError, ProcessError, RunError, TrainingError
 from lora_lab.runtime import console, memory, ranks, signals
 from lora_lab.training import checkpoint, diagnose, oom, sharing
 from lora_lab.training.batches import filled
 from lora_lab.training.cohort import Member, Share, learn, learning, share
+from lora_lab.training.learned import Learned
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,7 +95,13 @@ def fit(
     ):
         for on_one in by_model(members):
             passes.enter_context(on_one[0].task.forward.segments(on_one[0].model))
-        _steps(members, Loop(train, held_out, accelerator, arrived, progress, clock, alone), used_up)
+        for member in members:
+            checkpoint.hand_out(member)
+        try:
+            _steps(members, Loop(train, held_out, accelerator, arrived, progress, clock, alone), used_up)
+        except ProcessError:
+            _save_alone(members)
+            raise
     for member in members:
         if member.done and member.failure is None:
             _load_best(member)
@@ -110,12 +118,15 @@ def _steps(members: list[Member], loop: Loop, used_up: Callable[[], bool]) -> No
             if on_one[0].task.forward.members > 1:
                 sharing.check(on_one, loop.train, loop.accelerator)
     while running := [member for member in members if not member.resting]:
+        spent = False
         for together in _together(running):
             _step_or_fail(together, loop)
-            if ranks.agree(bool(loop.arrived)):
+            every = ranks.gather((loop.arrived[:1], used_up()))
+            if signums := [signum for arrived, _ in every for signum in arrived]:
                 _save_all(members)
-                raise _interruption(loop.arrived[0], members)
-        if used_up():
+                raise _interruption(signums[0], members)
+            spent = any(used for _, used in every)
+        if spent:
             _save_all(running)
             break
 
@@ -150,17 +161,16 @@ def _interruption(signum: int, members: list[Member]) -> Interrupted:
 def _step(members: list[Member], loop: Loop) -> None:
     """One optimizer step of members that share its passes, from their rows to what is saved; mostly it is one member."""
     started, alone = time.perf_counter(), len(members) == 1
-    for attempt in memory.attempts(lambda lacked: _need_less(members, loop, lacked)):
+    for attempt in memory.attempts(lambda lacked: _need_less(members, loop, lacked), together=True):
         with attempt, learning(members):
             shares = [_share(member, loop, alone) for member in members]
-            width = members[0].task.forward.members
-            for start in range(0, len(shares), width):
-                together = shares[start : start + width]
-                for place in range(max(len(one.batches) for one in together)):
-                    if ranks.agree(bool(loop.arrived)):
-                        _forget(members)
-                        return
-                    learn(together, place, loop.accelerator)
+            finished = _passes(shares, loop)
+            learned = Learned.of(shares, finished)
+            attempt.told = learned.told
+    if not all(one.finished for one in attempt.heard):
+        _forget(members)
+        return
+    learned.sum(attempt.heard)
     passes = (time.perf_counter() - started) / len(members)
     for one in shares:
         with _left_out_if_it_fails(one.member, loop):
@@ -176,6 +186,19 @@ def _step(members: list[Member], loop: Loop) -> None:
             _log(one, size, lr, passes + time.perf_counter() - started, loop)
             better = _evaluate(one.member, loop)
             _save(one.member, better)
+
+
+def _passes(shares: list[Share], loop: Loop) -> bool:
+    """Forward and backward over this process's part of the step's micro-batches; whether no signal ended that."""
+    width = shares[0].member.task.forward.members
+    for start in range(0, len(shares), width):
+        together = shares[start : start + width]
+        longest = max(len(one.batches) for one in together)
+        for place in ranks.own([sum(one.tokens_at(place) for one in together) for place in range(longest)]):
+            if loop.arrived:
+                return False
+            learn(together, place, loop.accelerator)
+    return True
 
 
 # -- its parts ----------------------------------------------------------------------------------------------------------
@@ -249,9 +272,8 @@ def _need_less(members: list[Member], loop: Loop, lacked: str) -> None:
 
 
 def _gradient_norm(one: Share) -> torch.Tensor:
-    """The norm of all of a member's gradients together, with what its adapter adds to them; of all processes' if there are several."""
+    """The norm of all of a member's gradients together, with what its adapter adds to them."""
     member = one.member
-    ranks.sum_gradients(member.parameters.values())
     member.unscale()
     if one.tokens:
         member.config.adapter.before_update(member.coming)
@@ -381,7 +403,7 @@ def _stop_unlogged(member: Member) -> None:
     Raises:
         RunError: naming what is saved.
     """
-    problem = member.log.problem
+    problem = ranks.from_main(member.log.problem)
     if problem is None:
         return
     try:
@@ -399,6 +421,8 @@ def _step_or_fail(members: list[Member], loop: Loop) -> None:
     """A step of these members; if a shared one fails, each takes it by itself."""
     try:
         _step(members, loop)
+    except ProcessError:  # none of the others is there, or they are not the same any more
+        raise
     except Exception as error:
         if len(members) == 1:
             _fail(members[0], error, loop)
@@ -414,6 +438,8 @@ def _left_out_if_it_fails(member: Member, loop: Loop) -> Iterator[None]:
     """What goes wrong inside the block is of this member only."""
     try:
         yield
+    except ProcessError:
+        raise
     except Exception as error:
         _fail(member, error, loop)
 
@@ -430,6 +456,15 @@ def _fail(member: Member, error: Exception, loop: Loop) -> None:
 # -- the end ------------------------------------------------------------------------------------------------------------
 
 
+def _save_alone(members: list[Member]) -> None:
+    """Save the last finished step although another process was lost: the update is made after the last word that they exchange."""
+    if not ranks.lost() or not ranks.main():
+        return
+    ranks.leave()
+    _forget(members)
+    _save_all([member for member in members if not member.resting])
+
+
 def _save_all(members: list[Member]) -> None:
     for member in members:
         if member.failure is None:
@@ -440,13 +475,17 @@ def _save_all(members: list[Member]) -> None:
 def _load_best(member: Member) -> None:
     best = member.state.best_step
     if member.config.train.keep_best and best is not None and best != member.state.step:
-        folder = member.run.checkpoints / f"step-{best}"
-        try:
-            files.check_base(folder, member.base)  # it may have been written days ago
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error} Resume with the next best one: lora-lab resume run={member.run.path}"
-            ) from error
-        files.check_settings(folder, member.model.peft_config[member.name])
-        files.read_into(folder, member.model, member.name)
+        ranks.on_main(lambda: _read_best(member, member.run.checkpoints / f"step-{best}"))
+        checkpoint.hand_out(member)
         member.measured = None
+
+
+def _read_best(member: Member, folder: Path) -> None:
+    try:
+        files.check_base(folder, member.base)  # it may have been written days ago
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Resume with the next best one: lora-lab resume run={member.run.path}"
+        ) from error
+    files.check_settings(folder, member.model.peft_config[member.name])
+    files.read_into(folder, member.model, member.name)

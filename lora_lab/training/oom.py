@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_lab.adapters.attach import base_of
+from lora_lab.runtime import ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,7 +74,7 @@ def _tokens(part: Sequence[Example], packed: bool) -> int:
 
 def drop_kept_weights(members: Sequence[Member]) -> str | None:
     """Dequantize in every pass from now on, for all members of one model; None where no weights are kept."""
-    freed = members[0].task.forward.drop_kept_weights()
+    freed = max(ranks.gather(members[0].task.forward.drop_kept_weights()))  # who had more room may keep some
     if not freed:
         return None
     for member in members:

@@ -41,6 +41,7 @@ class Verb:
     foreign: tuple[str, ...] = ("serve",)  # sections that mean nothing to it where it composes a whole configuration
     bare: str = ""  # the word of its own that a value without a name is for
     output_is_all: bool = False  # its output is all that it is for, so that losing it is a failure
+    together: bool = False  # whether several processes may do it together, see `runtime/launch.py`
     exit_1: str = ""  # what exit code 1 says of it; '': a bug, as everywhere
     others: tuple[str, ...] = ()  # what other tools call it
 

@@ -20,10 +20,13 @@ def _run(told: Told) -> int:
     if folder is not None:
         return _sweep(told, folder)
     folder = run_folder(told)
-    from lora_lab.run import pipeline
+    from lora_lab.run import parallel, pipeline, trained
 
-    pipeline.resume(folder, told.overrides)
-    return 0
+    _, config = trained.open_trained(folder, takes.RESUME, told.overrides)
+    code = parallel.elsewhere(config.hardware, lambda: ["resume", f"run={folder}", *told.overrides])
+    if code is None:
+        pipeline.resume(folder, told.overrides)
+    return code or 0
 
 
 def _sweep(told: Told, folder: str) -> int:
@@ -36,7 +39,8 @@ def _sweep(told: Told, folder: str) -> int:
     from lora_lab.sweep import sweep
 
     members = told.word("members")
-    return sweep.resume(folder, None if members is None else members.split(","))
+    command = ["resume", f"sweep={folder}", *([] if members is None else [f"members={members}"])]
+    return sweep.resume(folder, None if members is None else members.split(","), command)
 
 
 VERB = Verb(
@@ -44,6 +48,7 @@ VERB = Verb(
     examples=_EXAMPLES,
     run=_run,
     takes=takes.RESUME,
+    together=True,
     arguments=(RUN, Word("sweep"), Word("members", beside="sweep")),
     others=("continue",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ keys:    lora-lab config --keys lists every key with its meaning; lora-lab confi
 
 def _run(told: Told) -> int:
     if told.options.multirun:
-        return _multirun(told.overrides, told.options.config_dir)
+        return _multirun(told)
     alone = [text for text in told.overrides if text.lstrip("+").startswith(_OF_SWEEPS)]
     if alone:
         raise ConfigError(f"{alone[0]}: no effect on a single run. Add -m and several values, such as adapter.r=4,8.")
@@ -43,10 +44,20 @@ def _run(told: Told) -> int:
     config = compose.compose(told.overrides, told.options.config_dir)
     refuse_upload(config.export.push_to_hub, told.overrides)
     quiet_libraries()
-    from lora_lab.run import pipeline
+    from lora_lab.run import parallel, pipeline
 
-    pipeline.train(config)
-    return 0
+    code = parallel.elsewhere(config.hardware, lambda: _command(told))
+    if code is None:
+        pipeline.train(config)
+    return code or 0
+
+
+def _command(told: Told) -> list[str]:
+    """The command line again."""
+    options = ["-m"] if told.options.multirun else []
+    if told.options.config_dir is not None:
+        options += ["--config-dir", told.options.config_dir]
+    return ["train", *options, *told.overrides]
 
 
 def refuse_upload(repository: str | None, overrides: Sequence[str]) -> None:
@@ -61,7 +72,14 @@ def refuse_upload(repository: str | None, overrides: Sequence[str]) -> None:
         )
 
 
-def _multirun(overrides: list[str], config_dir: str | None) -> int:
+class _Elsewhere(BaseException):
+    """The sweep was trained in other processes, or along with the one that has it."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+
+def _multirun(told: Told) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
     from lora_lab.config import hydra_app
 
@@ -71,20 +89,27 @@ def _multirun(overrides: list[str], config_dir: str | None) -> int:
     def launch(configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
         return made[0].launch(configs, nodes)
 
-    def check(configs: list[RunConfig]) -> None:
-        from lora_lab.data import sources
+    with contextlib.ExitStack() as processes:
 
-        sources.check_there(configs)
-        from lora_lab.sweep import check, sweep  # with torch
+        def check(configs: list[RunConfig]) -> None:
+            from lora_lab.data import sources
 
-        check.check(configs)
-        made.append(sweep.Sweep())
+            sources.check_there(configs)
+            from lora_lab.sweep import check, sweep  # with torch
 
-    try:
-        failures = hydra_app.multirun(overrides, config_dir, launch, check)
-    except (ConfigError, DataError) as error:
-        raise LoraLabError(f"{error}{forms.commas(overrides, str(error))}") from error
-    return made[0].end(failures)
+            check.check(configs)
+            code = sweep.elsewhere(configs, processes, _command(told))
+            if code is not None:
+                raise _Elsewhere(code)
+            made.append(sweep.Sweep())
+
+        try:
+            failures = hydra_app.multirun(told.overrides, told.options.config_dir, launch, check)
+        except _Elsewhere as done:
+            return done.code
+        except (ConfigError, DataError) as error:
+            raise LoraLabError(f"{error}{forms.commas(told.overrides, str(error))}") from error
+        return made[0].end(failures)
 
 
 VERB = Verb(
@@ -92,5 +117,6 @@ VERB = Verb(
     examples=_EXAMPLES,
     run=_run,
     arguments=(Option("-m", "--multirun", action="store_true", help="one run for each combination of values"),),
+    together=True,
     others=("finetune", "fine-tune", "sft", "fit", "run", "sweep"),
 )

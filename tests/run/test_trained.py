@@ -285,11 +285,13 @@ def test_a_recipe_starts_no_upload(overrides, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "resume"])
+@pytest.mark.parametrize("verb", ["evaluate", "merge", "data"])
 def test_several_processes_are_refused(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main([verb, "recipe=demo"]) == 2
-    assert "WORLD_SIZE=2: lora-lab works in one process" in capsys.readouterr().err
+    assert f"WORLD_SIZE=2: lora-lab {verb} works in one process" in capsys.readouterr().err
 
 
 # -- runs that are not whole ----------------------------------------------------------------------------------------------

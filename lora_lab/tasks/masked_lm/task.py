@@ -19,7 +19,7 @@ from lora_lab.data.dataset import Dataset, first_examples
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import BaseModelError, NoRoomError
-from lora_lab.runtime import console
+from lora_lab.runtime import console, ranks
 from lora_lab.runtime.memory import attempts
 from lora_lab.tasks.base import EvalResult, PaddedTask, Predictions, logits_at
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
@@ -162,6 +162,12 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
         rows = first_examples(data, self.config.pseudo_perplexity_rows)
         if not rows:
             return EvalResult({})
+        part = [rows[place] for place in ranks.own([row.num_tokens**2 for row in rows])]
+        found = ranks.together(lambda: self._pseudo_loss(model, part, title))
+        return EvalResult({"pseudo_perplexity": math.exp(sum(loss for loss, _ in found) / sum(n for _, n in found))})
+
+    def _pseudo_loss(self, model: PeftModel, rows: list[Example], title: str) -> tuple[float, int]:
+        """Summed loss of every token of some rows, masked alone, and how many they are."""
         loss, tokens, most = 0.0, 0, [_COPIES]
         with console.steps(title, len(rows)) as progress:
             for row in rows:
@@ -173,7 +179,7 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
                 loss += own
                 tokens += len(places)
                 progress.advance()
-        return EvalResult({"pseudo_perplexity": math.exp(loss / tokens)})
+        return loss, tokens
 
     def _one_by_one(self, model: PeftModel, ids: np.ndarray, places: np.ndarray) -> float:
         """Summed loss of the tokens at `places`, each masked in a copy of its own."""
