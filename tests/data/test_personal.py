@@ -146,3 +146,11 @@ def test_labels_at_places_of_a_text_go_with_no_cleaning(task, rows, base, capsys
 
     told = [f"task={task}", "model=hub", f"model.path={base}", f"data.train={rows}", "data.clean=[mask_pii]"]
     assert f"data.clean: no effect with task={task}" in fails(["train", *told], capsys)
+
+
+def test_without_the_packages_the_verb_says_that_nothing_is_counted(monkeypatch):
+    from lora_lab.data import check
+
+    monkeypatch.setattr(personal, "PACKAGES", ("no_such_library",))
+    [finding] = check.personal_data(None, None)
+    assert "personal data is not counted, which needs no_such_library. pip install 'lora-lab[text]'" in str(finding)
