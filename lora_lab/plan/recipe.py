@@ -248,7 +248,7 @@ class _Draft:
 
     def _is_paragraphs(self) -> bool:
         [file, *_] = self.files
-        if not isinstance(file, DataFile) or file.kind != "text":
+        if not isinstance(file, DataFile) or file.kind != "text" or file.zipped:
             return False
         with open(file.path, encoding="utf-8", errors="replace") as stream:
             lines = [line.strip() for _, line in zip(range(2_000), stream, strict=False)]
