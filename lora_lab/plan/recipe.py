@@ -248,7 +248,7 @@ class _Draft:
 
     def _is_paragraphs(self) -> bool:
         [file, *_] = self.files
-        if not isinstance(file, DataFile) or file.kind != "text":
+        if not isinstance(file, DataFile) or file.kind != "text" or file.zipped:
             return False
         with open(file.path, encoding="utf-8", errors="replace") as stream:
             lines = [line.strip() for _, line in zip(range(2_000), stream, strict=False)]
@@ -355,7 +355,10 @@ class _Draft:
             self.set("task.max_new_tokens", self._answer_tokens(found), "longest answer")
 
     def _limit(self, train: Dataset, held_out: Dataset | None) -> None:
-        too_long = sum(one.rows_dropped.get(TOO_LONG, 0) for one in (train, held_out) if one is not None)
+        apart = (
+            held_out if "data.eval" in self.values or "data.eval" in self.told.values else None
+        )  # else of the same rows
+        too_long = sum(one.rows_dropped.get(TOO_LONG, 0) for one in (train, apart) if one is not None)
         longest = max(int(one.lengths.max()) for one in (train, held_out) if one is not None and len(one))
         if self.section.in_pieces:
             self.set("data.max_tokens", self.most_tokens, "tokens of a piece of text")
@@ -381,6 +384,7 @@ class _Draft:
         if self.on_cpu and self.section.packed and epochs * rows * tokens > _CPU_TOKENS:
             most = max(20, round(_CPU_TOKENS / (batch * tokens)))
             if most < epochs * per_epoch:
+                self.set("train.epochs", -(-most // per_epoch))
                 self.set(
                     "train.max_steps",
                     most,

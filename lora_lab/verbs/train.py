@@ -28,7 +28,7 @@ A run is composed from groups (GROUP=CHOICE) and single values (SECTION.KEY=VALU
                                                           sweep.seeds=3, sweep.budget=30minutes: docs/sweeps.md
   lora-lab train --config-dir mine recipe=own             a recipe of yours: mine/recipe/own.yaml
 
-groups:  model quant adapter task data optim train hardware tracker export recipe
+groups:  model quant adapter task data optim train hardware speed tracker export sweep recipe
 keys:    lora-lab config --keys lists every key with its meaning; lora-lab config recipe=demo shows values and origins
 """
 

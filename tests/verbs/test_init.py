@@ -225,7 +225,7 @@ def test_rows_that_are_too_long_or_twice_are_told(here, base):
         (["init", "rows.csv", "out=mine/recipe/there.yaml"], "there.yaml: exists"),
         (["init", "rows.csv", "optim.lrr=1"], "optim.lrr=1: unknown key"),
         (["init", "rows.csv", "optim.lr=1,2"], "several values"),
-        (["init", "rows.csv", "task=regression"], "regression"),
+        (["init", "rows.csv", "task=regression"], "label 'good' is not a number"),
     ],
 )
 def test_mistakes(line, said, here, capsys, base):
