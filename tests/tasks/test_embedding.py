@@ -399,7 +399,7 @@ def test_members_of_a_sweep_train_as_alone(start, tmp_path):  # noqa: F811
     more = ["adapter.lora_dropout=0.2", "train.micro_batch_size=3", "train.max_steps=4", "export=adapter"]
     told = [text for text in start("embedding", *more) if not text.startswith("run_dir=")]
     folder = tmp_path / "sweep"
-    assert cli.main(["sweep", *told, "optim.lr=0.001,0.01", f"hydra.sweep.dir={folder}"]) == 0
+    assert cli.main(["train", "-m", *told, "optim.lr=0.001,0.01", f"hydra.sweep.dir={folder}"]) == 0
     weights = {}
     for path in sorted(folder.rglob("adapter_model.safetensors")):
         if path.parent.name == "adapter":
