@@ -265,7 +265,10 @@ def test_a_corpus_makes_finding_harder(start, tmp_path, capsys):  # noqa: F811
     write_jsonl(tmp_path / "odd.jsonl", [{"body": "red"}])
     capsys.readouterr()
     assert cli.main(["evaluate", f"run={tmp_path}/run", f"task.corpus={tmp_path}/odd.jsonl"]) == 2
-    assert "odd.jsonl row 1: has the columns body; each row needs a text in document or text" in capsys.readouterr().err
+    assert (
+        "odd.jsonl row 1: has the columns body; each row needs a text in document, positive or text"
+        in capsys.readouterr().err
+    )
 
 
 def test_rows_with_one_document_are_held_out_together(start):  # noqa: F811
