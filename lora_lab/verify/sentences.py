@@ -25,7 +25,7 @@ ALLOWED = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}  # of 1 - cosine
 def check(
     folder: Path, rows: Probe, vectors: Sequence[torch.Tensor], device: torch.device, dtype: str
 ) -> dict[str, Any]:
-    """What is found of a merged folder, for its report; empty where the library is not installed.
+    """What is found of a merged folder, for its report; empty where the library is not installed. Texts that are cut are left out.
 
     Args:
         vectors: [texts, D] of each row, of length 1.
@@ -36,11 +36,21 @@ def check(
     """
     if importlib.util.find_spec(LIBRARY) is None:
         return {}
-    texts = [text for example in rows.examples for text in example["texts"]]
-    queries = [place == 0 for example in rows.examples for place in range(len(example["texts"]))]
+    limit = min(rows.task.encoder.config.max_tokens, rows.task.pooling.max_tokens or sys.maxsize)
     scored = rows.examples[0]["score"] is not None
-    found = _encoded(folder, texts, [query and not scored for query in queries], device)
-    gaps = 1 - torch.nn.functional.cosine_similarity(torch.cat(list(vectors)).double(), found.double(), dim=-1)
+    texts, queries, whole = [], [], []
+    for example in rows.examples:
+        lengths = [len(ids) for ids in rows.task.encoder.sequences(example)]
+        whole += [length < limit for length in lengths]  # others may be cut elsewhere
+        texts += example["texts"]
+        queries += [place == 0 and not scored for place in range(len(lengths))]
+    kept = [place for place, is_whole in enumerate(whole) if is_whole]
+    if not kept:
+        return {"texts": 0}
+    vectors = torch.cat(list(vectors))[kept]
+    texts, queries = [texts[place] for place in kept], [queries[place] for place in kept]
+    found = _encoded(folder, texts, queries, device)
+    gaps = 1 - torch.nn.functional.cosine_similarity(vectors.double(), found.double(), dim=-1)
     worst = max(gaps.max().item(), 0.0)
     if not worst <= ALLOWED[dtype]:
         raise MergeError(

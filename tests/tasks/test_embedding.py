@@ -265,7 +265,10 @@ def test_a_corpus_makes_finding_harder(start, tmp_path, capsys):  # noqa: F811
     write_jsonl(tmp_path / "odd.jsonl", [{"body": "red"}])
     capsys.readouterr()
     assert cli.main(["evaluate", f"run={tmp_path}/run", f"task.corpus={tmp_path}/odd.jsonl"]) == 2
-    assert "odd.jsonl row 1: has the columns body; each row needs a text in document or text" in capsys.readouterr().err
+    assert (
+        "odd.jsonl row 1: has the columns body; each row needs a text in document, positive or text"
+        in capsys.readouterr().err
+    )
 
 
 def test_rows_with_one_document_are_held_out_together(start):  # noqa: F811
@@ -399,7 +402,7 @@ def test_members_of_a_sweep_train_as_alone(start, tmp_path):  # noqa: F811
     more = ["adapter.lora_dropout=0.2", "train.micro_batch_size=3", "train.max_steps=4", "export=adapter"]
     told = [text for text in start("embedding", *more) if not text.startswith("run_dir=")]
     folder = tmp_path / "sweep"
-    assert cli.main(["sweep", *told, "optim.lr=0.001,0.01", f"hydra.sweep.dir={folder}"]) == 0
+    assert cli.main(["train", "-m", *told, "optim.lr=0.001,0.01", f"hydra.sweep.dir={folder}"]) == 0
     weights = {}
     for path in sorted(folder.rglob("adapter_model.safetensors")):
         if path.parent.name == "adapter":

@@ -56,7 +56,7 @@ class EmbeddingConfig(TaskSection):
     corpus: Annotated[
         str | None,
         Field(
-            description="file of further texts (column document or text) among which held-out queries must find theirs",
+            description="file of further documents (column document, positive or text) among which held-out queries must find theirs",
             min_length=1,
         ),
     ] = None

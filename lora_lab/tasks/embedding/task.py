@@ -433,14 +433,21 @@ class Embedding(PaddedTask[EmbeddingConfig, TextsBatch]):
         """With `task.corpus`: how well each held-out query finds its documents among all of those."""
         if self.config.corpus is None:
             return EvalResult({})
-        examples = list(data)
-        known = {text for example in examples for text in example["texts"][1:]}
-        further = [text for text in dict.fromkeys(self._documents()) if text not in known]
-        own = [self.encoder.sequences(example) for example in examples]
-        rows = [ids for one in own for ids in one] + [self.encoder.tokens(text, "document")[0] for text in further]
-        *vectors, more = self._vectors(model, rows).split([*map(len, own), len(further)])
-        archive = _Archive.of(list(zip(examples, vectors, strict=True)))
-        return self._found(archive.with_further(further, more))
+        queries: dict[str, np.ndarray] = {}
+        right: dict[str, dict[str, None]] = {}
+        documents: dict[str, np.ndarray] = {}
+        for example in data:
+            (query, positive, *_), (ids, *others) = example["texts"], self.encoder.sequences(example)
+            queries.setdefault(query, ids)
+            right.setdefault(query, {})[positive] = None
+            documents.update(zip(example["texts"][1:], others, strict=True))
+        for text in self._documents():
+            if text not in documents:
+                documents[text] = self.encoder.tokens(text, "document")[0]
+        vectors = self._vectors(model, [*queries.values(), *documents.values()])
+        places = {text: place for place, text in enumerate(documents)}
+        found = [[places[text] for text in own] for own in right.values()]
+        return self._found(_Archive(vectors[: len(queries)], found, places, vectors[len(queries) :]))
 
     def _found(self, archive: _Archive) -> EvalResult:
         found = archive.measured(None)
@@ -480,7 +487,7 @@ class Embedding(PaddedTask[EmbeddingConfig, TextsBatch]):
             self._corpus = [
                 text
                 for file in sources.find("task.corpus", self.config.corpus, self._data.sample_by, self._data.field)
-                for text in _texts_of(file)
+                for text in _texts_of(file, (self._data.columns or {}).get("positive"))
             ]
             for text in self._corpus:
                 try:
@@ -591,12 +598,6 @@ class _Archive:
         places = [list(own) for own in right.values()]
         return cls(torch.stack([*queries.values()]), places, documents, torch.stack(vectors))
 
-    def with_further(self, texts: list[str], vectors: torch.Tensor) -> _Archive:
-        """The same with more documents, none of which it has."""
-        start = len(self.documents)
-        documents = {**self.documents, **{text: start + place for place, text in enumerate(texts)}}
-        return dataclasses.replace(self, documents=documents, vectors=torch.cat([self.vectors, vectors]))
-
     def measured(self, size: int | None) -> dict[str, float]:
         """Metrics of the cosines of vectors, or of their first so many numbers."""
         documents = normalize(self.vectors[:, :size], dim=-1)
@@ -629,19 +630,23 @@ def _sides(texts: Any, count: int) -> tuple[Any, Any, Any]:
     return texts[:count], texts[count : 2 * count], texts[2 * count :]
 
 
-def _texts_of(file: sources.DataFile | sources.HubData) -> Iterable[str]:
-    """
+def _texts_of(file: sources.DataFile | sources.HubData, named: str | None) -> Iterable[str]:
+    """The document of each row.
+
+    Args:
+        named: what the column of documents is called among the rows that are trained on.
+
     Raises:
         DataError: a row cannot be read, or has no text.
     """
     for row in file.rows():
         if row.problem is not None:
             raise DataError(f"task.corpus: {file.name} row {row.number}: {row.problem}")
-        text = next((row.values[name] for name in ("document", "text") if name in row.values), None)
+        text = next((row.values[name] for name in (named, "document", "positive", "text") if name in row.values), None)
         if not isinstance(text, str) or not text.strip():
             raise DataError(
                 f"task.corpus: {file.name} row {row.number}: has the columns {', '.join(row.values)}; each row needs a text in "
-                "document or text."
+                "document, positive or text, or in what data.columns calls positive."
             )
         yield text
 

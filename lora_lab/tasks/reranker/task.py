@@ -90,7 +90,10 @@ class CandidatesEncoder(Encoder):
         if cut:
             queried = len(self.tokenizer(query, verbose=False)["input_ids"])
             if queried >= limit:
-                raise self.too_long(queried, "The query alone is as long. Raise data.max_tokens.")
+                raise RowError(
+                    "query",
+                    f"the query alone has {queried} tokens, and data.max_tokens={limit}. Raise that, or remove the row.",
+                )
             found = self.tokenizer(query, document, truncation="only_second", max_length=limit, verbose=False)
         return np.asarray(found["input_ids"], dtype=np.int64), found.sequence_ids().index(1), cut
 
