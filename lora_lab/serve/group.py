@@ -68,6 +68,16 @@ class Group:
         return self._model
 
     @property
+    def forward(self) -> Forward:
+        """How packed rows go through the modules as they are now."""
+        return self._forward
+
+    @property
+    def trial(self) -> list[list[int]]:
+        """Prompts that passes are tried on."""
+        return self._trial
+
+    @property
     def base(self) -> PreTrainedModel:
         """The model that adapters lie on, which answers for them too."""
         return base_of(self._model) if isinstance(self._model, PeftModel) else self._model
@@ -90,10 +100,20 @@ class Group:
             Apart: beside it the others could not share passes as they do; they are as they were.
             AdapterError: it does not fit; the others are as they were.
         """
+        self.add(lambda model: attach_trained(model, folder, name), name, shares, speed)
+
+    def add(
+        self,
+        attached: Callable[[PreTrainedModel | PeftModel], PeftModel],
+        name: str,
+        shares: str,
+        speed: SpeedConfig,
+    ) -> None:
+        """As `put`, of an adapter that `attached` puts on the model under its name."""
         before = bool(self.names) and self.writes and self.shares
         try:
             self._plain()
-            self._model = attach_trained(self._model, folder, name)
+            self._model = attached(self._model)
             self._model.eval()
             self.names.append(name)
             self._share(shares, speed)
