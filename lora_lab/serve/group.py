@@ -108,8 +108,18 @@ class Group:
         name: str,
         shares: str,
         speed: SpeedConfig,
+        alike: bool = False,
     ) -> None:
-        """As `put`, of an adapter that `attached` puts on the model under its name."""
+        """As `put`, of an adapter that `attached` puts on the model under its name.
+
+        Args:
+            alike: it sits where one does that is there, so that what was tried for that one holds.
+        """
+        if alike and self.shares and self._applied is not None:
+            self._model = attached(self._model)
+            self._model.eval()
+            self.names.append(name)
+            return
         before = bool(self.names) and self.writes and self.shares
         try:
             self._plain()

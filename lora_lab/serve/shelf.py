@@ -336,7 +336,7 @@ class Shelf:
         self._tidy()
 
     def _group_for(self, opened: Opened, common: str, plain: PreTrainedModel) -> Group:
-        kind, own = opened.setup.kind, _described(opened.setup.kind)
+        own = _described(opened.setup.kind)
         for place, (theirs, had, group) in enumerate(self._groups):
             if theirs == own and (had == common if group.names else opened.run is not None):
                 self._groups[place] = own, common, group

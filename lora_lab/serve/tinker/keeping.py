@@ -279,12 +279,12 @@ class Keeping:
 
     def drop_unnamed(self, model_id: str) -> list[Path]:
         """Remove what was saved for sampling without a name; which folders they were."""
-        place = self._folder(model_id) / "sampler_weights"
-        gone = [one for one in place.glob("snapshot-*")] if place.is_dir() else []
-        for folder in gone:
+        place, gone = self._folder(model_id) / "sampler_weights", []
+        for folder in sorted(place.glob("snapshot-*")) if place.is_dir() else []:
             facts = self._entry(folder / _FACTS, dict) or {}
             if facts.get("named") is False:
                 storage.remove(folder)
+                gone.append(folder)
         return gone
 
     def write(
@@ -344,6 +344,8 @@ class Keeping:
         workshop.model.set_adapter(learner.key)
         result = {
             "steps": learner.steps,
+            "tokens": learner.tokens,
+            "by_client": {"losses": learner.losses},
             "tuned": None,
             "base": None,
             "coverage": dataclasses.asdict(coverage(workshop.model, learner.key)),

@@ -113,7 +113,7 @@ class Training:
             ("GET", run, self._run),
         ]
         return [
-            Route(PREFIX + path, _Told(call, self.engine), methods=[method], name=f"tinker {path} {method}")
+            Route(PREFIX + path, _Told(call, self.refused), methods=[method], name=f"tinker {path} {method}")
             for method, path, call in found
         ]
 
@@ -190,8 +190,9 @@ class Training:
 
     def _free(self, session_id: str, why: str) -> None:
         self._seen.pop(session_id, None)
-        for model_id in self._models_of(session_id):
+        for model_id in self.trainer.models_of(session_id):
             self.trainer.close(model_id, why)
+        for model_id in self._models_of(session_id):
             for folder in self.keeping.drop_unnamed(model_id):
                 self.engine.do(functools.partial(self.workshop.forget, folder))
 
@@ -235,7 +236,7 @@ class Training:
         model_id = model.model_id
         if self.trainer.open_models >= self.config.max_models:
             raise RequestError(
-                429,
+                400,
                 f"{self.config.max_models} models are being trained (serve.max_models). Try again when one is finished.",
             )
         if model_id in self.keeping.models:
@@ -270,6 +271,13 @@ class Training:
 
     # -- training -------------------------------------------------------------------------------------------------------
 
+    async def refused(self, request: Request, owner: str) -> None:
+        """A request was refused: whoever waits behind its number goes on."""
+        if request.headers.get("content-type", "").startswith("application/json"):
+            found = told.numbered(await request.body())
+            if found is not None and found[0] in self.keeping.models and self.keeping.models[found[0]].owner == owner:
+                self.trainer.pass_over(*found)
+
     async def _forward(self, request: Request, owner: str) -> Response:
         return await self._learned(request, owner, backward=False)
 
@@ -285,7 +293,7 @@ class Training:
         try:
             asked = await _aside(losses.check, asked, self.workshop.vocabulary, self.workshop.positions, _MOST_DATA)
         except RequestError:
-            self.trainer.pass_over(asked.model_id, asked.seq_id)
+            self.trainer.pass_over(model.model_id, asked.seq_id)
             raise
         asked = dataclasses.replace(asked, backward=backward and asked.backward)
         note(request, model=model.model_id, prompt_tokens=sum(len(one.tokens) for one in asked.data))
@@ -675,19 +683,20 @@ class _Sampling:
 class _Told:
     """A route's endpoint: errors are told as the SDK reads them."""
 
-    def __init__(self, call: Call, engine: Engine):
-        self._call, self._engine = call, engine
+    def __init__(self, call: Call, refused: Callable[[Request, str], Awaitable[None]]):
+        self._call, self._refused = call, refused
         functools.update_wrapper(self, call)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive, send)
         try:
             response = await self._call(request, who(request))
-        except RequestError as error:
-            status = 400 if error.status == 409 else error.status
-            response = JSONResponse({"detail": error.message}, status, headers=error.headers)
-        except LoraLabError as error:
-            response = JSONResponse({"detail": str(error)}, 400)
+        except (RequestError, LoraLabError) as error:
+            status = error.status if isinstance(error, RequestError) else 400
+            if status < 500 and status not in (408, 429):  # the SDK asks again by the same number then
+                await self._refused(request, who(request))
+            headers = error.headers if isinstance(error, RequestError) else {}
+            response = JSONResponse({"detail": str(error)}, 400 if status == 409 else status, headers=headers)
         await response(scope, receive, send)
 
 

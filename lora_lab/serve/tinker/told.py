@@ -234,12 +234,22 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     tree = _known(kind, tree)
     problems, found = unreadable(tree), None
     if not problems:
-        found, errors = validate(_adapter(kind), tree)
+        found, errors = validate(_adapter(cast(Any, kind)), tree)
         problems = describe(errors, keys(cast(Any, kind))) if found is None else []
     if found is None:
         raise RequestError(400, "; ".join(problems))
     checked: Kind = found
     return checked
+
+
+def numbered(body: bytes) -> tuple[str, int] | None:
+    """Which model a refused request was for, and its number in the model's line, where it says so."""
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    model_id, number = (tree.get(name) if isinstance(tree, dict) else None for name in ("model_id", "seq_id"))
+    return (model_id, number) if isinstance(model_id, str) and type(number) is int and 0 < number < 2**62 else None
 
 
 def prompt_tokens(prompt: Prompt) -> list[int]:

@@ -88,11 +88,8 @@ class Trainer:
 
     def pass_over(self, model_id: str, number: int) -> None:
         """A request was refused: nobody has to wait for its number."""
-        with self._lock:
-            line = self._lines.get(model_id)
-            if line is not None and line.next_number == number:
-                line.next_number += 1
-        self._wake()
+        if self.has(model_id):
+            self.add(model_id, number, Promise("", ""), lambda _: {})
 
     def close(self, model_id: str, why: str) -> None:
         """End a line and let its adapter go."""
@@ -102,6 +99,12 @@ class Trainer:
                 return
             line.closed = why
         self._engine.do(lambda: self._end(line))
+
+    def models_of(self, session_id: str) -> list[str]:
+        """A session's models that are in memory, or will be."""
+        return [
+            name for name, line in list(self._lines.items()) if name.startswith(f"{session_id}:") and not line.closed
+        ]
 
     @property
     def open_models(self) -> int:
@@ -238,7 +241,7 @@ class Trainer:
 
     def _finish(self, line: Line, job: Job, task: Task) -> None:
         if task.gradients is not None:
-            task.learner.add(task.gradients)
+            task.learner.add(task.gradients, task.asked)
         job.promise.set(wire.learned(*task.result()))
         line.learned_at, self._last_seconds = self._clock(), task.seconds
 

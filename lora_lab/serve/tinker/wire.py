@@ -41,7 +41,7 @@ _SCHEMA = {  # of each message: number, name, type; * is a list
     "Sample": "1 sequences Sequence*, 2 prompt_logprobs bytes, 3 topk_prompt_logprobs TopK",
 }
 _FLOAT32, _INT64, _INT32, _BFLOAT16 = 1, 2, 3, 4
-_DTYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
+_DTYPES: dict[int, np.dtype[Any]] = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
 _RECORD = "ArrayRecord"
 _NO_TOKEN = -99999.0  # the log-probability of an empty place among the likeliest tokens
 STOP, LENGTH = 0, 1  # why an answer ended

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,10 +56,15 @@ class Learner:
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.AdamW
     steps: int = 0
+    tokens: int = 0  # that it learned from
+    losses: list[str] = dataclasses.field(default_factory=list)  # by which
     gathered: list[torch.Tensor] | None = None  # gradients of all requests since the last step
 
-    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+    def add(self, gradients: Sequence[torch.Tensor], asked: Learn) -> None:
         """Add a request's gradients to what the next step is made of."""
+        self.tokens += sum(len(one.tokens) for one in asked.data)
+        if asked.loss not in self.losses:
+            self.losses.append(asked.loss)
         if self.gathered is None:
             self.gathered = list(gradients)
         else:
@@ -193,10 +197,11 @@ class Workshop:
         self._snapshots: list[Snapshot] = []
         self._pass_tokens = PASS_TOKENS
         self._together: bool | None = None  # whether rows may lie end to end; None: not tried yet
-        self._chunked = False
+        self._tried: set[str] = set()  # places of adapters, on the modules as they are
         model = group.base
         self.positions = usable_positions(model)
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr, index]
+        embeddings: Any = model.get_input_embeddings()
+        self.vocabulary = int(embeddings.weight.shape[0])
 
     @property
     def group(self) -> Group:
@@ -218,17 +223,21 @@ class Workshop:
             AdapterError: it does not fit the base.
         """
         kind = self._base.setup.kind
-        key = self._put(lambda model, name: attach(model, section, name, kind, seed))
+        key = self._put(lambda model, name: attach(model, section, name, kind, seed), section.target_modules)
         return self._learner(key, section, seed)
 
     def load(self, folder: Path, section: LoraAdapter, seed: int) -> Learner:
-        """An adapter of a verified folder that learns on.
+        """An adapter of a folder that learns on.
 
         Raises:
-            LoraLabError: it does not fit the base.
+            LoraLabError: it is damaged, or does not fit the base.
         """
         self._check(folder)
-        return self._learner(self._put(lambda model, name: attach_trained(model, folder, name)), section, seed)
+        return self._learner(self._loaded(folder), section, seed)
+
+    def _loaded(self, folder: Path) -> str:
+        where = getattr(files.settings(folder), "target_modules", None)
+        return self._put(lambda model, name: attach_trained(model, folder, name), where)
 
     def read_into(self, folder: Path, learner: Learner) -> None:
         """Give a learner the weights of a folder; its optimizer begins anew.
@@ -254,12 +263,24 @@ class Workshop:
     def model(self) -> PeftModel:
         return cast("PeftModel", self._group.model)
 
-    def _put(self, attached: Callable[[PreTrainedModel | PeftModel, str], PeftModel]) -> str:
-        key = f"tinker{self._count}"
+    def _put(self, attached: Callable[[PreTrainedModel | PeftModel, str], PeftModel], where: Any) -> str:
+        """Put an adapter on the model; its name there.
+
+        Args:
+            where: the layers that it sits on, as it names them.
+        """
+        key, told = f"tinker{self._count}", repr(sorted(where) if isinstance(where, set) else where)
         self._count += 1
-        self._group.add(functools.partial(attached, name=key), key, "", self._speed)
-        self._renew()
+        self._group.add(lambda model: attached(model, key), key, "", self._speed, told in self._tried)
+        if told not in self._tried:
+            self._renew()
+            self._tried.add(told)
         return key
+
+    def _take(self, key: str) -> None:
+        self._group.take(key)
+        if not self._group.names:
+            self._tried.clear()
 
     def _renew(self) -> None:
         """Find out again how rows can go through the modules, which were replaced."""
@@ -270,7 +291,6 @@ class Workshop:
         with torch.no_grad(), self._inside():
             forward.chunked_head = False
             forward.try_chunks(model, lambda: -self._logprobs(batch.to(model.device), wide=False), prove=True)
-        self._chunked = forward.chunked_head
 
     def _lie_together(self) -> bool:
         examples = [
@@ -286,9 +306,7 @@ class Workshop:
 
     def drop(self, learner: Learner) -> None:
         """Let an adapter go."""
-        self._group.take(learner.key)
-        if self._group.names:
-            self._renew()
+        self._take(learner.key)
 
     # -- passes ---------------------------------------------------------------------------------------------------------
 
@@ -312,7 +330,8 @@ class Workshop:
         """The requests whose next parts go through one pass, the first among them."""
         if not (self._group.shares and self._together):
             return list(waiting[:1])
-        found, tokens = [], 0
+        found: list[Task] = []
+        tokens = 0
         for one in waiting:
             if not found or tokens + one.tokens <= _SHARED_TOKENS:
                 found.append(one)
@@ -434,7 +453,7 @@ class Workshop:
                 return one
         if len(self._snapshots) >= _MOST_SNAPSHOTS:
             self._drop_one()
-        found = Snapshot(self._put(lambda model, name: attach_trained(model, folder, name)), settings, folder)
+        found = Snapshot(self._loaded(folder), settings, folder)
         self._snapshots.append(found)
         return found
 
@@ -443,7 +462,7 @@ class Workshop:
         if idle is None:
             raise RequestError(429, f"{len(self._snapshots)} snapshots are being sampled from. Try again later.")
         self._snapshots.remove(idle)
-        self._group.take(idle.key)
+        self._take(idle.key)
 
     def forget(self, folder: Path) -> None:
         """Weights of a folder that is removed are not sampled from any more."""
