@@ -335,7 +335,7 @@ def test_a_loop_is_what_lora_lab_train_makes(service, base, client, rows_file, t
     """The same rows, seed and optimizer: the same adapter."""
     told = [
         "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
-        f"data.train={rows_file}", "train.batch_size=20", "train.max_steps=4", "adapter.r=4", "adapter.lora_alpha=32",
+        f"data.train={rows_file}", "train.batch_size=20", "train.epochs=4", "adapter.r=4", "adapter.lora_alpha=32",
         "optim.lr=0.01", "optim.schedule=constant", "optim.warmup_steps=0", "seed=5", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert cli.main(["train", *told]) == 0
