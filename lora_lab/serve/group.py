@@ -116,9 +116,7 @@ class Group:
             alike: it sits where one does that is there, so that what was tried for that one holds.
         """
         if alike and self.shares and self._applied is not None:
-            self._model = attached(self._model)
-            self._model.eval()
-            self.names.append(name)
+            self._add_alike(attached, name)
             return
         before = bool(self.names) and self.writes and self.shares
         try:
@@ -138,6 +136,18 @@ class Group:
                 self._share("" if before else self.against_sharing, speed)
                 self._try()
             raise
+
+    def _add_alike(self, attached: Callable[[PreTrainedModel | PeftModel], PeftModel], name: str) -> None:
+        self.names.append(name)
+        try:
+            self._model = attached(self._model)
+        except Exception:
+            if name in cast("PeftModel", self._model).peft_config:
+                self.take(name)
+            else:
+                self.names.remove(name)
+            raise
+        self._model.eval()
 
     def take(self, name: str) -> None:
         """Remove an adapter."""

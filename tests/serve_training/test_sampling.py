@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_lab.serve.tinker import wire
+from lora_lab.serve.tinker import routes, wire
 from tests.serve.conftest import halted
 from tests.serve_training.asking import ROW, Failed, logprobs_of, next_tokens, tokens_of
 
@@ -100,6 +100,25 @@ def test_the_base_and_training_paths_are_sampled_too(client, taught):
     sampler = client.sampler(model_path=path)
     assert tokens_of(client.sample(sampler, ROW[:3], max_tokens=5, temperature=0).sequences[0]) == ROW[3:]
     assert client.http.get(f"/api/v1/samplers/{sampler}").json()["model_path"] == path
+
+
+def test_a_checkpoint_that_is_written_anew_is_sampled_as_it_is_now(client, taught):
+    sampler = client.sampler(model_path=taught.save("x"))
+    assert tokens_of(client.sample(sampler, ROW[:3], 1, max_tokens=5, temperature=0).sequences[0]) == ROW[3:]
+    for _ in range(3):
+        taught.learn([next_tokens(ROW[::-1])])
+        taught.step(learning_rate=0.1)
+    taught.save("x", overwrite=True)
+    assert tokens_of(client.sample(sampler, ROW[:3], 2, max_tokens=5, temperature=0).sequences[0]) != ROW[3:]
+
+
+def test_the_last_snapshots_without_a_name_are_kept(client, taught, monkeypatch):
+    monkeypatch.setattr(routes, "_KEPT_UNNAMED", 1)
+    first, second = snapshot(taught, 100), snapshot(taught, 101)
+    told = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": ROW[:3]}]}, "seq_id": 1}
+    answer = client.ask("asample", {"sampling_session_id": first, **told})
+    assert (answer.status_code, "no such checkpoint" in answer.json()["detail"]) == (404, True)
+    assert client.sample(second, ROW[:3], max_tokens=1).sequences
 
 
 def test_a_repeated_request_has_the_first_answer_and_may_be_cancelled(service, client, taught):

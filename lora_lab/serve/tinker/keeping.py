@@ -14,6 +14,7 @@ import datetime
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class Keeping:
         """
         self._root, self._base = root / "tinker", base
         self._held = contextlib.ExitStack()
+        self._lock = threading.Lock()  # of what sessions note
         try:
             storage.make_folders(self._root)
         except OSError as error:
@@ -163,11 +165,17 @@ class Keeping:
     def put_session(self, owner: str, user_metadata: dict[str, Any] | None) -> Session:
         """A new session."""
         session = Session(secrets.token_hex(16), owner, now(), user_metadata)
-        self.save_session(session)
+        self._save_session(session)
         self.sessions[session.session_id] = session
         return session
 
-    def save_session(self, session: Session) -> None:
+    def put_sampler(self, session: Session, sampler: str, path: str | None) -> None:
+        """Note what a sampling session asks; None: the base."""
+        with self._lock:
+            session.samplers[sampler] = path
+            self._save_session(session)
+
+    def _save_session(self, session: Session) -> None:
         folder = self._root / session.session_id
         storage.make_folders(folder)
         storage.write_text(folder / "session.json", storage.dump_json(dataclasses.asdict(session)))
@@ -277,15 +285,17 @@ class Keeping:
         facts = checkpoint.facts | {"expires_at": _after(seconds)}
         storage.write_text(checkpoint.folder / _FACTS, storage.dump_json(facts))
 
-    def drop_unnamed(self, model_id: str) -> list[Path]:
-        """Remove what was saved for sampling without a name; which folders they were."""
-        place, gone = self._folder(model_id) / "sampler_weights", []
-        for folder in sorted(place.glob("snapshot-*")) if place.is_dir() else []:
-            facts = self._entry(folder / _FACTS, dict) or {}
-            if facts.get("named") is False:
-                storage.remove(folder)
-                gone.append(folder)
-        return gone
+    def drop_unnamed(self, model_id: str, kept: int = 0) -> list[Path]:
+        """Remove what was saved for sampling without a name, but for the last ones; which folders they were."""
+        place = self._folder(model_id) / "sampler_weights"
+        names = [one.name for one in place.glob("snapshot-*")] if place.is_dir() else []
+        found = [self._checkpoint(model_id, place.name, name) for name in names]
+        unnamed = [one for one in found if one is not None and one.facts.get("named") is False]
+        unnamed.sort(key=lambda one: str(one.facts["time"]))
+        gone = unnamed[: max(0, len(unnamed) - kept)]
+        for one in gone:
+            storage.remove(one.folder)
+        return [one.folder for one in gone]
 
     def write(
         self,

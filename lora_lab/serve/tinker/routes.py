@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 PREFIX = "/api/v1"
 _STALE_SECONDS = 300.0  # without a sign of life; clients give one every 10
+_KEPT_UNNAMED = 16  # snapshots of a model that have no name; older ones are removed
 _MOST_DATA = 1024  # of one request, as the SDK cuts them
 _ROOM = 0.8  # of a body, for what stands around the data
 Call = Callable[[Request, str], Awaitable[Response]]
@@ -67,7 +68,7 @@ class Training:
             raise ConfigError("serve.training=true: not in float16. Set model.dtype=bfloat16 or float32.")
         self.keeping = Keeping(Path(config.root).expanduser(), self._opened)
         self.workshop = Workshop(self._opened, shelf.another_group(), shelf.inside)
-        self.trainer = Trainer(engine, self.workshop)
+        self.trainer = Trainer(engine, self.workshop, config.max_waiting)
         self.promises = Promises()
         self.clock: Callable[[], float] = time.monotonic
         self._seen: dict[str, float] = {}  # sessions, and when they gave a sign of life
@@ -194,7 +195,7 @@ class Training:
             self.trainer.close(model_id, why)
         for model_id in self._models_of(session_id):
             for folder in self.keeping.drop_unnamed(model_id):
-                self.engine.do(functools.partial(self.workshop.forget, folder))
+                self.engine.do(functools.partial(self.workshop.forget, folder / "adapter"))
 
     def _models_of(self, session_id: str) -> list[str]:
         return [one for one in self.keeping.models if one.startswith(f"{session_id}:")]
@@ -343,9 +344,13 @@ class Training:
 
         return self._numbered(owner, model.model_id, asked.seq_id, save)
 
-    def _written(self, learner: Learner | None, model: Model, kind: str, name: str, *how: Any) -> Checkpoint:
-        saved = self.keeping.write(self.workshop, _there(learner), model, kind, name, *how)
-        self.workshop.forget(saved.folder)
+    def _written(
+        self, learner: Learner | None, model: Model, kind: str, name: str, named: bool, *how: Any
+    ) -> Checkpoint:
+        saved = self.keeping.write(self.workshop, _there(learner), model, kind, name, named, *how)
+        gone = [saved.folder] if named else self.keeping.drop_unnamed(model.model_id, _KEPT_UNNAMED)
+        for folder in gone:
+            self.workshop.forget(folder / "adapter")
         return saved
 
     async def _save_for_sampler(self, request: Request, owner: str) -> Response:
@@ -362,7 +367,7 @@ class Training:
             found: dict[str, Any] = {"type": "save_weights_for_sampler", "path": saved.path}
             if asked.sampling_session_seq_id is not None:
                 sampler = f"{session.session_id}:sample:{asked.sampling_session_seq_id}"
-                self._put_sampler(session, sampler, saved.path)
+                self.keeping.put_sampler(session, sampler, saved.path)
                 found |= {"path": None, "sampling_session_id": sampler}
             return found
 
@@ -423,12 +428,8 @@ class Training:
             raise RequestError(
                 400, f"{sampler}: is there already, for other weights. Count sampling_session_seq_id up."
             )
-        await _aside(self._put_sampler, session, sampler, asked.model_path)
+        await _aside(self.keeping.put_sampler, session, sampler, asked.model_path)
         return JSONResponse({"type": "create_sampling_session", "sampling_session_id": sampler})
-
-    def _put_sampler(self, session: Session, sampler: str, path: str | None) -> None:
-        session.samplers[sampler] = path
-        self.keeping.save_session(session)
 
     async def _sampler(self, request: Request, owner: str) -> Response:
         sampler = request.path_params["sampler"]
@@ -582,7 +583,7 @@ class Training:
 
         def remove() -> None:
             self.keeping.remove(checkpoint)
-            self.workshop.forget(checkpoint.folder)
+            self.workshop.forget(checkpoint.folder / "adapter")
 
         await asyncio.wrap_future(self.engine.do(remove))
         return Response(status_code=204)

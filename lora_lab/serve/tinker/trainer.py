@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -52,8 +53,9 @@ class Line:
 class Trainer:
     """See above."""
 
-    def __init__(self, engine: Engine, workshop: Workshop, clock: Callable[[], float] = time.monotonic):
-        self._engine, self.workshop, self._clock = engine, workshop, clock
+    def __init__(self, engine: Engine, workshop: Workshop, most: int, clock: Callable[[], float] = time.monotonic):
+        """`most`: requests that wait."""
+        self._engine, self.workshop, self._most, self._clock = engine, workshop, most, clock
         self._lock = threading.Lock()  # of the lines
         self._lines: dict[str, Line] = {}
         self._order = itertools.count()
@@ -74,9 +76,13 @@ class Trainer:
         """Put a request into its model's line.
 
         Raises:
-            RequestError: there is no such line, or the server stops.
+            RequestError: there is no such line, too many wait, or the server stops.
         """
         with self._lock:
+            if sum(len(one.waiting) for one in self._lines.values()) >= self._most:
+                raise RequestError(
+                    429, "Too many requests wait already. Try again later.", headers={"retry-after": "1"}
+                )
             line = self._lines.get(model_id)
             if line is None or line.closed:
                 why = line.closed if line is not None else "it was not loaded since the server was started"
@@ -89,7 +95,8 @@ class Trainer:
     def pass_over(self, model_id: str, number: int) -> None:
         """A request was refused: nobody has to wait for its number."""
         if self.has(model_id):
-            self.add(model_id, number, Promise("", ""), lambda _: {})
+            with contextlib.suppress(RequestError):  # then it is waited for, which harms little
+                self.add(model_id, number, Promise("", ""), lambda _: {})
 
     def close(self, model_id: str, why: str) -> None:
         """End a line and let its adapter go."""
