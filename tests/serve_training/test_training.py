@@ -91,7 +91,7 @@ def weights_of(service, path: str) -> dict[str, torch.Tensor]:
 
 def assert_same(found: dict, expected: dict, limit: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], expected[name], atol=limit, rtol=0) for name in found)
+    assert max(float((found[name] - expected[name]).abs().max()) for name in found) <= limit
 
 
 def test_steps_are_those_of_peft_and_torch(service, base, client):
@@ -336,7 +336,7 @@ def test_a_loop_is_what_lora_lab_train_makes(service, base, client, rows_file, t
     told = [
         "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
         f"data.train={rows_file}", "train.batch_size=20", "train.epochs=4", "adapter.r=4", "adapter.lora_alpha=32",
-        "optim.lr=0.01", "optim.schedule=constant", "optim.warmup_steps=0", "seed=5", f"run_dir={tmp_path / 'run'}",
+        "optim.lr=0.001", "optim.schedule=constant", "optim.warmup_steps=0", "seed=5", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert cli.main(["train", *told]) == 0
     config = compose.compose(told)
