@@ -50,7 +50,7 @@ _BASES = (
     Base("google/mt5-small", "encoder-decoder", (), "an encoder-decoder of 300 M parameters for 101 languages"),
 )  # fmt: skip
 # Larger decoders of the hub by their parameters in units of 1e9. In NF4 a parameter takes about 0.75 bytes with its scales and the unquantized
-# output head; what a step holds beside it was about 2.5 GiB with rows of 1,024 tokens (docs/memory.md).
+# output head; a step holds about 2.5 GiB beside it: together the 8.5 GiB of the dry run of an 8B base (docs/memory.md).
 _LARGER = (
     (1.7, "Qwen/Qwen3-1.7B"),
     (4, "Qwen/Qwen3-4B"),

@@ -94,6 +94,12 @@ def _training(config: RunConfig, result: dict[str, Any]) -> list[str]:
         made = result["made_of"]
         parts = ", ".join(f"{Path(one['run']).name} x {one['weight']:g}" for one in made["adapters"])
         return [lines[0], f"- not trained but made of trained adapters ({made['method']}): {parts}"]
+    if result.get("by_client"):
+        losses = ", ".join(result["by_client"]["losses"]) or "no loss"
+        return [
+            lines[0],
+            f"- trained by a client of lora-lab serve: {result['steps']} steps, {result['tokens']:,} tokens, {losses}",
+        ]
     if result:
         lines.append(
             f"- {result['steps']} steps, {result['tokens']:,} tokens, last training loss {result['train_loss']:.4f}"

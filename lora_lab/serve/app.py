@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lora_lab.serve.keys import Keys
     from lora_lab.serve.metrics import Metrics
     from lora_lab.serve.shelf import Shelf
+    from lora_lab.serve.tinker.routes import Training
 
 T = TypeVar("T")
 PREDICTING = ("classify", "tokens", "answer", "rewards")  # routes of rows, see `asked_at` of the tasks' sections
@@ -51,6 +52,7 @@ class Service:
             overrides: with which runs are opened that come later.
         """
         self.shelf, self.engine, self.config, self.metrics = shelf, engine, config, metrics
+        self.training: Training | None = None
         self._overrides = list(overrides)
         self._loading = asyncio.Lock()  # one adapter after another
 
@@ -71,6 +73,7 @@ class Service:
             *rows,
             Route("/v1/adapters", self._load, methods=["POST"], name="load"),
             Route("/v1/adapters/{name}", self._unload, methods=["DELETE"], name="unload"),
+            *([] if self.training is None else self.training.routes()),
         ]
 
     # -- what is there --------------------------------------------------------------------------------------------------

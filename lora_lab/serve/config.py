@@ -28,6 +28,10 @@ class ServeConfig:
         str | None,
         Field(min_length=1, description="folder below which adapters may be loaded while serving; null: none may"),
     ] = None
+    training: Annotated[
+        bool, Field(description="train over the base too, by the Tinker API; checkpoints lie below serve.root")
+    ] = False
+    max_models: Annotated[int, Field(ge=1, le=4096, description="adapters that clients train at once")] = 16
     certificate: Annotated[str | None, Field(min_length=1, description="PEM file of the TLS certificate")] = None
     certificate_key: Annotated[str | None, Field(min_length=1, description="PEM file of its private key")] = None
     max_rows: Annotated[int, Field(ge=1, le=4096, description="answers that are written together")] = 32

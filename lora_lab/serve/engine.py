@@ -78,6 +78,11 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it takes nothing new."""
+        return self._stop_at is not None
+
     # -- from other threads ---------------------------------------------------------------------------------------------
 
     def write(self, served: Served, rows: Sequence[Row]) -> None:
@@ -249,6 +254,10 @@ class Engine:
             return
         self._metrics.passes.inc()
         self._metrics.rows.observe(len(batch.rows))
+
+    def told(self, error: Exception) -> RequestError:
+        """What a client is told of an error of the thread's."""
+        return self._failed(error)
 
     def _failed(self, error: Exception) -> RequestError:
         """What a client is told of an error here; the log has its kind and place, and no text."""

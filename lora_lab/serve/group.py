@@ -69,6 +69,16 @@ class Group:
         return self._model
 
     @property
+    def forward(self) -> Forward:
+        """How packed rows go through the modules as they are now."""
+        return self._forward
+
+    @property
+    def trial(self) -> list[list[int]]:
+        """Prompts that passes are tried on."""
+        return self._trial
+
+    @property
     def base(self) -> PreTrainedModel:
         """The model that adapters lie on, which answers for them too."""
         return base_of(self._model) if isinstance(self._model, PeftModel) else self._model
@@ -91,10 +101,28 @@ class Group:
             Apart: beside it the others could not share passes as they do; they are as they were.
             AdapterError: it does not fit; the others are as they were.
         """
+        self.add(lambda model: attach_trained(model, folder, name), name, shares, speed)
+
+    def add(
+        self,
+        attached: Callable[[PreTrainedModel | PeftModel], PeftModel],
+        name: str,
+        shares: str,
+        speed: SpeedConfig,
+        alike: bool = False,
+    ) -> None:
+        """As `put`, of an adapter that `attached` puts on the model under its name.
+
+        Args:
+            alike: it sits where one does that is there, so that what was tried for that one holds.
+        """
+        if alike and self.shares and self._applied is not None:
+            self._add_alike(attached, name)
+            return
         before = bool(self.names) and self.writes and self.shares
         try:
             self._plain()
-            self._model = attach_trained(self._model, folder, name)
+            self._model = attached(self._model)
             self._model.eval()
             self.names.append(name)
             self._share(shares, speed)
@@ -109,6 +137,18 @@ class Group:
                 self._share("" if before else self.against_sharing, speed)
                 self._try()
             raise
+
+    def _add_alike(self, attached: Callable[[PreTrainedModel | PeftModel], PeftModel], name: str) -> None:
+        self.names.append(name)
+        try:
+            self._model = attached(self._model)
+        except Exception:
+            if name in cast("PeftModel", self._model).peft_config:
+                self.take(name)
+            else:
+                self.names.remove(name)
+            raise
+        self._model.eval()
 
     def take(self, name: str) -> None:
         """Remove an adapter."""

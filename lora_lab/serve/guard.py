@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from lora_lab.serve.metrics import Metrics
 
 OPEN = frozenset(("/healthz",))  # paths that need no key
-SCOPE = {"/v1/adapters": "admin"}  # by the beginning of the path
+SCOPE = {"/v1/adapters": "admin", "/api/v1/": "train"}  # by the beginning of the path
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _NOTES = "lora_lab_notes"
+_SDK = "tml-"  # stands before every key that the Tinker SDK sends
 
 
 def note(request: Request, **facts: Any) -> None:
@@ -39,6 +40,11 @@ def note(request: Request, **facts: Any) -> None:
     notes = request.scope[_NOTES]
     for name, value in facts.items():
         notes[name] = notes.get(name, 0) + value if isinstance(value, int) else value
+
+
+def who(request: Request) -> str:
+    """The name of the key that a request came with."""
+    return str(request.scope[_NOTES].get("key", ""))
 
 
 class Guard:
@@ -194,7 +200,7 @@ class _Asked:
         kind, _, key = self.header(b"authorization").partition(" ")
         if kind.lower() == "bearer" and key.strip():
             return key.strip()
-        return self.header(b"x-api-key").strip() or None
+        return self.header(b"x-api-key").strip().removeprefix(_SDK) or None
 
     def check_size(self, most: int) -> None:
         """

@@ -16,7 +16,7 @@ from lora_lab.errors import ConfigError
 from lora_lab.runtime import storage
 from lora_lab.runtime.reading import read_json
 
-SCOPES = ("use", "admin")  # admin: adapters come and go by it; each scope stands for itself
+SCOPES = ("use", "train", "admin")  # admin: adapters come and go by it; each scope stands for itself
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _BEGINNING = "ll-"  # of every key, so that scanners for secrets can know one
 _RANDOM_BYTES = 32  # too many to guess, so that a plain hash hides them

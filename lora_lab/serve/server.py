@@ -63,9 +63,22 @@ def check(config: ServeConfig) -> Keys | None:
         file = getattr(config, name)
         if file is not None and not Path(file).expanduser().is_file():
             raise ConfigError(f"serve.{name}={file}: no such file.")
+    if config.training:
+        check_training(config)
     if config.root is not None and not Path(config.root).expanduser().is_dir():
         raise ConfigError(f"serve.root={config.root}: no such folder.")
     return keys
+
+
+def check_training(config: ServeConfig) -> None:
+    """
+    Raises:
+        ConfigError: what training over the base needs is not there.
+    """
+    if config.root is None:
+        raise ConfigError("serve.training=true: needs serve.root, the folder that checkpoints are written below.")
+    if importlib.util.find_spec("google") is None or importlib.util.find_spec("google.protobuf") is None:
+        raise ConfigError("serve.training=true needs protobuf. pip install 'lora-lab[serve]'")
 
 
 def base_config(base: str, overrides: Sequence[str]) -> RunConfig:
@@ -96,8 +109,14 @@ def prepared(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], 
         console.say("adapter", f"{served.name}: {served.exactness}; probes: {served.probes}")
     metrics = Metrics()
     engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics, serve.cache_gib)
+    service = Service(shelf, engine, serve, metrics, overrides)
+    if serve.training:
+        from lora_lab.serve.tinker.routes import Training
+
+        service.training = Training(shelf, engine, serve, metrics)
+        console.say("training", "clients train over this base: docs/training_server.md")
     engine.start()
-    return Service(shelf, engine, serve, metrics, overrides)
+    return service
 
 
 def names(paths: Sequence[str]) -> list[str]:
@@ -163,3 +182,5 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
     finally:
         service.engine.stop(0)
         service.engine.join(10)
+        if service.training is not None:
+            service.training.close()

@@ -341,16 +341,23 @@ class Shelf:
         self._tidy()
 
     def _group_for(self, opened: Opened, common: str, plain: PreTrainedModel) -> Group:
-        kind, own = opened.setup.kind, _described(opened.setup.kind)
+        own = _described(opened.setup.kind)
         for place, (theirs, had, group) in enumerate(self._groups):
             if theirs == own and (had == common if group.names else opened.run is not None):
                 self._groups[place] = own, common, group
                 return group
-        tokenizer = opened.setup.encoder.tokenizer
-        trial = [list(tokenizer(text)["input_ids"]) for text in _TRIAL]
-        group = Group(beside(plain), self.inside, _writes(kind), trial)
+        group = self._new_group(opened, plain)
         self._groups.append((own, common, group))
         return group
+
+    def _new_group(self, opened: Opened, plain: PreTrainedModel) -> Group:
+        tokenizer = opened.setup.encoder.tokenizer
+        trial = [list(tokenizer(text)["input_ids"]) for text in _TRIAL]
+        return Group(beside(plain), self.inside, _writes(opened.setup.kind), trial)
+
+    def another_group(self) -> Group:
+        """Modules of their own over the base's weights, for adapters that are not among the served."""
+        return self._new_group(self._base, self._plain[_described(self._base.setup.kind)])
 
     def _tidy(self) -> None:
         """Let groups without adapters go, but for the one that answers for the base."""
