@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 _EXIT_CODES = """
-exit codes: 0 done; 1 {found} (elsewhere: a bug in lora-lab); 2 a user error (the message says how to fix it); 3 training stopped before a
-non-finite update; 4 a merge or an export refused; 130 Ctrl-C, 143 SIGTERM
-and 129 a closed terminal, after saving. A reader that closes its pipe (| head) changes nothing;
-where stdout cannot be written (disk full) a run continues to its end, and {printing} end with 2."""
+exit codes:
+  0              done
+  1              {found}
+                 elsewhere: a bug in lora-lab
+  2              a user error; the message says how to mend it
+  3              training stopped before a non-finite update, or for lack of memory
+  4              a merge or an export was refused
+  130, 143, 129  Ctrl-C, SIGTERM, a closed terminal: the state is saved
+A reader that closes its pipe (| head) changes nothing. Where stdout cannot be
+written (disk full) a run goes on to its end; these verbs end with 2:
+{printing}."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,8 +222,8 @@ def _keys(verb: Verb) -> str:
 
 def _exit_codes() -> str:
     *others, last = sorted(name for name, verb in VERBS.items() if verb.output_is_all)
-    found = "; ".join(f"lora-lab {name} {verb.exit_1}" for name, verb in VERBS.items() if verb.exit_1)
-    return _EXIT_CODES.format(found=found, printing=f"{', '.join(others)} and {last}")
+    found = [f"{name} {verb.exit_1}" for name, verb in VERBS.items() if verb.exit_1]
+    return _EXIT_CODES.format(found="\n                 ".join(found), printing=f"{', '.join(others)} and {last}")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
