@@ -126,7 +126,7 @@ def left_alone(tmp_path_factory, base) -> Path:
 @pytest.mark.parametrize(
     ("where", "rank"),
     [
-        ("step", 0), ("step", 1), ("exchange", 1), ("sum", 0), ("sum", 1), ("update", 0), ("update", 1), ("save", 0), ("save", 1),
+        ("step", 0), ("step", 1), ("exchange", 1), ("sum", 0), ("sum", 1), ("update", 0), ("save", 0), ("save", 1),
         ("measure", 0), ("measure", 1),
     ],
 )  # fmt: skip
