@@ -270,7 +270,7 @@ def test_a_folder_that_was_received_opens_no_ports(sweep, tmp_path):
         (["scopes=use", "run=a"], "no effect without add_key"),
         (["add_key=a"], "serve.keys: must be set"),
         (["add_key=a b", "serve.keys=/tmp/x"], "letters, digits"),
-        (["add_key=a", "scopes=all", "serve.keys=/tmp/x"], "must be of use, admin"),
+        (["add_key=a", "scopes=all", "serve.keys=/tmp/x"], "must be of use, train, admin"),
     ],
 )
 def test_words_that_do_not_fit(words, told, capsys):

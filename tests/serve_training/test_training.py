@@ -359,6 +359,7 @@ def test_a_loop_is_what_lora_lab_train_makes(service, base, client, rows_file, t
     assert_same(weights_of(service, model.save(None)), trained)
 
 
+@pytest.mark.long
 def test_clients_come_as_they_come(http):
     """Clients at once, each with its own loop."""
     losses: dict[int, float] = {}
