@@ -14,7 +14,7 @@ from lora_lab.fast import liger, mlp
 from lora_lab.fast.dropout import kept, scale
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, lora_linear
-from lora_lab.fast.routing import Route, Routing
+from lora_lab.fast.routing import Route, Routing, spread
 
 
 class Projection:
@@ -66,11 +66,24 @@ class Projection:
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def drawn(
-        self, member: str, shape: torch.Size, x: torch.Tensor, generator: torch.Generator | None
+        self,
+        member: str,
+        shape: torch.Size,
+        x: torch.Tensor,
+        generator: torch.Generator | None,
+        rows: int | None = None,
     ) -> torch.Tensor | None:
-        """[T, D] int16: what dropout leaves, drawn as the plain layer draws it; see `dropout.kept`."""
+        """[T, D] int16: what dropout leaves, drawn as the plain layer draws it; see `dropout.kept`.
+
+        Args:
+            shape: of the member's tensor in a pass of its own.
+            rows: T, where a shared pass has more padding.
+        """
         p = self.dropout(member)
-        return kept(shape, p, x.device, generator).view(-1, shape[-1]) if p else None
+        if not p:
+            return None
+        mask = kept(shape, p, x.device, generator)
+        return mask.view(-1, shape[-1]) if rows is None else spread(mask, rows)
 
 
 def lora(
@@ -83,14 +96,14 @@ def lora(
     else:
         routed = [
             (route, rows)
-            for route, rows in routing.rows(shape[:-1].numel())
+            for route, rows in routing.rows(shape[:-1])
             if any(one.has(route.member) for one in projections)
         ]
         if _alike(projections, routed):
             return _stacked(projections, routed, x)
+        alone = {part.route.member: torch.Size([*part.alone, shape[-1]]) for part in routing.parts(shape[:-1])}
         found = [
-            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
-            for route, rows in routed
+            _lora(projections, route.member, rows, route.generator, x, alone[route.member]) for route, rows in routed
         ]
     return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
 
@@ -103,10 +116,11 @@ def _lora(
     x: torch.Tensor,
     shape: torch.Size,
 ) -> tuple[Layout, list[torch.Tensor]]:
-    """One member's layout on some rows, a tensor of `shape`, and its factors."""
+    """One member's layout on some rows, a tensor of `shape` in a pass of its own, and its factors."""
+    count = None if rows.stop is None else rows.stop - rows.start
     own = [one if one.has(member) else None for one in projections]
     pairs = [None if one is None else one.factors(member, x.dtype) for one in own]
-    keep = [None if one is None else one.drawn(member, shape, x, generator) for one in own]
+    keep = [None if one is None else one.drawn(member, shape, x, generator, count) for one in own]
     ranks = [len(pair[0]) if pair else 0 for pair in pairs]
     p = max(one.dropout(member) for one in own if one)
     layout = Layout(rows, ranks, keep, scale(p))

@@ -7,6 +7,9 @@ to transformers' own `sdpa`, the plain twin.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_lab.errors import TrainingError
 from lora_lab.fast.dropout import kept
 from lora_lab.fast.dropout import scale as dropped_scale
-from lora_lab.fast.unpadded import found_in
+from lora_lab.fast.routing import Route, Routing, current
+from lora_lab.fast.unpadded import Rows, found_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,14 +45,49 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Signature and result ([B, T, H, d]) are transformers'."""
-    rows = found_in(attention_mask)
-    if rows is None:
-        return _padded(module, query, key, value, attention_mask, dropout, scaling, position_bias, kwargs), None
-    parts = []
-    for tokens, group in rows.alike:
+    rows, shared = found_in(attention_mask), current() if dropout else None
+
+    def padded(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, route: Route | None = None
+    ) -> torch.Tensor:
+        bias = position_bias if position_bias is None else position_bias[..., : q.shape[2], : k.shape[2]]
+        return _padded(module, q, k, v, mask, dropout, scaling, bias, kwargs, shared, route)
+
+    def grouped(tokens: torch.Tensor, group: Rows, route: Route | None = None) -> torch.Tensor:
         q, k, v = (group.put(x[:, :, tokens].transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-        parts.append(group.take(_padded(module, q, k, v, group.mask, dropout, scaling, position_bias, kwargs)))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, rows.back), None
+        return group.take(padded(q, k, v, group.mask, route))
+
+    if rows is None and shared is None:
+        return padded(query, key, value, attention_mask), None
+    if rows is None:
+        return _of_members(shared, query, key, value, attention_mask, padded), None
+    if shared is None:
+        parts, back = [grouped(*one) for one in rows.alike], rows.back
+    else:
+        pairs = zip(shared.routes, rows.alike_of_members, strict=True)
+        parts, back = [grouped(*one, route) for route, own in pairs for one in own], rows.back_of_members
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, back), None
+
+
+def _of_members(
+    shared: Routing,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    padded: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention that drops something, of each member's rows as they are in a pass of its own, [B, T, H, d]."""
+    asked, told = (shared.parts((len(x), x.shape[2])) for x in (query, key))
+    ends = list(itertools.accumulate(shared.row_counts))
+    outs = []
+    for start, end, one, other in zip([0, *ends], ends, asked, told, strict=False):
+        (_, queries), (_, keys) = one.alone, other.alone
+        k, v = (x[start:end, :, :keys] for x in (key, value))
+        own = mask if mask is None or len(mask) == 1 else mask[start:end]
+        own = None if own is None else own[..., :queries, :keys]
+        outs.append(padded(query[start:end, :, :queries], k, v, own, one.route))
+    return shared.joined(outs, (len(query), query.shape[2]))
 
 
 def _padded(
@@ -60,12 +100,21 @@ def _padded(
     scaling: float | None,
     bias: torch.Tensor | None,
     others: dict[str, Any],
+    shared: Routing | None,
+    route: Route | None,
 ) -> torch.Tensor:
+    """Padded rows, of one member (`route`) where a pass is shared and something is dropped."""
+    if shared is not None and _is_causal(
+        module, others
+    ):  # alone it may have no mask, and then drops by torch's own numbers
+        raise TrainingError("causal attention that drops something knows no members")
     if not _fits(module, query, key, value, mask, bias, dropout, others):
         told = {"dropout": dropout, "scaling": scaling, "position_bias": bias, **others}
-        return sdpa_attention_forward(module, query, key, value, mask, **told)[0]
+        with contextlib.nullcontext() if shared is None or route is None else shared.alone(route):
+            return sdpa_attention_forward(module, query, key, value, mask, **told)[0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ShortRows.apply(query, key, value, _added(mask, bias, query.dtype), dropout, scale)
+    generator = None if route is None else route.generator
+    out = ShortRows.apply(query, key, value, _added(mask, bias, query.dtype), dropout, scale, generator)
     return out.transpose(1, 2).contiguous()
 
 
@@ -97,18 +146,21 @@ def _fits(
     others: dict[str, Any],
 ) -> bool:
     """Whether it is attention of short rows with gradients, and nothing more is asked for."""
-    causal = others.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
     return (
         torch.is_grad_enabled()
         and query.device.type == "cpu"
         and (dropout > 0 or query.dtype == torch.bfloat16)  # float32 without dropout is as fast there
         and max(query.shape[2], key.shape[2]) <= LONGEST
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
-        and not (causal and mask is None)
+        and not (_is_causal(module, others) and mask is None)
         and not (bias is not None and bias.requires_grad)
         and all(others.get(name) is None for name in ("softcap", "s_aux", "cache"))
     )
+
+
+def _is_causal(module: torch.nn.Module, others: dict[str, Any]) -> bool:
+    told = others.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
 def _added(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -121,7 +173,8 @@ def _added(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dt
 
 
 class ShortRows(torch.autograd.Function):
-    """q [B, H, T, d], k and v [B, H, K, d], what is added to the scores, the share that is dropped, a scale -> [B, H, T, d]."""
+    """q [B, H, T, d], k and v [B, H, K, d], what is added to the scores, the share that is dropped, a scale, and the generator that draws
+    what is dropped (None: torch's own) -> [B, H, T, d]."""
 
     @staticmethod
     def forward(
@@ -132,6 +185,7 @@ class ShortRows(torch.autograd.Function):
         added: torch.Tensor | None,
         dropout: float,
         scale: float,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         shape = q.shape
         q, k, v = ((x * scale if x is q else x).flatten(0, 1) for x in (q, k, v))
@@ -139,7 +193,7 @@ class ShortRows(torch.autograd.Function):
         if added is not None:
             scores.view(*shape[:2], *scores.shape[1:]).add_(added)
         p = torch.softmax(scores, -1)
-        keep = kept(p.shape, dropout, p.device) if dropout else None
+        keep = kept(p.shape, dropout, p.device, generator) if dropout else None
         ctx.scale, ctx.keep_scale, ctx.shape = scale, dropped_scale(dropout), shape
         ctx.save_for_backward(q, k, v, p, keep)
         return torch.bmm(_dropped(p, keep, ctx.keep_scale), v).view(*shape[:-1], -1)
@@ -153,7 +207,7 @@ class ShortRows(torch.autograd.Function):
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
         dq, dk = torch.bmm(dscores, k).mul_(ctx.scale), torch.bmm(dscores.transpose(1, 2), q)
         shape = ctx.shape[:2]
-        return *(x.unflatten(0, shape) for x in (dq, dk, dv)), None, None, None
+        return *(x.unflatten(0, shape) for x in (dq, dk, dv)), None, None, None, None
 
 
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from lora_lab.data.collate import of_like_length
+from lora_lab.fast.routing import current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,15 +35,26 @@ class Rows:
     places: torch.Tensor  # [N] int64, of B * T
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor  # [B, 1, 1, T] bool: no padding
+    members: tuple[int, ...] = ()  # how many rows each member has in a pass that several share
 
     @functools.cached_property
     def alike(self) -> list[tuple[torch.Tensor, Rows]]:
         """The rows in groups of like length, for what is padded after all: which of the N tokens are a group's, and where these lie
         among its own padded rows. `back` has the tokens' places behind one another."""
+        return self._groups(range(len(self.mask)))
+
+    @functools.cached_property
+    def alike_of_members(self) -> list[list[tuple[torch.Tensor, Rows]]]:
+        """The groups that each member's rows have in a pass of its own; `back_of_members` goes with them."""
+        ends = [0, *itertools.accumulate(self.members)]
+        return [self._groups(range(start, end)) for start, end in itertools.pairwise(ends)]
+
+    def _groups(self, rows: range) -> list[tuple[torch.Tensor, Rows]]:
         lengths = self.mask.flatten(1).sum(-1)
         ends = lengths.cumsum(0)
         found = []
-        for group in of_like_length(lengths.tolist(), len(lengths), _ENOUGH_TOKENS):
+        for places in of_like_length(lengths[rows.start : rows.stop].tolist(), len(rows), _ENOUGH_TOKENS):
+            group = [rows[place] for place in places]
             own = lengths[group]
             mask = torch.arange(int(own.max()), device=own.device) < own[:, None]
             tokens = torch.cat([torch.arange(int(ends[row] - lengths[row]), int(ends[row])) for row in group])
@@ -53,6 +66,11 @@ class Rows:
     def back(self) -> torch.Tensor:
         """[N] int64: where each token lies when the groups of `alike` come one behind another."""
         return torch.cat([tokens for tokens, _ in self.alike]).argsort()
+
+    @functools.cached_property
+    def back_of_members(self) -> torch.Tensor:
+        """[N] int64, as `back`."""
+        return torch.cat([tokens for groups in self.alike_of_members for tokens, _ in groups]).argsort()
 
     @property
     def starts(self) -> torch.Tensor:
@@ -158,5 +176,7 @@ def _found(mask: Any) -> Rows | None:
         if seen.all() or not (mask == seen).all():
             return None
         places = seen.flatten().nonzero().flatten()
-        setattr(mask, _NAME, Rows(places, (seen.shape[0], seen.shape[-1]), seen))
+        shared = current()
+        members = () if shared is None else tuple(shared.row_counts)
+        setattr(mask, _NAME, Rows(places, (seen.shape[0], seen.shape[-1]), seen, members))
     return found_in(mask)

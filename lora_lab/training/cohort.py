@@ -19,7 +19,7 @@ from lora_lab.adapters.attach import trainable
 from lora_lab.adapters.base import Step
 from lora_lab.base.load import BaseFiles
 from lora_lab.config.run import RunConfig
-from lora_lab.data.collate import PackedBatch
+from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.fast.routing import Route
@@ -275,5 +275,5 @@ def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None
         one.add(batch.num_tokens, part)
 
 
-def _route(one: Share, batch: PackedBatch) -> Route:
-    return Route(one.member.name, batch.num_tokens, len(batch.targets), one.generator)
+def _route(one: Share, batch: Batch) -> Route:
+    return Route(one.member.name, batch.num_tokens, batch.num_places, one.generator, batch.shapes)
