@@ -6,13 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from lora_lab.config import compose
-from lora_lab.fast import routing
 from lora_lab.run import pipeline
-from lora_lab.training import loop
-from tests.sweep.test_sweep import adapter_of, assert_same_run, losses_of, trained
+from tests.sweep.test_sweep import assert_same_run, trained
 from tests.tasks.test_tasks import CASES, make_bert, make_t5, start  # noqa: F401
 
 # They differ in rank, rate, targets, dropout, rows of a step and of a pass; a new head is drawn for the seed, which they share.
