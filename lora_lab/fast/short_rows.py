@@ -46,27 +46,64 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Signature and result ([B, T, H, d]) are transformers'."""
     rows, shared = found_in(attention_mask), current() if dropout else None
+    keep, longest = None, max(query.shape[2], key.shape[2]) if rows is None else rows.shape[1]
+    if shared is not None and not _is_causal(module, kwargs):
+        whole = query, key, value, attention_mask, position_bias
+        if _fits(module, *whole, dropout, kwargs, longest):  # all members' rows, so that they are attended to together
+            keep, shared = _kept_of_members(shared, rows, query, key, dropout), None
 
     def padded(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, route: Route | None = None
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        route: Route | None = None,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         bias = position_bias if position_bias is None else position_bias[..., : q.shape[2], : k.shape[2]]
-        return _padded(module, q, k, v, mask, dropout, scaling, bias, kwargs, shared, route)
+        return _padded(module, q, k, v, mask, dropout, scaling, bias, kwargs, shared, route, keep)
 
-    def grouped(tokens: torch.Tensor, group: Rows, route: Route | None = None) -> torch.Tensor:
-        q, k, v = (group.put(x[:, :, tokens].transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-        return group.take(padded(q, k, v, group.mask, route))
+    def grouped(group: Rows, route: Route | None = None) -> torch.Tensor:
+        q, k, v = (group.gather(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+        own = None if keep is None else keep[group.numbers, :, : group.shape[1], : group.shape[1]]
+        return group.take(padded(q, k, v, group.mask, route, own))
 
-    if rows is None and shared is None:
-        return padded(query, key, value, attention_mask), None
     if rows is None:
-        return _of_members(shared, query, key, value, attention_mask, padded), None
+        if shared is not None:
+            return _of_members(shared, query, key, value, attention_mask, padded), None
+        return padded(query, key, value, attention_mask, keep=keep), None
     if shared is None:
-        parts, back = [grouped(*one) for one in rows.alike], rows.back
+        parts, back = [grouped(group) for _, group in rows.alike], rows.back
     else:
         pairs = zip(shared.routes, rows.alike_of_members, strict=True)
-        parts, back = [grouped(*one, route) for route, own in pairs for one in own], rows.back_of_members
+        parts, back = [grouped(group, route) for route, own in pairs for _, group in own], rows.back_of_members
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, back), None
+
+
+def _kept_of_members(
+    shared: Routing, rows: Rows | None, query: torch.Tensor, key: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """[B, H, T, K] int16: what dropout leaves of the shares of attention, drawn for each member as in a pass of its own."""
+    heads = query.shape[1]
+
+    def drawn(route: Route, count: int, queries: int, keys: int) -> torch.Tensor:
+        shape = torch.Size([count * heads, queries, keys])
+        return kept(shape, dropout, query.device, route.generator).view(count, heads, queries, keys)
+
+    if rows is not None:
+        whole = torch.ones(rows.shape[0], heads, rows.shape[1], rows.shape[1], dtype=torch.int16, device=query.device)
+        for route, groups in zip(shared.routes, rows.alike_of_members, strict=True):
+            for _, group in groups:
+                count, width = group.shape
+                whole[group.numbers, :, :width, :width] = drawn(route, count, width, width)
+        return whole
+    whole = torch.ones(len(query), heads, query.shape[2], key.shape[2], dtype=torch.int16, device=query.device)
+    start = 0
+    for one, other in zip(*(shared.parts((len(x), x.shape[2])) for x in (query, key)), strict=True):
+        (count, queries), (_, keys) = one.alone, other.alone
+        whole[start : start + count, :, :queries, :keys] = drawn(one.route, count, queries, keys)
+        start += count
+    return whole
 
 
 def _of_members(
@@ -102,19 +139,21 @@ def _padded(
     others: dict[str, Any],
     shared: Routing | None,
     route: Route | None,
+    keep: torch.Tensor | None,
 ) -> torch.Tensor:
     """Padded rows, of one member (`route`) where a pass is shared and something is dropped."""
     if shared is not None and _is_causal(
         module, others
     ):  # alone it may have no mask, and then drops by torch's own numbers
         raise TrainingError("causal attention that drops something knows no members")
-    if not _fits(module, query, key, value, mask, bias, dropout, others):
+    longest = max(query.shape[2], key.shape[2])
+    if not _fits(module, query, key, value, mask, bias, dropout, others, longest):
         told = {"dropout": dropout, "scaling": scaling, "position_bias": bias, **others}
         with contextlib.nullcontext() if shared is None or route is None else shared.alone(route):
             return sdpa_attention_forward(module, query, key, value, mask, **told)[0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     generator = None if route is None else route.generator
-    out = ShortRows.apply(query, key, value, _added(mask, bias, query.dtype), dropout, scale, generator)
+    out = ShortRows.apply(query, key, value, _added(mask, bias, query.dtype), dropout, scale, generator, keep)
     return out.transpose(1, 2).contiguous()
 
 
@@ -144,13 +183,14 @@ def _fits(
     bias: torch.Tensor | None,
     dropout: float,
     others: dict[str, Any],
+    longest: int,
 ) -> bool:
     """Whether it is attention of short rows with gradients, and nothing more is asked for."""
     return (
         torch.is_grad_enabled()
         and query.device.type == "cpu"
         and (dropout > 0 or query.dtype == torch.bfloat16)  # float32 without dropout is as fast there
-        and max(query.shape[2], key.shape[2]) <= LONGEST
+        and longest <= LONGEST
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and not (_is_causal(module, others) and mask is None)
         and not (bias is not None and bias.requires_grad)
@@ -173,8 +213,8 @@ def _added(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dt
 
 
 class ShortRows(torch.autograd.Function):
-    """q [B, H, T, d], k and v [B, H, K, d], what is added to the scores, the share that is dropped, a scale, and the generator that draws
-    what is dropped (None: torch's own) -> [B, H, T, d]."""
+    """q [B, H, T, d], k and v [B, H, K, d], what is added to the scores, the share that is dropped, a scale, the generator that draws
+    what is dropped (None: torch's own), or what it left [B, H, T, K] -> [B, H, T, d]."""
 
     @staticmethod
     def forward(
@@ -186,6 +226,7 @@ class ShortRows(torch.autograd.Function):
         dropout: float,
         scale: float,
         generator: torch.Generator | None = None,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         shape = q.shape
         q, k, v = ((x * scale if x is q else x).flatten(0, 1) for x in (q, k, v))
@@ -193,7 +234,7 @@ class ShortRows(torch.autograd.Function):
         if added is not None:
             scores.view(*shape[:2], *scores.shape[1:]).add_(added)
         p = torch.softmax(scores, -1)
-        keep = kept(p.shape, dropout, p.device, generator) if dropout else None
+        keep = _keeping(p.shape, dropout, p.device, generator, keep)
         ctx.scale, ctx.keep_scale, ctx.shape = scale, dropped_scale(dropout), shape
         ctx.save_for_backward(q, k, v, p, keep)
         return torch.bmm(_dropped(p, keep, ctx.keep_scale), v).view(*shape[:-1], -1)
@@ -207,7 +248,16 @@ class ShortRows(torch.autograd.Function):
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
         dq, dk = torch.bmm(dscores, k).mul_(ctx.scale), torch.bmm(dscores.transpose(1, 2), q)
         shape = ctx.shape[:2]
-        return *(x.unflatten(0, shape) for x in (dq, dk, dv)), None, None, None, None
+        return *(x.unflatten(0, shape) for x in (dq, dk, dv)), None, None, None, None, None
+
+
+def _keeping(
+    shape: torch.Size, p: float, device: torch.device, generator: torch.Generator | None, drawn: torch.Tensor | None
+) -> torch.Tensor | None:
+    """[shape] int16: what dropout leaves, if it was not drawn before."""
+    if drawn is not None:
+        return drawn.reshape(shape)
+    return kept(shape, p, device, generator) if p else None
 
 
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None, scale: float) -> torch.Tensor:

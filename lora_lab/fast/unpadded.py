@@ -36,6 +36,10 @@ class Rows:
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor  # [B, 1, 1, T] bool: no padding
     members: tuple[int, ...] = ()  # how many rows each member has in a pass that several share
+    numbers: torch.Tensor | None = None  # [B] of a group: which of all rows they are
+    sources: torch.Tensor | None = (
+        None  # [B * T] of a group: the token of all N that each place gets; padding: one of its own row
+    )
 
     @functools.cached_property
     def alike(self) -> list[tuple[torch.Tensor, Rows]]:
@@ -59,7 +63,11 @@ class Rows:
             mask = torch.arange(int(own.max()), device=own.device) < own[:, None]
             tokens = torch.cat([torch.arange(int(ends[row] - lengths[row]), int(ends[row])) for row in group])
             shape = (len(mask), mask.shape[1])
-            found.append((tokens.to(own.device), Rows(mask.flatten().nonzero().flatten(), shape, mask[:, None, None])))
+            within = torch.arange(shape[1], device=own.device).minimum(own[:, None] - 1)
+            sources = (ends[group] - own)[:, None] + within
+            numbers = torch.tensor(group, device=own.device)
+            places, seen = mask.flatten().nonzero().flatten(), mask[:, None, None]
+            found.append((tokens.to(own.device), Rows(places, shape, seen, (), numbers, sources.flatten())))
         return found
 
     @functools.cached_property
@@ -81,6 +89,11 @@ class Rows:
     def first(self) -> Rows:
         """The first token of each row."""
         return dataclasses.replace(self, places=self.places[self.starts])
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a group: [1, N, ...], all tokens, -> [B, T, ...], its own; padding repeats a token of its row."""
+        assert self.sources is not None
+        return x[0].index_select(0, self.sources).unflatten(0, self.shape)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] -> [1, N, ...]"""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.adapters.attach import trainable
+from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.adapters.base import Step
 from lora_lab.base.load import BaseFiles
 from lora_lab.config.run import RunConfig
@@ -234,7 +234,8 @@ def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Ac
         alone: whether it has passes of its own.
     """
     torch.manual_seed(seed)
-    member.model.train()
+    if not (member.model.training and base_of(member.model).training):  # which goes through every adapter's modules
+        member.model.train()
     with accelerator.autocast():
         batches = member.task.step(member.model, parts, np.random.default_rng(seed))
     generator = None if alone else torch.Generator(member.model.device).manual_seed(seed)

@@ -14,12 +14,12 @@ from tests.tasks.test_tasks import CASES, make_bert, make_t5, start  # noqa: F40
 
 # They differ in rank, rate, targets, dropout, rows of a step and of a pass; a new head is drawn for the seed, which they share.
 UNLIKE = [
-    ["adapter.r=2", "optim.lr=0.01", "adapter.lora_alpha=4"],
+    ["adapter.r=2", "optim.lr=0.003", "adapter.lora_alpha=4"],
     ["adapter.r=8", "adapter.lora_dropout=0.2", "train.batch_size=6", "train.micro_batch_size=4"],
     ["adapter.r=3", "adapter.target_modules=[query,value]", "optim.weight_decay=0.1", "train.batch_size=5"],
 ]
 T5_UNLIKE = [*UNLIKE[:2], ["adapter.r=3", "adapter.target_modules=[q,v,wo]", "train.batch_size=5", "seed=4"]]
-SETTINGS = ["train.max_steps=5", "train.save_steps=5", "train.eval_steps=5", "sweep.execution=batched"]
+SETTINGS = ["optim.lr=0.001", "train.max_steps=5", "train.save_steps=5", "train.eval_steps=5", "sweep.execution=batched"]
 PADDED = (
     "classification", "classification-several", "classification-weights", "regression", "reward", "token_classification",
     "question_answering", "masked_lm",
