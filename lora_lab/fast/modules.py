@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,11 +98,12 @@ def lora(
             for route, rows in routing.rows(shape[:-1])
             if any(one.has(route.member) for one in projections)
         ]
-        if _alike(projections, routed):
-            return _stacked(projections, routed, x)
         alone = {part.route.member: torch.Size([*part.alone, shape[-1]]) for part in routing.parts(shape[:-1])}
         found = [
-            _lora(projections, route.member, rows, route.generator, x, alone[route.member]) for route, rows in routed
+            _stacked(projections, run, x, alone)
+            if len(run) > 1
+            else _lora(projections, run[0][0].member, run[0][1], run[0][0].generator, x, alone[run[0][0].member])
+            for run in _runs(projections, routed)
         ]
     return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
 
@@ -130,28 +130,36 @@ def _lora(
     return layout, [torch.cat([pair[0] for pair in pairs if pair]), *bs]
 
 
+def _runs(projections: list[Projection], routed: list[tuple[Route, slice]]) -> list[list[tuple[Route, slice]]]:
+    """Members side by side whose products can be made at once."""
+    runs: list[list[tuple[Route, slice]]] = []
+    for one in routed:
+        if runs and _alike(projections, [runs[-1][-1], one]):
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return runs
+
+
 def _alike(projections: list[Projection], routed: list[tuple[Route, slice]]) -> bool:
-    """Whether several members' products can be made at once: as many rows side by side, adapters of one shape, no dropout.
+    """Whether two members' products can be made at once: as many rows side by side, adapters of one shape, as much dropout.
 
     So it is where a sweep varies anything but rows and ranks. Each product stays of one member's numbers alone, so that one who
     diverges spoils nobody else.
     """
-    if len(routed) < 2:
+    (one, rows), (other, more) = routed
+    if rows.stop != more.start or rows.stop - rows.start != more.stop - more.start:
         return False
-    slices = [rows for _, rows in routed]
-    apart = any(one.stop != other.start for one, other in itertools.pairwise(slices))
-    if apart or len({rows.stop - rows.start for rows in slices}) > 1:
-        return False
-    members = [route.member for route, _ in routed]
     return all(
-        len({one.rank(member) for member in members}) == 1 and not any(one.dropout(m) for m in members if one.has(m))
-        for one in projections
+        part.rank(one.member) == part.rank(other.member)
+        and (not part.has(one.member) or part.dropout(one.member) == part.dropout(other.member))
+        for part in projections
     )
 
 
 def _stacked(
-    projections: list[Projection], routed: list[tuple[Route, slice]], x: torch.Tensor
-) -> tuple[list[Layout], list[torch.Tensor]]:
+    projections: list[Projection], routed: list[tuple[Route, slice]], x: torch.Tensor, alone: dict[str, torch.Size]
+) -> tuple[Layout, list[torch.Tensor]]:
     """One layout of members who are alike, and their factors, one behind another."""
     members = [route.member for route, _ in routed]
     own = [one for one in projections if one.has(members[0])]
@@ -161,9 +169,22 @@ def _stacked(
         one.scaled(members).to(x.dtype) if rank else x.new_empty(len(members), one.base.out_features, 0)
         for one, rank in zip(projections, ranks, strict=True)
     ]
-    rows = slice(routed[0][1].start, routed[-1][1].stop)
-    layout = Layout(rows, ranks, [None] * len(projections), members=len(members))
-    return [layout], [a.view(len(members), sum(ranks), -1), *bs]
+    rows, count = slice(routed[0][1].start, routed[-1][1].stop), routed[0][1].stop - routed[0][1].start
+    p = max(one.dropout(members[0]) for one in own)
+    keep = [
+        _together([one.drawn(route.member, alone[route.member], x, route.generator, count) for route, _ in routed])
+        if rank
+        else None
+        for one, rank in zip(projections, ranks, strict=True)
+    ]
+    layout = Layout(rows, ranks, keep, scale(p), members=len(members))
+    return layout, [a.view(len(members), sum(ranks), -1), *bs]
+
+
+def _together(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """[K, T, D] of members' masks [T, D]; none drops anything if one does not."""
+    found = [mask for mask in masks if mask is not None]
+    return torch.stack(found) if found else None
 
 
 def computed_in(x: torch.Tensor) -> torch.Tensor:

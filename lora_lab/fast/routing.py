@@ -101,10 +101,8 @@ class Routing:
         flat = x.flatten(0, dims - 1)
         found = []
         for part in self.parts(x.shape[:dims]):
-            own = flat[part.rows]
-            if len(part.alone) == 2:
-                own = own.unflatten(0, (part.alone[0], -1))[:, : part.alone[1]]
-            found.append((part, own))
+            own = flat[part.rows].unflatten(0, (part.alone[0], -1))[:, : part.alone[1]]
+            found.append((part, own if dims > 1 else own[0]))
         return found
 
     def joined(self, outs: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
@@ -136,7 +134,7 @@ def widened(x: torch.Tensor, width: int, fill: float = 0) -> torch.Tensor:
 def spread(mask: torch.Tensor, rows: int) -> torch.Tensor:
     """What dropout leaves of a member's rows in a pass of its own, [..., D], as they lie in a shared one, [rows, D]; places that are
     padding only there are kept."""
-    if mask.shape[:-1].numel() != rows:
+    if mask.shape[:-1].numel() != rows:  # [B, T, D], or [1, T, D] of tokens end to end
         mask = widened(mask, rows // len(mask), fill=1)
     return mask.reshape(rows, mask.shape[-1])
 
@@ -154,10 +152,10 @@ def _parts_of(routes: Sequence[Route]) -> dict[tuple[int, ...], list[Part] | Non
         if before is None or any(not _same(one, other) for one, other in zip(before, parts, strict=True)):
             found[lead] = None
 
-    def note_flat(sizes: Sequence[int]) -> None:
+    def note_flat(sizes: Sequence[int], alone: Sequence[int]) -> None:
         total = sum(sizes)
-        note((1, total), sizes, [(1, size) for size in sizes])
-        note((total,), sizes, [(size,) for size in sizes])
+        note((1, total), sizes, [(1, size) for size in alone])
+        note((total,), sizes, [(1, size) for size in alone])
 
     shapes = [route.padded for route in routes]
     for kind, width in enumerate(joint_widths(shapes)):
@@ -165,11 +163,13 @@ def _parts_of(routes: Sequence[Route]) -> dict[tuple[int, ...], list[Part] | Non
         sizes = [rows * width for rows, _ in own]
         note((sum(sizes) // width, width), sizes, own)
         note((sum(sizes),), sizes, own)
-    if any(shapes):
-        note_flat([padded[0][0] for padded in shapes])  # one place of each row
-    if any(route.items for route in routes):
-        note_flat([route.items for route in routes])
-    note_flat([route.tokens for route in routes])
+    for sizes in ([padded[0][0] for padded in shapes if padded], [route.items for route in routes]):
+        if any(sizes):  # one place of each row, and those that have a loss
+            note_flat(sizes, sizes)
+    own = [route.tokens for route in routes]
+    note_flat(
+        [max(own)] * len(own) if any(shapes) else own, own
+    )  # without padding members have as many, see `unpadded.Rows`
     return found
 
 
