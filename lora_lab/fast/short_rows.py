@@ -122,9 +122,21 @@ def _of_members(
         (_, queries), (_, keys) = one.alone, other.alone
         k, v = (x[start:end, :, :keys] for x in (key, value))
         own = mask if mask is None or len(mask) == 1 else mask[start:end]
-        own = None if own is None else own[..., :queries, :keys]
+        own = None if own is None else _needed(own[..., :queries, :keys])
         outs.append(padded(query[start:end, :, :queries], k, v, own, one.route))
     return shared.joined(outs, (len(query), query.shape[2]))
+
+
+def _needed(mask: torch.Tensor) -> torch.Tensor | None:
+    """A mask [B, 1, T, K], if transformers gives one to rows that need it; without padding it gives none.
+
+    Raises:
+        TrainingError: it cannot be told.
+    """
+    if mask.dtype != torch.bool:
+        raise TrainingError("attention that drops something has a mask that knows no members")
+    whole = torch.ones_like(mask[:1])
+    return None if mask.all() or (mask == whole.tril()).all() else mask
 
 
 def _padded(
@@ -142,10 +154,6 @@ def _padded(
     keep: torch.Tensor | None,
 ) -> torch.Tensor:
     """Padded rows, of one member (`route`) where a pass is shared and something is dropped."""
-    if shared is not None and _is_causal(
-        module, others
-    ):  # alone it may have no mask, and then drops by torch's own numbers
-        raise TrainingError("causal attention that drops something knows no members")
     longest = max(query.shape[2], key.shape[2])
     if not _fits(module, query, key, value, mask, bias, dropout, others, longest):
         told = {"dropout": dropout, "scaling": scaling, "position_bias": bias, **others}
