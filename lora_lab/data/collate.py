@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lora_lab.data.encode import Example
 
 
+_IDS = ("input_ids", "decoder_input_ids")  # padded inputs by their names
+
+
 class Batch:
     """Examples that one forward pass learns from, `S` things in all. What a subclass, a dataclass, holds at least."""
 
@@ -31,6 +34,16 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that the model reads, padding not counted."""
         return sum(self.lengths)
+
+    @property
+    def num_places(self) -> int:
+        """How many tokens there are whose output alone some module may be given; 0: none is."""
+        return len(self.targets)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and places of each padded input."""
+        return ()
 
     @functools.cached_property
     def weight(self) -> float:
@@ -76,6 +89,16 @@ class PaddedBatch(Batch):
     weights: torch.Tensor | None
     origins: list[str]
 
+    @property
+    def num_places(self) -> int:
+        return 0 if self.places is None else len(self.places[0])
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The encoder's, and the decoder's if there is one."""
+        named = (self.inputs[name].shape for name in _IDS if name in self.inputs)
+        return tuple((rows, width) for rows, width in named)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlacedBatch(PaddedBatch):
@@ -109,6 +132,30 @@ def join(batches: Sequence[PackedBatch]) -> PackedBatch:
         weights=weights,
         origins=[origin for batch in batches for origin in batch.origins],
     )
+
+
+def join_rows(batches: Sequence[PaddedBatch], pad_id: int) -> tuple[dict[str, torch.Tensor], list[slice]]:
+    """What a model is called with to read all rows of some batches, one batch under another, and which rows are whose."""
+    widths = dict(zip(_IDS, joint_widths([batch.shapes for batch in batches]), strict=False))
+    inputs = {}
+    for name in batches[0].inputs:
+        width = widths[_IDS[1] if name.startswith("decoder_") else _IDS[0]]
+        fill = pad_id if name in _IDS else 0
+        inputs[name] = torch.cat([_widened(batch.inputs[name], width, fill) for batch in batches])
+    ends = list(itertools.accumulate(batch.shapes[0][0] for batch in batches))
+    return inputs, [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+
+
+def joint_widths(shapes: Sequence[tuple[tuple[int, int], ...]]) -> list[int]:
+    """How many places each padded input of some batches has when they are joined. Those of encoder and decoder are never as many, so
+    that it can be told which of them a tensor is of."""
+    widths = [max(width for _, width in own) for own in zip(*shapes, strict=True)]
+    return [widths[0], widths[1] + (widths[1] == widths[0])] if len(widths) == 2 else widths
+
+
+def _widened(ids: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+    missing = width - ids.shape[1]
+    return torch.nn.functional.pad(ids, (0, missing), value=fill) if missing else ids
 
 
 def pack(examples: list[Example], device: torch.device | str = "cpu") -> PackedBatch:

@@ -13,14 +13,14 @@ from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLayer4bit
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.nn.functional import silu
 
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import dropout, liger, mlp, norm, prefix, rows, short_rows, unpadded, varlen
+from lora_lab.fast import dropout, heads, liger, mlp, norm, prefix, rows, short_rows, unpadded, varlen
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -176,6 +176,7 @@ def _apply(
         _fuse_mlps(model, projections, calls, scratch, applied, prove, kernels)
     if "fused_projections" in wanted:
         _fuse_projections(projections, calls.order, scratch, applied)
+        _tell_heads(model, applied)
     if refused:
         applied.lines.append(f"plain: {refused}")
     applied.forward.unshareable = _alone(model, applied, refused)
@@ -256,7 +257,8 @@ def _alone(model: PeftModel, applied: Applied, refused: str) -> str:
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not adapted:
         return "the adapter sits on no layer that knows whose rows it sees"
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+    told = {id(module) for module in applied.modules}
+    if any(isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in told for module in model.modules()):
         return "modules that are trained whole, or rows of them, know no members"
     lacking = [name for name, module in adapted if id(module) not in replaced]
     return f"{len(lacking)} layers compute by themselves (the first: {lacking[0]})" if lacking else ""
@@ -419,6 +421,15 @@ def _same_input(projections: dict[str, Projection], order: list[tuple[str, int]]
         else:
             groups.append((number, [name]))
     yield from map(list, dict.fromkeys(tuple(names) for _, names in groups if names))
+
+
+def _tell_heads(model: PeftModel, applied: Applied) -> None:
+    """Let modules that are trained whole know whose rows they see, where rows are padded."""
+    if applied.forward.packed:
+        return
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            applied.replace(module, heads.forward_of(module, applied.forward.routing))
 
 
 def _is_norm(module: nn.Module) -> bool:

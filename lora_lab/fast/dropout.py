@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lora_lab.fast.routing import Routing, current, spread
+
 _BITS = 15
 
 
@@ -33,6 +35,18 @@ def scale(p: float) -> float:
     return 1 / (1 - p) if p < 1 else 0.0
 
 
+def kept_of_members(routing: Routing, shape: torch.Size, p: float, device: torch.device) -> torch.Tensor:
+    """[shape] int16: what dropout leaves of each member's rows, drawn by its generator as in a pass of its own."""
+    masks = [
+        spread(
+            kept(torch.Size([*part.alone, shape[-1]]), p, device, part.route.generator),
+            part.rows.stop - part.rows.start,
+        )
+        for part in routing.parts(shape[:-1])
+    ]
+    return torch.cat(masks).view(shape)
+
+
 class Dropout(nn.Dropout):
     """torch's, with masks from `kept` on a CPU; on a card its own kernel draws and multiplies at once."""
 
@@ -41,7 +55,9 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        return (x * kept(x.shape, self.p, x.device)).mul_(scale(self.p))
+        shared = current()
+        mask = kept(x.shape, self.p, x.device) if shared is None else kept_of_members(shared, x.shape, self.p, x.device)
+        return (x * mask).mul_(scale(self.p))
 
 
 def install(model: nn.Module) -> None:

@@ -21,7 +21,9 @@ class Layout:
 
     rows: slice  # of the tokens; of several members together, who have as many each
     ranks: list[int]  # of each layer; 0: not adapted
-    keep: list[torch.Tensor | None]  # [T_k, D] int16 of each layer: what dropout leaves; None: no dropout
+    keep: list[
+        torch.Tensor | None
+    ]  # [T_k, D] int16 of each layer ([K, T_k, D] of several members): what dropout leaves; None: all
     keep_scale: float = 1.0  # 1 / (1 - p)
     members: int = 1  # whose products are made at once
 
@@ -81,10 +83,10 @@ def project(
     for branch in own:
         inputs, out = branch.own(x), branch.own(y)
         dropout = any(keep is not None for keep in branch.layout.keep)
-        h = x.new_empty(len(inputs), len(branch.a)) if dropout else inputs @ branch.a.mT
+        h = x.new_empty(*inputs.shape[:-1], branch.a.shape[-2]) if dropout else inputs @ branch.a.mT
         for columns, ranks, b, keep in branch.parts(weight.sizes):
             if dropout:
-                h[:, ranks] = branch.dropped(inputs, keep) @ branch.a[ranks].t()
+                h[..., ranks] = branch.dropped(inputs, keep) @ branch.a[..., ranks, :].mT
             _add(out[..., columns], h[..., ranks], b.mT)
         hidden.append(h)
     return y, hidden
@@ -139,9 +141,9 @@ def project_backward(
             dh[..., ranks] = out[..., columns] @ b
             dbs[i] = out[..., columns].mT @ h[..., ranks]
             if dropout:
-                da[ranks] = dh[:, ranks].t() @ branch.dropped(inputs, keep)
+                da[..., ranks, :] = dh[..., ranks].mT @ branch.dropped(inputs, keep)
                 if dx is not None:
-                    dx[branch.layout.rows] += branch.dropped(dh[:, ranks] @ branch.a[ranks], keep)
+                    branch.own(dx).add_(branch.dropped(dh[..., ranks] @ branch.a[..., ranks, :], keep))
         if not dropout:
             torch.matmul(dh.mT, inputs, out=da)
             if dx is not None:

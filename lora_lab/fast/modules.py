@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from lora_lab.fast import liger, mlp
 from lora_lab.fast.dropout import kept, scale
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, lora_linear
-from lora_lab.fast.routing import Route, Routing
+from lora_lab.fast.routing import Route, Routing, spread
 
 
 class Projection:
@@ -66,11 +65,24 @@ class Projection:
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def drawn(
-        self, member: str, shape: torch.Size, x: torch.Tensor, generator: torch.Generator | None
+        self,
+        member: str,
+        shape: torch.Size,
+        x: torch.Tensor,
+        generator: torch.Generator | None,
+        rows: int | None = None,
     ) -> torch.Tensor | None:
-        """[T, D] int16: what dropout leaves, drawn as the plain layer draws it; see `dropout.kept`."""
+        """[T, D] int16: what dropout leaves, drawn as the plain layer draws it; see `dropout.kept`.
+
+        Args:
+            shape: of the member's tensor in a pass of its own.
+            rows: T, where a shared pass has more padding.
+        """
         p = self.dropout(member)
-        return kept(shape, p, x.device, generator).view(-1, shape[-1]) if p else None
+        if not p:
+            return None
+        mask = kept(shape, p, x.device, generator)
+        return mask.view(-1, shape[-1]) if rows is None else spread(mask, rows)
 
 
 def lora(
@@ -83,14 +95,15 @@ def lora(
     else:
         routed = [
             (route, rows)
-            for route, rows in routing.rows(shape[:-1].numel())
+            for route, rows in routing.rows(shape[:-1])
             if any(one.has(route.member) for one in projections)
         ]
-        if _alike(projections, routed):
-            return _stacked(projections, routed, x)
+        alone = {part.route.member: torch.Size([*part.alone, shape[-1]]) for part in routing.parts(shape[:-1])}
         found = [
-            _lora(projections, route.member, rows, route.generator, x, torch.Size([rows.stop - rows.start, shape[-1]]))
-            for route, rows in routed
+            _stacked(projections, run, x, alone)
+            if len(run) > 1
+            else _lora(projections, run[0][0].member, run[0][1], run[0][0].generator, x, alone[run[0][0].member])
+            for run in _runs(projections, routed)
         ]
     return [layout for layout, _ in found], [factor for _, factors in found for factor in factors]
 
@@ -103,10 +116,11 @@ def _lora(
     x: torch.Tensor,
     shape: torch.Size,
 ) -> tuple[Layout, list[torch.Tensor]]:
-    """One member's layout on some rows, a tensor of `shape`, and its factors."""
+    """One member's layout on some rows, a tensor of `shape` in a pass of its own, and its factors."""
+    count = None if rows.stop is None else rows.stop - rows.start
     own = [one if one.has(member) else None for one in projections]
     pairs = [None if one is None else one.factors(member, x.dtype) for one in own]
-    keep = [None if one is None else one.drawn(member, shape, x, generator) for one in own]
+    keep = [None if one is None else one.drawn(member, shape, x, generator, count) for one in own]
     ranks = [len(pair[0]) if pair else 0 for pair in pairs]
     p = max(one.dropout(member) for one in own if one)
     layout = Layout(rows, ranks, keep, scale(p))
@@ -116,28 +130,36 @@ def _lora(
     return layout, [torch.cat([pair[0] for pair in pairs if pair]), *bs]
 
 
+def _runs(projections: list[Projection], routed: list[tuple[Route, slice]]) -> list[list[tuple[Route, slice]]]:
+    """Members side by side whose products can be made at once."""
+    runs: list[list[tuple[Route, slice]]] = []
+    for one in routed:
+        if runs and _alike(projections, [runs[-1][-1], one]):
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return runs
+
+
 def _alike(projections: list[Projection], routed: list[tuple[Route, slice]]) -> bool:
-    """Whether several members' products can be made at once: as many rows side by side, adapters of one shape, no dropout.
+    """Whether two members' products can be made at once: as many rows side by side, adapters of one shape, as much dropout.
 
     So it is where a sweep varies anything but rows and ranks. Each product stays of one member's numbers alone, so that one who
     diverges spoils nobody else.
     """
-    if len(routed) < 2:
+    (one, rows), (other, more) = routed
+    if rows.stop != more.start or rows.stop - rows.start != more.stop - more.start:
         return False
-    slices = [rows for _, rows in routed]
-    apart = any(one.stop != other.start for one, other in itertools.pairwise(slices))
-    if apart or len({rows.stop - rows.start for rows in slices}) > 1:
-        return False
-    members = [route.member for route, _ in routed]
     return all(
-        len({one.rank(member) for member in members}) == 1 and not any(one.dropout(m) for m in members if one.has(m))
-        for one in projections
+        part.rank(one.member) == part.rank(other.member)
+        and (not part.has(one.member) or part.dropout(one.member) == part.dropout(other.member))
+        for part in projections
     )
 
 
 def _stacked(
-    projections: list[Projection], routed: list[tuple[Route, slice]], x: torch.Tensor
-) -> tuple[list[Layout], list[torch.Tensor]]:
+    projections: list[Projection], routed: list[tuple[Route, slice]], x: torch.Tensor, alone: dict[str, torch.Size]
+) -> tuple[Layout, list[torch.Tensor]]:
     """One layout of members who are alike, and their factors, one behind another."""
     members = [route.member for route, _ in routed]
     own = [one for one in projections if one.has(members[0])]
@@ -147,9 +169,22 @@ def _stacked(
         one.scaled(members).to(x.dtype) if rank else x.new_empty(len(members), one.base.out_features, 0)
         for one, rank in zip(projections, ranks, strict=True)
     ]
-    rows = slice(routed[0][1].start, routed[-1][1].stop)
-    layout = Layout(rows, ranks, [None] * len(projections), members=len(members))
-    return [layout], [a.view(len(members), sum(ranks), -1), *bs]
+    rows, count = slice(routed[0][1].start, routed[-1][1].stop), routed[0][1].stop - routed[0][1].start
+    p = max(one.dropout(members[0]) for one in own)
+    keep = [
+        _together([one.drawn(route.member, alone[route.member], x, route.generator, count) for route, _ in routed])
+        if rank
+        else None
+        for one, rank in zip(projections, ranks, strict=True)
+    ]
+    layout = Layout(rows, ranks, keep, scale(p), members=len(members))
+    return layout, [a.view(len(members), sum(ranks), -1), *bs]
+
+
+def _together(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """[K, T, D] of members' masks [T, D]; none drops anything if one does not."""
+    found = [mask for mask in masks if mask is not None]
+    return torch.stack(found) if found else None
 
 
 def computed_in(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ to transformers' own `sdpa`, the plain twin.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_lab.errors import TrainingError
 from lora_lab.fast.dropout import kept
 from lora_lab.fast.dropout import scale as dropped_scale
-from lora_lab.fast.unpadded import found_in
+from lora_lab.fast.routing import Route, Routing, current
+from lora_lab.fast.unpadded import Rows, found_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,14 +45,98 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Signature and result ([B, T, H, d]) are transformers'."""
-    rows = found_in(attention_mask)
+    rows, shared = found_in(attention_mask), current() if dropout else None
+    keep, longest = None, max(query.shape[2], key.shape[2]) if rows is None else rows.shape[1]
+    if shared is not None and not _is_causal(module, kwargs):
+        whole = query, key, value, attention_mask, position_bias
+        if _fits(module, *whole, dropout, kwargs, longest):  # all members' rows, so that they are attended to together
+            keep, shared = _kept_of_members(shared, rows, query, key, dropout), None
+
+    def padded(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        route: Route | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        bias = position_bias if position_bias is None else position_bias[..., : q.shape[2], : k.shape[2]]
+        return _padded(module, q, k, v, mask, dropout, scaling, bias, kwargs, shared, route, keep)
+
+    def grouped(group: Rows, route: Route | None = None) -> torch.Tensor:
+        q, k, v = (group.gather(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+        own = None if keep is None else keep[group.numbers, :, : group.shape[1], : group.shape[1]]
+        return group.take(padded(q, k, v, group.mask, route, own))
+
     if rows is None:
-        return _padded(module, query, key, value, attention_mask, dropout, scaling, position_bias, kwargs), None
-    parts = []
-    for tokens, group in rows.alike:
-        q, k, v = (group.put(x[:, :, tokens].transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-        parts.append(group.take(_padded(module, q, k, v, group.mask, dropout, scaling, position_bias, kwargs)))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, rows.back), None
+        if shared is not None:
+            return _of_members(shared, query, key, value, attention_mask, padded), None
+        return padded(query, key, value, attention_mask, keep=keep), None
+    if shared is None:
+        parts, back = [grouped(group) for _, group in rows.alike], rows.back
+    else:
+        pairs = zip(shared.routes, rows.alike_of_members, strict=True)
+        parts, back = [grouped(group, route) for route, own in pairs for _, group in own], rows.back_of_members
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, back), None
+
+
+def _kept_of_members(
+    shared: Routing, rows: Rows | None, query: torch.Tensor, key: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """[B, H, T, K] int16: what dropout leaves of the shares of attention, drawn for each member as in a pass of its own."""
+    heads = query.shape[1]
+
+    def drawn(route: Route, count: int, queries: int, keys: int) -> torch.Tensor:
+        shape = torch.Size([count * heads, queries, keys])
+        return kept(shape, dropout, query.device, route.generator).view(count, heads, queries, keys)
+
+    if rows is not None:
+        whole = torch.ones(rows.shape[0], heads, rows.shape[1], rows.shape[1], dtype=torch.int16, device=query.device)
+        for route, groups in zip(shared.routes, rows.alike_of_members, strict=True):
+            for _, group in groups:
+                count, width = group.shape
+                whole[group.numbers, :, :width, :width] = drawn(route, count, width, width)
+        return whole
+    whole = torch.ones(len(query), heads, query.shape[2], key.shape[2], dtype=torch.int16, device=query.device)
+    start = 0
+    for one, other in zip(*(shared.parts((len(x), x.shape[2])) for x in (query, key)), strict=True):
+        (count, queries), (_, keys) = one.alone, other.alone
+        whole[start : start + count, :, :queries, :keys] = drawn(one.route, count, queries, keys)
+        start += count
+    return whole
+
+
+def _of_members(
+    shared: Routing,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    padded: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Attention that drops something, of each member's rows as they are in a pass of its own, [B, T, H, d]."""
+    asked, told = (shared.parts((len(x), x.shape[2])) for x in (query, key))
+    ends = list(itertools.accumulate(shared.row_counts))
+    outs = []
+    for start, end, one, other in zip([0, *ends], ends, asked, told, strict=False):
+        (_, queries), (_, keys) = one.alone, other.alone
+        k, v = (x[start:end, :, :keys] for x in (key, value))
+        own = mask if mask is None or len(mask) == 1 else mask[start:end]
+        own = None if own is None else _needed(own[..., :queries, :keys])
+        outs.append(padded(query[start:end, :, :queries], k, v, own, one.route))
+    return shared.joined(outs, (len(query), query.shape[2]))
+
+
+def _needed(mask: torch.Tensor) -> torch.Tensor | None:
+    """A mask [B, 1, T, K], if transformers gives one to rows that need it; without padding it gives none.
+
+    Raises:
+        TrainingError: it cannot be told.
+    """
+    if mask.dtype != torch.bool:
+        raise TrainingError("attention that drops something has a mask that knows no members")
+    whole = torch.ones_like(mask[:1])
+    return None if mask.all() or (mask == whole.tril()).all() else mask
 
 
 def _padded(
@@ -60,12 +149,19 @@ def _padded(
     scaling: float | None,
     bias: torch.Tensor | None,
     others: dict[str, Any],
+    shared: Routing | None,
+    route: Route | None,
+    keep: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not _fits(module, query, key, value, mask, bias, dropout, others):
+    """Padded rows, of one member (`route`) where a pass is shared and something is dropped."""
+    longest = max(query.shape[2], key.shape[2])
+    if not _fits(module, query, key, value, mask, bias, dropout, others, longest):
         told = {"dropout": dropout, "scaling": scaling, "position_bias": bias, **others}
-        return sdpa_attention_forward(module, query, key, value, mask, **told)[0]
+        with contextlib.nullcontext() if shared is None or route is None else shared.alone(route):
+            return sdpa_attention_forward(module, query, key, value, mask, **told)[0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ShortRows.apply(query, key, value, _added(mask, bias, query.dtype), dropout, scale)
+    generator = None if route is None else route.generator
+    out = ShortRows.apply(query, key, value, _added(mask, bias, query.dtype), dropout, scale, generator, keep)
     return out.transpose(1, 2).contiguous()
 
 
@@ -95,20 +191,24 @@ def _fits(
     bias: torch.Tensor | None,
     dropout: float,
     others: dict[str, Any],
+    longest: int,
 ) -> bool:
     """Whether it is attention of short rows with gradients, and nothing more is asked for."""
-    causal = others.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
     return (
         torch.is_grad_enabled()
         and query.device.type == "cpu"
         and (dropout > 0 or query.dtype == torch.bfloat16)  # float32 without dropout is as fast there
-        and max(query.shape[2], key.shape[2]) <= LONGEST
+        and longest <= LONGEST
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
-        and not (causal and mask is None)
+        and not (_is_causal(module, others) and mask is None)
         and not (bias is not None and bias.requires_grad)
         and all(others.get(name) is None for name in ("softcap", "s_aux", "cache"))
     )
+
+
+def _is_causal(module: torch.nn.Module, others: dict[str, Any]) -> bool:
+    told = others.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
 def _added(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -121,7 +221,8 @@ def _added(mask: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dt
 
 
 class ShortRows(torch.autograd.Function):
-    """q [B, H, T, d], k and v [B, H, K, d], what is added to the scores, the share that is dropped, a scale -> [B, H, T, d]."""
+    """q [B, H, T, d], k and v [B, H, K, d], what is added to the scores, the share that is dropped, a scale, the generator that draws
+    what is dropped (None: torch's own), or what it left [B, H, T, K] -> [B, H, T, d]."""
 
     @staticmethod
     def forward(
@@ -132,6 +233,8 @@ class ShortRows(torch.autograd.Function):
         added: torch.Tensor | None,
         dropout: float,
         scale: float,
+        generator: torch.Generator | None = None,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         shape = q.shape
         q, k, v = ((x * scale if x is q else x).flatten(0, 1) for x in (q, k, v))
@@ -139,7 +242,7 @@ class ShortRows(torch.autograd.Function):
         if added is not None:
             scores.view(*shape[:2], *scores.shape[1:]).add_(added)
         p = torch.softmax(scores, -1)
-        keep = kept(p.shape, dropout, p.device) if dropout else None
+        keep = _keeping(p.shape, dropout, p.device, generator, keep)
         ctx.scale, ctx.keep_scale, ctx.shape = scale, dropped_scale(dropout), shape
         ctx.save_for_backward(q, k, v, p, keep)
         return torch.bmm(_dropped(p, keep, ctx.keep_scale), v).view(*shape[:-1], -1)
@@ -153,7 +256,16 @@ class ShortRows(torch.autograd.Function):
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
         dq, dk = torch.bmm(dscores, k).mul_(ctx.scale), torch.bmm(dscores.transpose(1, 2), q)
         shape = ctx.shape[:2]
-        return *(x.unflatten(0, shape) for x in (dq, dk, dv)), None, None, None
+        return *(x.unflatten(0, shape) for x in (dq, dk, dv)), None, None, None, None, None
+
+
+def _keeping(
+    shape: torch.Size, p: float, device: torch.device, generator: torch.Generator | None, drawn: torch.Tensor | None
+) -> torch.Tensor | None:
+    """[shape] int16: what dropout leaves, if it was not drawn before."""
+    if drawn is not None:
+        return drawn.reshape(shape)
+    return kept(shape, p, device, generator) if p else None
 
 
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from lora_lab.data.collate import of_like_length
+from lora_lab.fast.routing import Routing, current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,41 +30,92 @@ _ENOUGH_TOKENS = 256  # attended to at once, that another call beside is worth i
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Where the tokens of B padded rows of T places lie."""
+    """Where the tokens of B padded rows of T places lie.
+
+    In a pass that several members share each has as many, N / K, so that their products can be made at once: the last one is there
+    again and again, for nobody to read.
+    """
 
     places: torch.Tensor  # [N] int64, of B * T
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor  # [B, 1, 1, T] bool: no padding
+    members: tuple[int, ...] = ()  # how many rows each member has in a pass that several share
+    standing: torch.Tensor | None = (
+        None  # [N] of such a pass: the token that each one is, which is another's place if it is there again
+    )
+    numbers: torch.Tensor | None = None  # [B] of a group: which of all rows they are
+    sources: torch.Tensor | None = (
+        None  # [B * T] of a group: the token of all N that each place gets; padding: one of its own row
+    )
 
     @functools.cached_property
     def alike(self) -> list[tuple[torch.Tensor, Rows]]:
         """The rows in groups of like length, for what is padded after all: which of the N tokens are a group's, and where these lie
         among its own padded rows. `back` has the tokens' places behind one another."""
+        return self._groups(range(len(self.mask)))
+
+    @functools.cached_property
+    def alike_of_members(self) -> list[list[tuple[torch.Tensor, Rows]]]:
+        """The groups that each member's rows have in a pass of its own; `back_of_members` goes with them."""
+        ends = [0, *itertools.accumulate(self.members)]
+        return [self._groups(range(start, end)) for start, end in itertools.pairwise(ends)]
+
+    def _groups(self, rows: range) -> list[tuple[torch.Tensor, Rows]]:
         lengths = self.mask.flatten(1).sum(-1)
-        ends = lengths.cumsum(0)
+        starts = self.starts
         found = []
-        for group in of_like_length(lengths.tolist(), len(lengths), _ENOUGH_TOKENS):
+        for places in of_like_length(lengths[rows.start : rows.stop].tolist(), len(rows), _ENOUGH_TOKENS):
+            group = [rows[place] for place in places]
             own = lengths[group]
-            mask = torch.arange(int(own.max()), device=own.device) < own[:, None]
-            tokens = torch.cat([torch.arange(int(ends[row] - lengths[row]), int(ends[row])) for row in group])
-            shape = (len(mask), mask.shape[1])
-            found.append((tokens.to(own.device), Rows(mask.flatten().nonzero().flatten(), shape, mask[:, None, None])))
+            within = torch.arange(int(own.max()), device=own.device)
+            mask = within < own[:, None]
+            sources = starts[group][:, None] + within.minimum(own[:, None] - 1)
+            numbers = torch.tensor(group, device=own.device)
+            places, seen = mask.flatten().nonzero().flatten(), mask[:, None, None]
+            alike = Rows(places, (len(mask), mask.shape[1]), seen, numbers=numbers, sources=sources.flatten())
+            found.append((sources[mask], alike))
         return found
 
     @functools.cached_property
     def back(self) -> torch.Tensor:
         """[N] int64: where each token lies when the groups of `alike` come one behind another."""
-        return torch.cat([tokens for tokens, _ in self.alike]).argsort()
+        return self._back(self.alike)
+
+    @functools.cached_property
+    def back_of_members(self) -> torch.Tensor:
+        """[N] int64, as `back`."""
+        return self._back([group for groups in self.alike_of_members for group in groups])
+
+    def _back(self, groups: list[tuple[torch.Tensor, Rows]]) -> torch.Tensor:
+        tokens = torch.cat([tokens for tokens, _ in groups])
+        if self.standing is None:
+            return tokens.argsort()
+        found = torch.empty_like(self.standing)
+        found[tokens] = torch.arange(len(tokens), device=tokens.device)
+        return found[self.standing]
+
+    @functools.cached_property
+    def read(self) -> torch.Tensor | None:
+        """[M] int64: the tokens that are not there again; None: all."""
+        if self.standing is None:
+            return None
+        return (self.standing == torch.arange(len(self.standing), device=self.standing.device)).nonzero().flatten()
 
     @property
     def starts(self) -> torch.Tensor:
         """[B] int64: where the first token of each row lies among all of them."""
         lengths = self.mask.flatten(1).sum(-1)
-        return lengths.cumsum(0) - lengths
+        starts = lengths.cumsum(0) - lengths
+        return starts if self.read is None else self.read[starts]
 
     def first(self) -> Rows:
         """The first token of each row."""
-        return dataclasses.replace(self, places=self.places[self.starts])
+        return dataclasses.replace(self, places=self.places[self.starts], standing=None)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a group: [1, N, ...], all tokens, -> [B, T, ...], its own; padding repeats a token of its row."""
+        assert self.sources is not None
+        return x[0].index_select(0, self.sources).unflatten(0, self.shape)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] -> [1, N, ...]"""
@@ -70,8 +123,10 @@ class Rows:
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
         """[1, N, ...] -> [B, T, ...], zeros for padding."""
-        whole = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
-        return whole.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
+        whole, tokens, places = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:]), x[0], self.places
+        if self.read is not None:
+            tokens, places = tokens.index_select(0, self.read), places[self.read]
+        return whole.index_copy(0, places, tokens).unflatten(0, self.shape)
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -158,5 +213,18 @@ def _found(mask: Any) -> Rows | None:
         if seen.all() or not (mask == seen).all():
             return None
         places = seen.flatten().nonzero().flatten()
-        setattr(mask, _NAME, Rows(places, (seen.shape[0], seen.shape[-1]), seen))
+        shape, shared = (seen.shape[0], seen.shape[-1]), current()
+        found = Rows(places, shape, seen) if shared is None else _as_many(places, shape, seen, shared)
+        setattr(mask, _NAME, found)
     return found_in(mask)
+
+
+def _as_many(places: torch.Tensor, shape: tuple[int, int], seen: torch.Tensor, shared: Routing) -> Rows:
+    """The rows of members, each of whom has as many tokens."""
+    counts = [route.tokens for route in shared.routes]
+    ends = list(itertools.accumulate(counts))
+    each, device = torch.arange(max(counts), device=places.device), places.device
+    tokens = torch.cat([end - count + each.clamp(max=count - 1) for count, end in zip(counts, ends, strict=True)])
+    within = torch.cat([each.clamp(max=count - 1) for count in counts])
+    firsts = torch.arange(len(counts), device=device).repeat_interleave(len(each)) * len(each)
+    return Rows(places[tokens], shape, seen, tuple(shared.row_counts), standing=firsts + within)

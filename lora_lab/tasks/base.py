@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from lora_lab.adapters.attach import base_of
 from lora_lab.base.load import AS, ModelKind
 from lora_lab.config.run import RunConfig
-from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch, pad
+from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch, PlacedBatch, join_rows, pad
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.data.formats import Record
@@ -240,7 +241,7 @@ class Task(Generic[Section, B]):
         return False
 
     def losses_of_members(self, model: PeftModel, batches: Sequence[B]) -> list[LossSum]:
-        """The summed loss of each adapter's batch, from one pass over all of them end to end."""
+        """The summed loss of each adapter's batch, from one pass over all of them."""
         raise NotImplementedError
 
     def logits(self, model: PeftModel, batch: B) -> torch.Tensor:
@@ -249,12 +250,23 @@ class Task(Generic[Section, B]):
 
     def loss(self, model: PeftModel, batch: B, rdrop_alpha: float | None = None) -> LossSum:
         """The summed loss of a batch. With `rdrop_alpha`, of two passes with different dropout, and their divergence."""
-        smoothing = self.config.smoothing if model.training else 0.0  # in evaluation the loss is the true one
         logits = self.logits(model, batch)
+        return self.loss_of(logits, batch, model.training, rdrop_alpha, lambda: self.logits(model, batch))
+
+    def loss_of(
+        self,
+        logits: torch.Tensor,
+        batch: B,
+        training: bool,
+        rdrop_alpha: float | None = None,
+        again: Callable[[], torch.Tensor] | None = None,
+    ) -> LossSum:
+        """`loss`, of the logits of a batch; with `rdrop_alpha` of those that come `again`, too."""
+        smoothing = self.config.smoothing if training else 0.0  # in evaluation the loss is the true one
         loss = self.item_losses(logits, batch, smoothing)
-        if rdrop_alpha is not None:
-            again = self.logits(model, batch)
-            loss = (loss + self.item_losses(again, batch, smoothing)) / 2 + rdrop_alpha * divergence(logits, again)
+        if rdrop_alpha is not None and again is not None:
+            other = again()
+            loss = (loss + self.item_losses(other, batch, smoothing)) / 2 + rdrop_alpha * divergence(logits, other)
         if batch.weights is not None:
             loss = loss * batch.weights
         return LossSum(loss.sum(), batch.weight, len(batch.targets), logits.detach())
@@ -491,8 +503,33 @@ class PaddedTask(Task[Section, Padded]):
     """A task whose rows are padded to the longest of their batch."""
 
     def logits(self, model: PeftModel, batch: Padded) -> torch.Tensor:
-        logits: torch.Tensor = model(**batch.inputs).logits  # [B, C] or [B, T, C]
+        return self.read(model(**batch.inputs), batch)
+
+    def read(self, outputs: Any, batch: Padded) -> torch.Tensor:
+        """The logits of a batch among the model's outputs, by transformers' names; there may be more padding in them."""
+        logits: torch.Tensor = outputs.logits  # [B, C] or [B, T, C]
         return (logits if batch.places is None else logits[batch.places]).float()
+
+    @property
+    def shares_passes(self) -> bool:
+        """As long as its loss is of logits that are read from each row, and a step needs no model."""
+        kind = type(self)
+        read = kind.logits in (PaddedTask.logits, PlacedTask.logits)
+        return read and kind.loss is Task.loss and kind.step is Task.step and self.forward.together
+
+    def losses_of_members(self, model: PeftModel, batches: Sequence[Padded]) -> list[LossSum]:
+        found = self.logits_of_members(model, batches)
+        return [
+            self.loss_of(logits, batch, model.training).without_logits()
+            for logits, batch in zip(found, batches, strict=True)
+        ]
+
+    def logits_of_members(self, model: PeftModel, batches: Sequence[Padded]) -> list[torch.Tensor]:
+        """The logits of each batch, from one pass over all of them."""
+        inputs, rows = join_rows(batches, self.tokenizer.pad_token_id)
+        outputs = {name: value for name, value in model(**inputs).items() if name.endswith("logits")}
+        parts = [SimpleNamespace(**{name: value[own] for name, value in outputs.items()}) for own in rows]
+        return [self.read(part, batch) for part, batch in zip(parts, batches, strict=True)]
 
     def shortened(self, example: Example) -> Example:
         cut = max(0, len(example.input_ids) - TRIED_TOKENS)
@@ -519,3 +556,16 @@ class PaddedTask(Task[Section, Padded]):
             starts = torch.tensor([start or len(row) for start, row in zip(pair_starts, rows, strict=True)])
             found["token_type_ids"] = ((places >= starts[:, None]) & (places < lengths[:, None])).long()
         return found
+
+
+class PlacedTask(PaddedTask[Section, PlacedBatch]):
+    """Such a task whose items are tokens, each said by a language model's output layer."""
+
+    def logits(self, model: PeftModel, batch: PlacedBatch) -> torch.Tensor:
+        return logits_at(model, batch.inputs, batch.places)
+
+    def logits_of_members(self, model: PeftModel, batches: Sequence[PlacedBatch]) -> list[torch.Tensor]:
+        inputs, rows = join_rows(batches, self.tokenizer.pad_token_id)
+        places = [(batch.places[0] + own.start, batch.places[1]) for batch, own in zip(batches, rows, strict=True)]
+        found = logits_at(model, inputs, (torch.cat([row for row, _ in places]), torch.cat([one for _, one in places])))
+        return list(found.split([len(batch.targets) for batch in batches]))

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_lab.adapters.attach import trainable
+from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.adapters.base import Step
 from lora_lab.base.load import BaseFiles
 from lora_lab.config.run import RunConfig
-from lora_lab.data.collate import PackedBatch
+from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.fast.routing import Route
@@ -275,7 +275,8 @@ def share(member: Member, parts: list[list[Example]], seed: int, accelerator: Ac
         alone: whether it has passes of its own.
     """
     torch.manual_seed(seed)
-    member.model.train()
+    if not (member.model.training and base_of(member.model).training):  # which goes through every adapter's modules
+        member.model.train()
     with accelerator.autocast():
         batches = member.task.step(member.model, parts, np.random.default_rng(seed))
     generator = None if alone else torch.Generator(member.model.device)
@@ -317,5 +318,5 @@ def learn(shares: Sequence[Share], place: int, accelerator: Accelerator) -> None
         one.add(batch.num_tokens, part)
 
 
-def _route(one: Share, batch: PackedBatch) -> Route:
-    return Route(one.member.name, batch.num_tokens, len(batch.targets), one.generator)
+def _route(one: Share, batch: Batch) -> Route:
+    return Route(one.member.name, batch.num_tokens, batch.num_places, one.generator, batch.shapes)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from lora_lab.adapters.attach import base_of
 from lora_lab.data.dataset import Dataset, Stream, first_examples
+from lora_lab.data.encode import Example
 from lora_lab.errors import TrainingError
-from lora_lab.fast.isolation import tail
+from lora_lab.runtime import console
+from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.training.cohort import learn, learning, share
 
 if TYPE_CHECKING:
@@ -28,18 +31,19 @@ def reason_against(members: Sequence[Member]) -> str:
     """Why these members, of one model, cannot share passes; empty if they can."""
     task = members[0].task
     train = [member.config.train for member in members]
-    dropout = any(member.config.adapter.dropout for member in members)
+    drops, on_cpu = _drops(members[0]), members[0].model.device.type == "cpu"
+    dropout = drops or any(member.config.adapter.dropout for member in members)
     apart = members[0].config.adapter.against_packing
     reasons = {
         apart: bool(apart),
         f"{members[0].config.adapter.label} cannot be told apart by row": not members[0].config.adapter.shares_passes,
-        f"task={members[0].config.task.name} is not trained on packed rows, each by itself": not task.shares_passes,
+        f"task={members[0].config.task.name} needs passes of each member's own": not task.shares_passes,
         "train.neftune_alpha, train.fgm_epsilon or train.rdrop_alpha change the pass itself": any(
             one.neftune_alpha or one.fgm_epsilon or one.rdrop_alpha for one in train
         ),
         "dropout is drawn again where activations are recomputed": dropout
         and any(one.gradient_checkpointing for one in train),
-        "the base itself drops activations": _drops(members[0]),
+        "the base itself drops activations, by kernels that know no members": drops and not on_cpu,
         task.forward.unshareable: bool(task.forward.unshareable),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
@@ -52,26 +56,36 @@ def _drops(member: Member) -> bool:
 
 
 def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accelerator) -> None:
-    """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own.
+    """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own. Where it cannot be
+    told whose rows or random numbers are whose, members take turns from now on, unless they were told to share.
 
     Raises:
         TrainingError: they differ by more than rounding.
     """
-    rows = [tail(example) for example in first_examples(train, len(members))]
+    rows = _rows(members, train)
 
     def gradients(places: Sequence[int]) -> list[torch.Tensor]:
         """Of one pass of these members."""
         own, alone = [members[place] for place in places], len(places) == 1
         with learning(own):
             shares = [
-                share(member, [[rows[place % len(rows)]]], 0, accelerator, alone)
+                share(member, [rows[place]], place, accelerator, alone)
                 for member, place in zip(own, places, strict=True)
             ]
-            learn(shares, 0, accelerator)
+            with contextlib.nullcontext() if alone else _nothing_drawn(members[0].model.device):
+                learn(shares, 0, accelerator)
             return [_taken(member) for member in own]
 
     states = [dataclasses.replace(member.state) for member in members]
-    together = gradients(range(len(members)))
+    try:
+        together = gradients(range(len(members)))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        for member in members:
+            member.optimizer.zero_grad()
+        _take_turns(members, f"{error}".partition("\n")[0])
+        return
     while not all(found.isfinite().all() for found in together) and all(member.lower_scale() for member in members):
         together = gradients(range(len(members)))  # so few tokens can be too much for float16
     limit = _ROUNDING[base_of(members[0].model).dtype]
@@ -85,6 +99,45 @@ def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accel
             )
     for member, state in zip(members, states, strict=True):
         member.state = state  # a resumed run goes on with the scale that it had
+
+
+def _rows(members: Sequence[Member], train: Dataset | Stream) -> list[list[Example]]:
+    """What each member is tried on: a row, or two, of which one may be padded."""
+    task = members[0].task
+    count = 1 if task.forward.packed or not task.forward.together else 2
+    found = [task.shortened(example) for example in first_examples(train, count * len(members))]
+    return [[found[(count * place + i) % len(found)] for i in range(count)] for place in range(len(members))]
+
+
+@contextlib.contextmanager
+def _nothing_drawn(device: torch.device) -> Iterator[None]:
+    """Refuse that anything is drawn inside the block but by members' own generators.
+
+    Raises:
+        TrainingError: something was.
+    """
+    before = _drawn(device)
+    yield
+    if not torch.equal(before, _drawn(device)):
+        raise TrainingError("the base drops something in a way that knows no members")
+
+
+def _drawn(device: torch.device) -> torch.Tensor:
+    """The state of torch's own generators."""
+    on_card = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *on_card])
+
+
+def _take_turns(members: Sequence[Member], reason: str) -> None:
+    """Let members take turns.
+
+    Raises:
+        TrainingError: they were told to share passes.
+    """
+    if members[0].config.sweep.execution == "batched":
+        raise TrainingError(f"sweep.execution=batched: {reason}. Set sweep.execution=interleaved.")
+    members[0].task.forward.members = 1
+    console.say("cohort", f"{len(members)} runs take turns after all: {reason}")
 
 
 def _taken(member: Member) -> torch.Tensor:

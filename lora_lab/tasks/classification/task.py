@@ -23,7 +23,6 @@ from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 Classes = TypeVar("Classes", ClassificationConfig, TokenClassificationConfig)
@@ -168,8 +167,8 @@ class Classification(ClassTask[ClassificationConfig]):
             return [int(label in own) for label in self.labels]
         return self.labels.index(example["labels"][0])
 
-    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
-        logits = super().logits(model, batch)
+    def read(self, outputs: Any, batch: PaddedBatch) -> torch.Tensor:
+        logits = super().read(outputs, batch)
         return one_by_one(logits) if self.config.multi_label else logits
 
     def unlabelled(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lora_lab.data.formats import Record, RowError, promised
 from lora_lab.errors import BaseModelError, NoRoomError
 from lora_lab.runtime import console, ranks
 from lora_lab.runtime.memory import attempts
-from lora_lab.tasks.base import EvalResult, PaddedTask, Predictions, logits_at
+from lora_lab.tasks.base import EvalResult, PlacedTask, Predictions, logits_at
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.metrics import reported, reports
 
@@ -86,7 +86,7 @@ class MaskedEncoder(Encoder):
         return {"words": [-1 if word is None else word for word in found.word_ids(piece)]}
 
 
-class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
+class MaskedLM(PlacedTask[MaskedLMConfig]):
     """`task=masked_lm`."""
 
     encoder_class = MaskedEncoder
@@ -146,9 +146,6 @@ class MaskedLM(PaddedTask[MaskedLMConfig, PlacedBatch]):
         replaced = places[(draws >= _MASKED) & (draws < _MASKED + _RANDOM)]
         changed[replaced] = rng.integers(self._known, size=len(replaced))
         return changed
-
-    def logits(self, model: PeftModel, batch: PlacedBatch) -> torch.Tensor:
-        return logits_at(model, batch.inputs, batch.places)
 
     @reports(lower=("loss",), higher=("masked_accuracy",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:

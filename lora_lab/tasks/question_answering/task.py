@@ -138,10 +138,9 @@ class QuestionAnswering(PaddedTask[QuestionAnsweringConfig, PaddedBatch]):
         places = {side: max(0, example[side] - cut) for side in ("start", "end")}
         return dataclasses.replace(short, own={**short.own, **places})
 
-    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
-        outputs = model(**batch.inputs)
-        logits = torch.cat([outputs.start_logits, outputs.end_logits]).float()
+    def read(self, outputs: Any, batch: PaddedBatch) -> torch.Tensor:
         padding = batch.inputs["attention_mask"].repeat(2, 1) == 0
+        logits = torch.cat([outputs.start_logits, outputs.end_logits]).float()[:, : padding.shape[1]]
         return logits.masked_fill(
             padding, -1e4
         )  # an answer is never in the padding, so that its length counts for nothing

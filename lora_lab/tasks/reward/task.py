@@ -117,8 +117,8 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
         own = {**example.own, "second_ids": rows[1][cuts[1] :], "starts": starts}
         return dataclasses.replace(example, input_ids=rows[0][cuts[0] :], weights=example.weights[cuts[0] :], own=own)
 
-    def logits(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
-        better, worse = model(**batch.inputs).logits[:, 0].float().chunk(2)
+    def read(self, outputs: Any, batch: PaddedBatch) -> torch.Tensor:
+        better, worse = outputs.logits[:, 0].float().chunk(2)
         return _compared(better, worse)
 
     def row_outputs(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:

@@ -17,7 +17,7 @@ from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Record, RowError, unanswered
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import TRIED_TOKENS, Answer, EvalResult, PaddedTask, Predictions, logits_at
+from lora_lab.tasks.base import TRIED_TOKENS, Answer, EvalResult, PlacedTask, Predictions
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.seq2seq.config import Seq2SeqConfig
@@ -69,7 +69,7 @@ class SourceEncoder(Encoder):
         return ids
 
 
-class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
+class Seq2Seq(PlacedTask[Seq2SeqConfig]):
     """`task=seq2seq`: cross-entropy of the target's tokens."""
 
     encoder_class = SourceEncoder
@@ -110,9 +110,6 @@ class Seq2Seq(PaddedTask[Seq2SeqConfig, PlacedBatch]):
         short = super().shortened(example)
         target = example["target_ids"][-TRIED_TOKENS:]
         return dataclasses.replace(short, own={**short.own, "target_ids": target}, own_tokens=len(target))
-
-    def logits(self, model: PeftModel, batch: PlacedBatch) -> torch.Tensor:
-        return logits_at(model, batch.inputs, batch.places)
 
     @reports(metrics.perplexity, lower=("loss",), higher=("token_accuracy",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
