@@ -166,10 +166,9 @@ def _parts_of(routes: Sequence[Route]) -> dict[tuple[int, ...], list[Part] | Non
     for sizes in ([padded[0][0] for padded in shapes if padded], [route.items for route in routes]):
         if any(sizes):  # one place of each row, and those that have a loss
             note_flat(sizes, sizes)
-    own = [route.tokens for route in routes]
-    note_flat(
-        [max(own)] * len(own) if any(shapes) else own, own
-    )  # without padding members have as many, see `unpadded.Rows`
+    tokens = [route.tokens for route in routes]
+    as_many = [max(tokens)] * len(tokens) if any(shapes) else tokens  # without padding, see `unpadded.Rows`
+    note_flat(as_many, tokens)
     return found
 
 

@@ -71,8 +71,8 @@ class Rows:
             mask = within < own[:, None]
             sources = starts[group][:, None] + within.minimum(own[:, None] - 1)
             numbers = torch.tensor(group, device=own.device)
-            places, seen = mask.flatten().nonzero().flatten(), mask[:, None, None]
-            alike = Rows(places, (len(mask), mask.shape[1]), seen, numbers=numbers, sources=sources.flatten())
+            filled, seen = mask.flatten().nonzero().flatten(), mask[:, None, None]
+            alike = Rows(filled, (len(mask), mask.shape[1]), seen, numbers=numbers, sources=sources.flatten())
             found.append((sources[mask], alike))
         return found
 

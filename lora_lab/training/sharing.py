@@ -124,7 +124,7 @@ def _nothing_drawn(device: torch.device) -> Iterator[None]:
 
 def _drawn(device: torch.device) -> torch.Tensor:
     """The state of torch's own generators."""
-    on_card = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    on_card = [torch.cuda.get_rng_state(device)] if device.type == "cuda" and torch.cuda.is_initialized() else []
     return torch.cat([torch.get_rng_state(), *on_card])
 
 
