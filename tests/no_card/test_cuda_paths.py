@@ -9,7 +9,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.fast import modules
-from lora_lab.training import loop
+from lora_lab.training import cohort
 from tests.fast.test_fast import families  # noqa: F401
 
 dry = pytest.importorskip("tests.no_card.dry", reason="no card to pretend")
@@ -49,14 +49,14 @@ def test_packed_rows_attend_in_one_launch_a_layer(families, config_of, tmp_path)
 @pytest.mark.long
 def test_members_who_are_alike_launch_once(families, config_of, tmp_path, monkeypatch):
     given = [f"model.path={families['llama']}", "model.dtype=bfloat16", "quant=nf4", "speed.dequantize=always"]
-    learn, found = loop.learn, []
+    learn, found = cohort.learn, []
     passed = Launches()
 
     def counted(*shares):
         with passed:
             learn(*shares)
 
-    monkeypatch.setattr(loop, "learn", counted)
+    monkeypatch.setattr(cohort, "learn", counted)  # which the dry run calls
     for name in ("at_once", "in_turn"):
         configs = [config_of(*given, f"optim.lr=0.00{i}", f"run_dir={tmp_path}/{name}{i}") for i in range(1, 9)]
         with dry.loaded(*configs) as run:
