@@ -47,7 +47,8 @@ EXTRAS = {
     "torchao": "torchao's int8 weights (quant=torchao_int8)",
     "liger": "faster kernels on CUDA cards",
     "serve": "an HTTP server (lora-lab serve)",
-    "text": "cleaning by stop words and stems, Chinese words among them (data.clean.steps)",
+    "sentences": "a proof that merged embedding models load in sentence-transformers",
+    "text": "cleaning by stop words, stems and personal data (data.clean)",
 }  # fmt: skip
 
 

@@ -166,7 +166,8 @@ def _understood(file: DataFile | HubData, told: _Told) -> tuple[Guess, TaskSecti
         formats = {name for one in every for name in TASKS[asked](**{**one, **options}).formats}
         guessed = guess.look(file, sorted(formats), columns)
         return guessed, TASKS[asked](**{**TASKS[asked].meant_for.get(guessed.format, {}), **options})
-    guessed = guess.look(file, None, columns)
+    meant = {name for task in TASKS.values() for name in task.meant_for}
+    guessed = guess.look(file, sorted(meant), columns)
     for task in _tasks_for(guessed):
         options = dict(task.meant_for.get(guessed.format, {}))
         if guessed.is_several and "multi_label" in _fields(task):

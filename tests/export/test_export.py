@@ -378,7 +378,9 @@ def test_a_choice_between_tokens_that_are_as_likely_counts_as_the_same():
     assert parity.as_likely(reference, reference.argmax(1)).all()
     other = reference.clone()
     other[:, 0] += 0.05
-    rows = parity.Probe([chosen], [], SimpleNamespace(compared_targets=lambda example: example))
+    rows = parity.Probe(
+        [chosen], [], SimpleNamespace(config=SimpleNamespace(vectors=False), compared_targets=lambda example: example)
+    )
     assert parity.compare([reference], [other], rows).top1_agreement == 0.5
     told = gguf.Told(*reversed(other.log_softmax(-1).sort(descending=True)), torch.zeros(4))
     assert gguf.compare([reference], [told], [chosen]).top1_agreement == 0.5

@@ -146,7 +146,9 @@ def test_each_limit_refuses(arithmetic, trained, dtype, says):
 
 def test_compare_measures_what_it_says():
     targets = [torch.tensor([0]), torch.tensor([1])]  # two rows of one position
-    rows = parity.Probe(targets, [], SimpleNamespace(compared_targets=lambda example: example))
+    rows = parity.Probe(
+        targets, [], SimpleNamespace(config=SimpleNamespace(vectors=False), compared_targets=lambda example: example)
+    )
     reference = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     shifted = reference + 5.0  # a shift of all logits changes no distribution
     same = parity.compare(reference.split(1), shifted.split(1), rows)

@@ -15,13 +15,18 @@ from lora_lab.config import compose
 from lora_lab.data import guess, sources
 from lora_lab.errors import DataError
 from lora_lab.plan import bases, recipe
+from lora_lab.tasks import TASKS
 from tests.conftest import WORDS, fails, make_base, make_rows, write_jsonl
 
 DATA = Path(os.environ.get("LORA_LAB_DATA", "/work/shared/data"))
 
 
+MEANT = sorted({name for task in TASKS.values() for name in task.meant_for})
+
+
 def looked(file: Path, **more) -> guess.Guess:
-    return guess.look(sources.find("data.train", str(file))[0], **more)
+    """As `lora-lab init` looks."""
+    return guess.look(sources.find("data.train", str(file))[0], **{"of_task": MEANT, **more})
 
 
 def write(file: Path, rows: list[dict]) -> Path:

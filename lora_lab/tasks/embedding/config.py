@@ -61,6 +61,7 @@ class EmbeddingConfig(TaskSection):
         ),
     ] = None
 
+    meant_for: ClassVar[dict[str, dict[str, Any]]] = {"retrieval": {}}
     predicts: ClassVar[bool] = True
     vectors: ClassVar[bool] = True
     augments: ClassVar[bool] = True
