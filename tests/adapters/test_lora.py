@@ -93,8 +93,9 @@ def test_a_beginning_changes_nothing_and_trains_from_where_it_says(name, quant, 
                 torch.testing.assert_close(down @ down.T, torch.eye(4), atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("reload_here")
-@pytest.mark.parametrize("name", later(BEGINNINGS, "olora"))
+@pytest.mark.parametrize("name", BEGINNINGS)
 def test_it_resumes_merges_and_lies_on_the_published_base(name, told, config_for, monkeypatch, base):
     own = f"adapter.init_lora_weights={name}"
     run = pipeline.train(config_for("run", own, "export.targets=[hf,adapter,vllm]"))

@@ -139,8 +139,9 @@ def test_accelerations_change_nothing(tmp_path, config_of, settings):
         assert fast[2].setup.task.forward.unshareable == ""
 
 
+@pytest.mark.long
 @here
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_its_memory_is_foreseen(config_of, dtype):
     from lora_lab.adapters.attach import trainable
     from lora_lab.plan import skeletons

@@ -47,6 +47,7 @@ def errors(own: runner.Bench) -> dict[str, str]:
 # -- end to end ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_slices_at_tiny_shapes(tmp_path, reload_here):
     own = bench(tmp_path, here(tmp_path / "work"))
     for number in (2, 3, 4, 5):

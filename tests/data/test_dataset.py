@@ -442,6 +442,7 @@ print(len(data), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.long
 def test_a_stream_needs_little_memory(tmp_path, base):
     """60 MB of rows in any order: far less than the file, in kilobytes of resident memory."""
     block = "".join(json.dumps(row) + "\n" for row in make_rows(2000)).encode()

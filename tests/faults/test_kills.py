@@ -63,7 +63,9 @@ def test_a_new_folder(tmp_path):
     assert folder.exists()
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize(
+    "exchange", [True, pytest.param(False, marks=pytest.mark.long)], ids=["exchange", "two renames"]
+)
 def test_a_folder_that_replaces_another(tmp_path, monkeypatch, exchange):
     folder, seen = tmp_path / "f", set()
     if not exchange:

@@ -101,7 +101,7 @@ def test_a_task_merges_the_same_layer_by_layer(case, start, in_layers):
     [
         pytest.param(given, written, marks=[pytest.mark.long] * later, id=" ".join(given))
         for given, written, later in [
-            (["quant=nf4", "merge.base=corrected", "merge.correction_rank=8"], "tensor by tensor: merge.base=corrected", False),
+            (["quant=nf4", "merge.base=corrected", "merge.correction_rank=8"], "tensor by tensor: merge.base=corrected", True),
             (["quant=int8", "merge.base=dequantized"], "tensor by tensor: merge.base=dequantized", True),
             (["export.dtype=bfloat16"], "file by file", True),  # of files in float32
             (["adapter=dora"], "file by file", True),
@@ -224,7 +224,7 @@ def mapped_bytes() -> int:
 
 
 @pytest.mark.usefixtures("reload_here")
-@pytest.mark.parametrize("beginning", ["loftq", pytest.param("pissa", marks=pytest.mark.long)])
+@pytest.mark.parametrize("beginning", [pytest.param(one, marks=pytest.mark.long) for one in ("loftq", "pissa")])
 def test_what_begins_with_the_base_merges_into_both_bases(beginning, config_of, eval_file):
     """LoftQ's factors make up for what quantizing took, and PiSSA's are the base's own: on the published base and on the one that training saw, the merged checkpoint is base + adapter, and on the latter the model as trained."""
     from lora_lab.run import pipeline

@@ -151,6 +151,7 @@ def test_a_large_model_is_planned_from_its_description(tmp_path, shape, rows, to
     assert found.phases == pytest.approx({name: dry.peaks[own] for name, own in _ALL.items()}, rel=0.03)
 
 
+@pytest.mark.long
 def test_offloaded_embeddings_take_no_room(config_on, middle):
     """But while they are loaded."""
     here, there = (
@@ -169,6 +170,7 @@ def _planned(config):
     return on_card.of_setup(setup, work.largest, work.evaluation, _SIZE)
 
 
+@pytest.mark.long
 def test_what_an_adapter_remembers_is_counted(config_on):
     """AdaLoRA keeps two sums for each of its numbers, and which ranks are left."""
     config = config_on("adapter=adalora", "train.epochs=8")
@@ -200,6 +202,7 @@ def hub(middle, monkeypatch, tmp_path):
     return asked
 
 
+@pytest.mark.long
 def test_a_model_of_the_hub_is_planned_from_its_description(hub, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red cat", "completion": "one two"}] * 3)
     told = [
@@ -218,6 +221,7 @@ def test_a_model_of_the_hub_is_planned_from_its_description(hub, tmp_path, capsy
     assert not any("safetensors" in pattern for pattern in hub)
 
 
+@pytest.mark.long
 def test_a_kept_base_is_as_large_as_what_is_written(config_on, middle):
     """With embeddings and output layer, which are not quantized."""
     config = config_on("hardware=cpu", f"model.path={shutil.copytree(middle, middle.parent / 'copied')}")
@@ -230,6 +234,7 @@ def test_a_kept_base_is_as_large_as_what_is_written(config_on, middle):
     assert written > 2 * 2048 * 256 * 2
 
 
+@pytest.mark.long
 def test_dora_on_four_bits_and_without_weights(config_on, middle, tmp_path, capsys):
     """Before anything large is downloaded."""
     described = tmp_path / "described"

@@ -59,7 +59,8 @@ def test_pages_are_given_back_and_what_was_written_stays(tmp_path):
     assert (written[4:7], read[4:7]) == (b"aba", b"aaa")
 
 
-@pytest.mark.parametrize("method", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_a_file_is_not_in_memory_as_a_whole_while_it_is_quantized(base, monkeypatch, method):
     """Its norms are used as they lie in the file, so the file stays mapped."""
     monkeypatch.setattr(pages, "READ", 2 * 2**20)

@@ -836,9 +836,7 @@ def test_base_few_shot_and_tuned_side_by_side(case, start, tmp_path, capsys):
 
 # every task, in the variants that make other batches
 PLANNED = [
-    pytest.param(case, marks=pytest.mark.long)
-    if case in ("completion", "preference-dpo", "preference-kto", "classification-several")
-    else case
+    case if case in ("causal_lm", "classification", "seq2seq") else pytest.param(case, marks=pytest.mark.long)
     for case in CASES
     if case.partition("-")[2] in ("", "dpo", "kto", "several")
 ]

@@ -61,6 +61,7 @@ def _train(overrides: list[str], limit: int, out) -> tuple[str, list | None]:
     return done.stdout, json.loads(lines[-1])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 def test_a_step_that_does_not_fit_is_made_smaller(overrides, tmp_path):
     from safetensors.torch import load_file
