@@ -46,7 +46,7 @@ FITTING = {  # settings for the tiny bases of these tests, whose narrowest layer
     "waveft": ["adapter.n_frequency=512"],
 }
 BIASED = ("beft",)  # sit on layers with a bias
-DAILY = ("lora", "oft", "bottleneck")  # one of each make; all others in the long tier
+DAILY = ("lora", "bottleneck")  # one of each make; all others in the long tier
 CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
 
 

@@ -100,6 +100,7 @@ def test_the_plan_verb_names_mistakes(overrides, capsys):
     assert "matches no linear layer" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_probe_trains_some_steps_and_leaves_nothing(overrides, capsys, tmp_path):
     assert cli.main(["plan", *overrides, "train.epochs=4", "probe=true"]) == 0
     printed = capsys.readouterr().out

@@ -38,7 +38,7 @@ PADDED = (
     "classification", "classification-several", "classification-weights", "regression", "reward", "token_classification",
     "question_answering", "masked_lm",
 )  # fmt: skip
-DAILY = ("classification", "reward", "token_classification", "question_answering", "masked_lm")
+DAILY = ("classification", "question_answering")
 
 
 def dropping(folder, rate: float = 0.2):

@@ -90,7 +90,11 @@ def test_unlike_members_that_share_passes_equal_runs_of_their_own(points, quant)
         assert_same_run(alone.path.parents[1] / "sweep" / alone.path.name, alone.path)
 
 
-@pytest.mark.parametrize("more", [["sweep.execution=interleaved"], ["adapter.use_dora=true"], ["speed=plain"]], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [["sweep.execution=interleaved"], pytest.param(["adapter.use_dora=true"], marks=pytest.mark.long), ["speed=plain"]],
+    ids=str,
+)
 def test_members_in_turns_equal_runs_of_their_own_to_the_byte(points, capsys, more):
     each = [[*own, *more] for own in (["adapter.r=2", "seed=3"], ["adapter.r=8", "optim.lr=0.002"])]
     trained(points(*each))
@@ -149,8 +153,15 @@ def test_a_pass_that_does_not_fit_is_shared_by_fewer(points, monkeypatch, capsys
 # -- isolation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("execution", ["batched", "interleaved"])
-@pytest.mark.parametrize("fault", ["raises", "diverges"])
+@pytest.mark.parametrize(
+    ("execution", "fault"),
+    [
+        ("batched", "diverges"),
+        ("interleaved", "raises"),
+        pytest.param("batched", "raises", marks=pytest.mark.long),
+        pytest.param("interleaved", "diverges", marks=pytest.mark.long),
+    ],
+)
 def test_a_member_that_fails_leaves_the_others_alone(points, monkeypatch, execution, fault):
     plain = loop._update
 

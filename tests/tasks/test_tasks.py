@@ -227,7 +227,7 @@ CASES = {
     "embedding-decoder": (["task=embedding", "task.symmetric=false"], "llama", found_row, "loss", True),
     "reranker": (["task=reranker"], "bert", candidates_row, "mrr@10", False),
     "reranker-decoder": (["task=reranker", "task.loss=binary"], "llama", candidates_row, "loss", True),
-    "embedding-cosent": (["task=embedding", "task.loss=cosent"], "bert", alike_row, "spearman", False),
+    "embedding-cosent": (["task=embedding", "task.loss=cosent"], "bert", alike_row, "loss", True),
     "embedding-angle": (["task=embedding", "task.loss=angle", "task.temperature=1"], "bert", alike_row, "loss", True),
 }  # fmt: skip
 # Others of the same make run by default; their losses have tests of their own.
@@ -836,7 +836,7 @@ def test_base_few_shot_and_tuned_side_by_side(case, start, tmp_path, capsys):
 
 # every task, in the variants that make other batches
 PLANNED = [
-    case if case in ("causal_lm", "classification", "seq2seq") else pytest.param(case, marks=pytest.mark.long)
+    case if case in ("causal_lm", "classification") else pytest.param(case, marks=pytest.mark.long)
     for case in CASES
     if case.partition("-")[2] in ("", "dpo", "kto", "several")
 ]

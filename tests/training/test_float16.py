@@ -90,6 +90,7 @@ def lively(monkeypatch):
     monkeypatch.setattr(cohort, "_LOSS_SCALE", 2.0**18)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("lively")
 def test_resume_is_exact_in_float16(config_of, tmp_path, eval_file, monkeypatch, capsys):
     cli.signals.install()

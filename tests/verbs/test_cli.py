@@ -134,6 +134,7 @@ def test_target_modules_that_match_nothing(overrides, capsys):
         assert "Adapted are: q_proj" in message
 
 
+@pytest.mark.long
 def test_a_rank_above_a_layer_is_said_with_numbers(overrides, capsys):
     assert cli.main(["plan", *overrides, "adapter.r=64"]) == 0
     assert (
