@@ -18,7 +18,7 @@ from lora_lab.plan import bases, recipe
 from lora_lab.tasks import TASKS
 from tests.conftest import WORDS, fails, make_base, make_rows, write_jsonl
 
-DATA = Path(os.environ.get("LORA_LAB_DATA", "/work/shared/data"))
+DATA = Path(os.environ.get("LORA_LAB_DATA", Path(__file__).parents[3] / "shared/data"))
 
 
 MEANT = sorted({name for task in TASKS.values() for name in task.meant_for})
