@@ -138,11 +138,11 @@ def _adapter(kind: Any) -> Any:
     return adapter_of(kind)
 
 
-def parse(kind: type[Kind], body: bytes) -> Kind:
-    """The request that a body holds.
+def tree_of(body: bytes) -> dict[str, Any]:
+    """The object that a body holds.
 
     Raises:
-        RequestError: not JSON, or fields that are unknown, missing, of a wrong type, or ask for what is not there.
+        RequestError: it holds something else.
     """
     try:
         tree = json.loads(body)
@@ -150,17 +150,39 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise RequestError(400, "The body is not valid JSON in UTF-8.") from error
     if not isinstance(tree, dict):
         raise RequestError(400, "The body must be a JSON object.")
-    fields = {name.partition(".")[0] for name in keys(kind)}
-    unknown = [name for name in tree if name not in fields]
-    problems = [f"{shown(name)}: unknown field.{nearest(name, fields)}" for name in unknown] or unreadable(tree)
+    return tree
+
+
+def checked(kind: type[Kind], tree: dict[str, Any], problems: list[str]) -> Kind:
+    """A request of this kind.
+
+    Args:
+        problems: that were found in the tree before.
+
+    Raises:
+        RequestError: there are such, or fields that are missing, of a wrong type or out of range.
+    """
     found = None
     if not problems:
         found, errors = validate(_adapter(cast(Any, kind)), tree)
-        problems = describe(errors, keys(kind)) if found is None else []
+        problems = describe(errors, keys(cast(Any, kind))) if found is None else []
     if found is None:
         raise RequestError(400, "; ".join(problems), param=re.split("[=:]", problems[0])[0].strip('"'))
-    checked: Kind = found
-    return checked
+    request: Kind = found
+    return request
+
+
+def parse(kind: type[Kind], body: bytes) -> Kind:
+    """The request that a body holds.
+
+    Raises:
+        RequestError: not JSON, or fields that are unknown, missing, of a wrong type, or ask for what is not there.
+    """
+    tree = tree_of(body)
+    fields = {name.partition(".")[0] for name in keys(kind)}
+    unknown = [name for name in tree if name not in fields]
+    problems = [f"{shown(name)}: unknown field.{nearest(name, fields)}" for name in unknown] or unreadable(tree)
+    return checked(kind, tree, problems)
 
 
 def stops(said: str | list[str] | None) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
@@ -192,20 +192,14 @@ class Keeping:
         Raises:
             RequestError: this key has no such session.
         """
-        found = self.sessions.get(session_id)
-        if found is None or found.owner != owner:
-            raise RequestError(404, f"session_id={session_id[:64]!r}: there is no such session.")
-        return found
+        return _owned(self.sessions, session_id, owner, "session")
 
     def model(self, model_id: str, owner: str) -> Model:
         """
         Raises:
             RequestError: this key has no such model.
         """
-        found = self.models.get(model_id)
-        if found is None or found.owner != owner:
-            raise RequestError(404, f"model_id={model_id[:100]!r}: there is no such model.")
-        return found
+        return _owned(self.models, model_id, owner, "model")
 
     def _folder(self, model_id: str) -> Path:
         match = _MODEL.fullmatch(model_id)
@@ -396,6 +390,20 @@ class Keeping:
             found = load_file(folder / _OPTIMIZER)
         _restore(learner, found, folder)
         learner.steps = int(manifest["step"])
+
+
+Owned = TypeVar("Owned", Session, Model)
+
+
+def _owned(there: Mapping[str, Owned], name: str, owner: str, kind: str) -> Owned:
+    """
+    Raises:
+        RequestError: this key has none of this name.
+    """
+    found = there.get(name)
+    if found is None or found.owner != owner:
+        raise RequestError(404, f"{kind}_id={name[:100]!r}: there is no such {kind}.")
+    return found
 
 
 def _after(seconds: int | None) -> str | None:

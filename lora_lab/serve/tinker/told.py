@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from lora_lab.schema.sections import adapter_of, describe, keys, section, unreadable, validate
+from lora_lab.schema.sections import section, unreadable
+from lora_lab.serve import wishes
 from lora_lab.serve.wishes import RequestError
 
 Kind = TypeVar("Kind")
@@ -197,11 +197,6 @@ class Ttl:
     ttl_seconds: Seconds = None
 
 
-@functools.cache
-def _adapter(kind: Any) -> Any:
-    return adapter_of(kind)
-
-
 def _known(kind: Any, tree: Any) -> Any:
     """A tree without fields that a section does not have."""
     if not isinstance(tree, dict):
@@ -225,21 +220,8 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     Raises:
         RequestError: not JSON, or fields that are missing, of a wrong type or out of range.
     """
-    try:
-        tree = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, "The body is not valid JSON in UTF-8.") from error
-    if not isinstance(tree, dict):
-        raise RequestError(400, "The body must be a JSON object.")
-    tree = _known(kind, tree)
-    problems, found = unreadable(tree), None
-    if not problems:
-        found, errors = validate(_adapter(cast(Any, kind)), tree)
-        problems = describe(errors, keys(cast(Any, kind))) if found is None else []
-    if found is None:
-        raise RequestError(400, "; ".join(problems))
-    checked: Kind = found
-    return checked
+    tree = _known(kind, wishes.tree_of(body))
+    return wishes.checked(kind, tree, unreadable(tree))
 
 
 def numbered(body: bytes) -> tuple[str, int] | None:
