@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import io
 import os
-import pickle
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_lab.errors import LoraLabError, ProcessError, TrainingError
+from lora_lab import errors
+from lora_lab.errors import ProcessError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from lora_lab.runtime.launch import Place
 
 T = TypeVar("T")
+Said = TypeVar("Said", bound=type)
 
+_NUMBERS = ("bool", "int32", "int64", "float32", "float64")  # of arrays
 _GRACE = 1.0  # seconds in which a process that was killed is seen to be gone
 
 
@@ -46,6 +49,7 @@ class _Group:
 
 
 _group: _Group | None = None
+_said: list[type] = []  # what processes say to each other beside plain values and tensors
 _number = (
     0  # of this process; it keeps it when it has parted from the others, and so never writes what process 0 writes
 )
@@ -163,27 +167,66 @@ def said_by_main() -> bool:
 # -- what they say ------------------------------------------------------------------------------------------------------
 
 
+def said(kind: Said) -> Said:
+    """Declare a class of plain fields as one that processes say to each other. Others are refused: nothing that comes from another process
+    names code."""
+    _said.append(kind)
+    return kind
+
+
+def _written(value: Any) -> torch.Tensor:
+    """[bytes] uint8"""
+    import torch
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _read(content: torch.Tensor) -> Any:
+    import numpy as np
+    import torch
+
+    arrays: list[Any] = [
+        np.ndarray,
+        np.dtype,
+        np.empty(0).__reduce__()[0],
+        *(type(np.dtype(kind)) for kind in _NUMBERS),
+    ]
+    with torch.serialization.safe_globals([*_said, *arrays]):
+        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+
+
 def gather(value: T) -> list[T]:
     """What each process has, by number."""
     if _group is None:
         return [value]
+    import torch
     import torch.distributed as dist
 
-    found: list[Any] = [None] * _group.size
-    _meet(lambda: dist.all_gather_object(found, value))
-    return found
+    own = _written(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_group.size)]
+    _meet(lambda: dist.all_gather(sizes, torch.tensor([len(own)])))
+    longest = max(int(one) for one in sizes)
+    found = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    _meet(lambda: dist.all_gather(found, torch.nn.functional.pad(own, (0, longest - len(own)))))
+    return [_read(one[: int(length)]) for one, length in zip(found, sizes, strict=True)]
 
 
 def from_main(value: T) -> T:
     """What process 0 has; what the others give is not looked at."""
     if _group is None:
         return value
+    import torch
     import torch.distributed as dist
 
-    found = [value if main() else None]
-    _meet(lambda: dist.broadcast_object_list(found, src=0))
-    assert found[0] is not None or main() or value is None
-    return found[0]  # type: ignore[return-value]
+    found = _written(value if main() else None)
+    size = torch.tensor([len(found)])
+    _meet(lambda: dist.broadcast(size, src=0))
+    found = found if main() else torch.empty(int(size), dtype=torch.uint8)
+    _meet(lambda: dist.broadcast(found, src=0))
+    told: T = _read(found)
+    return told
 
 
 def any_of(flag: bool) -> bool:
@@ -191,19 +234,21 @@ def any_of(flag: bool) -> bool:
     return any(gather(flag))
 
 
+@said
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How a piece of work went in one process."""
 
     told: Any = None  # what it gives the others
     lacked: str = ""  # what a failed allocation said
-    failed: tuple[type[LoraLabError], str] | None = None  # any other error
+    failed: tuple[str, str] | None = None  # any other error: its kind, of `errors`, and what it says
 
     @classmethod
     def of(cls, error: BaseException) -> Report:
         """Of a piece of work that ended with an error."""
         text = str(error) or type(error).__name__
-        return cls(failed=(type(error) if isinstance(error, LoraLabError) else TrainingError, text))
+        known = (one.__name__ for one in type(error).__mro__ if getattr(errors, one.__name__, None) is one)
+        return cls(failed=(next(known, TrainingError.__name__), text))
 
 
 def exchange(report: Report) -> list[Report]:
@@ -217,7 +262,7 @@ def exchange(report: Report) -> list[Report]:
         for number, other in enumerate(found):
             if other.failed is not None:
                 kind, text = other.failed
-                raise kind(f"{title(number)}: {text}")
+                raise getattr(errors, kind)(f"{title(number)}: {text}")
     return found
 
 
@@ -360,7 +405,7 @@ def _meet(action: Callable[[], object]) -> None:
     try:
         group.store.set(f"at/{group.rank}", str(group.count))
         action()
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         group.lost = _lost(group, error, time.monotonic() - begun)
         raise group.lost from error
 

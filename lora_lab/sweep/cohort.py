@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_lab.config.run import parse
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError, LoraLabError, NoRoomError, ProcessError, RunError, nearest
@@ -74,10 +75,10 @@ def no_more() -> None:
 def _handed_out(jobs: list[Job], own: Path | None) -> list[Job]:
     """The jobs that process 0 has; in any other one they have folders of its own."""
     folders = parallel.copies_of([str(job.run.path) for job in jobs], own)
-    configs = ranks.from_main([job.config for job in jobs])
+    told = ranks.from_main([dataclasses.asdict(job.config) for job in jobs])
     if own is None:
         return jobs
-    moved = [dataclasses.replace(one, run_dir=folder) for one, folder in zip(configs, folders, strict=True)]
+    moved = [dataclasses.replace(parse(one), run_dir=folder) for one, folder in zip(told, folders, strict=True)]
     return [Job(parallel.own_configuration(one, own), {}) for one in moved]
 
 

@@ -100,6 +100,7 @@ class EvalResult:
         )
 
 
+@ranks.said
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """What a model said of one batch."""
@@ -110,6 +111,7 @@ class Predictions:
     targets: np.ndarray  # [S]
 
 
+@ranks.said
 class Measured(NamedTuple):
     """What one pass of an evaluation gave."""
 

@@ -24,7 +24,7 @@ from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.fast.routing import Route
 from lora_lab.run.run_dir import RunDir
-from lora_lab.runtime import tracking
+from lora_lab.runtime import ranks, tracking
 from lora_lab.training import regularize
 from lora_lab.training.batches import pass_seed, plan_of
 from lora_lab.training.optim import build_optimizer, build_schedule
@@ -161,6 +161,7 @@ class Member:
         yield
 
 
+@ranks.said
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """What one process learned of a member's step."""

@@ -17,6 +17,7 @@ from lora_lab.runtime import ranks
 from lora_lab.training.cohort import Counts, Share
 
 
+@ranks.said
 @dataclasses.dataclass(frozen=True)
 class Told:
     """What a process says of its part of a step, as plain values."""

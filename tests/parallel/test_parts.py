@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +14,10 @@ from lora_lab.errors import ConfigError, ProcessError, TrainingError
 from lora_lab.run import parallel, run_dir
 from lora_lab.run.prepared import prepare
 from lora_lab.runtime import launch, memory, ranks
+from lora_lab.tasks.base import Measured, Predictions
 from lora_lab.training import learned
 from lora_lab.training.batches import pass_seed
-from lora_lab.training.cohort import Member, learn, learning, share
+from lora_lab.training.cohort import Counts, Member, learn, learning, share
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
@@ -26,6 +30,23 @@ def test_every_piece_of_work_is_dealt_once_and_evenly(processes):
     loads = [sum(sizes[place] for place in part) for part in parts]
     assert max(loads) <= max(max(sizes), sum(sizes) / processes + 1)
     assert ranks.dealt([], processes) == [[]] * processes
+
+
+def test_what_processes_say_is_plain_and_names_no_code():
+    counts = Counts(1.5, 2, 3, 4, {"reward": 1.0})
+    seen = Predictions([], torch.ones(2, 3), np.arange(3), np.zeros(2, dtype=np.float32))
+    told = [learned.Told(True, [counts], b"\x01\x00"), Measured(0, 1.0, 2.0, seen), None, ("a", {"k": b"\xff"})]
+    one, two, *others = ranks._read(ranks._written(told))
+    assert (one, others) == (told[0], told[2:])
+    assert (two.place, two.seen.predicted.tolist()) == (0, [0, 1, 2])
+    assert torch.equal(two.seen.logits, seen.logits)
+
+    class Named:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    with pytest.raises(pickle.UnpicklingError, match="posix.system"):
+        ranks._read(ranks._written(Named()))
 
 
 def test_one_process_does_all_in_order():
