@@ -182,7 +182,7 @@ class Engine:
             self._asked.clear()
             late = self._stop_at is not None and time.monotonic() >= self._stop_at
         if late:
-            self._tell_all(asked)
+            self._tell_all([*(one.found for one in asked), *(future for _, future in calls)])
             return False
         for call, future in calls:
             _fulfil(future, call)
@@ -329,15 +329,18 @@ class Engine:
                 self._leaving.remove((served, future))
                 _fulfil(future, functools.partial(self.shelf.take, served))
 
-    def _tell_all(self, asked: Sequence[_Asked], why: RequestError | None = None) -> None:
-        """Say to everybody that there will be no answer; by default because it is stopping."""
+    def _tell_all(self, taken: Sequence[Future[Any]], why: RequestError | None = None) -> None:
+        """Say to everybody that there will be no answer; by default because it is stopping.
+
+        Args:
+            taken: of those that do not wait any more.
+        """
         with self._changed:
             waiting, self._rows = list(self._rows), collections.deque()
         rows = [row for lane in self._lanes.values() for batch in lane for row in batch.clear()]
         for row in (*rows, *(row for _, row in waiting)):
             row.fail(why or _stopping())
-        left: list[Future[Any]] = [one.found for one in asked]
-        for future in [*left, *(future for _, future in self._leaving)]:
+        for future in [*taken, *(future for _, future in self._leaving)]:
             _fulfil(future, _refuse)
         self._lanes.clear()
         self._leaving.clear()

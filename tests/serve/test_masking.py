@@ -11,6 +11,7 @@ from lora_lab.serve.app import Service
 from lora_lab.serve.batch import Batch
 from lora_lab.serve.config import ServeConfig
 from lora_lab.serve.engine import Engine
+from lora_lab.serve.wishes import RequestError
 from tests.conftest import fails
 from tests.serve.conftest import at_once, client_of, held, said, until
 
@@ -192,3 +193,13 @@ def test_the_memory_that_may_be_taken_is_told(service):
     engine = Engine(service.shelf, 4, 4, type(service.metrics)(), 0.5)
     assert engine._cache == 2**29
     assert "lora_lab_cache_limit_bytes 5.36870912e+08" in engine._metrics.text().decode()
+
+
+def test_what_an_engine_was_to_do_is_refused_once_it_has_stopped(service):
+    engine = Engine(service.shelf, 4, 4, type(service.metrics)(), 0.5)
+    waiting = engine.do(lambda: 1)  # it was asked before it could begin
+    engine.stop(0)
+    engine.start()
+    with pytest.raises(RequestError, match="stop"):
+        waiting.result(timeout=20)
+    engine.join(20)
