@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lora_lab.base import inspect
 from lora_lab.errors import CheckpointError
 from lora_lab.runtime import console, storage
 from lora_lab.runtime.reading import reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def usable(folder: Path) -> bool:
@@ -22,3 +27,21 @@ def usable(folder: Path) -> bool:
         shutil.rmtree(folder, ignore_errors=True)
         return False
     return True
+
+
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Write a model as transformers does, also where several processes train one run: in all but the first of them transformers writes
+    nothing, and each may have a cache of its own.
+
+    Args:
+        options: of `save_pretrained`.
+
+    Raises:
+        BaseModelError: nothing was written.
+    """
+    model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
+    try:
+        model.save_pretrained(folder, **options)
+    finally:
+        del model.should_save_on_this_rank
+    inspect.require_config(folder)

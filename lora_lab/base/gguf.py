@@ -120,7 +120,7 @@ def _convert(file: Path, folder: Path, told: dict[str, Any], reader: int, dtype:
     if len(ends) > 1:  # the token that ends a text, and the one that ends a turn
         model.generation_config.eos_token_id = ends
     with storage.new_folder(folder, {"source": file.name}) as temporary:
-        model.save_pretrained(temporary)
+        cache.save(model, temporary)
         if reader < TOKENS_AS_WRITTEN:
             overruled.write(tokenizer, temporary)
         else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from lora_lab.base import cache
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config.model import QuantConfig
 from lora_lab.errors import RunError
@@ -54,4 +55,4 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
             storage.recover(folder.parent, folder.name)
             if not folder.exists():
                 with storage.new_folder(folder, {}) as temporary:
-                    model.save_pretrained(temporary, max_shard_size=SHARD)
+                    cache.save(model, temporary, max_shard_size=SHARD)

@@ -49,6 +49,20 @@ def test_what_processes_say_is_plain_and_names_no_code():
         ranks._read(ranks._written(Named()))
 
 
+def test_a_base_is_kept_whole_by_any_process(config_of, monkeypatch, tmp_path):
+    """transformers writes nothing in a process that is not the first of its group."""
+    from transformers.distributed import mixin
+
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 1)
+    config = config_of("quant=nf4")
+    for _ in range(2):
+        prepare(config).bases()
+        [kept] = [one for one in (tmp_path / "cache/quantized").iterdir() if one.is_dir()]
+        assert {"config.json", "model.safetensors"} <= {one.name for one in kept.iterdir()}
+
+
 def test_one_process_does_all_in_order():
     assert ranks.dealt([1, 5, 2], 1) == [[0, 1, 2]]
     assert (ranks.size(), ranks.rank(), ranks.main()) == (1, 0, True)

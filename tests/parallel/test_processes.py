@@ -78,8 +78,8 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
         "NF4, cohort of 3",
     ]
     found = run(count, *kinds)
-    for kind in kinds:
-        close(found[kind], train_kind(kind, sources, tmp_path / kind))
+    for place, kind in enumerate(kinds):
+        close(found[kind], train_kind(kind, sources, tmp_path / str(place)))
 
 
 # -- through the command line ---------------------------------------------------------------------------------------------
