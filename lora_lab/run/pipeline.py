@@ -193,7 +193,7 @@ class _Ending:
                 self.result["merge"] = merge_adapter(self.trained, as_trained)
             except Exception as error:
                 self._refuse(error)
-        merged = as_trained is not None and "refused" not in self.result["merge"]
+        merged = as_trained is not None and not self.result["merge"]["refused"]
         try:
             made, refused = _export(self.trained, merged)
         except Exception as error:
