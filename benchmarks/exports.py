@@ -230,6 +230,8 @@ def _attempt(found: Outcome, place: Path) -> None:
     merged, report = run_dir / "merge_report.json", run_dir / "export_report.json"
     found.merged = json.loads(merged.read_text()) if merged.exists() else {}
     found.report = json.loads(report.read_text()).get("gguf", {}) if report.exists() else {}
+    if not found.refused_after and not found.report.get("loader"):
+        found.fault = "neither exported nor refused"
 
 
 def _tokenizer(family: str, base: Path) -> Any:
