@@ -320,7 +320,7 @@ class _ForkedReload(subprocess.Popen):
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *more: Any) -> None:
         script = [str(word) for word in args] if isinstance(args, (list, tuple)) else []
-        place = next((i for i, word in enumerate(script) if word.endswith("/merge/reload.py")), None)
+        place = next((i for i, word in enumerate(script) if word.endswith("/verify/reload.py")), None)
         if place is None:
             return super()._execute_child(args, executable, preexec_fn, *more)
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = more[7:13]
