@@ -29,6 +29,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from benchmarks.sources import ROOT, sources
+from lora_lab.base import gguf, gguf_tokens
 from lora_lab.config import compose
 from lora_lab.errors import LoraLabError
 from lora_lab.export import convert, llama
@@ -103,6 +104,9 @@ _PUBLISHED: dict[str, dict[str, Any]] = {  # settings that published models have
 _SENTENCEPIECE = (  # have no other tokenizer
     "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3n_text", "jamba", "minicpm3", "nemotron", "phi3",
 )  # fmt: skip
+# transformers has a tokenizer class of its own for these, and llama.cpp knows their published vocabulary alone
+_OWN_VOCABULARY = {"qwen2": "qwen2", "qwen3_5_moe": "qwen35", "qwen3_5_moe_text": "qwen35"}
+_VOCABULARIES = os.environ.get("LORA_LAB_VOCABULARIES")  # a folder with llama.cpp's models/ggml-vocab-*.gguf
 _NAMED_TOKENS = {  # that the conversion looks for
     "glm": ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]", "<sop>"],
 }
@@ -118,7 +122,8 @@ and exported with `export.targets=[hf,gguf]` at f16. `make exports` makes this p
 - **answers**: greedy answers of {new_tokens} tokens that are the same; *near ties* part where two tokens are as likely, within rounding.
 - What llama.cpp has built in of a family (which layers are windowed or linear, widths that follow from others) is as in its published
   models, and windows go beyond the rows. Settings that transformers does not write again are in the base's `config.json`.
-- A family that knows SentencePiece alone gets such a tokenizer, of letters and bytes, without a chat template.
+- A family that knows SentencePiece alone gets such a tokenizer, of letters and bytes, without a chat template. One for which
+  transformers has a tokenizer class of its own (Qwen 2 and 3.5) gets its published vocabulary.
 
 Made with {versions}; code {digest}. {count} families exported and proved, {refused} refused before training, {after} refused after it,
 {not_built} that transformers does not build tiny from these settings; {left} of {shared} have not been run.{earlier}
@@ -181,7 +186,7 @@ def _shared() -> dict[str, str]:
 
 def _attempted(family: str, model: str, code: str) -> Outcome:
     def late(*_: Any) -> None:
-        raise TimeoutError(f"more than {_SECONDS} seconds")
+        raise RuntimeError(f"more than {_SECONDS} seconds")  # no OSError: lora_lab would take it for a full disk
 
     signal.signal(signal.SIGALRM, late)
     with tempfile.TemporaryDirectory(prefix="exports_") as place:
@@ -238,6 +243,9 @@ def _tokenizer(family: str, base: Path) -> Any:
     if family in _SENTENCEPIECE:
         return letters_with_a_beginning(base, blank=not family.startswith("gemma"))
     tokenizer = smollm2_tokenizer()
+    if _VOCABULARIES and family in _OWN_VOCABULARY:
+        vocabulary = Path(_VOCABULARIES) / f"ggml-vocab-{_OWN_VOCABULARY[family]}.gguf"
+        tokenizer, _ = gguf_tokens.build(vocabulary, gguf.read_head(vocabulary))
     tokenizer.chat_template = CHATML
     named = next((tokens for name, tokens in _NAMED_TOKENS.items() if family.startswith(name)), [])
     tokenizer.add_special_tokens({"additional_special_tokens": named})

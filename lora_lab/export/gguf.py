@@ -471,7 +471,8 @@ def _check_text(
 ) -> None:
     """Refuse a file that llama.cpp tokenizes differently from the run, or that would not stop where the run does.
 
-    Conversations with tools that no row has are told of only: nothing of what was trained depends on them.
+    Conversations with tools that no row has are told of only: nothing of what was trained depends on them. So are tokens that llama.cpp
+    takes for control tokens by their names, whatever the file says, as long as no row has them: Qwen's vocabulary has a plain `</s>`.
 
     Raises:
         ExportError: the first difference.
@@ -479,6 +480,14 @@ def _check_text(
     seen = [(one.get("text"), one["ids"] if "ids" in one else one["error"]) for one in told["prompts"]]
     by = "the Modelfile's template and llama.cpp's tokenizer make" if modelfile is not None else "llama.cpp makes"
     beside = [one.with_tools and not one.held_out for one in asked]  # tools that the rows do not have
+    for number, (prompt, (_, ids)) in enumerate(zip(asked, seen, strict=True)):
+        if not prompt.held_out and (taken := text.taken_whole(encoder, prompt, ids)):
+            seen[number] = (prompt.text, prompt.ids)
+            console.say(
+                "export",
+                f"{file.name}: llama.cpp takes {' and '.join(map(repr, taken))}, in this vocabulary plain text, for a control token: "
+                "where a user writes it, it makes other tokens than the run's, and an answer ends there. No row that was asked has it",
+            )
 
     def differing(kind: bool) -> list[str]:
         own, theirs = ([one for one, b in zip(part, beside, strict=True) if b is kind] for part in (asked, seen))

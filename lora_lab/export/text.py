@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -180,6 +181,26 @@ def _difference(encoder: Encoder, prompt: Prompt, text: str | None, ids: list[in
     at = _parting(ids, prompt.ids)
     theirs, ours = (tokenizer.convert_ids_to_tokens(one[max(at - 1, 0) : at + 3]) for one in (ids, prompt.ids))
     return f"{prompt.name}: it makes {theirs} of what the run's tokenizer makes {ours} (token {at + 1})"
+
+
+def taken_whole(encoder: Encoder, prompt: Prompt, ids: list[int] | str) -> list[str]:
+    """Plain tokens of the vocabulary that a target finds whole in a text, as if they were special, if nothing else parts its ids from
+    the run's; else none."""
+    if isinstance(ids, str) or ids == prompt.ids:
+        return []
+    tokenizer = encoder.tokenizer
+    begins = prompt.messages is None and prompt.ids[:1] == [tokenizer.bos_token_id]
+    names = {tokenizer.decode([one]): one for one in set(ids) - set(prompt.ids) - tokenizer.added_tokens_decoder.keys()}
+    found = sorted(name for name in names if name.strip() and name in prompt.text)
+    for taken in [*itertools.combinations(found, 1), *itertools.combinations(found, 2)]:
+        parts = re.split(f"({'|'.join(map(re.escape, taken))})", prompt.text)
+        made = [[tokenizer.bos_token_id]] * begins
+        for one in parts:
+            own = tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"]
+            made.append([names[one]] if one in taken else own)
+        if [*itertools.chain(*made)] == ids:
+            return list(taken)
+    return []
 
 
 def _parting(one: Sequence[Any], two: Sequence[Any]) -> int:

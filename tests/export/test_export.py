@@ -567,6 +567,29 @@ def test_conversations_with_tools_go_through_llama_cpps_template_too(config_of, 
     assert not any(one.with_tools for one in gguf._asked(encoder, with_modelfile=True))
 
 
+def test_a_plain_token_that_llama_cpp_takes_for_a_control_token_is_told_of(config_of, llama_base, capsys):
+    """As Qwen's `</s>`, which that vocabulary has from its texts."""
+    file = llama_base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    spare = next(one for one, number in content["model"]["vocab"].items() if number == 49000)
+    content["model"]["vocab"]["</s>"] = content["model"]["vocab"].pop(spare)
+    content["model"]["merges"] = [one for one in content["model"]["merges"] if spare not in ("".join(one), *one)]
+    file.write_text(json.dumps(content))
+    encoder = prepare(config_of(f"model.path={llama_base}")).encoder
+    assert encoder.tokenizer.encode("</s>", add_special_tokens=False) != [49000]
+    made = llama_base / "made.gguf"
+    made.write_bytes(gguf._tiny(llama_base, encoder))
+    asked = text.prompts(encoder)
+    told = gguf.ask(made, encoder, asked)
+    gguf._check_text(made, encoder, asked, told, None)
+    assert "llama.cpp takes '</s>', in this vocabulary plain text, for a control token" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    rows = [dataclasses.replace(one, held_out="special" in one.name) for one in asked]
+    with pytest.raises(ExportError, match="in 1 of .* texts other tokens than the run's"):
+        gguf._check_text(made, encoder, rows, told, None)
+
+
 def test_vllm_gets_one_rank_and_scale_one_and_the_same_update(trained, base):
     from lora_lab.adapters import deltas
 
