@@ -31,7 +31,7 @@ from lora_lab.tasks import TASKS
 from lora_lab.training.cohort import Member
 from lora_lab.training.loop import fit
 from tests.conftest import fails, make_base
-from tests.export.test_export import llama_base, smollm2_tokenizer  # noqa: F401 - fixtures
+from tests.export.test_export import make_llama_base
 from tests.sweep.test_sweep import assert_same_run
 from tests.training.test_resume import stop_at
 
@@ -46,6 +46,7 @@ FITTING = {  # settings for the tiny bases of these tests, whose narrowest layer
     "waveft": ["adapter.n_frequency=512"],
 }
 BIASED = ("beft",)  # sit on layers with a bias
+BIASES = {"attention_bias": True, "mlp_bias": True}
 DAILY = ("lora", "bottleneck")  # one of each make; all others in the long tier
 CHEAP = ("adapter", "vllm")  # of the targets; hf is the merge itself
 
@@ -61,7 +62,7 @@ def told(method, overrides, eval_file):
     plain = [text for text in overrides if not text.startswith(("adapter.", "optim.lr=", "run_dir="))]
     folder = Path(next(text for text in overrides if text.startswith("run_dir=")).partition("=")[2]).parent
     if method in BIASED:
-        biased = make_base(folder / "biased", attention_bias=True, mlp_bias=True)
+        biased = make_base(folder / "biased", **BIASES)
         plain = [f"model.path={biased}" if text.startswith("model.path=") else text for text in plain]
     shared = [*plain, "optim.lr=0.003", f"data.eval={eval_file}", f"train.max_steps={STEPS}", "train.save_steps=2"]
     own = [f"adapter={method}", *FITTING.get(method, [])]
@@ -202,10 +203,10 @@ def test_it_shrinks_and_is_combined_with_another_or_is_refused(config_for, metho
         for name in sorted(TARGETS.keys() - {"hf", *CHEAP})
     ],
 )
-def test_every_other_target_is_made_or_refused_before_training(told, llama_base, target, capsys):  # noqa: F811
-    # llama.cpp's conversion knows the tokenizer of llama_base; what 4 bits cost a base of random weights says nothing
-    model = [] if target == "quantized" else [f"model.path={llama_base}"]
-    words = ["train", *told("run", *model, f"export={target}", "merge.max_loss_increase=1")]
+def test_every_other_target_is_made_or_refused_before_training(method, told, target, tmp_path, capsys):
+    base = make_llama_base(tmp_path / "llama", **(BIASES if method in BIASED else {}))
+    # what 4 bits cost a base of random weights says nothing
+    words = ["train", *told("run", f"model.path={base}", f"export={target}", "merge.max_loss_increase=1")]
     reason = reason_against(compose.compose(words[1:]).adapter, target)
     if reason:
         assert reason in fails(words, capsys)

@@ -62,14 +62,18 @@ def smollm2_tokenizer():
     )
 
 
-@pytest.fixture
-def llama_base(tmp_path):
+def make_llama_base(folder, **config):
     """Grouped heads, whose rows llama.cpp reorders, tied embeddings, and a tokenizer that its conversion knows."""
     own = smollm2_tokenizer()
     own.chat_template = CHATML
-    base = make_base(tmp_path / "base", vocab_size=len(own), hidden_size=96, tie_word_embeddings=True)
+    base = make_base(folder, vocab_size=len(own), tie_word_embeddings=True, **config)
     own.save_pretrained(base)
     return base
+
+
+@pytest.fixture
+def llama_base(tmp_path):
+    return make_llama_base(tmp_path / "base", hidden_size=96)
 
 
 @pytest.mark.long
