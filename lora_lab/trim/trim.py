@@ -212,6 +212,11 @@ def _cut_layers(
             "loss": chosen.whole,
             "dropped": [dataclasses.asdict(one) for one in chosen.dropped],
         }
+        if setup.held_out is not None:
+            for place, one in enumerate(report["layers"]["dropped"], 1):
+                with stack.given(dict.fromkeys(dropped.layer for dropped in chosen.dropped[:place])):
+                    measured = _measured(model, setup.task, setup.held_out, setup.device)
+                one["held_out"] = {name: measured[name] for name in ("loss", "bits_per_byte")}
     gone = [] if chosen is None else [one.layer for one in chosen.dropped]
     passes = _probes(setup, kept)
     if stack is None:
@@ -399,17 +404,23 @@ def _show(report: dict[str, Any]) -> None:
             f"{one['tokens_after']:,} now"
         )  # fmt: skip
     if "layers" in report:
-        told = report["layers"]
-        table = [
-            ["none", told["loss"], ""],
-            *([one["layer"], one["loss"], f"{one['loss'] - told['loss']:+.4f}"] for one in told["dropped"]),
-        ]
-        title = f"layers dropped, one after another: loss on {told['calibration_rows']} rows of data.train"
-        console.show_table(title, ["dropped", "loss", ""], table)
+        _show_layers(report["layers"])
     outputs = report["outputs"]
     how = "the same bits" if outputs["same_bits"] else f"at most {outputs['largest_difference']:.1e} apart, by rounding"
     console.say(
         "outputs", f"loaded by plain transformers: {how}, on {outputs['positions']} positions of {outputs['rows']} rows"
+    )
+
+
+def _show_layers(told: dict[str, Any]) -> None:
+    rows: list[list[Any]] = [["none", told["loss"], "", ""]]
+    for one in told["dropped"]:
+        held_out = one["held_out"]["bits_per_byte"] if "held_out" in one else ""
+        rows.append([one["layer"], one["loss"], f"{one['loss'] - told['loss']:+.4f}", held_out])
+    console.show_table(
+        f"layers dropped, one after another, by the loss on {told['calibration_rows']} rows of data.train",
+        ["dropped", "loss", "", "held out, bits per byte"],
+        rows,
     )
 
 

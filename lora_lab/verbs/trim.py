@@ -37,10 +37,10 @@ def _run(told: Told) -> int:
 def _with_rows(overrides: list[str]) -> list[str]:
     """With the texts of the vocabulary as rows, where nothing else is said of rows."""
     names = {text.partition("=")[0] for text in overrides}
-    texts = [text for text in overrides if text.startswith("trim.vocabulary=")]
-    if not texts or names & {"data", "data.train", "recipe"}:
+    texts = [text.partition("=")[2] for text in overrides if text.startswith("trim.vocabulary=")]
+    if not texts or texts[-1] == "null" or names & {"data", "data.train", "recipe"}:
         return overrides
-    return [*overrides, "data.train=" + texts[-1].partition("=")[2]]
+    return [*overrides, f"data.train={texts[-1]}"]
 
 
 VERB = Verb(
