@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_lab.config.data import Source
 from lora_lab.schema.sections import section
 
 
@@ -13,7 +12,7 @@ class TrimConfig:
     """A smaller base (`lora-lab trim`): tokens and layers that go."""
 
     vocabulary: Annotated[
-        str | list[str | Source] | None,
+        str | list[str] | None,
         Field(
             description="keep the tokens that these texts use, named as in data.train, and what makes them; null: all tokens"
         ),

@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-# what goes along: licences, and how sentence-transformers takes vectors
-_ALONG = (
-    "LICENSE*",
-    "NOTICE*",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "[0-9]_*",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +72,7 @@ class Cut:
         return tree
 
     def write_weights(self, folder: Path, shard_size: str) -> None:
-        """Write the tensors that stay, and the files that go along."""
+        """Write the tensors that stay, and the licence."""
         weights = Weights(self.base.folder)
         tensors, left_out = self._tensors(weights)
         if left_out:
@@ -108,10 +99,8 @@ class Cut:
 
         told = {name: (shape(one), weights.dtypes[one.source]) for name, one in tensors.items()}
         write_tensors(folder, told, read, shard_size)
-        for pattern in _ALONG:
-            for found in self.base.folder.glob(pattern):
-                copy = shutil.copytree if found.is_dir() else shutil.copy
-                copy(found, folder / found.name)
+        for licence in self.base.folder.glob("LICENSE*"):
+            shutil.copy(licence, folder)
 
     def _row_count(self, weights: Weights, tensors: Mapping[str, Tensor]) -> int:
         return next(weights.shapes[one.source][one.axis] for one in tensors.values() if one.axis is not None)

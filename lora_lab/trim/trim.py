@@ -34,6 +34,7 @@ from lora_lab.trim.checkpoint import Cut
 from lora_lab.trim.layers import Layers, Stack
 from lora_lab.trim.vocabulary import Vocabulary
 from lora_lab.verify import parity
+from lora_lab.verify.reload import OUTPUTS, at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,6 +143,7 @@ def _trimmed(setup: Setup, folder: Path, place: Path) -> dict[str, Any]:
     cut.write_weights(folder, setup.config.export.max_shard_size)
     if kept is None:
         save_tokenizer(tokenizer, folder)
+    setup.task.describe(folder)
     report["outputs"] = _compare(setup, folder, said)
     after = _after(setup, folder, place)
     report["size"] = {"before": _size(setup.base.folder), "after": _size(folder)}
@@ -283,7 +285,7 @@ def _outputs(model: PreTrainedModel, passes: list[Pass], device: torch.device) -
     found = []
     for inputs, positions in passes:
         result = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        found.append({name: parity.at(result[name][0], positions, inputs) for name in parity.OUTPUTS if name in result})
+        found.append({name: at(result[name][0], positions, inputs) for name in OUTPUTS if name in result})
     return found
 
 

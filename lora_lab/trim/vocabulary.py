@@ -30,6 +30,7 @@ from lora_lab.base.hard_texts import HARD_TEXTS
 from lora_lab.base.tokenizer import PLAIN_TEMPLATE, read_tokenizer
 from lora_lab.config.data import Source
 from lora_lab.data import sources
+from lora_lab.data.chunks import watched
 from lora_lab.data.formats import RowError
 from lora_lab.data.template import ChatTemplate
 from lora_lab.errors import BaseModelError, ConfigError, DataError, TrimError
@@ -104,6 +105,8 @@ class Vocabulary:
             BaseModelError: it becomes another to some of those who load it.
         """
         overruled.write(tokenizer, folder, overruled.KNOWN_TO_ALL)
+        for name in {*tokenizer.vocab_files_names.values()} - {overruled.FILE}:
+            (folder / name).unlink(missing_ok=True)  # the same vocabulary for older programs, whole
         file = folder / overruled.FILE
         tree = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(self._trimmed(tree), ensure_ascii=False), encoding="utf-8")
@@ -196,8 +199,7 @@ def choose(
     size = max(rows, *(number + 1 for number in tokenizer.get_vocab().values()))
     counts = np.zeros(size, np.int64)
     for batch in _batches(texts):
-        for found in _encoded(tokenizer, batch):
-            counts += np.bincount(found, minlength=size)
+        counts += np.bincount(np.concatenate(_encoded(tokenizer, batch)), minlength=size)
     if not counts.any():
         raise DataError("trim.vocabulary: these files have no texts, so nothing says which tokens are used.")
     used = np.flatnonzero(counts >= min_count)
@@ -224,10 +226,13 @@ def texts_of(key: str, names: str | list[str | Source], sample_by: str, field: s
         DataError: a file or row that cannot be read.
     """
     for file in sources.find(key, names, sample_by, field):
-        for row in file.rows():
-            if row.problem is not None:
-                raise DataError(f"{file.name} row {row.number}: {row.problem}")
-            yield from _texts(row.values)
+        with watched(file, "read") as mark:
+            for row in file.rows(mark):
+                if row.problem is not None:
+                    raise DataError(f"{file.name} row {row.number}: {row.problem}")
+                mark.rows += 1
+                yield from _texts(row.values)
+            mark.done()
 
 
 def _texts(value: Any) -> Iterator[str]:
