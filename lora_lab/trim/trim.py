@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def trim(config: RunConfig, out: str) -> dict[str, Any]:
     setup = prepare(config)
     _check_base(setup)
     with storage.new_folder(place, _made_of(setup)) as folder:
-        report = _trimmed(setup, folder, place)
+        report = _trimmed(setup, folder)
         (folder / REPORT).write_text(storage.dump_json(report), encoding="utf-8")
         (folder / "README.md").write_text(_card(setup, report), encoding="utf-8")
         if os.path.lexists(place):
@@ -129,7 +129,7 @@ def _made_of(setup: Setup) -> dict[str, Any]:
 # -- the walk ---------------------------------------------------------------------------------------------------------------
 
 
-def _trimmed(setup: Setup, folder: Path, place: Path) -> dict[str, Any]:
+def _trimmed(setup: Setup, folder: Path) -> dict[str, Any]:
     """Write the trimmed base into a folder, prove it, and report."""
     report: dict[str, Any] = {
         "base": setup.base.recorded(),
@@ -145,10 +145,15 @@ def _trimmed(setup: Setup, folder: Path, place: Path) -> dict[str, Any]:
         save_tokenizer(tokenizer, folder)
     setup.task.describe(folder)
     report["outputs"] = _compare(setup, folder, said)
-    after = _after(setup, folder, place)
+    after = _after(setup, folder, () if before is None else before.rows)
     report["size"] = {"before": _size(setup.base.folder), "after": _size(folder)}
     if before is not None and after is not None:
-        report["measured"] = {"rows": before.pop("rows"), "before": before, "after": after}
+        both = [row for row in before.rows if row in after.rows]
+        report["measured"] = {
+            "rows": setup.some_rows().key,
+            "before": before.figures(both),
+            "after": after.figures(both),
+        }
     return report
 
 
@@ -195,11 +200,13 @@ class Said:
 
 def _cut_layers(
     setup: Setup, kept: Vocabulary | None, report: dict[str, Any]
-) -> tuple[Layers | None, dict[str, Any] | None, Said]:
+) -> tuple[Layers | None, Measured | None, Said]:
     """Measure the base, choose the layers that go, and note what it says without them."""
     config = setup.config
     model = load.load_model(setup.base, setup.kind, config.model.dtype, config.quant, setup.device, config.seed)
-    before = _measured(model, setup.task, setup.some_rows(), setup.device) if _predicts_tokens(config) else None
+    before = None
+    if _predicts_tokens(config):
+        before = _measured(model, setup.task, _examples(setup.some_rows()), setup.device)
     chosen = None
     stack = None
     if config.trim.layers:
@@ -215,10 +222,12 @@ def _cut_layers(
             "dropped": [dataclasses.asdict(one) for one in chosen.dropped],
         }
         if setup.held_out is not None:
+            examples = _examples(setup.held_out)
             for place, one in enumerate(report["layers"]["dropped"], 1):
                 with stack.given(dict.fromkeys(dropped.layer for dropped in chosen.dropped[:place])):
-                    measured = _measured(model, setup.task, setup.held_out, setup.device)
-                one["held_out"] = {name: measured[name] for name in ("loss", "bits_per_byte")}
+                    measured = _measured(model, setup.task, examples, setup.device)
+                figures = measured.figures(measured.rows)
+                one["held_out"] = {name: figures[name] for name in ("loss", "bits_per_byte")}
     gone = [] if chosen is None else [one.layer for one in chosen.dropped]
     passes = _probes(setup, kept)
     if stack is None:
@@ -318,35 +327,47 @@ def _compare(setup: Setup, folder: Path, said: Said) -> dict[str, Any]:
 # -- what is measured ---------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a base without an adapter makes of rows."""
+
+    rows: dict[str, np.ndarray]  # row -> loss (nats), weight, bytes and tokens of all its examples
+    processor_seconds: float | None  # None on a GPU
+
+    def figures(self, rows: Iterable[str]) -> dict[str, Any]:
+        """Of some of the rows. The loss is for the layers alone: between vocabularies, bits per byte are compared."""
+        rows = list(rows)
+        nats, weight, count, tokens = np.sum([self.rows[row] for row in rows], axis=0)
+        return {
+            "texts": len(rows),
+            "bits_per_byte": float(nats) / math.log(2) / float(count),
+            "bytes": int(count),
+            "tokens": int(tokens),
+            "loss": float(nats / weight),
+            "processor_seconds": self.processor_seconds,
+        }
+
+
 @torch.no_grad()
-def _measured(model: PreTrainedModel, task: AnyTask, data: Dataset | Stream, device: torch.device) -> dict[str, Any]:
-    """What a base without an adapter makes of rows. The loss is for the layers alone: between vocabularies, bits per byte are compared."""
-    examples = list(data if isinstance(data, Dataset) else data.sample())
+def _measured(model: PreTrainedModel, task: AnyTask, examples: Sequence[Example], device: torch.device) -> Measured:
     task.forward.part_rows()  # plain passes, of a model that no adapter lies on
+    rows: dict[str, np.ndarray] = {}
     started = time.process_time()
-    sums = np.zeros(2)
     with console.steps("measure", len(examples)) as steps:
-        for example in examples:
-            sums += task.losses_of(model, [example])[0]  # type: ignore[arg-type]
+        for one in examples:
+            loss, weight = task.losses_of(model, [one])[0]  # type: ignore[arg-type]
+            text = decode(task.tokenizer, task.compared_targets(one).tolist(), skip_special_tokens=True)
+            rows[one.origin] = rows.get(one.origin, 0) + np.array([loss, weight, len(text.encode()), one.num_tokens])
             steps.advance()
     seconds = time.process_time() - started
-    count = sum(
-        len(decode(task.tokenizer, task.compared_targets(one).tolist(), skip_special_tokens=True).encode())
-        for one in examples
-    )
-    tokens = sum(one.num_tokens for one in examples)
-    return {
-        "rows": data.key,
-        "texts": len(examples),
-        "bits_per_byte": float(sums[0]) / math.log(2) / count,
-        "bytes": count,
-        "tokens": tokens,
-        "loss": float(sums[0] / sums[1]),
-        "processor_seconds": round(seconds, 2) if device.type == "cpu" else None,
-    }
+    return Measured(rows, round(seconds, 2) if device.type == "cpu" else None)
 
 
-def _after(setup: Setup, folder: Path, place: Path) -> dict[str, Any] | None:
+def _examples(data: Dataset | Stream) -> list[Example]:
+    return list(data if isinstance(data, Dataset) else data.sample())
+
+
+def _after(setup: Setup, folder: Path, rows: Container[str]) -> Measured | None:
     """The trimmed base as a run would find it, on the same rows, encoded anew; None: the task has no loss to measure."""
     config = setup.config
     smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder), revision=None))
@@ -358,14 +379,13 @@ def _after(setup: Setup, folder: Path, place: Path) -> dict[str, Any] | None:
         most = usable_positions(found.model) or 2 * told.max_tokens
         told = dataclasses.replace(told, max_tokens=max(told.max_tokens, min(2 * told.max_tokens, most)))
         found.encoder.config = told
-    data = build.build(told, found.encoder, need_train=setup.held_out is None)
+    data = build.build(told, found.encoder, need_train=told.eval is None)
     found, task = with_task(smaller, found, setup.task.learned)
     model = load.load_model(found.base, found.kind, config.model.dtype, config.quant, setup.device, config.seed)
-    rows = data.held_out or data.train
-    assert rows is not None
-    after = _measured(model, task, rows, setup.device)
-    after.pop("rows")
-    return after
+    # what eval_ratio holds out hangs on which rows there are, and so on their lengths
+    parts = [data.held_out] if told.eval is not None else [data.train, data.held_out]
+    examples = [one for part in parts if part is not None for one in _examples(part) if one.origin in rows]
+    return _measured(model, task, examples, setup.device)
 
 
 def _size(folder: Path) -> dict[str, int]:
