@@ -11,7 +11,8 @@
     │   ├── NoRoomError     3   something does not fit into memory, in the smallest way that is known
     │   └── ProcessError    3   another process of the run was lost, or is not as this one
     └── MergeError          4   the merged checkpoint is not the model that was trained
-        └── ExportError     4   an exported file does not load in its target runtime, or its outputs differ there
+        ├── ExportError     4   an exported file does not load in its target runtime, or its outputs differ there
+        └── TrimError       4   a trimmed base does not read or say what the base does
     Interrupted             130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after the state was saved
 
 A disk that is full, a file that may not be read, memory that runs out: where nothing of ours says more, `cli.main` makes a
@@ -82,6 +83,10 @@ class MergeError(LoraLabError):
 
 class ExportError(MergeError):
     """An exported file does not load in its target runtime, or its outputs differ there."""
+
+
+class TrimError(MergeError):
+    """A trimmed base tokenizes otherwise than the base, or its outputs differ."""
 
 
 class Interrupted(BaseException):

@@ -29,7 +29,7 @@ FLOORS = (
     ("plan",),
     ("run.pipeline", "run.chat", "run.answering", "run.predictions", "run.evaluation", "run.mining"),  # what a run does
     ("export",),
-    ("merge",),
+    ("merge", "trim"),
     ("verify",),
     ("report",),
     ("run",),  # a run made ready

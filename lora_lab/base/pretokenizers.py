@@ -8,9 +8,13 @@ Where llama.cpp only comes near a published rule, the published one stands here,
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.base.hard_texts import HARD_TEXTS
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
 
@@ -110,3 +114,20 @@ def pre_tokenizer(split: Split) -> PreTokenizer:
 
     steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def name_of(tokenizer: Tokenizer) -> str:
+    """The first name of a rule by which a byte-level tokenizer splits texts, whatever its vocabulary; empty: none that is known.
+
+    It is found by what becomes of hard texts; whoever writes the name into a file compares what the file's reader does.
+    """
+    if tokenizer.normalizer is not None or tokenizer.pre_tokenizer is None:
+        return ""
+    model = json.loads(tokenizer.to_str())["model"]
+    own = _pieces(tokenizer.pre_tokenizer)
+    alike = (name for name, split in PRE_TOKENIZERS.items() if split.whole_words == bool(model.get("ignore_merges")))
+    return next((name for name in alike if _pieces(pre_tokenizer(PRE_TOKENIZERS[name])) == own), "")
+
+
+def _pieces(splitter: PreTokenizer) -> list[Any]:
+    return [splitter.pre_tokenize_str(text) for text in HARD_TEXTS]

@@ -19,6 +19,7 @@ from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
 from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.config.sweep import SweepConfig
 from lora_lab.config.train import HardwareConfig, OptimConfig, SpeedConfig, TrackerConfig, TrainConfig
+from lora_lab.config.trim import TrimConfig
 from lora_lab.errors import ConfigError
 from lora_lab.schema.sections import (
     adapter_of,
@@ -70,6 +71,7 @@ class RunConfig:
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)
     shrink: ShrinkConfig = dataclasses.field(default_factory=ShrinkConfig)
+    trim: TrimConfig = dataclasses.field(default_factory=TrimConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
 
@@ -139,7 +141,7 @@ def contradictions(config: RunConfig) -> list[str]:
             f"optim.loraplus_lr_ratio={config.optim.loraplus_lr_ratio:g}: no effect with adapter.method={config.adapter.method}, which has no second "
             "factor. Drop it, or train with adapter=lora."
         )
-    found += _merge_contradictions(config.merge)
+    found += _merge_contradictions(config.merge) + _trim_contradictions(config.trim)
     if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4", "torchao_int8"):
         found.append(
             f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4, fp4 or torchao_int8, or drop it."
@@ -283,6 +285,20 @@ def _merge_contradictions(merge: MergeConfig) -> list[str]:
     if merge.weights is not None and merge.search_trials:
         found.append("merge.weights: merge.search_trials searches for them. Drop one of the two.")
     return found
+
+
+def _trim_contradictions(trim: TrimConfig) -> list[str]:
+    plain = TrimConfig()
+    alone = {
+        "min_count": ("trim.vocabulary", trim.vocabulary is None),
+        "max_loss_increase": ("trim.layers=auto", trim.layers != "auto"),
+        "calibration_rows": ("trim.layers", trim.layers == 0),
+    }
+    return [
+        f"trim.{name}={getattr(trim, name):g}: no effect without {needs}. Set that, or drop it."
+        for name, (needs, lacking) in alone.items()
+        if lacking and getattr(trim, name) != getattr(plain, name)
+    ]
 
 
 def _hardware_contradictions(hardware: HardwareConfig) -> list[str]:

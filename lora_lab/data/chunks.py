@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -122,13 +123,13 @@ def encoded(
     file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None
 ) -> Iterator[tuple[pa.RecordBatch, Report]]:
     """The examples of the file's rows in order, and what became of the rows, some at a time, with a progress bar."""
-    size = max(1, file.path.stat().st_size) if isinstance(file, DataFile) else 1
     mapping = columns_of(file, encoder.config)
-    with console.steps("tokenize", 100) as progress:
-        mark = _Percent(progress, size)
+    with watched(file, "tokenize") as mark:
         rows = itertools.islice(file.rows(mark), limit)
         chunks = iter(lambda: [sources.renamed(row, mapping) for row in itertools.islice(rows, _CHUNK_ROWS)], [])
-        parallel = limit is None and encoder.augmenter is None and size >= _PARALLEL_BYTES and (os.cpu_count() or 1) > 1
+        parallel = (
+            limit is None and encoder.augmenter is None and mark.size >= _PARALLEL_BYTES and (os.cpu_count() or 1) > 1
+        )
         for found in (_in_processes if parallel else _here)(chunks, encoder, file.name, format_name):
             mark.rows += found[1].rows
             yield found
@@ -193,7 +194,15 @@ def columns_of(file: DataFile | HubData, config: DataConfig) -> dict[str, str] |
     return config.columns if file.source.columns is None else file.source.columns
 
 
-class _Percent:
+@contextlib.contextmanager
+def watched(file: DataFile | HubData, title: str) -> Iterator[Percent]:
+    """A progress bar over a file's rows, to be told of by whoever reads them."""
+    size = max(1, file.path.stat().st_size) if isinstance(file, DataFile) else 1
+    with console.steps(title, 100) as progress:
+        yield Percent(progress, size)
+
+
+class Percent:
     """Progress through a file, in percent of its bytes."""
 
     def __init__(self, progress: console.Steps, size: int):

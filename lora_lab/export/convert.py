@@ -1,10 +1,11 @@
-"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [BASE [ADAPTER ADAPTER_OUT]]]
+"""Write a GGUF file from a transformers folder by llama.cpp's own conversion: python convert.py FOLDER OUT TYPE [ENDS [BASE [SPLIT [ADAPTER ADAPTER_OUT]]]]
 
 Started in a process of its own: the conversion that auto-round carries takes the module name `conversion` and a model's worth
 of memory.
 
 FOLDER: a transformers model folder. OUT: the file to write. TYPE: see `TYPES`, `K_QUANTS`, `CHECK` and `RANDOM`. ENDS: ids of
-tokens that end answers, with commas. BASE: the folder whose `config.json` was published, see `completed`. ADAPTER: safetensors
+tokens that end answers, with commas. BASE: the folder whose `config.json` was published, see `completed`. SPLIT: llama.cpp's name
+for how its tokenizer splits texts, for a vocabulary that was never published; empty: not known. ADAPTER: safetensors
 with the factors `<layer>.a` [r, D] and `<layer>.b` [N, r] of an adapter of scale 1 on that model, written to ADAPTER_OUT.
 """
 
@@ -66,6 +67,7 @@ def main(
     kind: str,
     ends: str = "",
     base: str = "",
+    split: str = "",
     adapter: str | None = None,
     adapter_out: str | None = None,
 ) -> None:
@@ -74,7 +76,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="lora_lab_", dir=Path(out).parent) as scratch:
         settings = Settings(Path(folder), Path(base or folder), same=kind == RANDOM)
         view = _view(Path(folder), Path(scratch), settings, with_tokenizer=kind != RANDOM)
-        _convert(str(view), out, kind, ends, settings, adapter, adapter_out)
+        _convert(str(view), out, kind, ends, settings, split, adapter, adapter_out)
 
 
 def _view(folder: Path, scratch: Path, settings: Settings, with_tokenizer: bool) -> Path:
@@ -236,7 +238,14 @@ def _read(folder: Path) -> dict:
 
 
 def _convert(
-    folder: str, out: str, kind: str, ends: str, settings: Settings, adapter: str | None, adapter_out: str | None
+    folder: str,
+    out: str,
+    kind: str,
+    ends: str,
+    settings: Settings,
+    split: str,
+    adapter: str | None,
+    adapter_out: str | None,
 ) -> None:
     import gguf
     from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
@@ -250,6 +259,8 @@ def _convert(
         cause = "" if cause is None or isinstance(cause, NotImplementedError) else f" ({cause!r})"
         sys.exit(f"Error: {architecture} is not supported by {versions}{cause}")
     settings.take_over(conversion, Path(folder))
+    if split:
+        _know_split(conversion, split)
     if kind in K_QUANTS:
         _write_k_quants(folder, out, kind)
         return
@@ -276,6 +287,21 @@ def _convert(
     if adapter is not None:
         model = _of(model_class, Path(folder), gguf.LlamaFileType.ALL_F32, Path(adapter_out), eager=True)
         _write_adapter(model, adapter_out, adapter)
+
+
+def _know_split(conversion: object, split: str) -> None:
+    """Have a vocabulary that was never published, such as a trimmed one, be known by how it splits texts: the conversion knows the
+    published ones by the ids that a text gets."""
+    models = sys.modules[conversion.ModelBase.__module__].TextModel
+    published = models.get_vocab_base_pre
+
+    def get_vocab_base_pre(model: object, tokenizer: object) -> str:
+        try:
+            return published(model, tokenizer)
+        except NotImplementedError:
+            return split
+
+    models.get_vocab_base_pre = get_vocab_base_pre
 
 
 def _of(model_class: type, *words: object, **options: object) -> object:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
 from lora_lab.adapters import deltas
-from lora_lab.base import load
+from lora_lab.base import load, pretokenizers
 from lora_lab.base.gguf import read_head
 from lora_lab.base.load import ModelKind
-from lora_lab.base.overruled import SENTENCEPIECE
+from lora_lab.base.overruled import FILE, SENTENCEPIECE, read_alone
 from lora_lab.base.tokenizer import READER, save_tokenizer
 from lora_lab.base.weights import Weights
 from lora_lab.errors import BaseModelError, ConfigError, ExportError
@@ -300,8 +300,15 @@ def convert(folder: Path, file: Path, kind: str, ends: list[int], base: Path, *a
             _run(["llama-quantize", str(whole), str(file), kind.upper()], f"llama-quantize to {kind}")
         return
     script = str(Path(__file__).with_name("convert.py"))
-    words = [sys.executable, "-P", script, str(folder), str(file), kind, ",".join(map(str, ends)), str(base), *adapter]
+    told = [kind, ",".join(map(str, ends)), str(base), "" if kind == RANDOM else _split_of(folder), *adapter]
+    words = [sys.executable, "-P", script, str(folder), str(file), *told]
     _run(words, f"llama.cpp's conversion of {folder}")
+
+
+def _split_of(folder: Path) -> str:
+    """How a folder's tokenizer splits texts, by llama.cpp's name; empty: in no way that is known by one."""
+    file = folder / FILE
+    return pretokenizers.name_of(read_alone(file)) if file.is_file() else ""
 
 
 def _run(words: list[str], what: str) -> None:

@@ -14,7 +14,7 @@ from lora_lab.adapters import deltas, files
 from lora_lab.adapters.deltas import Deltas
 from lora_lab.adapters.methods.lora import of_scale_one
 from lora_lab.config.run import RunConfig
-from lora_lab.data.dataset import Dataset
+from lora_lab.data.dataset import Dataset, spread_examples
 from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
@@ -93,7 +93,7 @@ def _figures(live: Live, held_out: Dataset, adapter: Deltas, ranks: Sequence[int
     """For each rank the share of the updates that is kept, the adapter's size, what is measured, and how far the loss is above
     that of the first rank, as measured and at most."""
     model, figures, whole = live.model.eval(), [], None
-    examples = _spread(held_out, _LOOK)
+    examples = spread_examples(held_out, _LOOK)
     for rank in ranks:
         cut, kept = _cut(adapter, rank)
         files.put(model, _SHRUNK, cut.tensors(adapter.rank))
@@ -106,12 +106,6 @@ def _figures(live: Live, held_out: Dataset, adapter: Deltas, ranks: Sequence[int
         most = rise + _margin(losses, whole, examples) * math.sqrt(min(1, _LOOK / len(held_out)))
         figures.append({"rank": rank, "kept": kept, "parameters": size, **metrics, "rise": rise, "rise_at_most": most})
     return figures
-
-
-def _spread(data: Dataset, count: int) -> list[Example]:
-    """The examples of so many items, evenly spread."""
-    places = np.unique(np.linspace(0, len(data) - 1, num=min(count, len(data))).astype(int))
-    return [example for place in places for example in data[int(place)]]
 
 
 def _margin(losses: np.ndarray, whole: np.ndarray, examples: list[Example]) -> float:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lora_lab.adapters.deltas import Deltas
-from lora_lab.base.weights import Weights
-from lora_lab.runtime import storage
+from lora_lab.base.weights import FORMAT_NAMES, Weights
+from lora_lab.base.weights import write as write_tensors
 from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of the safetensors format
 
 
 class Held:
@@ -91,51 +86,15 @@ def write(
     shapes = {
         name: deltas.whole[name].shape if name in deltas.whole else weights.shapes[name] for name in _needed(skeleton)
     }
-    shards, where = list(_shards(shapes, dtype.itemsize, shard_size)), {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write_shard(folder / file, {name: shapes[name] for name in shard}, weights, deltas, dtype)
-        where |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(storage.dump_json(index), encoding="utf-8")
-
-
-def _shards(shapes: dict[str, torch.Size], itemsize: int, shard_size: str) -> Iterator[list[str]]:
-    """The tensors' names, cut where a shard is full."""
-    limit, size, shard = int(shard_size[:-2]) * _UNITS[shard_size[-2:]], 0, []
-    for name, shape in shapes.items():
-        own = shape.numel() * itemsize
-        if shard and size + own > limit:
-            yield shard
-            size, shard = 0, []
-        size, shard = size + own, [*shard, name]
-    yield shard
-
-
-def _write_shard(
-    file: Path, shapes: dict[str, torch.Size], weights: Weights | Held, deltas: Deltas, dtype: torch.dtype
-) -> None:
-    """One safetensors file: length of the header (8 bytes), header (JSON), tensors. safetensors' own writer takes all tensors
-    at once."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for name in shapes:
-            out.write(_merged(name, weights, deltas, dtype).view(torch.uint8).numpy())
+    tensors = {name: (shape, FORMAT_NAMES[dtype]) for name, shape in shapes.items()}
+    write_tensors(folder, tensors, lambda name: _merged(name, weights, deltas, dtype), shard_size)
 
 
 @torch.no_grad()
 def _merged(name: str, weights: Weights | Held, deltas: Deltas, dtype: torch.dtype) -> torch.Tensor:
     if name in deltas.whole:
-        return deltas.whole[name].to(dtype).flatten()
+        return deltas.whole[name].to(dtype)
     tensor, update = weights[name], deltas.layers.get(name.removesuffix(".weight"))
     if update is not None and name.endswith(".weight"):
         tensor = update.added_to(tensor)
-    return tensor.to(dtype).flatten()
+    return tensor.to(dtype)

@@ -20,6 +20,7 @@ from lora_lab.verbs import (
     serve,
     shrink,
     train,
+    trim,
 )
 from lora_lab.verbs.base import Verb
 
@@ -35,6 +36,7 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "merge": merge.VERB,
     "shrink": shrink.VERB,
     "export": export.VERB,
+    "trim": trim.VERB,
     "chat": chat.VERB,
     "serve": serve.VERB,
     "runs": runs.VERB,

@@ -11,6 +11,8 @@ from typing import Any
 from lora_lab.errors import ConfigError
 from lora_lab.run.takes import Takes
 
+_VERBS_OWN = ("serve", "trim")  # sections of one verb, which has their name
+
 
 class Option:
     """An option of one verb, as argparse's `add_argument` takes it."""
@@ -38,7 +40,7 @@ class Verb:
     takes: Takes | None = None  # what it may be told about a trained run; None: it composes a whole configuration
     arguments: tuple[Option | Word, ...] = ()  # its own, beside key=value
     filters: bool = False  # what is said of the configuration is looked for, and composes none
-    foreign: tuple[str, ...] = ("serve",)  # sections that mean nothing to it where it composes a whole configuration
+    foreign: tuple[str, ...] = _VERBS_OWN  # sections that mean nothing to it where it composes a whole configuration
     bare: str = ""  # the word of its own that a value without a name is for
     output_is_all: bool = False  # its output is all that it is for, so that losing it is a failure
     together: bool = False  # whether several processes may do it together, see `runtime/launch.py`
@@ -91,7 +93,8 @@ class Told:
         for text in self.overrides if self.verb.composes else ():
             section = text.partition("=")[0].lstrip("+~").partition(".")[0]
             if section in self.verb.foreign:
-                raise ConfigError(f"{text}: no effect on {self.name}. It is for lora-lab {section}; drop it.")
+                whose = f" It is for lora-lab {section}; drop it." if section in _VERBS_OWN else " Drop it."
+                raise ConfigError(f"{text}: no effect on {self.name}.{whose}")
 
     def word(self, name: str) -> str | None:
         """The value of one of the verb's words that holds; None if it was not said."""
