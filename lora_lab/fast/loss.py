@@ -88,10 +88,11 @@ class LossesInChunks(torch.autograd.Function):
             logits = linear(hidden[chunk], weight, bias).requires_grad_(learn)
             with torch.set_grad_enabled(learn):
                 own, seen = losses_of(logits.float(), chunk)
+                total = own.sum()
             losses.append(own.detach())
             kept.append(seen.detach())
             if learn:
-                (moved,) = torch.autograd.grad(own.sum(), logits)
+                (moved,) = torch.autograd.grad(total, logits)
                 torch.mm(moved, weight, out=gradient[chunk])
         ctx.mark_non_differentiable(whole := torch.cat(kept))
         if learn:
