@@ -351,12 +351,12 @@ def _teacher(config: RunConfig, found: ResolvedBase, device: torch.device, train
     if config.task.taught_by is None:
         return None
     if trained is None:
-        teacher = Teacher(config, found.encoder, device)
+        teacher = Teacher(config, found.base, found.kind, found.encoder, device)
         console.say("teacher", ", ".join(f"{name} ({digest[:12]})" for name, digest in teacher.hashes.items()))
         return teacher
     saved = run_dir.read_manifest(trained)
     hashes = [] if saved is None else list(saved["data"].get(KEY, {}).values())
-    return Teacher(config, found.encoder, device, next(iter(hashes), None))
+    return Teacher(config, found.base, found.kind, found.encoder, device, next(iter(hashes), None))
 
 
 def _accelerator(dtype: str, device: torch.device) -> Accelerator:

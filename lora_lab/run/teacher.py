@@ -75,16 +75,24 @@ class Found:
 class Teacher:
     """Who `task.teacher` names."""
 
-    def __init__(self, config: RunConfig, encoder: Encoder, device: torch.device, recorded: str | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        base: BaseFiles,
+        kind: ModelKind,
+        encoder: Encoder,
+        device: torch.device,
+        recorded: str | None = None,
+    ):
         """
         Args:
-            config: the student's.
-            encoder: of the student's rows.
+            config: the student's, and so are `base`, `kind` and `encoder`.
             recorded: the digest of the teacher that a trained student had.
         """
         assert config.task.taught_by is not None
         self.name = config.task.taught_by
-        self._config, self._encoder, self._device, self._recorded = config, encoder, device, recorded
+        self._config, self._base, self._kind, self._encoder = config, base, kind, encoder
+        self._device, self._recorded = device, recorded
 
     @functools.cached_property
     def found(self) -> Found:
@@ -107,8 +115,7 @@ class Teacher:
     def _find(self) -> Found:
         config = self._config
         if self.name == BASE:
-            base = load.find(config.model)
-            return Found(base, ModelKind(), self._encoder.tokenizer, config.model.dtype, config.quant, None)
+            return Found(self._base, self._kind, self._encoder.tokenizer, config.model.dtype, config.quant, None)
         if (Path(self.name).expanduser() / "config.yaml").is_file():
             return self._of_run()
         base = load.find(ModelConfig(path=self.name, dtype=config.model.dtype), key=KEY)
@@ -158,7 +165,7 @@ class Teacher:
     @property
     def hashes(self) -> dict[str, str]:
         """Who it is, as data files are recorded: name and digest."""
-        return {self.name: self.found.digest}
+        return {self.name: self._recorded or self.found.digest}
 
     def teach(self, every: Sequence[Dataset], task: AnyTask) -> list[Dataset]:
         """The rows with what the teacher says of them, out of the cache as far as it is there.
@@ -207,29 +214,28 @@ class Teacher:
             "teacher",
             f"{self.name} reads {rows:,} rows, once; {4 * task.soft_numbers * items / 2**20:,.1f} MiB of its word stay in the cache",
         )
-        with self._loaded() as model, console.steps("teacher", rows) as progress:
-            reader = _Reader(model, task, self._isolated(model, missing[0].examples), self._autocast)
-            for part in missing:
+        self._read(missing, rows, task)
+        clear_device_cache(garbage_collection=True)  # modules refer to each other
+        pages.trim()
+
+    def _read(self, parts: Sequence[Part], rows: int, task: AnyTask) -> None:
+        """Load it, and let it read; nothing of it is left when this returns."""
+        model = self._loaded()
+        reader = _Reader(model, task, self._isolated(model, parts[0].examples), self._autocast)
+        with console.steps("teacher", rows) as progress:
+            for part in parts:
                 part.make(reader.says)
                 progress.advance(len(part.items))
 
-    @contextlib.contextmanager
-    def _loaded(self) -> Iterator[PeftModel | PreTrainedModel]:
-        """The model, for a block."""
+    def _loaded(self) -> PeftModel | PreTrainedModel:
         found = self.found
         with _as_teacher():
             base = load.load_model(found.base, found.kind, found.dtype, found.quant, self._device, self._config.seed)
         model = base if found.adapter is None else attach_trained(base, found.adapter, "teacher")
-        del base
         console.say(
             "teacher", f"{model.get_memory_footprint() / 2**30:.2f} GiB of weights, let go before the student is loaded"
         )
-        try:
-            yield model.eval()
-        finally:
-            del model
-            clear_device_cache(garbage_collection=True)
-            pages.trim()
+        return model.eval()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.found.dtype

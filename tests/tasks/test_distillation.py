@@ -4,6 +4,7 @@ let go."""
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lora_lab import cli
+from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.data import soft_targets
 from lora_lab.fast.loss import LossesInChunks
@@ -139,9 +141,8 @@ def test_all_tokens_kept_is_the_divergence_of_whole_logits(told, divergence):
     temperature, ratio = 2.0, 0.7
     options = [f"task.divergence={divergence}", f"task.temperature={temperature}", f"task.kd_ratio={ratio}", "task.top_k=null", "speed=plain"]  # fmt: skip
     ready = prepared.prepare(compose.compose([*told, *options]))
-    with ready.teacher._loaded() as model:
-        examples = [example for i in range(6) for example in ready.train[i]]
-        taught = torch.cat([_plain(model, example) for example in examples]).detach()
+    examples = [example for i in range(6) for example in ready.train[i]]
+    taught = torch.cat([_plain(ready.teacher._loaded(), example) for example in examples]).detach()
     with ready.loaded() as live:
         moved(live.model)
         examples = [example for i in range(6) for example in live.setup.train[i]]
@@ -204,6 +205,11 @@ def test_the_loss_in_chunks_is_the_plain_one(told):
     assert (found[1][1] - found[0][1]).abs().max() <= 1e-5 * found[0][1].abs().max()
 
 
+def _remembered(model, loaded: list):
+    loaded.append(weakref.ref(model))
+    return model
+
+
 def test_a_teacher_reads_once_and_goes_on_where_it_was_stopped(told, monkeypatch, capsys):
     """Other divergences, shares and rates find what is kept; an interruption loses one part; new rows cost themselves alone."""
     monkeypatch.setattr(soft_targets, "_ITEMS", 20)
@@ -220,11 +226,14 @@ def test_a_teacher_reads_once_and_goes_on_where_it_was_stopped(told, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         prepared.prepare(compose.compose(told)).taught()
     monkeypatch.setattr(soft_targets.Part, "make", lambda part, say: made.append(part) or make(part, say))
+    load_model, loaded = load.load_model, []
+    monkeypatch.setattr(load, "load_model", lambda *given: _remembered(load_model(*given), loaded))
     setup = prepared.prepare(compose.compose(told)).taught()
+    assert [one() for one in loaded] == [None]  # it is gone before the student is loaded
     folders = [part.folder for part in made]
     assert len(folders) == len(set(folders)) > 4
 
-    monkeypatch.setattr("lora_lab.base.load.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     more = ["task.divergence=reverse_kl", "task.kd_ratio=0.9", "optim.lr=0.1", "data.max_train_rows=9"]
     again = prepared.prepare(compose.compose([*told, "data.eval=null", *more[:3]])).taught()
     for one, other in zip(again.train, setup.train, strict=True):
