@@ -88,6 +88,7 @@ def test_heads_of_many_kinds_on_one_base(runs):
         stop(service)
 
 
+@pytest.mark.long
 def test_documents_come_in_the_order_of_a_rerankers_scores(base, tmp_path):
     """As `predict` scores them; fields as clients of other rerankers know them."""
     candidates = [

@@ -36,6 +36,9 @@ def told(overrides, eval_file, teacher) -> list[str]:
     ]  # fmt: skip
 
 
+DIVERGENCES = ["forward_kl", *(pytest.param(name, marks=pytest.mark.long) for name in ("reverse_kl", "jensen_shannon"))]
+
+
 def moved(model) -> None:
     """Away from the fresh adapter, whose gradients are half zero."""
     torch.manual_seed(5)
@@ -135,7 +138,7 @@ def test_chunks_are_the_whole_loss(monkeypatch):
 # -- a student and its teacher ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_all_tokens_kept_is_the_divergence_of_whole_logits(told, divergence):
     """Loss and gradients against plain logits of teacher and student, computed here: float32 rounding, 1e-6 of the largest."""
     temperature, ratio = 2.0, 0.7
@@ -172,7 +175,7 @@ def _plain(model, example) -> torch.Tensor:
     return model(input_ids=torch.from_numpy(example.input_ids)[None]).logits[0, where].float()
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(told, base, divergence):
     """The divergence and its gradient are float32 rounding of 0, whatever is kept; measured so too."""
     for kept in ("8", "null"):
@@ -193,12 +196,15 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(told, base, divergen
         )
 
 
-def test_the_loss_in_chunks_is_the_plain_one(told):
-    """Gradients of a run's own step: float32 rounding, 1e-5 of the largest, as of the other accelerations of the head."""
+def test_the_loss_in_chunks_is_the_plain_one(told, monkeypatch):
+    """Loss and gradients of a run's own step, in chunks of 16 tokens: float32 rounding, 1e-5 of the largest, as of the other
+    accelerations of the head."""
+    monkeypatch.setattr("lora_lab.fast.loss._CHUNK_BYTES", 1)
     found = []
-    for speed in ("plain", "fast"):
-        with prepared.prepare(compose.compose([*told, f"speed={speed}"])).loaded() as live:
-            assert live.setup.task.forward.chunked_head is (speed == "fast")
+    for chunked in ("false", "true"):
+        options = ["speed=plain", f"speed.chunked_loss={chunked}", "task.divergence=jensen_shannon", "task.beta=0.3"]
+        with prepared.prepare(compose.compose([*told, *options])).loaded() as live:
+            assert live.setup.task.forward.chunked_head is (chunked == "true")
             moved(live.model)
             found.append(learned(live.setup.task, live.model, [e for i in range(6) for e in live.setup.train[i]]))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
@@ -242,6 +248,7 @@ def test_a_teacher_reads_once_and_goes_on_where_it_was_stopped(told, monkeypatch
     assert "reads" not in capsys.readouterr().out.rpartition("data.eval")[2]
 
 
+@pytest.mark.long
 def test_a_damaged_part_is_made_again(told, monkeypatch, capsys):
     told = [*told, "task.temperature=1.7"]
     setup = prepared.prepare(compose.compose(told))
@@ -260,6 +267,7 @@ def test_a_damaged_part_is_made_again(told, monkeypatch, capsys):
     assert "It is made again" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_teaches_with_its_adapter(told, overrides, tmp_path, capsys):
     """A student on the same base that learned nothing yet diverges from a trained run, and not from the run's base."""
     run = tmp_path / "teacher"
@@ -288,12 +296,13 @@ def test_a_run_teaches_with_its_adapter(told, overrides, tmp_path, capsys):
     assert evaluation["tuned"] == pytest.approx(result["tuned"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_another_teacher_than_in_training_is_refused(told, teacher, tmp_path, capsys):
     assert cli.main(["train", *told]) == 0
     other = make_base(tmp_path / "other", seed=3)
     capsys.readouterr()
     assert "it is another one than in training" in fails(
-        ["evaluate", f"run={tmp_path}/run", f"task.teacher={other}"], capsys, 3
+        ["evaluate", f"run={tmp_path}/run", f"task.teacher={other}"], capsys
     )
     assert cli.main(["chat", f"run={tmp_path}/run", "prompt=red", "task.max_new_tokens=2"]) == 0  # nobody is asked
 
@@ -331,6 +340,7 @@ def test_other_tokens_are_refused(told, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_teacher_with_more_rows_than_tokens_says_the_same(told, tmp_path, teacher):
     """Models of one family have unlike numbers of rows beyond the vocabulary; they are no tokens."""
     from transformers import AutoModelForCausalLM
