@@ -211,6 +211,22 @@ def test_the_loss_in_chunks_is_the_plain_one(told, monkeypatch):
     assert (found[1][1] - found[0][1]).abs().max() <= 1e-5 * found[0][1].abs().max()
 
 
+def test_the_end_of_a_row_keeps_the_teachers_word(told, monkeypatch):
+    """Accelerations and shared passes are tried on it; where no token of an answer is left, on a word about another."""
+    setup = prepared.prepare(compose.compose(told)).taught()
+    for tokens in (1, 4, 1000):
+        monkeypatch.setattr("lora_lab.tasks.base.TRIED_TOKENS", tokens)
+        for example in setup.train:
+            short = setup.task.shortened(example)
+            [batch] = setup.task.step(None, [[short]], np.random.default_rng(0)).batches
+            [whole] = setup.task.step(None, [[example]], np.random.default_rng(0)).batches
+            count = len(batch.targets)
+            assert 0 < count == len(batch.teacher_tokens)
+            assert torch.equal(batch.teacher_tokens, whole.teacher_tokens[-count:])
+            assert torch.equal(batch.teacher_logprobs, whole.teacher_logprobs[-count:])
+            assert tokens == 1 or torch.equal(batch.targets, whole.targets[-count:])
+
+
 def _remembered(model, loaded: list):
     loaded.append(weakref.ref(model))
     return model

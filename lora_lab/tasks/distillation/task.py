@@ -85,6 +85,19 @@ class Distillation(CausalLM):
         )
         return _taught(packed, torch.from_numpy(tokens), torch.from_numpy(logprobs))
 
+    def shortened(self, example: Example) -> Example:
+        """With the teacher's word on those of its tokens that are left; if none is, on the last what it said of another."""
+        short = super().shortened(example)
+        if _TOKENS not in example.own:
+            return short
+        places = np.flatnonzero(example.supervised) - (len(example.input_ids) - len(short.input_ids))
+        left, weights = np.flatnonzero(places > 0), np.zeros_like(short.weights)
+        weights[places[left]] = 1
+        if not len(left):
+            left, weights[-1] = np.array([len(places) - 1]), 1
+        own = {name: example[name].reshape(len(places), -1)[left].reshape(-1) for name in (_TOKENS, _LOGPROBS, _LOSSES)}
+        return dataclasses.replace(short, weights=weights, own=own)
+
     def step(
         self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator
     ) -> StepBatches[PackedBatch]:
