@@ -71,7 +71,8 @@ class Distillation(CausalLM):
     def of_soft_targets(self, data: Dataset) -> str:
         if self.kept == self.vocabulary:
             return "the whole vocabulary is kept"
-        others = [np.exp(one[_LOGPROBS].reshape(-1, self.kept + 1)[:, -1]) for one in data]
+        chunks = (chunk.flatten().to_numpy() for chunk in data.table.column(_LOGPROBS).chunks)
+        others = [np.exp(chunk[self.kept :: self.kept + 1]) for chunk in chunks]
         return f"of its probability {np.concatenate(others).mean():.2%} are of other tokens than the {self.kept} that are kept"
 
     def collate(self, examples: list[Example], rng: np.random.Generator) -> PackedBatch:
