@@ -44,6 +44,10 @@ KINDS: dict[str, tuple[str, list[str]]] = {  # file of rows, and settings
     "preference, KTO": ("pairs", ["quant=none", "task=preference", "task.loss=kto"]),
     "cohort of 3": ("completions", ["quant=none"]),
     "NEFTune": ("completions", ["quant=none", "train.neftune_alpha=5"]),
+    "distillation, cohort of 3": (
+        "completions",
+        ["quant=none", "task=distillation", "task.teacher=base", "task.top_k=8"],
+    ),
     "NF4": ("completions", ["quant=nf4"]),
     "NF4, cohort of 3": ("completions", ["quant=nf4"]),
 }
@@ -108,7 +112,7 @@ def train_kind(kind: str, sources: Sources, folder: Path, more: Sequence[str] = 
     ]  # fmt: skip
     each = [[], _COHORT, ["seed=5"]] if "cohort" in kind else [[]]
     configs = [compose.compose([*told, *own, f"run_dir={folder}/{place}"]) for place, own in enumerate(each)]
-    setup = prepare(configs[0])
+    setup = prepare(configs[0]).taught()
     [base] = setup.bases()
     with setup.on(base, {f"member{place}": config for place, config in enumerate(configs)}) as live:
         members = []

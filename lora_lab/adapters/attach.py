@@ -59,9 +59,10 @@ class Coverage:
         return f"{where}, {self.trainable_parameters:,} trainable parameters ({share:.2f} % of the base's {self.base_parameters:,})"
 
 
-def base_of(model: PeftModel) -> PreTrainedModel:
-    """The model that adapters lie on, which peft calls no more than a module."""
-    return cast("PreTrainedModel", model.get_base_model())
+def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The model that adapters lie on, which peft calls no more than a module; of a model without any, itself."""
+    whole: Any = model
+    return cast("PreTrainedModel", whole.get_base_model() if hasattr(whole, "get_base_model") else whole)
 
 
 def attach(

@@ -96,25 +96,24 @@ def reader_of(recorded: dict[str, Any]) -> int:
     return reader if isinstance(reader, int) and 1 <= reader <= READER else READER
 
 
-def find(model: ModelConfig, reader: int = READER, weights: bool = True) -> BaseFiles:
+def find(model: ModelConfig, reader: int = READER, weights: bool = True, key: str = "model.path") -> BaseFiles:
     """Find the base model, downloading or converting it when needed, and check its files.
 
     Args:
         reader: how its files are read, see `tokenizer.READER`.
         weights: False: they need not be there, and are not downloaded.
+        key: of the configuration, which names the model.
 
     Raises:
         BaseModelError: not found, not reachable, damaged, asking for code to be run, or quantized in a way that nobody trains on.
     """
     if is_hub_id(model.path):
-        folder = download(f"model.path={model.path}", model.path, model.revision, weights)
+        folder = download(f"{key}={model.path}", model.path, model.revision, weights)
     else:
-        folder = local_path(model.path, "model.path", BaseModelError)
+        folder = local_path(model.path, key, BaseModelError)
     if folder.is_file():
         if folder.suffix != ".gguf":
-            raise BaseModelError(
-                f"model.path={model.path}: a file must be .gguf; name the folder of a transformers model."
-            )
+            raise BaseModelError(f"{key}={model.path}: a file must be .gguf; name the folder of a transformers model.")
         folder = gguf.to_safetensors(folder, reader, model.dtype)
     absent = not weights and inspect.without_weights(folder)
     files = [] if absent else inspect.weight_files(folder)

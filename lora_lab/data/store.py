@@ -14,7 +14,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from lora_lab.base import cache
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config.data import DataConfig
 from lora_lab.data import chunks, formats, hints, sources
@@ -29,7 +30,7 @@ from lora_lab.data.chunks import Report, columns_of
 from lora_lab.data.columns import Column, Own
 from lora_lab.data.encode import TOO_LONG, Encoder, Example
 from lora_lab.data.sources import DataFile, HubData
-from lora_lab.errors import CheckpointError, DataError
+from lora_lab.errors import DataError
 from lora_lab.runtime import console, storage
 
 _LOOK_ROWS = 100  # whose columns decide the format
@@ -125,6 +126,24 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
         console.say("data", f"{file.name}: its columns are separated by {separator}")
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
+
+    def write(temporary: Path) -> None:
+        _write(temporary, file, format_name, encoder, limit, refuse)
+
+    made = made_once(folder, {"source": file.name}, write)
+    return Entry(*_read(folder), digest, cached=not made)
+
+
+def made_once(folder: Path, meta: dict[str, Any], write: Callable[[Path], None]) -> bool:
+    """Make an entry of the cache unless it is there, whole; whether it was made now.
+
+    Args:
+        meta: for its manifest.
+        write: fills a temporary folder, which becomes the entry.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
@@ -133,18 +152,13 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
         raise DataError(
             f"{folder.parent}: cannot be written ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be."
         ) from error
-    with lock:  # another process may be encoding the same file
+    with lock:  # another process may be making the same one
         storage.recover(folder.parent, folder.name)
-        try:
-            if folder.exists():
-                storage.verify(folder)
-                return Entry(*_read(folder), digest, cached=True)
-        except CheckpointError as error:
-            console.say("cache", f"{error} It is made again.")
-            shutil.rmtree(folder, ignore_errors=True)
-        with storage.new_folder(folder, {"source": file.name}) as temporary:
-            _write(temporary, file, format_name, encoder, limit, refuse)
-        return Entry(*_read(folder), digest, cached=False)
+        if cache.usable(folder):
+            return False
+        with storage.new_folder(folder, meta) as temporary:
+            write(temporary)
+        return True
 
 
 def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:

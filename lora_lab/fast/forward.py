@@ -16,7 +16,7 @@ from lora_lab.data.collate import PackedBatch
 from lora_lab.errors import TrainingError
 from lora_lab.fast import prefix, segments, varlen
 from lora_lab.fast.frozen import FrozenWeight
-from lora_lab.fast.loss import TokenLosses, plain_head, without_head
+from lora_lab.fast.loss import LossesInChunks, TokenLosses, plain_head, without_head
 from lora_lab.fast.modules import computed_in
 from lora_lab.fast.routing import Routing
 from lora_lab.runtime.memory import is_out_of_memory
@@ -145,13 +145,28 @@ class Forward:
         self, model: PeftModel, batch: PackedBatch, smoothing: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each supervised token [S], and the likeliest token there [S, 1]; their logits never exist at once."""
+        losses, likeliest = TokenLosses.apply(*self._before_head(model, batch), batch.targets, smoothing)
+        return losses, likeliest[:, None]
+
+    def other_losses_in_chunks(
+        self,
+        model: PeftModel,
+        batch: PackedBatch,
+        losses_of: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a loss other than cross-entropy, and what is kept of the logits; see `LossesInChunks`."""
+        found: tuple[torch.Tensor, torch.Tensor] = LossesInChunks.apply(*self._before_head(model, batch), losses_of)
+        return found
+
+    def _before_head(
+        self, model: PeftModel, batch: PackedBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The hidden states [S, D] that the output layer would read, its weight [V, D] and its bias [V]."""
         base = base_of(model)
         with without_head(base):
             hidden = computed_in(self.logits(model, batch))
         head = base.get_output_embeddings()
-        weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
-        losses, likeliest = TokenLosses.apply(hidden, weight, bias, batch.targets, smoothing)
-        return losses, likeliest[:, None]
+        return hidden, head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
 
     def try_chunks(self, model: PeftModel, losses: Callable[[], torch.Tensor], prove: bool) -> str:
         """Let losses come in chunks if that changes nothing for this model; says what was done.

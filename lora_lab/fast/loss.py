@@ -1,14 +1,15 @@
 """Next-token losses from hidden states, in chunks: all logits never exist at once.
 
 The gradient of each token's loss is computed together with it, in place of its logits, and is scaled by what comes in backward:
-each loss depends on its own hidden state only. The plain twin is the output layer and torch's cross-entropy. (The idea of
+each loss depends on its own hidden state only. The plain twin is the output layer and torch's cross-entropy, or the loss as it is of
+all logits. (The idea of
 chunks with the gradient at once: Liger, arXiv:2410.10989.)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHUNK_BYTES = 64 * 2**20  # of logits at once, in float32
+_COPIES = 4  # of a chunk's logits that a loss may have at once
 _CACHED_BYTES = 4 * 2**20  # what a CPU's caches hold while it goes over them several times
 
 
@@ -60,6 +62,47 @@ class TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, dlosses: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * dlosses[:, None].to(gradient.dtype), None, None, None, None
+
+
+class LossesInChunks(torch.autograd.Function):
+    """As `TokenLosses`, of any loss that is made of the logits of its own token, whose gradient torch finds in each chunk.
+
+    Hidden states [S, D], the frozen output layer's weight [V, D] and bias [V] or None, and what gives of the logits [s, V] of a slice of
+    the tokens their losses [s] and what is kept of them [s, K], both float32 -> losses [S], kept [S, K].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        losses_of: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        learn = ctx.needs_input_grad[0]
+        losses, kept = [], []
+        gradient = torch.empty_like(hidden if learn else hidden[:0])
+        rows = max(16, _CHUNK_BYTES // (4 * _COPIES * len(weight)))
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            logits = linear(hidden[chunk], weight, bias).requires_grad_(learn)
+            with torch.set_grad_enabled(learn):
+                own, seen = losses_of(logits.float(), chunk)
+                total = own.sum()
+            losses.append(own.detach())
+            kept.append(seen.detach())
+            if learn:
+                (moved,) = torch.autograd.grad(total, logits)
+                torch.mm(moved, weight, out=gradient[chunk])
+        ctx.mark_non_differentiable(whole := torch.cat(kept))
+        if learn:
+            ctx.save_for_backward(gradient)
+        return torch.cat(losses), whole
+
+    @staticmethod
+    def backward(ctx: Any, dlosses: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * dlosses[:, None].to(gradient.dtype), None, None, None
 
 
 def _losses(

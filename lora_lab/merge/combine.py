@@ -55,6 +55,11 @@ class Source:
     def title(self) -> str:
         return str(self.run.path)
 
+    def taught(self) -> Source:
+        """As `Setup.taught`: its rows are measured on a base that is loaded once for all."""
+        trained = dataclasses.replace(self.trained, setup=self.setup.taught())
+        return dataclasses.replace(self, trained=trained)
+
 
 def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
     """`lora-lab merge merge.adapters=[A,B]`: the new run, whose settings are the first's. Each source's held-out rows are measured
@@ -74,7 +79,7 @@ def combine(named: Sequence[str], overrides: Sequence[str]) -> RunDir:
     run_dir.check_free(config)
     sources = [open_source(path, place) for place, path in enumerate(named)]
     check_together(sources)
-    sources = [as_lora(source) for source in sources]
+    sources = [as_lora(source).taught() for source in sources]
     _check_search(config.merge, sources)
     rank = rank_of(config.merge, sources)
     config = dataclasses.replace(config, adapter=adapter_config(config, sources, rank))

@@ -52,7 +52,7 @@ def shrink(path: str, overrides: Sequence[str]) -> RunDir | None:
     ranks = _ranks(config, adapter)
     widest = dataclasses.replace(config, adapter=of_scale_one([config.adapter], adapter.rank, list(adapter.layers)))
     with setup.loaded({_SHRUNK: widest}) as live:
-        figures = _figures(live, held_out, adapter, [adapter.rank, *ranks])
+        figures = _figures(live, live.setup.held_out_rows(), adapter, [adapter.rank, *ranks])
     console.show_table(
         f"{run.path}: ranks on {len(held_out)} held-out rows",
         list(figures[0]),

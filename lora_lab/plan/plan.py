@@ -21,11 +21,12 @@ from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
 from lora_lab.export import targets
-from lora_lab.plan import memory, on_card
+from lora_lab.plan import memory, on_card, skeletons
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ResolvedBase
 from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
+from lora_lab.run.teacher import TOKENS
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import free_bytes, peak_gib
 from lora_lab.tasks.base import Task, eval_batches
@@ -90,7 +91,7 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     setup = prepared.assemble(config, found, data, task, device, Stages())
     targets.check(setup)
     work = foresee(config, task, data.train, data.held_out)
-    estimated, on_cuda = _memory(setup, work)
+    estimated, on_cuda = (_with_teacher(one, setup) for one in _memory(setup, work))
     matched, unmatched, trainable, base, saved, kept = _modules(config, found)
     rows = {part.key: _rows(part) for part in (data.train, data.held_out) if isinstance(part, Dataset)}
     folder = _existing(Path(config.run_dir))
@@ -100,6 +101,9 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
         disk["quantized base (cache folder)"] = (
             on_cuda.base
         )  # all of it, while some of a CPU's stays in the mapped file
+    if setup.teacher is not None:
+        items = sum(int(data.supervised.sum()) for data in (data.train, data.held_out) if isinstance(data, Dataset))
+        disk["teacher's word (cache folder)"] = 4 * task.soft_numbers * items
     result = Plan(matched, unmatched, trainable, base, rows, work, estimated, disk, shutil.disk_usage(folder).free)
     show(result, config, device.type, on_cuda)
     if probe:
@@ -120,6 +124,18 @@ def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, Non
             "memory", f"cannot be estimated for this model ({type(error).__name__}: {reason}); probe=true measures it"
         )
         return None, None
+
+
+def _with_teacher(memory: Memory | None, setup: Setup) -> Memory | None:
+    """With what a teacher needs that reads the rows first: its weights, and the logits of a pass whose tokens are all supervised."""
+    if memory is None or setup.teacher is None:
+        return memory
+    found, config = setup.teacher.found, setup.config
+    own = dataclasses.replace(config, quant=found.quant, model=dataclasses.replace(config.model, dtype=found.dtype))
+    model, _ = skeletons.stored(own, found.base, found.kind)
+    weights = sum(map(skeletons.nbytes, skeletons.tensors(model)))
+    logits = TOKENS * setup.task.vocabulary * getattr(torch, found.dtype).itemsize
+    return dataclasses.replace(memory, phases={"teacher": weights + logits, **memory.phases})
 
 
 def needed(setup: Setup, work: Work) -> Memory:

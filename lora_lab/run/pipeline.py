@@ -335,13 +335,13 @@ def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
     """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
     run, config = open_trained(path, takes.EVALUATE, overrides)
     trained, shots = Trained.of(run, config, need_train=config.task.shots > 0), config.task.shots
-    held_out = trained.setup.held_out
-    if held_out is None:
+    if trained.setup.held_out is None:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
-    baselines = trained.setup.task.baselines(held_out)
     with trained.loaded() as live:
+        held_out = live.setup.held_out_rows()
+        baselines = live.setup.task.baselines(held_out)
         found = {"base": live.measure_base()}
         if shots:
             found[f"{shots}-shot"] = live.measure_few_shot()

@@ -31,6 +31,7 @@ from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
 from lora_lab.run.takes import Takes
+from lora_lab.run.teacher import KEY, Teacher
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, tracking
 from lora_lab.tasks.base import AnyTask
@@ -262,9 +263,9 @@ def prepare(
     device = load.start_device(config.hardware, config.model.dtype, trains=trained is None)
     learned = None if trained is None else files.learned(trained.adapter)
     with stages("find_base"):
-        found = find_base(config, _recorded_base(trained or begun))
+        found = find_base(config, recorded_base(trained or begun))
     if trained is not None:
-        _check_trained(trained, config, found)
+        check_trained(trained, config, found)
     say_base(config, found.base, device)
     say_template(found.encoder)
     with stages("data"):
@@ -273,10 +274,11 @@ def prepare(
         config.adapter.check_length(
             plan_of(config, data.train).total_steps(config.train.epochs, config.train.max_steps)
         )
-    return assemble(config, found, data, task, device, stages)
+    return assemble(config, found, data, task, device, stages, trained)
 
 
-def _recorded_base(run: RunDir | None) -> dict[str, Any] | None:
+def recorded_base(run: RunDir | None) -> dict[str, Any] | None:
+    """What a run recorded of its base when it was begun."""
     saved = None if run is None else run_dir.read_manifest(run)
     return None if saved is None else saved["base"]
 
@@ -306,7 +308,7 @@ def say_template(encoder: Encoder) -> None:
         )
 
 
-def _check_trained(run: RunDir, config: RunConfig, found: ResolvedBase) -> None:
+def check_trained(run: RunDir, config: RunConfig, found: ResolvedBase) -> None:
     """Refuse an adapter that was trained on another base, or has other settings than its run; tell other versions."""
     files.check_base(run.adapter, found.base)
     files.check_quant(run.adapter, found.base.stored(config.quant))
@@ -317,9 +319,19 @@ def _check_trained(run: RunDir, config: RunConfig, found: ResolvedBase) -> None:
 
 
 def assemble(
-    config: RunConfig, found: ResolvedBase, data: build.Data, task: AnyTask, device: torch.device, stages: Stages
+    config: RunConfig,
+    found: ResolvedBase,
+    data: build.Data,
+    task: AnyTask,
+    device: torch.device,
+    stages: Stages,
+    trained: RunDir | None = None,
 ) -> Setup:
-    """Put together what was found."""
+    """Put together what was found; the teacher of a run that is not trained is looked for.
+
+    Args:
+        trained: as of `prepare`.
+    """
     return Setup(
         config,
         found.base,
@@ -330,7 +342,21 @@ def assemble(
         device,
         _accelerator(config.model.dtype, device),
         stages,
+        _teacher(config, found, device, trained),
     )
+
+
+def _teacher(config: RunConfig, found: ResolvedBase, device: torch.device, trained: RunDir | None) -> Teacher | None:
+    """Who teaches the run, if anybody does. A trained run's is looked for when it is asked."""
+    if config.task.taught_by is None:
+        return None
+    if trained is None:
+        teacher = Teacher(config, found.base, found.kind, found.encoder, device)
+        console.say("teacher", ", ".join(f"{name} ({digest[:12]})" for name, digest in teacher.hashes.items()))
+        return teacher
+    saved = run_dir.read_manifest(trained)
+    hashes = [] if saved is None else list(saved["data"].get(KEY, {}).values())
+    return Teacher(config, found.base, found.kind, found.encoder, device, next(iter(hashes), None))
 
 
 def _accelerator(dtype: str, device: torch.device) -> Accelerator:

@@ -31,6 +31,7 @@ from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError, ConfigError, NoRoomError, TrainingError
 from lora_lab.fast import apply, isolation
+from lora_lab.run import teacher
 from lora_lab.runtime import console, memory, pages
 from lora_lab.runtime.memory import attempts, is_out_of_memory
 from lora_lab.tasks.base import AnyTask, EvalResult
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from lora_lab.run.teacher import Teacher
     from lora_lab.tasks.base import PaddedTask
 
 _PADDED_ROWS = 32  # of which some are padded to see what it changes
@@ -72,6 +74,7 @@ class Setup:
     device: torch.device
     accelerator: Accelerator
     stages: Stages
+    teacher: Teacher | None = None
 
     @property
     def train(self) -> Dataset | Stream | None:
@@ -104,8 +107,18 @@ class Setup:
         return self.held_out
 
     def data_hashes(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every data file, by configuration key."""
-        return {data.key: data.files for data in (self.train, self.held_out) if data is not None}
+        """SHA-256 of every data file, by configuration key; a teacher's word is data too."""
+        found = {data.key: data.files for data in (self.train, self.held_out) if data is not None}
+        return found if self.teacher is None else {**found, teacher.KEY: self.teacher.hashes}
+
+    def taught(self) -> Setup:
+        """With what the teacher says of the rows, if there is one; before the base is loaded, because it is loaded for that."""
+        rows = [data for data in (self.train, self.held_out) if isinstance(data, Dataset)]
+        if self.teacher is None or not rows:
+            return self
+        with self.stages("teacher"):
+            said = {data.key: data for data in self.teacher.teach(rows, self.task)}
+        return dataclasses.replace(self, data=build.Data(said.get("data.train"), said.get("data.eval")))
 
     def skeleton(self) -> PreTrainedModel:
         """The base without weights, anew."""
@@ -118,7 +131,8 @@ class Setup:
         return bool(getattr(settings, "target_parameters", None))
 
     def loaded(self, members: Mapping[str, RunConfig | Path] | None = None) -> Live:
-        """Load the (quantized) base and put adapters on it, of which the last is active. The model goes with the block:
+        """Load the (quantized) base and put adapters on it, of which the last is active, once the teacher has read the rows, if there is
+        one. The model goes with the block:
 
             with setup.loaded() as live:
                 live.measure("tuned")
@@ -127,8 +141,9 @@ class Setup:
             members: for each adapter the configuration that a fresh one is made by, or the folder of a trained one, verified; None:
                 the run's own fresh adapter alone.
         """
-        [base] = self.bases()
-        live = self.on(base, members or {ADAPTER: self.config})
+        setup = self.taught()
+        [base] = setup.bases()
+        live = setup.on(base, members or {ADAPTER: self.config})
         for title, names in (("head", self.kind.new_modules), ("modules", self.kind.retrained)):
             if names:
                 console.say(title, f"{', '.join(names)}: trained whole, in float32")

@@ -26,6 +26,7 @@ _ROWS = (  # to measure on
 _GENERATION = ("task.max_new_tokens", "task.num_beams")
 _ANSWERS = (*_GENERATION, "task.generate_rows", "task.answer_format", "task.language", "task.pseudo_perplexity_rows",
             "task.max_answer_tokens")  # fmt: skip
+_TEACHER = ("task.teacher",)  # where it lies now; it is found to be the same
 _MERGE = ("export.dtype", "export.max_shard_size", "merge")
 
 
@@ -47,10 +48,10 @@ RESUME = Takes(
     ("tracker", "hardware.processes", "hardware.timeout"),
     "resume takes no overrides but tracker, hardware.processes and hardware.timeout, because it would not be the same run any more.",
 )
-EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, "task.few_shot", "task.corpus"))
+EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, *_TEACHER, "task.few_shot", "task.corpus"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
 COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", *_HARDWARE, *_MERGE))
-SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, "shrink"))
+SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, *_TEACHER, "shrink"))
 EXPORT = Takes("export", (*_PLACE, *_ROWS, *_MERGE, "export"))
 PREDICT = Takes(
     "predict",

@@ -86,6 +86,8 @@ KEYS: dict[str, str] = {
     "tokenizer_name_or_path": "The tokenizer is the base's own.", "trust_remote_code": "Code of a model's folder is never run.",
     "model_revision": "model.revision", "task_type": "task", "stage": "task", "objective": "task", "loss_type": "task.loss",
     "dpo_beta": "task.beta", "num_labels": "Classes are counted in the rows.", "label_smoothing_factor": "task.label_smoothing",
+    "teacher": "task.teacher", "teacher_model": "task.teacher", "teacher_model_name_or_path": "task.teacher", "kd_alpha": "task.kd_ratio",
+    "kd_ratio": "task.kd_ratio", "kd_temperature": "task.temperature", "kd_top_k": "task.top_k",
     "do_train": "Verbs say that: lora-lab train and lora-lab evaluate.", "do_eval": "Verbs say that: lora-lab train and lora-lab evaluate.",
     "config": "A recipe is chosen by recipe=NAME (yours: --config-dir DIR).", "config_file": "A recipe is chosen by recipe=NAME (yours: --config-dir DIR).",
     "checkpoint": "run", "adapter_path": "run", "adapter_name_or_path": "run", "max_new_tokens": "task.max_new_tokens",
@@ -114,7 +116,8 @@ CHOICES: dict[str, dict[str, str]] = {
         "dpo": "task=preference task.loss=dpo", "ipo": "task=preference task.loss=ipo", "simpo": "task=preference task.loss=simpo",
         "orpo": "task=preference task.loss=orpo", "kto": "task=preference task.loss=kto", "rlhf": "task=preference task.loss=dpo",
         "similarity": "regression", "embeddings": "embedding", "retrieval": "embedding", "sentence_transformer": "embedding",
-        "sentence_embedding": "embedding", "contrastive": "embedding", "cross_encoder": "reranker", "rerank": "reranker", "ppo": "There is no reinforcement learning; task=preference learns from pairs.",
+        "sentence_embedding": "embedding", "contrastive": "embedding", "cross_encoder": "reranker", "rerank": "reranker",
+        "distill": "distillation", "kd": "distillation", "knowledge_distillation": "distillation", "gkd": "distillation", "ppo": "There is no reinforcement learning; task=preference learns from pairs.",
         "grpo": "There is no reinforcement learning; task=preference learns from pairs.",
     },
     "optim": {

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import math
 import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -71,6 +72,7 @@ class Service:
             Route("/v1/completions", self._complete, methods=["POST"], name="completions"),
             Route("/v1/embeddings", self._embed, methods=["POST"], name="embeddings"),
             *rows,
+            Route("/v1/rerank", self._rerank, methods=["POST"], name="rerank"),
             Route("/v1/adapters", self._load, methods=["POST"], name="load"),
             Route("/v1/adapters/{name}", self._unload, methods=["DELETE"], name="unload"),
             *([] if self.training is None else self.training.routes()),
@@ -308,15 +310,43 @@ class Service:
         self._check_count("rows", len(asked.rows))
         note(request, model=served.name)
         given_rows = await self._masked(request, asked.rows)
-        examples = await _prepared(_examples, served, given_rows)
+        rows, usage = await self._predicted(request, served, given_rows)
+        said = {"object": "list", "data": rows, "usage": usage}
+        return JSONResponse(
+            {**said, "model": served.name, "lora_lab": self._who(served)}, headers=self._headers(served)
+        )
+
+    async def _predicted(
+        self, request: Request, served: Served, rows: Sequence[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """What a run says of rows without labels, and the tokens that it read."""
+        examples = await _prepared(_examples, served, rows)
         found = await asyncio.wrap_future(self.engine.predict(served, examples))
         tokens = sum(example.num_tokens for example in examples)
         self._count(request, served, tokens, 0)
         of_row = served.setup.task.of_row
-        rows = [of_row(found[origin(number)], row) for number, row in enumerate(given_rows, start=1)]
-        said = {"object": "list", "data": rows, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        said = [of_row(found[origin(number)], row) for number, row in enumerate(rows, start=1)]
+        return said, {"prompt_tokens": tokens, "total_tokens": tokens}
+
+    async def _rerank(self, request: Request) -> Response:
+        asked = wishes.parse(wishes.RerankRequest, await body_of(request))
+        served = self._named(asked.model, "rerank")
+        self._check_count("documents", len(asked.documents))
+        note(request, model=served.name)
+        texts = [one if isinstance(one, str) else one["text"] for one in asked.documents]
+        query, texts = await self._masked(request, (asked.query, texts))
+        rows = [{"query": query, "document": text} for text in texts]
+        said, usage = await self._predicted(request, served, rows)
+        scores = [_share(row["score"]) for row in said]
+        best = sorted(range(len(scores)), key=lambda place: -scores[place])[: asked.top_n]
+        shown_too = [{"document": {"text": texts[place]}} if asked.return_documents else {} for place in best]
+        results = [
+            {"index": place, "relevance_score": scores[place], **more}
+            for place, more in zip(best, shown_too, strict=True)
+        ]
+        found = {"object": "list", "results": results, "usage": usage}
         return JSONResponse(
-            {**said, "model": served.name, "lora_lab": self._who(served)}, headers=self._headers(served)
+            {**found, "model": served.name, "lora_lab": self._who(served)}, headers=self._headers(served)
         )
 
     async def _embed(self, request: Request) -> Response:
@@ -425,6 +455,11 @@ def _continued(served: Served, prompt: str) -> tuple[str, list[int]]:
 
 def _examples(served: Served, rows: Sequence[dict[str, Any]]) -> list[Any]:
     return [one for number, row in enumerate(rows, start=1) for one in unlabelled(served.setup, row, number)]
+
+
+def _share(score: float) -> float:
+    """A score between 0 and 1, in the same order: its logistic function, as is usual at this route."""
+    return 1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(score))
 
 
 def _encoded(vector: list[float], how: str | None) -> list[float] | str:

@@ -124,6 +124,20 @@ class EmbeddingRequest:
 
 
 @section
+class RerankRequest:
+    """`/v1/rerank`, as Jina and Cohere have it."""
+
+    model: Model
+    query: Annotated[str, Field(min_length=1, description="what is looked for")]
+    documents: Annotated[
+        list[str | dict[Literal["text"], str]], Field(min_length=1, description="texts, or objects with a text")
+    ]
+    top_n: Annotated[int | None, Field(ge=1, description="so many of the best; nothing said: all")] = None
+    return_documents: Annotated[bool | None, Field(description="repeat each document's text")] = None
+    user: User = None
+
+
+@section
 class AdapterRequest:
     """`POST /v1/adapters`."""
 

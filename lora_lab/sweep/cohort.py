@@ -165,7 +165,7 @@ def _train_together(jobs: list[Job], budget: Budget) -> None:
     if not jobs:
         return
     with contextlib.ExitStack() as stack:
-        _train_loaded(jobs, setup, stack, budget)
+        _train_loaded(jobs, setup.taught(), stack, budget)
 
 
 def _prepared(parts: Sequence[list[Job]], begun: RunDir | None) -> Setup:

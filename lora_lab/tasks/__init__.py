@@ -4,6 +4,7 @@ row becomes, the head, the loss, the metrics); `base.py` has what tasks share.""
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.classification.config import ClassificationConfig
 from lora_lab.tasks.completion.config import CompletionConfig
+from lora_lab.tasks.distillation.config import DistillationConfig
 from lora_lab.tasks.embedding.config import EmbeddingConfig
 from lora_lab.tasks.masked_lm.config import MaskedLMConfig
 from lora_lab.tasks.preference.config import PreferenceConfig
@@ -18,6 +19,7 @@ from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 TASKS: dict[str, type[TaskSection]] = {
     "causal_lm": CausalLMConfig,
     "completion": CompletionConfig,
+    "distillation": DistillationConfig,
     "masked_lm": MaskedLMConfig,
     "classification": ClassificationConfig,
     "regression": RegressionConfig,

@@ -219,6 +219,28 @@ class Task(Generic[Section, B]):
             DataError: naming file and row.
         """
 
+    # -- a teacher, where `config.taught_by` names one --------------------------------------------------------------------
+
+    teacher_options: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields of its section that decide what is kept of a teacher's word
+    vocabulary: int  # tokens that teacher and student choose among
+    soft_numbers: int  # that are kept of each supervised token
+
+    def soft_targets(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
+        """What is kept of what a teacher says of some tokens: further columns of the rows, [S, ...] each, int32 or float32. An example
+        has each as a flat array over its supervised tokens.
+
+        Args:
+            logits: [S, V] of the teacher.
+            targets: [S] the rows' own tokens.
+        """
+        raise NotImplementedError
+
+    def of_soft_targets(self, data: Dataset) -> str:
+        """A clause about what a teacher said of some rows, which have it."""
+        return ""
+
     # -- a step ---------------------------------------------------------------------------------------------------------
 
     def step(self, model: PeftModel, parts: Iterable[list[Example]], rng: np.random.Generator) -> StepBatches[B]:

@@ -54,6 +54,11 @@ class TaskSection:
         return ()
 
     @property
+    def taught_by(self) -> str | None:
+        """The model that reads all rows before training, and whose word is learned, as the user names it; None: there is none."""
+        return None
+
+    @property
     def answers(self) -> bool:
         """Whether its model can be asked in messages."""
         return self.chat and self.generates

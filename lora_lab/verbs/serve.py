@@ -20,7 +20,7 @@ _EXAMPLES = """\
   lora-lab serve add_key=alice serve.keys=keys.json   makes a key, which is shown once; scopes=use,admin: adapters come and go by it
   lora-lab serve run=DIR serve=network serve.keys=keys.json
 
-Routes as OpenAI has them, and /v1/classify, /v1/tokens, /v1/answer, /v1/rewards, /v1/adapters, /metrics, /healthz: docs/serving.md
+Routes as OpenAI has them, and /v1/classify, /v1/tokens, /v1/answer, /v1/rewards, /v1/rerank, /v1/adapters, /metrics, /healthz: docs/serving.md
 """
 _WHAT = "Name a run folder (run=DIR), several ('runs=[DIR,DIR]'), a sweep (sweep=DIR) or a base alone (base=MODEL)."
 _BASE_KEYS = ("model.", "quant", "hardware", "speed", "serve")

@@ -87,6 +87,11 @@ def _quantized(world: World) -> None:
     assert list(world.cache.glob("quantized/*/model.safetensors"))
 
 
+def _taught(world: World) -> None:
+    _finished(world, "task=distillation", "task.teacher=base", "task.top_k=8")
+    assert list(world.cache.glob("soft_targets/*/targets.arrow"))
+
+
 def _of_gguf(world: World) -> None:
     make_gguf(world.base, world.root / "base.gguf")
     _finished(world, f"model.path={world.root}/base.gguf")
@@ -260,6 +265,9 @@ KINDS = {
     ),
     "nf4 cache, evaluate": Kind(
         _quantized, ("cache/quantized/*/*",), _CACHED, _of_evaluation("run"), weight=5, remade=True
+    ),
+    "soft target cache, evaluate": Kind(
+        _taught, ("cache/soft_targets/*/*", "cache/soft_targets/*.lock"), _CACHED, _of_evaluation("run"), weight=3, remade=True
     ),
     "gguf cache, evaluate": Kind(_of_gguf, ("cache/gguf/*/*",), _CACHED, _of_evaluation("run"), weight=5, remade=True),
     "gguf file, evaluate": Kind(_of_gguf, ("base.gguf",), _CACHED, _of_evaluation("run"), weight=3),

@@ -40,7 +40,7 @@ def tiny(base: Path, rows: Path, held_out: Path, *more: str) -> list[str]:
 
 # -- which way a metric is better -------------------------------------------------------------------------------------------
 
-LOWER = {"loss", "perplexity", "pseudo_perplexity", "hamming_loss", "mse", "mae", "reward_rejected"}
+LOWER = {"loss", "perplexity", "pseudo_perplexity", "hamming_loss", "mse", "mae", "reward_rejected", "divergence"}
 
 
 def test_every_metric_that_a_task_can_report_has_a_direction():

@@ -74,6 +74,7 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
         "preference",
         "preference, KTO",
         "NEFTune",
+        "distillation, cohort of 3",
         "NF4",
         "NF4, cohort of 3",
     ]

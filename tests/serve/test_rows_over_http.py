@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import lora_lab
@@ -10,6 +12,18 @@ from tests.conftest import make_rows, write_jsonl
 from tests.serve.conftest import at_once, client_of, held, serving, stop
 
 LABELS = ("cat", "dog")
+
+
+def trained(base, folder, name: str, task: str, rows: list[dict]):
+    """A run of two steps."""
+    file = write_jsonl(folder / f"{name}.jsonl", rows)
+    told = [
+        "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
+        f"task={task}", f"data.train={file}", "train.batch_size=4", "train.max_steps=2", "adapter.r=2", "optim.lr=0.01",
+        f"run_dir={folder}/{name}",
+    ]  # fmt: skip
+    assert cli.main(["train", *told]) == 0
+    return folder / name
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +38,7 @@ def runs(base, tmp_path_factory):
     made = {"two": ("classification", texts), "three": ("classification", three)}
     made |= {"numbers": ("regression", numbers), "rewards": ("reward", pairs)}
     for name, (task, own) in made.items():
-        file = write_jsonl(folder / f"{name}.jsonl", own)
-        told = [
-            "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
-            f"task={task}", f"data.train={file}", "train.batch_size=4", "train.max_steps=2", "adapter.r=2", "optim.lr=0.01",
-            f"run_dir={folder}/{name}",
-        ]  # fmt: skip
-        assert cli.main(["train", *told]) == 0
+        trained(base, folder, name, task, own)
     return folder
 
 
@@ -76,6 +84,39 @@ def test_heads_of_many_kinds_on_one_base(runs):
             id(one) for group in service.shelf._groups for one in group[2].base.parameters() if one.shape == (128, 64)
         }
         assert len(weights) == 8  # gate and up of four layers, once for all kinds of models
+    finally:
+        stop(service)
+
+
+@pytest.mark.long
+def test_documents_come_in_the_order_of_a_rerankers_scores(base, tmp_path):
+    """As `predict` scores them; fields as clients of other rerankers know them."""
+    candidates = [
+        {"query": row["prompt"], "positive": row["completion"], "negatives": ["table lamp"]} for row in make_rows(8)
+    ]
+    run = trained(base, tmp_path, "reranks", "reranker", candidates)
+    documents = ["red cat", {"text": "table lamp Oslo Graz"}, "one two"]
+    service = serving([run])
+    try:
+        rows = [{"query": "three", "document": text} for text in ("red cat", "table lamp Oslo Graz", "one two")]
+        scores = [one["score"] for one in lora_lab.open_run(run).predict(rows)]
+        asked = {"model": "reranks", "query": "three", "documents": documents}
+        with client_of(service) as client:
+            found = client.post("/v1/rerank", json=asked).json()
+            best = client.post("/v1/rerank", json={**asked, "top_n": 1, "return_documents": True}).json()
+            wrong = client.post("/v1/rerank", json={**asked, "documents": [{"title": "a"}]})
+            elsewhere = client.post("/v1/classify", json={"model": "reranks", "rows": rows})
+        order = sorted(range(3), key=lambda place: -scores[place])
+        assert [one["index"] for one in found["results"]] == order
+        expected = [1 / (1 + math.exp(-scores[place])) for place in order]
+        assert [one["relevance_score"] for one in found["results"]] == pytest.approx(expected, abs=1e-5)
+        assert found["usage"]["total_tokens"] > 0
+        assert [one["index"] for one in best["results"]] == order[:1]
+        text = documents[order[0]]
+        assert best["results"][0]["document"] == {"text": text if isinstance(text, str) else text["text"]}
+        assert "document" not in found["results"][0]
+        assert wrong.status_code == 400
+        assert "is not asked at /v1/classify but at /v1/rerank" in elsewhere.json()["error"]["message"]
     finally:
         stop(service)
 

@@ -199,6 +199,7 @@ def alike_row(draw):
 # (task and its options, model, rows, metric that must improve, whether lower is better)
 CASES = {
     "causal_lm": (["task=causal_lm", "task.generate_rows=2", "task.max_new_tokens=4"], "llama", pair_row, "perplexity", True),
+    "distillation": (["task=distillation", "task.teacher=base", "task.top_k=8"], "llama", pair_row, "perplexity", True),
     "completion": (["task=completion", "data.max_tokens=16"], "llama", text_row, "perplexity", True),
     "masked_lm": (["task=masked_lm", "task.pseudo_perplexity_rows=2"], "bert", text_row, "pseudo_perplexity", True),
     "masked_lm-words": (["task=masked_lm", "task.whole_words=true"], "bert_without_head", text_row, "masked_accuracy", False),
@@ -234,7 +235,7 @@ CASES = {
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
     "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto", "completion",
-    "embedding-decoder", "embedding-angle", "reranker-decoder",
+    "embedding-decoder", "embedding-angle", "reranker-decoder", "distillation",
 )  # fmt: skip
 STEPS = 30
 
@@ -360,8 +361,8 @@ def test_any_split_of_a_step_is_the_same_step(case, start):
     largest gradient, which sums over all rows in another order)."""
     from lora_lab.config import compose
 
-    ready = prepared.prepare(compose.compose(start(case, rows=6)))
-    model = ready.loaded().model
+    live = prepared.prepare(compose.compose(start(case, rows=6))).loaded()
+    ready, model = live.setup, live.model
     for parameter in model.parameters():  # away from the fresh adapter, whose gradients are half zero
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -105,8 +105,12 @@ class DecoderTask(PackedTask[Section, PackedBatch]):
         own = type(self).loss is DecoderTask.loss and type(self).step is Task.step
         return own and self.forward.together
 
+    def joined(self, batches: Sequence[PackedBatch]) -> PackedBatch:
+        """Batches end to end, with all that the loss reads of them."""
+        return join(batches)
+
     def losses_of_members(self, model: PeftModel, batches: Sequence[PackedBatch]) -> list[LossSum]:
-        losses, _ = self.weighted_losses(model, join(batches))
+        losses, _ = self.weighted_losses(model, self.joined(batches))
         parts = losses.split([len(batch.targets) for batch in batches])
         return [LossSum(part.sum(), b.weight, len(part), None) for part, b in zip(parts, batches, strict=True)]
 

@@ -24,6 +24,7 @@ class RerankerConfig(TaskSection):
     ] = "listwise"
 
     predicts: ClassVar[bool] = True
+    asked_at: ClassVar[str] = "rerank"
     formats: ClassVar[tuple[str, ...]] = ("retrieval",)
     augments: ClassVar[bool] = True
     numbers: ClassVar[bool] = True

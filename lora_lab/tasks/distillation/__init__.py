@@ -1,0 +1,1 @@
+"""Distillation: a student of conversations learns what a teacher says of them."""
