@@ -20,6 +20,7 @@ from lora_lab.verbs import (
     serve,
     shrink,
     train,
+    ui,
 )
 from lora_lab.verbs.base import Verb
 
@@ -38,6 +39,7 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "chat": chat.VERB,
     "serve": serve.VERB,
     "runs": runs.VERB,
+    "ui": ui.VERB,
     "methods": methods.VERB,
     "doctor": doctor.VERB,
     "config": config.VERB,
