@@ -50,7 +50,7 @@ methods-table: install  ## docs/methods.md: every adapter method on three makes 
 exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and verified; half an hour
 	$(BIN)/python -m benchmarks.exports
 
-docs: install  ## docs/reference.md, and docs/ as a site in site/, which can be opened from the disk
+docs: install  ## docs/reference.md, and docs/ as a site in site/; to look: python -m http.server -d site
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m benchmarks.reference
 	$(BIN)/mkdocs build --strict
