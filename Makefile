@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 LORA_LAB_ENGINES ?= .engines
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-faults test-gpu test-engines bench bench-gpu architectures exports methods-table lint install clean
+.PHONY: docs demo test test-long test-faults test-gpu test-engines bench bench-gpu architectures exports methods-table lint install clean
 
 demo: install  ## the main job on the embedded default: train, compare, merge, verify
 	$(BIN)/lora-lab train recipe=demo
@@ -49,6 +49,11 @@ methods-table: install  ## docs/methods.md: every adapter method on three makes 
 
 exports: install  ## docs/exports.md: every family that transformers and llama.cpp share, exported and verified; half an hour
 	$(BIN)/python -m benchmarks.exports
+
+docs: install  ## docs/reference.md, and docs/ as a site in site/; to look: python -m http.server -d site
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m benchmarks.reference
+	$(BIN)/mkdocs build --strict
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

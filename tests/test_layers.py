@@ -24,6 +24,7 @@ FLOORS = (
     ("__main__",),
     ("cli", "api"),
     ("verbs",),
+    ("ui",),
     ("serve",),
     ("sweep",),
     ("plan",),

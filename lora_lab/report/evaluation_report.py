@@ -11,6 +11,8 @@ from typing import Any
 from lora_lab.report import pages, pictures
 from lora_lab.runtime import storage
 
+ROWS, PAGE = "predictions.jsonl", "evaluation.html"  # in a run's folder
+PREFIX = "predicted_"  # of the columns that are added to a row
 _SHOWN = 50  # rows
 _CHARS = 400  # of a text in the table
 
@@ -26,6 +28,29 @@ class Said:
     off: float | None  # how far from what was expected; 0: it is right, None: that cannot be told
     score: float | None  # the probability of what was said
     length: int
+
+
+def as_row(one: Said) -> dict[str, Any]:
+    """The row of its file with what was said beside it."""
+    said = {**one.said, "expected": one.expected, "off": one.off, "of": one.origin}
+    return one.values | {f"{PREFIX}{name}": value for name, value in said.items() if value is not None}
+
+
+def of_row(row: Mapping[str, Any]) -> Said:
+    """What `as_row` made a row of; lengths are not kept."""
+    said = {name.removeprefix(PREFIX): value for name, value in row.items() if name.startswith(PREFIX)}
+    origin, expected, off = (said.pop(name, None) for name in ("of", "expected", "off"))
+    values = {name: value for name, value in row.items() if not name.startswith(PREFIX)}
+    score = said.get("score")
+    return Said(
+        str(origin or ""),
+        values,
+        expected if isinstance(expected, str) else _text(expected),
+        said,
+        off if isinstance(off, int | float) else None,
+        score if isinstance(score, int | float) else None,
+        0,
+    )
 
 
 def write(
@@ -51,7 +76,7 @@ def write(
         metrics={name: [one.get(name) for one in metrics.values()] for name in names},
         models=list(metrics),
         pictures=_pictures(said, confusion, unit),
-        rows=[_shown(one) for one in said[:_SHOWN]],
+        rows=[shown(one) for one in said[:_SHOWN]],
         count=len(said),
         wrong=sum(1 for one in said if one.off),
     )
@@ -68,7 +93,7 @@ def _pictures(said: Sequence[Said], confusion: Mapping[str, Any] | None, unit: s
     return [one for one in drawn if one is not None]
 
 
-def _shown(one: Said) -> dict[str, Any]:
+def shown(one: Said) -> dict[str, Any]:
     """A row as texts for the table."""
     return {
         "origin": one.origin,

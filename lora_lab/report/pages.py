@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 from lora_lab.runtime import console
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def render(template: str, **values: Any) -> str:
     """A page. Texts are escaped, and characters that a browser would obey without showing them are written out."""
+    return _environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(
-        loader=PackageLoader("lora_lab.report", "templates"), autoescape=True, finalize=_finalized
-    )
-    return environment.get_template(template).render(**values)
+    return Environment(loader=PackageLoader("lora_lab.report", "templates"), autoescape=True, finalize=_finalized)
 
 
 def _finalized(value: Any) -> Any:

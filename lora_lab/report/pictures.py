@@ -1,6 +1,6 @@
 """Drawings for pages, as SVG whose colours are the page's own, so that they follow it into the dark.
 
-A page defines the variables --ink, --dim, --line, --bar, --on-bar and --error. Texts are escaped here.
+A page defines the variables --ink, --dim, --line, --bar, --on-bar and --error, and for curves --line-1 to --line-6. Texts are escaped here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import html
 import itertools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,10 @@ _LETTERS = 14  # of a class's name
 _BINS = 10  # of a calibration
 _FEW, _LEAST = 10, 30  # rows of a bin at least; rows from which a plot is drawn
 _PARTS = 6  # of the lengths
+_POINTS, _DOTS = 600, 60  # of a line that are drawn; most that are marked
+_LEGEND = 48  # letters of a line's name
+COLOURS = range(1, 7)  # of lines: the variables --line-1 to --line-6
+_DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2 6 2")  # of the lines, which differ in more than their colour
 _WIDTH, _HEIGHT = 420, 280  # of a plot
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42  # around its frame
 
@@ -83,12 +87,9 @@ def confusion(labels: Sequence[str], rows: Sequence[Sequence[int]]) -> Picture |
     says = (
         f"Most often mixed up: {true} is said to be {said}, {most} times." if most else "No class is taken for another."
     )
-    return Picture(
-        "Which class is taken for which",
-        _svg(left + cell * count + right, top + cell * count + 6, parts),
-        says + left_out,
-        count > _MANY,
-    )
+    title = "Which class is taken for which"
+    drawing = _svg(left + cell * count + right, top + cell * count + 6, parts, title)
+    return Picture(title, drawing, says + left_out, count > _MANY)
 
 
 def calibration(scores: Sequence[tuple[float, bool]]) -> Picture | None:
@@ -116,7 +117,8 @@ def calibration(scores: Sequence[tuple[float, bool]]) -> Picture | None:
     lean = float((given - right).mean())
     which = "surer than it should be" if lean > 0 else "less sure than it could be"
     says = f"Expected calibration error {error:.3f}; the model is {which} by {abs(lean):.3f} on average. Below the dashed line it is too sure."
-    return Picture("Is it as often right as it says?", _svg(_WIDTH, _HEIGHT, parts), says)
+    title = "Is it as often right as it says?"
+    return Picture(title, _svg(_WIDTH, _HEIGHT, parts, title), says)
 
 
 def by_length(rows: Sequence[tuple[int, float]], unit: str) -> Picture | None:
@@ -155,7 +157,79 @@ def by_length(rows: Sequence[tuple[int, float]], unit: str) -> Picture | None:
     apart = first[4] < last[3] or last[4] < first[3]
     says = f"Shortest {first[2]:.3g}, longest {last[2]:.3g}; the lines are 95 % intervals"
     says += "." if apart else ", and those of the two overlap: no difference can be told."
-    return Picture("Does it depend on the length?", _svg(_WIDTH, _HEIGHT, parts), says)
+    title = "Does it depend on the length?"
+    return Picture(title, _svg(_WIDTH, _HEIGHT, parts, title), says)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Values by step. Lines of one name share a colour and an entry of the legend."""
+
+    name: str
+    points: Mapping[int, float]
+    faint: bool = False  # behind the others, without an entry of its own
+    dots: bool = False
+
+
+def lines(title: str, unit: str, drawn: Sequence[Line], says: str = "") -> Picture | None:
+    """Curves over the steps. None: no line has two points."""
+    drawn = [line for line in drawn if line.points]
+    if not any(len(line.points) > 1 for line in drawn):
+        return None
+    names = list(dict.fromkeys(line.name for line in drawn))
+    steps = [step for line in drawn for step in line.points]
+    values = [value for line in drawn if not line.faint for value in line.points.values()]
+    across, up = _around(min(steps), max(steps)), _around(min(values), max(values))
+    plot = _Plot((min(steps), max(steps)), (up[0], up[-1]), "step", unit)
+    whole = [tick for tick in across if min(steps) <= tick <= max(steps) and tick.is_integer()]
+    parts = [plot.frame(whole, up)]
+    for line in sorted(drawn, key=lambda one: not one.faint):
+        number = names.index(line.name) % len(_DASHES)
+        colour = f"stroke: var(--line-{number + 1}); fill: none"
+        dash = f' stroke-dasharray="{_DASHES[number]}"' if _DASHES[number] and not line.faint else ""
+        points = [(plot.x(step), plot.y(min(max(value, up[0]), up[-1]))) for step, value in _thinned(line.points)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        weight = 'stroke-width="1" stroke-opacity="0.3"' if line.faint else 'stroke-width="2"'
+        parts.append(f'<polyline points="{path}" style="{colour}" stroke-linejoin="round" {weight}{dash}/>')
+        if line.dots and len(points) <= _DOTS:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill: var(--line-{number + 1})">'
+                f"<title>{_safe(f'step {step}: {value:.4g}')}</title></circle>"
+                for (x, y), (step, value) in zip(points, sorted(line.points.items()), strict=True)
+            ]
+    height = _HEIGHT
+    for name in names if len(names) > 1 else ():
+        number = names.index(name) % len(_DASHES)
+        parts.append(
+            f'<line x1="{_LEFT}" y1="{height + 6}" x2="{_LEFT + 28}" y2="{height + 6}" stroke-width="2" '
+            f'style="stroke: var(--line-{number + 1})" stroke-dasharray="{_DASHES[number] or "none"}"/>'
+        )
+        parts.append(_label(_LEFT + 36, height + 10, _short(name, _LEGEND), anchor="start", title=name))
+        height += 18
+    return Picture(title, _svg(_WIDTH, height + 2, parts, f"{title}. {says}"), says)
+
+
+def _around(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from below the lowest to above the highest value."""
+    if not high > low:
+        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most - 1)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def _thinned(points: Mapping[int, float]) -> list[tuple[int, float]]:
+    """In order; of very many the lowest and the highest of each part, so that no peak is lost."""
+    found = sorted(points.items())
+    if len(found) <= _POINTS:
+        return found
+    kept = []
+    for part in np.array_split(np.arange(len(found)), _POINTS // 2):
+        inside = [found[place] for place in part]
+        ends = {min(inside, key=lambda one: one[1]), max(inside, key=lambda one: one[1])}
+        kept += sorted(ends)
+    return kept
 
 
 def interval(hits: float, count: int) -> tuple[float, float]:
@@ -226,21 +300,21 @@ def _label(
     )
 
 
-def _svg(width: float, height: float, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" style="max-width: {width:.0f}px">{"".join(parts)}</svg>'
+def _svg(width: float, height: float, parts: Sequence[str], name: str) -> str:
+    """A drawing, with its name for who does not see it."""
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{_safe(name)}" style="max-width: {width:.0f}px">'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def _safe(text: str) -> str:
     return html.escape(console.shown(text).replace("\n", " "))
 
 
-def _short(name: str) -> str:
+def _short(name: str, most: int = _LETTERS) -> str:
     text = name.strip() or "(empty)"
-    return (
-        text
-        if _columns(text) <= _LETTERS
-        else f"{text[: _LETTERS - 1 if _columns(text) == len(text) else _LETTERS // 2]}…"
-    )
+    return text if _columns(text) <= most else f"{text[: most - 1 if _columns(text) == len(text) else most // 2]}…"
 
 
 def _columns(text: str) -> int:

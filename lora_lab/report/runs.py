@@ -17,7 +17,7 @@ from lora_lab.run import run_dir
 from lora_lab.run.run_dir import RunDir
 from lora_lab.runtime import console, reading, tracking
 from lora_lab.schema.groups import GROUPS
-from lora_lab.tasks.metrics import as_cost
+from lora_lab.tasks import TASKS, metrics
 
 _DEEP = 4  # folders below the one that is looked through: runs/NAME/TIME/MEMBER
 _PLACE_KEYS = ("run_dir", "name")  # every run has its own
@@ -48,12 +48,11 @@ def find(folder: str, told: Sequence[str] = ()) -> tuple[list[Listed], list[str]
     Raises:
         ConfigError: an unknown key, or no `key=value`.
     """
-    fits = _filter(told)
+    fits = matching(told)
     found, unread = [], []
-    for path in _folders(Path(folder), _DEEP):
+    for path in folders(Path(folder)):
         try:
-            config = compose.load(path / "config.yaml")
-            one = _listed(RunDir(path), config)
+            one = read(path)
         except LoraLabError as error:
             unread.append(f"{path}: {error}")
             continue
@@ -63,17 +62,25 @@ def find(folder: str, told: Sequence[str] = ()) -> tuple[list[Listed], list[str]
 
 
 def open_one(folder: str) -> Listed:
-    """One run.
+    """One run, none of whose links leaves it.
 
     Raises:
         LoraLabError: there is none, or it cannot be read.
     """
-    run = run_dir.open_existing(folder)
-    return _listed(run, compose.load(run.config))
+    return read(run_dir.open_existing(folder).path)
 
 
-def _folders(folder: Path, deep: int) -> Iterator[Path]:
-    """Folders with a `config.yaml`, in order; what lies in a run is no run."""
+def read(folder: Path) -> Listed:
+    """The run in a folder.
+
+    Raises:
+        LoraLabError: it cannot be read.
+    """
+    return _listed(RunDir(folder), compose.load(folder / "config.yaml"))
+
+
+def folders(folder: Path, deep: int = _DEEP) -> Iterator[Path]:
+    """Folders with a `config.yaml` in and below a folder, in order; what lies in a run is no run, and links are not followed."""
     if (folder / "config.yaml").is_file():
         yield folder
         if not (folder / "ranking.json").is_file():
@@ -83,7 +90,7 @@ def _folders(folder: Path, deep: int) -> Iterator[Path]:
     except OSError:
         return
     for one in below if deep else ():
-        yield from _folders(one, deep - 1)
+        yield from folders(one, deep - 1)
 
 
 def _listed(run: RunDir, config: RunConfig) -> Listed:
@@ -125,8 +132,12 @@ def _place(path: Path) -> int | None:
     return names.index(path.name) + 1 if path.name in names else None
 
 
-def _filter(told: Sequence[str]) -> Callable[[dict[str, Any]], bool]:
-    """Whether a run's values are those that were told, as far as they were."""
+def matching(told: Sequence[str]) -> Callable[[dict[str, Any]], bool]:
+    """Whether a run's values are those that were told, as far as they were.
+
+    Raises:
+        ConfigError: no `key=value`; the answer raises it for an unknown key.
+    """
     wanted: dict[str, Any] = {}
     for text in told:
         override = compose.parse_override(text)
@@ -158,16 +169,24 @@ def ranked(runs: Sequence[Listed], metric: str) -> list[Listed]:
     """The best first; runs without the metric last.
 
     Raises:
-        ConfigError: no run has it.
+        ConfigError: no run has it, or it is unknown which way it is better.
     """
     known = list(dict.fromkeys(name for run in runs for name in run.tuned))
     if metric not in known:
         raise ConfigError(
             f"sort={metric}: no run has this metric.{nearest(metric, known)} There are: {', '.join(known)}."
         )
+    if not metrics.is_declared(metric):
+        for name in {run.config["task.name"] for run in runs}:
+            TASKS[name].load()  # its own metrics are declared beside its code
+    if not metrics.is_declared(metric):
+        raise ConfigError(f"sort={metric}: no task reports it, so it is unknown which way it is better.")
     return sorted(
         runs,
-        key=lambda run: (metric not in run.tuned, as_cost(metric, run.tuned[metric]) if metric in run.tuned else 0.0),
+        key=lambda run: (
+            metric not in run.tuned,
+            metrics.as_cost(metric, run.tuned[metric]) if metric in run.tuned else 0.0,
+        ),
     )
 
 
@@ -181,8 +200,8 @@ def show(runs: Sequence[Listed], folder: str, metric: str | None) -> None:
             os.path.relpath(run.path, folder) + (f" (place {run.place})" if run.place else ""),
             run.state,
             run.config["task.name"],
-            str(run.config["model.path"]).rstrip("/").rpartition("/")[2],
-            _adapter(run.config),
+            base_of(run.config),
+            adapter_of(run.config),
             run.steps,
             *(_change(run, str(name)) for name in names),
             "" if run.parameters is None else f"{run.parameters:,}",
@@ -193,7 +212,14 @@ def show(runs: Sequence[Listed], folder: str, metric: str | None) -> None:
     console.show_table(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {folder}", header, rows, slice(5, None))
 
 
-def _adapter(config: dict[str, Any]) -> str:
+def base_of(config: dict[str, Any]) -> str:
+    """The base's name without where it comes from."""
+    kind, _, package = str(config["model.path"]).partition("package:")
+    return package.partition("/")[0] if not kind else kind.rstrip("/").rpartition("/")[2]
+
+
+def adapter_of(config: dict[str, Any]) -> str:
+    """The method and its rank."""
     rank = config.get("adapter.r")
     return f"{config['adapter.method']}{'' if rank is None else f' r={rank}'}"
 
@@ -205,13 +231,18 @@ def _change(run: Listed, name: str) -> str:
     return f"{before}{run.tuned[name]:.4g}"
 
 
+def differing(runs: Sequence[Listed]) -> list[str]:
+    """Keys whose values are not the same in all of these runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    first = runs[0].config
+    return [
+        key for key in keys if key not in _PLACE_KEYS and any(run.config.get(key) != first.get(key) for run in runs[1:])
+    ]
+
+
 def show_difference(one: Listed, other: Listed) -> None:
     """Keys whose values differ, then the metrics of both."""
-    keys = [
-        key
-        for key in dict.fromkeys((*one.config, *other.config))
-        if key not in _PLACE_KEYS and one.config.get(key) != other.config.get(key)
-    ]
+    keys = differing((one, other))
     values = [[key, *(json.dumps(run.config.get(key), ensure_ascii=False) for run in (one, other))] for key in keys]
     names = dict.fromkeys((*one.tuned, *other.tuned))
     figures = [[name, *(run.tuned.get(name) for run in (one, other))] for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import logging
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab.errors import RunError
 from lora_lab.report import pages
-from lora_lab.runtime import console, storage, tracking
+from lora_lab.report.curves import Curve, smoothed
+from lora_lab.runtime import console, storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,52 +24,6 @@ if TYPE_CHECKING:
 _INK = "#010203"  # stands for the page's own colour of text, light or dark
 _MARK = "#1b6ca8"  # the same for what stands out
 _FONT = ["Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A run's losses by step, of each of its seeds."""
-
-    name: str
-    title: str
-    train: list[dict[int, float]]
-    held_out: list[dict[int, float]]
-    notes: list[str] = dataclasses.field(default_factory=list)  # what of its files could not be read
-
-
-def read_curve(name: str, title: str, folders: Sequence[Path]) -> Curve:
-    """The losses in the metrics of a run and of its repeats."""
-    notes: list[str] = []
-    found = [_lines(folder / "metrics.jsonl", notes) for folder in folders]
-    return Curve(
-        name,
-        title,
-        [_by_step(lines, "loss") for lines in found],
-        [_by_step(lines, "eval_loss") for lines in found],
-        notes,
-    )
-
-
-def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics; what is not whole is left out, and told in the notes."""
-    try:
-        found, damaged = tracking.read_lines(file)
-    except RunError as error:
-        notes.append(f"{error} The run has no curve.")
-        return []
-    if damaged:
-        notes.append(
-            f"{file}: {len(damaged)} of {len(found) + len(damaged)} lines are damaged and left out of its curve."
-        )
-    return found
-
-
-def _by_step(lines: list[dict[str, Any]], key: str) -> dict[int, float]:
-    return {line["step"]: line[key] for line in lines if _is_number(line.get(key))}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
@@ -245,7 +198,7 @@ def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
         label = _shortened(curve.title, 60)
         for (_, is_train), ax in zip(axes, panels, strict=True):
             if is_train:
-                _draw(ax, [_smoothed(one) for one in curve.train], colour, label)
+                _draw(ax, [smoothed(one) for one in curve.train], colour, label)
             else:
                 _draw(ax, curve.held_out, colour, label, marker="o")
     more = f" (the {most} best of {len(curves)})" if len(curves) > most else ""
@@ -255,14 +208,6 @@ def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=7, frameon=False)
     return figure
-
-
-def _smoothed(losses: dict[int, float], weight: float = 0.8) -> dict[int, float]:
-    found, mean = {}, None
-    for step, loss in losses.items():
-        mean = loss if mean is None else weight * mean + (1 - weight) * loss
-        found[step] = mean
-    return found
 
 
 def _draw(ax: Axes, seeds: Sequence[dict[int, float]], colour: str, label: str, marker: str = "") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lora_lab.data import sources
 from lora_lab.data.dataset import Dataset
 from lora_lab.report import evaluation_report
-from lora_lab.report.evaluation_report import Said
+from lora_lab.report.evaluation_report import PAGE, ROWS, Said
 from lora_lab.run import predictions
 from lora_lab.run.answering import predicted
 from lora_lab.run.run_dir import RunDir
@@ -16,8 +16,6 @@ from lora_lab.run.setup import Live, Setup
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import first_line, is_out_of_memory
 from lora_lab.tasks.base import EvalResult
-
-ROWS, PAGE = "predictions.jsonl", "evaluation.html"
 
 
 def write(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
@@ -37,7 +35,7 @@ def write(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
     if not said:
         return
     said.sort(key=lambda one: (-(one.off or 0.0), -(one.score or 0.0)))
-    predictions.write_rows(run.path / ROWS, map(_row, said))
+    predictions.write_rows(run.path / ROWS, map(evaluation_report.as_row, said))
     page = run.path / PAGE
     unit = "tokens of the row" if live.setup.config.task.predicts else "characters of the question"
     metrics = {name: one.metrics for name, one in found.items()}
@@ -94,8 +92,3 @@ def _values(setup: Setup, data: Dataset, wanted: set[str]) -> Iterator[tuple[str
             origin = f"{file.name} row {row.number}"
             if origin in wanted:
                 yield origin, row.values
-
-
-def _row(one: Said) -> dict[str, Any]:
-    said = {**one.said, "expected": one.expected, "off": one.off, "of": one.origin}
-    return one.values | {f"{predictions.PREFIX}{name}": value for name, value in said.items() if value is not None}

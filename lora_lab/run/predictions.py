@@ -17,13 +17,13 @@ from lora_lab.data import sources
 from lora_lab.data.formats import RowError
 from lora_lab.data.sources import DataFile, HubData, Row
 from lora_lab.errors import ConfigError, DataError, Interrupted, RunError
+from lora_lab.report.evaluation_report import PREFIX
 from lora_lab.run import takes
 from lora_lab.run.answering import Answering, asked, ready
 from lora_lab.run.run_dir import RunDir
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, signals, storage
 
-PREFIX = "predicted_"  # of the columns that are added
 _ERROR = f"{PREFIX}error"
 _KEY = "data"
 _ROWS = 64  # that are said together; so many are said again after a kill

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lora_lab.errors import LoraLabError
-from lora_lab.serve import logs
+from lora_lab.serve import hosts, logs
 from lora_lab.serve.keys import LOCAL, Account, Allowance, Key, Keys
 from lora_lab.serve.wishes import RequestError
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 OPEN = frozenset(("/healthz",))  # paths that need no key
 SCOPE = {"/v1/adapters": "admin", "/api/v1/": "train"}  # by the beginning of the path
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _NOTES = "lora_lab_notes"
 _SDK = "tml-"  # stands before every key that the Tinker SDK sends
 
@@ -140,10 +139,8 @@ class Guard:
         return key
 
     def _check_host(self, asked: _Asked) -> None:
-        """A server without keys is for this machine: a page in a browser, which may name it otherwise, is not."""
-        host = asked.header(b"host")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
-        if host and name.lower() not in (*_LOCAL_NAMES, self._config.host):
+        """A server without keys is for this machine."""
+        if not hosts.is_local(asked.header(b"host"), self._config.host):
             raise RequestError(403, "This server is for its own machine: it is called localhost.", "permission_error")
 
     def _check_scope(self, asked: _Asked, key: Key) -> None:

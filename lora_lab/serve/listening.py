@@ -1,38 +1,81 @@
-"""uvicorn's server, which tells the thread that answers when it is to stop."""
+"""uvicorn's server, which says where it listens, and tells who answers that it is to stop."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from lora_lab.runtime import console
+from lora_lab.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora_lab.serve.app import Service
-    from lora_lab.serve.config import ServeConfig
+    from starlette.types import ASGIApp
 
 
 class Server(uvicorn.Server):
-    """Of one service."""
+    """Of one application."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, told: ServeConfig):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listens: Callable[[int], None],
+        stopping: Callable[[signal.Signals, bool], None],
+    ):
+        """See `listen`."""
         super().__init__(config)
-        self._service, self._told = service, told
+        self._listens, self._stopping = listens, stopping
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A first signal lets open answers end; a second one does not wait."""
-        seconds = 0 if self.should_exit else self._told.stop_seconds
-        console.say("stopping", f"by {signal.Signals(sig).name}: open answers may go on for {seconds:g} s")
-        self._service.engine.stop(seconds)
+        self._stopping(signal.Signals(sig), self.should_exit)
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: Any = None) -> None:
         """As uvicorn's, and say where it listens."""
         await super().startup(sockets)
         if self.started:
-            scheme = "http" if self._told.certificate is None else "https"
-            port = self.servers[0].sockets[0].getsockname()[1]
-            console.say("serving", f"{scheme}://{self._told.host}:{port}")
+            self._listens(self.servers[0].sockets[0].getsockname()[1])
+
+
+def listen(
+    app: ASGIApp,
+    host: str,
+    port: int,
+    listens: Callable[[int], None],
+    stopping: Callable[[signal.Signals, bool], None],
+    *,
+    key: str,
+    stop_seconds: int,
+    **options: Any,
+) -> None:
+    """Answer until a signal comes.
+
+    Args:
+        port: 0: one that is free.
+        listens: called with the port once it listens.
+        stopping: called with each signal, and whether it is not the first.
+        key: of the port, for the message.
+        stop_seconds: how long open answers may go on.
+        options: further ones of uvicorn's `Config`.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=stop_seconds,
+        **options,
+    )
+    try:
+        Server(config, listens, stopping).run()
+    except SystemExit as error:  # uvicorn's way to say that it could not begin
+        fits = ", or the certificate that fits its key" if "ssl_certfile" in options else ""
+        raise ConfigError(f"{key}={port}: {host} cannot be listened on there. Choose another port{fits}.") from error

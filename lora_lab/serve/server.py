@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,18 @@ if TYPE_CHECKING:
 _NEEDED = ("starlette", "uvicorn", "prometheus_client", *personal.PACKAGES)
 
 
-def check_extra() -> None:
+def check_extra(verb: str = "serve", needed: Sequence[str] = ()) -> None:
     """
+    Args:
+        needed: modules that the verb imports; none: those of a server.
+
     Raises:
         ConfigError: a library of the extra is missing.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = needed or _NEEDED
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"lora-lab serve needs {', '.join(missing)}. pip install 'lora-lab[serve]'")
+        raise ConfigError(f"lora-lab {verb} needs {', '.join(missing)}. pip install 'lora-lab[serve]'")
 
 
 def settings(config: RunConfig, overrides: Sequence[str]) -> ServeConfig:
@@ -143,11 +148,9 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
     Raises:
         LoraLabError: whatever stands against it, before it listens.
     """
-    import uvicorn
-
     from lora_lab.serve import logs
     from lora_lab.serve.app import build
-    from lora_lab.serve.listening import Server
+    from lora_lab.serve.listening import listen
 
     told = settings(config, overrides)
     keys = check(told)
@@ -159,26 +162,26 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
             "ssl_keyfile": str(Path(told.certificate_key).expanduser()),
         }
     logs.attach(service.metrics)
-    server = Server(
-        uvicorn.Config(
-            build(service, keys),
-            host=told.host,
-            port=told.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(told.stop_seconds) + 5,
-            **options,
-        ),
-        service,
-        told,
-    )
+
+    def listens(port: int) -> None:
+        console.say("serving", f"{'https' if options else 'http'}://{told.host}:{port}")
+
+    def stopping(number: signal.Signals, again: bool) -> None:
+        seconds = 0 if again else told.stop_seconds
+        console.say("stopping", f"by {number.name}: open answers may go on for {seconds:g} s")
+        service.engine.stop(seconds)
+
     try:
-        server.run()
-    except SystemExit as error:  # uvicorn's way to say that it could not begin
-        raise ConfigError(
-            f"serve.port={told.port}: {told.host} cannot be listened on there. Choose another port, or the certificate that fits its key."
-        ) from error
+        listen(
+            build(service, keys),
+            told.host,
+            told.port,
+            listens,
+            stopping,
+            key="serve.port",
+            stop_seconds=int(told.stop_seconds) + 5,
+            **options,
+        )
     finally:
         service.engine.stop(0)
         service.engine.join(10)

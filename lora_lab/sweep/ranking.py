@@ -16,6 +16,7 @@ from scipy import stats
 from lora_lab.config.run import RunConfig
 from lora_lab.errors import ConfigError, LoraLabError, RunError, nearest
 from lora_lab.report import sweep_report
+from lora_lab.report.curves import read_curve
 from lora_lab.run.run_dir import finite_number
 from lora_lab.runtime import console, reading, storage
 from lora_lab.sweep.jobs import Job, Outcome
@@ -137,11 +138,7 @@ def rank(
         job.run.path.name: [job.run.path, *(o.run.path for o in again if o.repeats == job.run.path.name)]
         for job in jobs
     }
-    curves = [
-        sweep_report.read_curve(place.name, _title(place), folders[place.name])
-        for place in places
-        if place.name in folders
-    ]
+    curves = [read_curve(place.name, _title(place), folders[place.name]) for place in places if place.name in folders]
     sweep_report.write(folder / "report.html", result, curves)
     console.say("report", folder / "report.html")
     return result

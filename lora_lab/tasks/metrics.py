@@ -32,7 +32,7 @@ _FULL_WIDTH_PUNCTUATION = frozenset(chr(ord(mark) + _TO_FULL_WIDTH) for mark in 
 _FULL_WIDTH_LETTERS = {ord(letter): ord(letter) + _TO_FULL_WIDTH for letter in string.ascii_letters}
 _TAG = re.compile("O|[BIMES](-.+)?")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_LOWER: dict[str, bool] = {}  # of every metric: whether lower is better
+_LOWER: dict[str, bool] = {"loss": True}  # of every metric: whether lower is better
 
 
 def reports(
@@ -60,6 +60,11 @@ def reports(
 def reported(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the metrics that a function declares; none for one that declares nothing."""
     return getattr(function, "reported", ())
+
+
+def is_declared(name: str) -> bool:
+    """Whether a function that was loaded declares which way a metric is better."""
+    return name in _LOWER
 
 
 def lower_is_better(name: str) -> bool:

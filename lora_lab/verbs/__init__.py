@@ -21,6 +21,7 @@ from lora_lab.verbs import (
     shrink,
     train,
     trim,
+    ui,
 )
 from lora_lab.verbs.base import Verb
 
@@ -40,6 +41,7 @@ VERBS: dict[str, Verb] = {  # in the order of --help
     "chat": chat.VERB,
     "serve": serve.VERB,
     "runs": runs.VERB,
+    "ui": ui.VERB,
     "methods": methods.VERB,
     "doctor": doctor.VERB,
     "config": config.VERB,

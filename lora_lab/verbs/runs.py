@@ -7,7 +7,7 @@ import os
 from lora_lab.errors import ConfigError, RunError
 from lora_lab.verbs.base import Option, Told, Verb, Word
 
-_FOLDER = "runs"  # where recipes put them
+FOLDER = "runs"  # where recipes put them
 
 _EXAMPLES = """\
   lora-lab runs                                     every run below runs/: how far it is, what it reached
@@ -19,7 +19,7 @@ _EXAMPLES = """\
 
 
 def _run(told: Told) -> int:
-    folder, pair = told.word("in") or _FOLDER, told.word("compare")
+    folder, pair = told.word("in") or FOLDER, told.word("compare")
     if pair is None and not os.path.isdir(folder):
         raise RunError(f"{folder}: no folder. Name one that holds runs: lora-lab runs FOLDER")
     from lora_lab.report import runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -141,3 +142,47 @@ def test_rows_are_written_with_the_errors_first(task, tiny, tmp_path, capsys):
     page = (Path(run.path) / "evaluation.html").read_text(encoding="utf-8")
     assert ("<svg" in page) == (task == "classification")  # the others are too few for a picture
     assert ("B-X" in page) == (task == "token_classification")
+
+
+# -- curves -------------------------------------------------------------------------------------------------------------
+
+
+def points(svg: str) -> list[list[tuple[float, float]]]:
+    """Every line of a drawing, as it lies on the page."""
+    return [
+        [tuple(map(float, pair.split(","))) for pair in found.split()] for found in re.findall(r'points="([^"]+)"', svg)
+    ]
+
+
+def test_a_curve_lies_where_its_values_are():
+    picture = pictures.lines("Loss", "loss", [pictures.Line("<a>", {0: 4.0, 5: 2.0, 10: 3.0})], "It falls & rises.")
+    [line] = points(picture.svg)
+    assert [x for x, _ in line] == pytest.approx([46, 227, 408])  # the frame, and its middle
+    heights = [y for _, y in line]
+    assert (heights[1] - heights[0]) / (heights[2] - heights[0]) == pytest.approx(2)
+    assert 'aria-label="Loss. It falls &amp; rises."' in picture.svg
+    assert {"2", "2.5", "3", "3.5", "4", "0", "10", "step", "loss"} <= set(drawn(picture))
+    assert pictures.lines("Loss", "loss", [pictures.Line("a", {3: 1.0}), pictures.Line("b", {})]) is None
+
+
+def test_of_a_long_curve_no_peak_is_lost():
+    values = {step: 9.0 if step == 12_345 else 1.0 for step in range(20_000)}
+    [line] = points(pictures.lines("Loss", "loss", [pictures.Line("a", values)]).svg)
+    assert len(line) <= 600
+    assert min(y for _, y in line) < min(y for _, y in line if y != min(y for _, y in line)) - 100
+
+
+def test_lines_differ_in_more_than_their_colour():
+    named = [pictures.Line(f"run {number}", {0: number, 1: number + 1}) for number in range(6)]
+    picture = pictures.lines("Loss", "loss", named)
+    assert len(set(re.findall(r'polyline[^>]*?(stroke-dasharray="[^"]+"|/>)', picture.svg))) == 6
+    assert {line.name for line in named} <= set(drawn(picture))
+    flat = pictures.lines("Loss", "loss", [pictures.Line("a", {0: 0.0, 1: 0.0})])
+    assert len(drawn(flat)) > 3
+
+
+def test_what_was_said_of_a_row_is_read_back_as_it_was_written():
+    one = Said("test.jsonl row 3", {"text": "red"}, "a", {"label": "b", "score": 0.75}, 1.0, 0.75, 9)
+    back = evaluation_report.of_row(json.loads(json.dumps(evaluation_report.as_row(one))))
+    assert back == dataclasses.replace(one, length=0)
+    assert evaluation_report.of_row({"predicted_off": "x", "predicted_score": []}).off is None

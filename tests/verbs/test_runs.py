@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,14 @@ def test_values_and_groups_choose_and_a_metric_sorts(place, capsys):
     assert by_loss == sorted(by_loss)
     by_accuracy = [run["tuned"].get("token_accuracy", -1) for run in listed(capsys, place, "sort=token_accuracy")]
     assert by_accuracy == sorted(by_accuracy, reverse=True)
+
+
+@pytest.mark.parametrize("metric", ["loss", pytest.param("token_accuracy", marks=pytest.mark.long)])
+def test_a_process_that_loaded_no_task_sorts(metric, place):
+    """Which way a task's metric is better stands beside its code."""
+    line = [sys.executable, "-m", "lora_lab", "runs", str(place), f"sort={metric}", "--json"]
+    found = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert {Path(run["path"]).name for run in found[:2]} == {"one", "two"}
 
 
 def test_two_runs_are_compared(place, capsys):
