@@ -11,7 +11,7 @@ import pytest
 
 from lora_lab.base import gguf, gguf_tokens, load
 from lora_lab.base.hard_texts import HARD_TEXTS
-from lora_lab.base.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
+from lora_lab.base.pretokenizers import PRE_TOKENIZERS, name_of, pre_tokenizer
 from lora_lab.base.resolve import local_path
 from lora_lab.config.model import ModelConfig
 from lora_lab.errors import BaseModelError
@@ -273,3 +273,18 @@ def test_published_vocabularies(tmp_path):
         [found] = llama_cpp([file], texts, tmp_path)
         assert differing(file, texts, found) == set(), place
         file.unlink()
+
+
+@pytest.mark.parametrize("name", ["smollm", "qwen2", "llama-bpe"])
+def test_a_rule_is_known_again_by_what_it_does(name):
+    """Whatever the vocabulary: this one was never published."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    split = PRE_TOKENIZERS[name]
+    tokenizer = Tokenizer(models.BPE({"a": 0}, [], ignore_merges=split.whole_words))
+    tokenizer.pre_tokenizer = pre_tokenizer(split)
+    assert PRE_TOKENIZERS[name_of(tokenizer)] == split
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.UnicodeScripts(), pre_tokenizer(split)])
+    assert name_of(tokenizer) == ""
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizer(split), normalizers.NFC()
+    assert name_of(tokenizer) == ""

@@ -803,7 +803,11 @@ def test_every_module_of_the_conversion_loads():
 
 @pytest.mark.long
 def test_a_base_that_the_conversion_does_not_know(config_of, tmp_path):
-    said = problems(config_of("export=gguf"))  # its tokenizer is of our own making
+    odd = make_base(tmp_path / "odd")
+    tree = json.loads((odd / "tokenizer.json").read_text())
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "UnicodeScripts"}, tree["pre_tokenizer"]]}
+    (odd / "tokenizer.json").write_text(json.dumps(tree))
+    said = problems(config_of(f"model.path={odd}", "export=gguf"))  # nobody else splits texts so
     assert "llama.cpp's conversion cannot take this base" in said
     assert "pre-tokenizer was not recognized" in said
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
