@@ -21,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters.attach import attach, attach_trained, beside, coverage, fresh_settings, without_adapter
 from lora_lab.adapters.beginnings import Given
-from lora_lab.base import embeddings, load, shard
+from lora_lab.base import embeddings, inspect, load, quantized, shard
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
@@ -272,11 +272,20 @@ class Live:
         with setup.stages("load_base"), self.autocast():
             batch = task.collate(examples, np.random.default_rng(0)).to(setup.device)
             count, whole = shard.shard(model, frozen, functools.partial(task.logits, model, batch), setup.device)
-        pages.trim()
+        self._give_back_whole_weights()
         console.say(
             "shard",
             f"{count} layers of {whole / 2**20:.1f} MiB in {ranks.size()} parts; each was compared with what it gave as a whole",
         )
+
+    def _give_back_whole_weights(self) -> None:
+        """Of layers whose parts are copies: what was read of the files that the base is mapped from stays else as long as one of its tensors
+        lies there."""
+        setup, config = self.setup, self.setup.config
+        kept = quantized.folder_of(setup.base, setup.kind, config.model.dtype, config.quant, "cpu")
+        folders = [setup.base.folder, *([kept] if kept is not None and kept.is_dir() else [])]
+        pages.give_back(itertools.chain.from_iterable(map(inspect.weight_files, folders)))
+        pages.trim()
 
     def decide_packing(self) -> None:
         """Let rows share a pass, end to end or padded, only where two of them prove that it changes nothing for this model; decided

@@ -17,7 +17,7 @@ from benchmarks.parallel import Sources
 from tests.faults.programme import Done, Zygote
 from tests.parallel.test_processes import ADAPTER_FILE, command_of
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 FILES = (ADAPTER_FILE, "metrics.jsonl")
 POINTS = [  # before which call; a run has 5 steps of 2 passes in each process, and 2 checkpoints before the last
