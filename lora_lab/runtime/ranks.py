@@ -194,7 +194,7 @@ def _read(content: torch.Tensor) -> Any:
         np.empty(0).__reduce__()[0],
         *(type(np.dtype(kind)) for kind in _NUMBERS),
     ]
-    with torch.serialization.safe_globals([*_said, *arrays]):
+    with torch.serialization.safe_globals([*_said, *arrays, bytes]):  # which pickle names where there are none
         return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
 

@@ -37,7 +37,12 @@ def test_every_piece_of_work_is_dealt_once_and_evenly(processes):
 def test_what_processes_say_is_plain_and_names_no_code():
     counts = Counts(1.5, 2, 3, 4, {"reward": 1.0})
     seen = Predictions([], torch.ones(2, 3), np.arange(3), np.zeros(2, dtype=np.float32))
-    told = [learned.Told(True, [counts], b"\x01\x00"), Measured(0, 1.0, 2.0, seen), None, ("a", {"k": b"\xff"})]
+    told = [
+        learned.Told(True, [counts], b"\x01\x00"),
+        Measured(0, 1.0, 2.0, seen),
+        None,
+        ("a", {"k": b"\xff", "empty": b""}),
+    ]
     one, two, *others = ranks._read(ranks._written(told))
     assert (one, others) == (told[0], told[2:])
     assert (two.place, two.seen.predicted.tolist()) == (0, [0, 1, 2])
