@@ -1,9 +1,10 @@
-"""Is a run of several processes the run of one? python -m benchmarks.parallel [--processes 1,2,3] [--scaling] [--write]
+"""Is a run of several processes the run of one? python -m benchmarks.parallel [--processes 1,2,3] [--shard] [--scaling] [--memory] [--write]
 
 The same few steps are trained by one process and by several, for each kind of task: with dropout, on rows of unlike length, an epoch whose
 last step is smaller than the others, and NF4. What is compared is each step's loss and each number of the adapters. Beside it stands the
 way that most tools take, where each process divides by its own items and the results are averaged. Base and rows are made here.
 
+`--shard` compares runs whose base is sharded with that of one process. `--memory` measures what a process holds of a base, sharded or not.
 `--scaling` measures tokens per second of one and of two processes, each with one thread, and what the exchange costs.
 Results are kept in benchmarks/results/parallel.json, and the tables of docs/parallel.md are written from them.
 """
@@ -129,7 +130,7 @@ def train_kind(kind: str, sources: Sources, folder: Path, more: Sequence[str] = 
                     setup.task,
                 )
             )
-        setup.task.forward.members = len(members)
+        setup.task.forward.members = 1 if setup.sharded else len(members)
         clock = fit(members, setup.training_rows(), setup.held_out, setup.accelerator)
         return {
             "losses": [
@@ -242,6 +243,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,3")
     parser.add_argument("--kinds", default=";".join(KINDS), help="separated by ;")
+    parser.add_argument("--shard", action="store_true", help="hardware.shard=true in several processes")
+    parser.add_argument("--memory", action="store_true", help="what a process holds of a base, instead")
     parser.add_argument("--scaling", action="store_true", help="speed of two processes beside one, instead")
     parser.add_argument("--write", action="store_true", help="into the results and docs/parallel.md")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
@@ -251,11 +254,17 @@ def main() -> None:
         kinds, more = json.loads(what)
         if kinds == ["scaling"]:
             race(Path(out), Path(folder))
+        elif kinds == ["memory"]:
+            hold(Path(out), Path(folder), more)
         else:
             work(Path(out), Sources(Path(folder)), kinds, more)
         return
     if told.scaling:
         scaling(told)
+    elif told.memory:
+        memory(told)
+    elif told.shard:
+        sharded(told)
     else:
         equal(told)
 
@@ -288,6 +297,97 @@ def equal(told: argparse.Namespace) -> None:
                 print(rows[-1], flush=True)
     if told.write:
         _keep("equal", rows)
+
+
+SHARDED = ("packed", "padded", "preference", "cohort of 3", "NF4", "NF4, cohort of 3")
+_SHARD = "hardware.shard=true"
+
+
+def sharded(told: argparse.Namespace) -> None:
+    """How far several processes with a sharded base are from one process."""
+    counts = [int(count) for count in told.processes.split(",") if count != "1"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sources = Sources.made(folder)
+        alone = in_processes(1, folder / "1.json", sources, SHARDED)
+        found = {count: in_processes(count, folder / f"{count}.json", sources, SHARDED, [_SHARD]) for count in counts}
+    rows = []
+    for count in counts:
+        for kind in SHARDED:
+            loss, adapter = gaps(found[count][kind], alone[kind])
+            rows.append({"kind": kind, "processes": count, "loss": loss, "adapter": adapter})
+            print(rows[-1], flush=True)
+    if told.write:
+        _keep("sharded", rows)
+
+
+_HELD = {  # a base of 8 layers, about 100 million parameters in them, and hardly any outside
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+
+
+def memory(told: argparse.Namespace) -> None:
+    """What each process holds after some steps, of a base that is whole in each, and of one that is sharded."""
+    from tests.conftest import make_base
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_base(folder / "made", initializer_range=0.02, **_HELD)
+        sources = Sources.made(folder, folder / "made")
+        for quant in ("none", "nf4"):
+            for shard in ("false", "true"):
+                more = [f"quant={quant}", f"hardware.shard={shard}", "speed.dequantize=always"]
+                found = in_processes(2, folder / "memory.json", sources, ["memory"], more)
+                rows.append({"quant": quant, "base": "sharded" if shard == "true" else "whole"} | found)
+                print(rows[-1], flush=True)
+    if told.write:
+        _keep("memory", rows)
+
+
+def hold(out: Path, folder: Path, more: Sequence[str]) -> None:
+    """Train two steps; process 0 writes by how much the process grew that grew most."""
+    import gc
+
+    import psutil
+
+    from lora_lab.config import compose
+    from lora_lab.run import run_dir
+    from lora_lab.run.prepared import prepare
+    from lora_lab.runtime import pages
+    from lora_lab.training import loop
+    from lora_lab.training.cohort import Member
+
+    def mib() -> float:
+        gc.collect()
+        pages.trim()
+        return psutil.Process().memory_info().rss / 2**20
+
+    sources = Sources(folder)
+    with grouped(), tempfile.TemporaryDirectory() as runs:
+        told = [
+            *_COMMON,
+            f"model.path={sources.base}",
+            f"data.train={sources.rows('completions')}",
+            "train.max_steps=2",
+            "train.eval_steps=null",
+        ]
+        config = compose.compose([*told, *more, f"run_dir={runs}/run"])
+        setup = prepare(config)
+        before = mib()
+        live = setup.loaded()
+        member = Member(
+            "default", config, run_dir.create(config), setup.base, live.model, setup.training_rows(), setup.task
+        )
+        loop.fit([member], setup.training_rows(), None, setup.accelerator)
+        grown = max(ranks.gather(mib() - before))
+        if ranks.main():
+            weights = sum(one.nbytes for one in live.model.parameters()) / 2**20
+            out.write_text(json.dumps({"weights, MiB": round(weights), "process grew by, MiB": round(grown)}))
 
 
 _ROW, _ROWS, _ROUNDS = 512, 8, 4  # tokens of a row, rows of a step, and steps of each way

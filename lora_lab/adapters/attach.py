@@ -196,13 +196,26 @@ def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
+def _parameters(model: PeftModel) -> int:
+    """How many numbers the parameters stand for: two in each byte of 4-bit storage, which is a plain tensor where the base is sharded."""
+    from bitsandbytes.nn import Params4bit
+
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            described = name == "weight" and getattr(module, "quant_state", None) is not None
+            packed = described or isinstance(parameter, Params4bit)
+            found[id(parameter)] = parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    return sum(found.values())
+
+
 def coverage(model: PeftModel, name: str) -> Coverage:
     """Where the adapter `name` sits. Quantized weights count as the parameters that they stand for."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters}
     own = sum(parameter.numel() for parameter in trainable(model).values())
-    _, total = model.get_nb_trainable_parameters()  # counts two weights in each byte of 4-bit storage
+    total = _parameters(model)
     layers = [layer for layer in linear_layers(model) if ".modules_to_save." not in layer]
     # peft's wrapper of a weight; some families' routers are linear layers all the same
     experts = [n for n, m in adapted.items() if hasattr(m, "parameter_name") and n not in layers]

@@ -214,6 +214,11 @@ class AdapterSection:
         """Values that adapters must have in common to lie on the same modules of a base, by field."""
         return dataclasses.asdict(self)
 
+    @property
+    def against_sharding(self) -> str:
+        """Why it cannot be trained on a base whose layers are spread over several processes."""
+        return ""
+
     # -- its change of each weight, where `against_delta` is empty --
 
     @classmethod

@@ -158,7 +158,7 @@ def contradictions(config: RunConfig) -> list[str]:
         found += [
             f"speed.prefix_cache=true: not with {why}. Drop one of the two." for why, given in reasons.items() if given
         ]
-    found += _hardware_contradictions(config.hardware)
+    found += _hardware_contradictions(config.hardware) + _shard_contradictions(config)
     if (config.serve.certificate is None) != (config.serve.certificate_key is None):
         found.append(
             "serve.certificate: a certificate and serve.certificate_key belong together. Name both, or neither."
@@ -310,6 +310,22 @@ def _hardware_contradictions(hardware: HardwareConfig) -> list[str]:
         "hardware.offload_embeddings=true": hardware.offload_embeddings,
     }
     return [f"{key}: no effect with hardware.device=cpu. Drop it." for key, given in told.items() if given]
+
+
+def _shard_contradictions(config: RunConfig) -> list[str]:
+    if not config.hardware.shard:
+        return []
+    method = config.quant.method
+    reasons = {
+        "hardware.processes=1, which holds the whole base": config.hardware.processes == 1,
+        f"quant={method}, whose weights are no plain tensors": method not in ("none", "nf4", "fp4"),
+        "hardware.offload_embeddings=true, which is for a card that holds all else": config.hardware.offload_embeddings,
+        "speed.dequantize=once, which keeps whole weights": config.speed.dequantize == "once",
+        "speed.prefix_cache=true, because all processes go through all layers": config.speed.prefix_cache,
+        "sweep.execution=batched, because its members take turns": config.sweep.execution == "batched",
+        f"adapter={config.adapter.method}: {config.adapter.against_sharding}": config.adapter.against_sharding,
+    }
+    return [f"hardware.shard=true: not with {why}. Drop one of the two." for why, given in reasons.items() if given]
 
 
 def _task_contradictions(config: RunConfig) -> list[str]:

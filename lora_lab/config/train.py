@@ -112,6 +112,13 @@ class HardwareConfig:
             "accelerate launch or srun started",
         ),
     ] = None
+    shard: Annotated[
+        bool,
+        Field(
+            description="several processes: each holds a part of every layer of the frozen base (quant none, nf4, fp4), which is put "
+            "together for as long as it computes; false: each holds all of it"
+        ),
+    ] = False
     timeout: Annotated[
         float,
         Field(

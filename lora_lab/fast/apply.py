@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from lora_lab.adapters.attach import base_of, trainable
+from lora_lab.base import shard
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
 from lora_lab.fast import dropout, heads, liger, mlp, norm, prefix, rows, short_rows, unpadded, varlen
@@ -160,6 +161,7 @@ def _tried(
         if is_out_of_memory(error):
             applied.undo()
             raise
+        shard.reset(model)
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
     if reason or not keep:
         applied.undo()

@@ -15,6 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters import deltas
 from lora_lab.adapters.attach import attach_trained, trainable
+from lora_lab.base.layers import layers_of
 from lora_lab.base.load import load_model
 from lora_lab.base.overruled import SENTENCEPIECE
 from lora_lab.base.tokenizer import save_tokenizer
@@ -171,7 +172,7 @@ class Adapted:
     @property
     def told(self) -> str:
         """How it is compared."""
-        count = len(dict.fromkeys(layers.of(self.model)))
+        count = len(dict.fromkeys(layers_of(self.model)))
         if not self.in_files:
             return "as a whole"
         return f"{count} layers, one after another" if count else "as a whole: it has no list of layers"

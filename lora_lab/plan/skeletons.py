@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_lab.base import weight_only
+from lora_lab.base.layers import layers_of
 from lora_lab.base.load import BaseFiles, ModelKind, quantization_config, skeleton
 from lora_lab.config.run import RunConfig
-from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +143,7 @@ def for_merging(model: nn.Module, weights: dict[str, int], itemsize: int) -> tup
         model: the base as it is stored.
         weights: its number of weights by name.
     """
-    within = {id(layer) for layer in layers.of(model)}
+    within = {id(layer) for layer in layers_of(model)}
     names = [f"{name}." for name, module in model.named_modules() if id(module) in within]
     sizes = [sum(count for one, count in weights.items() if one.startswith(name)) for name in names]
     whole = sum(weights.values())

@@ -144,6 +144,19 @@ def enough_passes(config: RunConfig) -> None:
     )
 
 
+def enough_to_shard(config: RunConfig) -> None:
+    """Refuse a base that would be shared out to one process.
+
+    Raises:
+        ConfigError: naming the way out.
+    """
+    if config.hardware.shard and ranks.size() == 1:
+        raise ConfigError(
+            "hardware.shard=true: one process holds the whole base. Start several, by hardware.processes=2, torchrun or srun; or set "
+            "hardware.shard=false."
+        )
+
+
 def own_configuration(config: RunConfig, own: Path | None) -> RunConfig:
     """The configuration by which this process trains.
 

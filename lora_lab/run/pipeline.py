@@ -6,7 +6,7 @@ find base -> build data -> load base -> attach adapter -> fit -> evaluate -> mer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def train(config: RunConfig) -> RunDir:
 def _train(config: RunConfig) -> RunDir:
     run_dir.check_free(config)
     parallel.enough_passes(config)
+    parallel.enough_to_shard(config)
     setup = prepare(config)
     targets.check(setup)
     parallel.same_rows(setup.base.recorded(), setup.data_hashes())
@@ -86,6 +87,7 @@ def _resume(path: str, overrides: list[str], own: Path | None) -> RunDir:
             console.say("result", f"{damage} It is made again.")
         run_dir.refuse_derived(run)
         tell_uploads(run, config)
+        parallel.enough_to_shard(config)
         setup = prepare(config, begun=run)
         run_dir.check_manifest(run, setup.base, setup.data_hashes())
         parallel.same_rows(setup.base.recorded(), setup.data_hashes())
@@ -121,13 +123,15 @@ def _walk(run: RunDir, live: Live, resume_from: Path | None) -> None:
     Args:
         live: ends with the training, which makes room for the unquantized base.
     """
-    trained = Trained(run, live.setup)
+    trained, sharded = Trained(run, live.setup), live.setup.sharded
     with live:
         result = _fit(run, live, resume_from)
         if not parallel.part():
             return
         ending = _Ending(trained, result)
-        as_trained = ending.as_trained(live)
+        as_trained = None if sharded else ending.as_trained(live)
+    if sharded:  # the others have gone, and with them their parts of the base
+        as_trained = ending.as_loaded()
     ending.make(as_trained)
 
 
@@ -161,11 +165,19 @@ class _Ending:
 
     def as_trained(self, live: Live) -> parity.Reference | None:
         """See `_as_trained`; None: no target needs it, or it cannot be had."""
-        if not targets.needs_merged(live.setup.config.export.targets):
+        return self._had(lambda: _as_trained(live))
+
+    def as_loaded(self) -> parity.Reference | None:
+        """The same, of a base that is loaded anew."""
+        return self._had(lambda: reference(self.trained))
+
+    def _had(self, said: Callable[[], parity.Reference]) -> parity.Reference | None:
+        setup = self.trained.setup
+        if not targets.needs_merged(setup.config.export.targets):
             return None
         try:
-            with live.setup.stages("export"):
-                return _as_trained(live)
+            with setup.stages("export"):
+                return said()
         except Exception as error:
             self._refuse(error)
             return None

@@ -21,7 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from lora_lab.adapters.attach import attach, attach_trained, beside, coverage, fresh_settings, without_adapter
 from lora_lab.adapters.beginnings import Given
-from lora_lab.base import embeddings, load
+from lora_lab.base import embeddings, inspect, load, quantized, shard
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.model import QuantConfig
 from lora_lab.config.run import RunConfig
@@ -32,7 +32,7 @@ from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError, ConfigError, NoRoomError, TrainingError
 from lora_lab.fast import apply, isolation
 from lora_lab.run import teacher
-from lora_lab.runtime import console, memory, pages
+from lora_lab.runtime import console, memory, pages, ranks
 from lora_lab.runtime.memory import attempts, is_out_of_memory
 from lora_lab.tasks.base import AnyTask, EvalResult
 from lora_lab.training.batches import plan_of
@@ -130,6 +130,11 @@ class Setup:
         settings = fresh_settings(self.skeleton(), self.config.adapter, self.kind)
         return bool(getattr(settings, "target_parameters", None))
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is spread over the processes; for one that is alone, after training, it is whole."""
+        return self.config.hardware.shard and ranks.size() > 1
+
     def loaded(self, members: Mapping[str, RunConfig | Path] | None = None) -> Live:
         """Load the (quantized) base and put adapters on it, of which the last is active, once the teacher has read the rows, if there is
         one. The model goes with the block:
@@ -152,8 +157,16 @@ class Setup:
     def bases(self, count: int = 1) -> list[PreTrainedModel]:
         """The base as often as adapters that cannot lie on the same modules need it, with the weights there once."""
         config = self.config
+        if self.sharded and count > 1:
+            raise ConfigError(
+                "hardware.shard=true: these adapters cannot lie on the same modules, and a sharded base has its modules once. Train them in "
+                "sweeps of their own, or set it false."
+            )
+        device = (
+            torch.device("cpu") if self.sharded else self.device
+        )  # what is sharded comes to a card a layer at a time
         with self.stages("load_base"):
-            first = load.load_model(self.base, self.kind, config.model.dtype, config.quant, self.device, config.seed)
+            first = load.load_model(self.base, self.kind, config.model.dtype, config.quant, device, config.seed)
             if config.hardware.offload_embeddings:
                 embeddings.offload(first)
             return [first, *(beside(first) for _ in range(count - 1))]
@@ -167,6 +180,7 @@ class Setup:
     def on(self, base: PreTrainedModel, members: Mapping[str, RunConfig | Path]) -> Live:
         """Put adapters on one of `bases`; `members` as of `loaded`."""
         model: PreTrainedModel | PeftModel = base
+        frozen = list(base.parameters())
         with self.stages("load_base"):
             for name, own in members.items():
                 if isinstance(own, Path):
@@ -176,6 +190,9 @@ class Setup:
         live = Live(self, cast("PeftModel", model))
         more = f"; and {len(members) - 1} other adapters" if len(members) > 1 else ""
         console.say("adapter", f"{coverage(live.model, name)}{more}")
+        if self.sharded:
+            live.shard(frozen)
+        del frozen
         live.decide_packing()
         for name, own in members.items():
             if not isinstance(own, Path):
@@ -259,6 +276,32 @@ class Live:
             found: EvalResult = task.examine(self.model.eval(), setup.held_out_rows(), "few-shot", shots=shots)
         return found
 
+    def shard(self, frozen: list[torch.nn.Parameter]) -> None:
+        """Spread the base's layers over the processes.
+
+        Args:
+            frozen: the base's own parameters.
+        """
+        setup, task, model = self.setup, self.setup.task, self.model.eval()
+        examples = [task.shortened(example) for example in first_examples(setup.some_rows(), 1)]
+        with setup.stages("load_base"), self.autocast():
+            batch = task.collate(examples, np.random.default_rng(0)).to(setup.device)
+            count, whole = shard.shard(model, frozen, functools.partial(task.logits, model, batch), setup.device)
+        self._give_back_whole_weights()
+        console.say(
+            "shard",
+            f"{count} layers of {whole / 2**20:.1f} MiB in {ranks.size()} parts; each was compared with what it gave as a whole",
+        )
+
+    def _give_back_whole_weights(self) -> None:
+        """Of layers whose parts are copies: what was read of the files that the base is mapped from stays else as long as one of its tensors
+        lies there."""
+        setup, config = self.setup, self.setup.config
+        kept = quantized.folder_of(setup.base, setup.kind, config.model.dtype, config.quant, "cpu")
+        folders = [setup.base.folder, *([kept] if kept is not None and kept.is_dir() else [])]
+        pages.give_back(itertools.chain.from_iterable(map(inspect.weight_files, folders)))
+        pages.trim()
+
     def decide_packing(self) -> None:
         """Let rows share a pass, end to end or padded, only where two of them prove that it changes nothing for this model; decided
         before anything is measured.
@@ -286,6 +329,7 @@ class Live:
         except Exception as error:  # whatever a model of another make raises here is about packing alone
             if is_out_of_memory(error):
                 raise
+            shard.reset(self.model)
             reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
         reason = reason.strip().partition("\n")[0]
         if self.setup.config.train.packing or task.config.compares_rows:
@@ -345,7 +389,7 @@ class Live:
             return
         examples = [task.shortened(example) for example in self._tried(setup.rows)]
         padded = len({example.num_tokens for example in examples}) > 1
-        speeds = [setup.config.speed]  # the last one holds
+        speeds = [_of_layers(setup.config.speed) if setup.sharded else setup.config.speed]  # the last one holds
         for attempt in attempts(functools.partial(_keep_no_weights, speeds)):
             with attempt, self.autocast():
                 batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
@@ -355,6 +399,19 @@ class Live:
                 )
                 own = task.accelerate(model, batch)
         console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
+
+
+def _of_layers(speed: SpeedConfig) -> SpeedConfig:
+    """What is left for a sharded base: nothing that has a layer's weights to itself."""
+    return dataclasses.replace(
+        speed,
+        fused_projections=False,
+        fused_mlp=False,
+        fused_norms=False,
+        liger_kernels=False,
+        fused_4bit=False,
+        prefix_cache=False,
+    )
 
 
 def _keep_no_weights(speeds: list[SpeedConfig], lacked: str) -> None:

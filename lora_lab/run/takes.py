@@ -45,8 +45,8 @@ class Takes:
 
 RESUME = Takes(
     "resume",
-    ("tracker", "hardware.processes", "hardware.timeout"),
-    "resume takes no overrides but tracker, hardware.processes and hardware.timeout, because it would not be the same run any more.",
+    ("tracker", "hardware.processes", "hardware.shard", "hardware.timeout"),
+    "resume takes no overrides but tracker, hardware.processes, hardware.shard and hardware.timeout, because it would not be the same run any more.",
 )
 EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, *_TEACHER, "task.few_shot", "task.corpus"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))

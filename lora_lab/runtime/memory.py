@@ -69,6 +69,8 @@ class Attempt:
         if error is not None and lacks:
             self.lacked = first_line(error)
             error.__traceback__ = None  # it holds the activations that did not fit
+            if ranks.in_step():
+                raise ranks.give_up(self.lacked) from None
         if self._together:
             self._settle(error, lacks)
         self.fitted = error is None and not self.lacked

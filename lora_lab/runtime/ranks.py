@@ -46,6 +46,7 @@ class _Group:
     where: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # machine and process number of each
     count: int = 0  # of the exchanges that it came to
     lost: ProcessError | None = None
+    in_step: bool = False  # see `keep_step`
 
 
 _group: _Group | None = None
@@ -193,7 +194,7 @@ def _read(content: torch.Tensor) -> Any:
         np.empty(0).__reduce__()[0],
         *(type(np.dtype(kind)) for kind in _NUMBERS),
     ]
-    with torch.serialization.safe_globals([*_said, *arrays]):
+    with torch.serialization.safe_globals([*_said, *arrays, bytes]):  # which pickle names where there are none
         return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
 
@@ -206,10 +207,10 @@ def gather(value: T) -> list[T]:
 
     own = _written(value)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_group.size)]
-    _meet(lambda: dist.all_gather(sizes, torch.tensor([len(own)])))
+    meet(lambda: dist.all_gather(sizes, torch.tensor([len(own)])))
     longest = max(int(one) for one in sizes)
     found = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    _meet(lambda: dist.all_gather(found, torch.nn.functional.pad(own, (0, longest - len(own)))))
+    meet(lambda: dist.all_gather(found, torch.nn.functional.pad(own, (0, longest - len(own)))))
     return [_read(one[: int(length)]) for one, length in zip(found, sizes, strict=True)]
 
 
@@ -222,9 +223,9 @@ def from_main(value: T) -> T:
 
     found = _written(value if main() else None)
     size = torch.tensor([len(found)])
-    _meet(lambda: dist.broadcast(size, src=0))
+    meet(lambda: dist.broadcast(size, src=0))
     found = found if main() else torch.empty(int(size), dtype=torch.uint8)
-    _meet(lambda: dist.broadcast(found, src=0))
+    meet(lambda: dist.broadcast(found, src=0))
     told: T = _read(found)
     return told
 
@@ -256,7 +257,10 @@ def exchange(report: Report) -> list[Report]:
 
     Raises:
         LoraLabError: it failed in another one, and did not here.
+        ProcessError: it failed here, and processes keep step.
     """
+    if in_step() and (report.lacked or report.failed):
+        raise give_up(report.failed[1] if report.failed else report.lacked)
     found = gather(report)
     if report.failed is None:
         for number, other in enumerate(found):
@@ -345,6 +349,57 @@ def own(sizes: Sequence[float]) -> list[int]:
     return dealt(sizes, size())[rank()]
 
 
+# -- in step ------------------------------------------------------------------------------------------------------------
+
+
+def keep_step() -> Any:
+    """From now on every pass of the model is made by all processes at the same time, because each holds a part of it. What one process meets
+    alone in a pass, nobody can be told of: it ends the run, to be resumed.
+
+    Returns:
+        torch's group for what is exchanged within passes, apart from all else that processes say to each other.
+    """
+    import torch.distributed as dist
+
+    group = _group
+    assert group is not None
+    group.in_step = True
+    found: list[Any] = []
+    patience = datetime.timedelta(seconds=group.timeout)
+    meet(lambda: found.append(dist.new_group(timeout=patience)))
+    return found[0]
+
+
+def in_step() -> bool:
+    """Whether processes make all passes at the same time."""
+    return _group is not None and _group.in_step
+
+
+def own_and_others(sizes: Sequence[float]) -> tuple[list[int], list[int]]:
+    """The places of the work that this process does, and those of work of others that it goes through before that, for nothing: where
+    processes keep step, all make as many passes.
+
+    Args:
+        sizes: of each piece of work.
+    """
+    parts = dealt(sizes, size())
+    mine = parts[rank()]
+    if not in_step():
+        return mine, []
+    others = sorted(set(range(len(sizes))).difference(mine), key=lambda place: (sizes[place], place))
+    return mine, others[: max(map(len, parts)) - len(mine)]
+
+
+def give_up(reason: str) -> ProcessError:
+    """The error of a process that cannot go on with a pass that all make together: it parts from them, which ends them too."""
+    assert _group is not None
+    _group.lost = ProcessError(
+        f"{title(rank())}: {reason}. The base is sharded (hardware.shard=true), so nobody can go on alone. Where it was memory, a "
+        "smaller train.micro_batch_size or data.max_tokens, or train.gradient_checkpointing=true, needs less."
+    )
+    return _group.lost
+
+
 # -- gradients ----------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +427,7 @@ def sum_flat(buffer: torch.Tensor) -> None:
         return
     import torch.distributed as dist
 
-    _meet(lambda: dist.all_reduce(buffer))
+    meet(lambda: dist.all_reduce(buffer))
 
 
 def unflatten(buffer: torch.Tensor, parameters: Sequence[torch.nn.Parameter], there: Sequence[bytes]) -> None:
@@ -390,8 +445,8 @@ def unflatten(buffer: torch.Tensor, parameters: Sequence[torch.nn.Parameter], th
 # -- those that do not come ---------------------------------------------------------------------------------------------
 
 
-def _meet(action: Callable[[], object]) -> None:
-    """What all processes do at the same time.
+def meet(action: Callable[[], object]) -> None:
+    """Do what all processes do at the same time.
 
     Raises:
         ProcessError: not all of them come, or one has gone; naming it.

@@ -50,7 +50,7 @@ KEYS: dict[str, str] = {
     "flash_attn": "Attention is chosen automatically (speed=fast).", "attn_implementation": "Attention is chosen automatically (speed=fast).",
     "device": "hardware.device", "device_map": "hardware.device", "num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
     "dataloader_num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
-    "deepspeed": "hardware.processes=N: several processes share each step.", "fsdp": "hardware.processes=N: several processes share each step.",
+    "deepspeed": "hardware.processes=N: several processes share each step.", "fsdp": "hardware.shard=true, with hardware.processes=N: each process holds a part of the base.",
     "num_processes": "hardware.processes", "nproc_per_node": "hardware.processes", "nproc": "hardware.processes", "num_gpus": "hardware.processes",
     "n_gpus": "hardware.processes", "gpus": "hardware.processes", "world_size": "hardware.processes", "ddp_timeout": "hardware.timeout",
     # outputs

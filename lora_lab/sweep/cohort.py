@@ -154,6 +154,7 @@ def _allow_files(members: int) -> None:
 
 
 def _train_together(jobs: list[Job], budget: Budget) -> None:
+    parallel.enough_to_shard(jobs[0].config)
     begun = next((job.run for job in jobs if job.run.manifest.exists()), None)
     setup = _prepared(by_method(jobs), begun)
     skeleton = setup.skeleton()

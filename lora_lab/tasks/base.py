@@ -367,10 +367,13 @@ class Task(Generic[Section, B]):
         """One attempt at this process's part of `measure`; `begun` gets the examples of each pass, and none once all fitted."""
         batches = self.step(model, groups, np.random.default_rng(0)).batches
         found = []
-        for place in ranks.own([batch.num_tokens for batch in batches]):
+        own, others = ranks.own_and_others([batch.num_tokens for batch in batches])
+        for place in [*others, *own]:
             begun.append(groups[place])
             batch = batches[place]
             out = self.loss(model, batch.to(model.device))
+            if place in others:
+                continue
             assert out.logits is not None  # only passes that members share leave them out
             seen = dataclasses.replace(self.observed(groups[place], out.logits, batch), examples=[])
             found.append(Measured(place, out.loss.item(), out.weight, seen))

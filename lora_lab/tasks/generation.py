@@ -32,7 +32,7 @@ def generate_all(
     **options: Any,
 ) -> list[str]:
     """Texts generated for rows of token ids, in their order; greedy, or the best of `task.num_beams`. Each process of a run generates a part of
-    them.
+    them; all of them where processes keep step, because answers are of unlike length.
 
     Args:
         end_tokens: ids that end an answer.
@@ -50,6 +50,8 @@ def generate_all(
         "pad_token_id": tokenizer.pad_token_id,
         **options,
     }
+    if ranks.in_step():
+        return _generated(model, tokenizer, rows, settings, title)
     part = ranks.own([len(row) for row in rows])
     found = ranks.together(lambda: _generated(model, tokenizer, [rows[i] for i in part], settings, title))
     places = ranks.dealt([len(row) for row in rows], ranks.size())
@@ -73,7 +75,8 @@ def _generated(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
     # padding would come behind virtual tokens
     most = 1 if model.active_peft_config.is_prompt_learning else ROWS
-    tokens = room(model, free_bytes(model.device), settings["num_beams"])
+    free = free_bytes(model.device)
+    tokens = room(model, min(ranks.gather(free)) if ranks.in_step() else free, settings["num_beams"])
     with console.steps(title, len(rows)) if title else contextlib.nullcontext() as progress:
         while order:
             chosen = _fitting(order, rows, settings["max_new_tokens"], most, tokens)

@@ -215,6 +215,11 @@ class Share:
         for name, value in found.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
 
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.losses, self.figures, self._loss = [], {}, None
+        self.tokens = self.supervised = 0
+
     @property
     def counts(self) -> Counts:
         """What it learned here, as plain numbers."""

@@ -194,11 +194,26 @@ def _passes(shares: list[Share], loop: Loop) -> bool:
     for start in range(0, len(shares), width):
         together = shares[start : start + width]
         longest = max(len(one.batches) for one in together)
-        for place in ranks.own([sum(one.tokens_at(place) for one in together) for place in range(longest)]):
-            if loop.arrived:
+        own, others = ranks.own_and_others([sum(one.tokens_at(place) for one in together) for place in range(longest)])
+        for number, place in enumerate([*others, *own], start=1):
+            if _stopped(loop):
                 return False
             learn(together, place, loop.accelerator)
+            if number == len(others):
+                _forget_passes(together)
     return True
+
+
+def _stopped(loop: Loop) -> bool:
+    """Whether a signal ends the step; where processes keep step, it does so in all of them at once."""
+    return ranks.any_of(bool(loop.arrived)) if ranks.in_step() else bool(loop.arrived)
+
+
+def _forget_passes(shares: list[Share]) -> None:
+    """Drop what was learned in passes that are made because others make theirs."""
+    _forget([one.member for one in shares])
+    for one in shares:
+        one.forget()
 
 
 # -- its parts ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 A base whose weights are mapped from files need then never be in memory as a whole, and each of its layers is read, or copied to a
 GPU, once for all rows. Numbers are those of whole calls, one after another: the same products of the same tensors.
 
-Imports nothing of lora_lab: `reload.py` uses it too.
+Imports hardly anything of lora_lab: `reload.py` uses it too.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lora_lab.base.layers import layers_of
 from lora_lab.runtime.memory import free_bytes
 
 T = TypeVar("T")
@@ -48,17 +49,6 @@ def size(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model: what its outermost lists of modules hold."""
-    found: list[nn.Module] = []
-    for module in model.children():
-        parts = list(module) if isinstance(module, nn.ModuleList) else [module]
-        for part in parts:
-            listed = isinstance(module, nn.ModuleList) and not isinstance(part, nn.ModuleList)
-            found += [part] if listed else of(part)
-    return found
-
-
 def run(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
     """What calls of the model give, without gradients; layer by layer where its weights lie in files or on another device than
     theirs.
@@ -85,7 +75,7 @@ def forget(tensors: Iterable[torch.Tensor]) -> None:
 def in_step(model: nn.Module, calls: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
     """As `run`, always layer by layer. Each call has a thread of its own, of which one runs at a time: it stops before each layer until
     all that wait for that layer can go through it."""
-    layers = list(dict.fromkeys(of(model)))
+    layers = list(dict.fromkeys(layers_of(model)))
     inside = {id(one) for layer in layers for one in layer.modules()}
     outside = [one for one in model.modules() if id(one) not in inside]
     handles = [layer.register_forward_pre_hook(_stop) for layer in layers]

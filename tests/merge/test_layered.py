@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_lab.adapters import files
 from lora_lab.adapters.attach import trainable
+from lora_lab.base.layers import layers_of
 from lora_lab.base.weights import Weights
 from lora_lab.config import compose
 from lora_lab.merge import bases, merge
@@ -135,8 +136,8 @@ class Stack(nn.Module):
 
 def test_calls_go_through_each_layer_together():
     model, order = Stack(), []
-    assert layers.of(model) == list(model.inner["layers"])
-    for place, layer in enumerate(layers.of(model)):
+    assert layers_of(model) == list(model.inner["layers"])
+    for place, layer in enumerate(layers_of(model)):
         layer.register_forward_hook(lambda *_, place=place: order.append(place))
     rows = torch.randn(3, 4)
     calls = [lambda row=row, times=times: model(row, times) for row, times in zip(rows, (1, 2, 1), strict=True)]
@@ -154,9 +155,9 @@ def test_each_layer_is_on_the_device_while_it_is_used():
     places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
     def note(*_) -> None:
-        seen.append("".join(layer.weight.device.type[0] for layer in (*layers.of(model), model.last)))
+        seen.append("".join(layer.weight.device.type[0] for layer in (*layers_of(model), model.last)))
 
-    for layer in layers.of(model):
+    for layer in layers_of(model):
         layer.register_forward_hook(note)
     calls = [lambda: model(torch.zeros(1, 4, device=device))] * 2
     found = layers.run(model, calls, device)
@@ -178,7 +179,7 @@ def test_an_error_in_one_call_ends_them_all(error):
     with pytest.raises(error, match="told"):
         layers.in_step(model, [lambda: model(torch.zeros(4), 5), fails, lambda: model(torch.zeros(4), 5)], CPU)
     assert threading.active_count() == threads
-    assert not any(layer._forward_pre_hooks for layer in layers.of(model))
+    assert not any(layer._forward_pre_hooks for layer in layers_of(model))
 
 
 def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path, monkeypatch):
@@ -192,14 +193,14 @@ def test_of_a_base_in_files_one_layer_is_in_memory(tmp_path, monkeypatch):
     blob = (tmp_path / "model.safetensors").rename(tmp_path / "blob_of_weights")
     (tmp_path / "model.safetensors").symlink_to(blob)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    one = layers.size(layers.of(model)[0])
+    one = layers.size(layers_of(model)[0])
     ids = torch.arange(8)[None]
     with torch.no_grad():
         expected = [model(ids).logits, model(ids[:, :3]).logits]
     assert mapped_bytes() > 5.9 * one
     layers._Mapped().forget(model.parameters())
     seen = []
-    for layer in layers.of(model):
+    for layer in layers_of(model):
         layer.register_forward_hook(lambda *_: seen.append(mapped_bytes()))
     calls = [lambda: model(ids).logits, lambda: model(ids[:, :3]).logits]
     found = layers.in_step(model, calls, CPU)

@@ -1,34 +1,39 @@
-"""`lora-lab ARGUMENTS` in one of several processes, of which one gets a signal from itself: `python dying.py WHERE RANK SIGNAL ARGUMENTS`."""
+"""`lora-lab ARGUMENTS` in one of several processes, of which one gets a signal from itself: `python dying.py WHERE CALL RANK SIGNAL ARGUMENTS`,
+before it calls that for the so-manieth time."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lora_lab import cli
+from lora_lab.base import shard
 from lora_lab.runtime import ranks
 from lora_lab.tasks.base import Task
 from lora_lab.training import checkpoint, loop
 
-PLACES: dict[str, tuple[Any, str, int]] = {  # what is called, and the call in which the process dies
-    "step": (loop, "learn", 5),  # of the third step, as each has two micro-batches here
-    "exchange": (ranks, "exchange", 9),
-    "sum": (ranks, "sum_flat", 4),
-    "update": (loop, "_update", 3),
-    "save": (checkpoint, "_digest", 2),
-    "measure": (Task, "_measured", 2),
+PLACES: dict[str, tuple[Any, str]] = {
+    "step": (loop, "learn"),
+    "exchange": (ranks, "exchange"),
+    "sum": (ranks, "sum_flat"),
+    "update": (loop, "_update"),
+    "save": (checkpoint, "_digest"),
+    "measure": (Task, "_measured"),
+    "gather": (shard._Gather, "__call__"),  # of a sharded layer
 }
 
 
-def main(where: str, rank: str, name: str, *arguments: str) -> int:
-    owner, method, last = PLACES[where]
+def main(told: Sequence[str]) -> int:
+    where, last, rank, name, *arguments = told
+    owner, method = PLACES[where]
     as_it_is, calls = getattr(owner, method), []
 
     def dying(*given: Any, **named: Any) -> Any:
         calls.append(None)
-        if len(calls) == last and ranks.rank() == int(rank):
+        if len(calls) == int(last) and ranks.rank() == int(rank):
             os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
         return as_it_is(*given, **named)
 
@@ -37,4 +42,4 @@ def main(where: str, rank: str, name: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

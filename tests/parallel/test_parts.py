@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from lora_lab.base import shard
 from lora_lab.errors import ConfigError, ProcessError, TrainingError
-from lora_lab.run import parallel, run_dir
+from lora_lab.run import parallel, pipeline, run_dir
 from lora_lab.run.prepared import prepare
 from lora_lab.runtime import launch, memory, ranks
 from lora_lab.tasks.base import Measured, Predictions
@@ -35,7 +37,12 @@ def test_every_piece_of_work_is_dealt_once_and_evenly(processes):
 def test_what_processes_say_is_plain_and_names_no_code():
     counts = Counts(1.5, 2, 3, 4, {"reward": 1.0})
     seen = Predictions([], torch.ones(2, 3), np.arange(3), np.zeros(2, dtype=np.float32))
-    told = [learned.Told(True, [counts], b"\x01\x00"), Measured(0, 1.0, 2.0, seen), None, ("a", {"k": b"\xff"})]
+    told = [
+        learned.Told(True, [counts], b"\x01\x00"),
+        Measured(0, 1.0, 2.0, seen),
+        None,
+        ("a", {"k": b"\xff", "empty": b""}),
+    ]
     one, two, *others = ranks._read(ranks._written(told))
     assert (one, others) == (told[0], told[2:])
     assert (two.place, two.seen.predicted.tolist()) == (0, [0, 1, 2])
@@ -200,6 +207,63 @@ def test_a_process_that_would_have_nothing_to_do_is_refused(config_of, monkeypat
         parallel.enough_passes(config_of("train.batch_size=2"))
     parallel.enough_passes(config_of("train.micro_batch_size=1"))
     parallel.enough_passes(config_of("train.packing=false"))
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        (["hardware.processes=1"], "not with hardware.processes=1"),
+        (["quant=int8"], "not with quant=int8"),
+        (["quant=nf4", "speed.dequantize=once"], "not with speed.dequantize=once"),
+        (["speed.prefix_cache=true"], "not with speed.prefix_cache=true"),
+        (["sweep.execution=batched"], "not with sweep.execution=batched"),
+        (
+            ["adapter.init_lora_weights=pissa"],
+            "not with adapter=lora: init_lora_weights=pissa is made of whole weights",
+        ),
+    ],
+)
+def test_what_a_sharded_base_cannot_do_is_refused(config_of, told, sentence):
+    with pytest.raises(ConfigError, match=rf"hardware\.shard=true: {re.escape(sentence)}"):
+        config_of("hardware.shard=true", *told)
+
+
+def test_one_process_has_nothing_to_shard(config_of):
+    with pytest.raises(ConfigError, match=r"hardware\.shard=true: one process holds the whole base\. Start several"):
+        pipeline.train(config_of("hardware.shard=true"))
+
+
+def test_processes_that_keep_step_make_as_many_passes(monkeypatch):
+    sizes, group = [5, 1, 1, 1, 3], ranks._Group(0, 3, 0, None, 1.0)
+    monkeypatch.setattr(ranks, "_group", group)
+    parts = ranks.dealt(sizes, 3)
+    for rank, part in enumerate(parts):
+        monkeypatch.setattr(ranks, "_number", rank)
+        group.in_step = False
+        assert ranks.own_and_others(sizes) == (part, [])
+        group.in_step = True
+        own, others = ranks.own_and_others(sizes)
+        assert own == part
+        assert len(own) + len(others) == max(map(len, parts))
+        assert not set(own) & set(others)
+
+
+def test_layers_that_cannot_be_shared_out_are_refused(monkeypatch):
+    layer = torch.nn.Linear(2, 2)
+
+    def sharded(model: torch.nn.Module) -> None:
+        shard.shard(model, list(model.parameters()), lambda: model[0][0](torch.ones(1, 2)), torch.device("cpu"))
+
+    for model, sentence in (
+        (torch.nn.Sequential(layer), "no stack of layers"),
+        (
+            torch.nn.Sequential(torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])),
+            "layers of this base share weights",
+        ),
+        (torch.nn.Sequential(torch.nn.ModuleList([layer, torch.nn.Linear(2, 2)])), "a Linear of this base has no part"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            sharded(model)
 
 
 def test_processes_from_python_are_refused(config_of):

@@ -7,10 +7,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.parallel import KINDS, Sources, grouped, train_kind
+from lora_lab.base import load
 from lora_lab.errors import LoraLabError, ProcessError
 from lora_lab.runtime import ranks, signals
 from lora_lab.training import loop
@@ -59,6 +61,41 @@ def short_of_memory(sources: Sources, folder: Path) -> dict:
         loop.learn = as_it_is
 
 
+def sharded(sources: Sources, folder: Path) -> dict:
+    """The layers of a 4-bit base lie in parts."""
+    return train_kind("NF4", sources, folder, ["hardware.shard=true"])
+
+
+def longer(sources: Sources, folder: Path, *more: str) -> dict:
+    """Twenty steps on a 4-bit base, with evaluations in between; nothing is left out for a sharded one."""
+    told = ["train.max_steps=20", "train.epochs=5", "train.eval_steps=4", "speed=plain", "optim.lr=1e-3"]
+    return train_kind("NF4", sources, folder, [*told, *more])
+
+
+def longer_sharded(sources: Sources, folder: Path) -> dict:
+    return longer(sources, folder, "hardware.shard=true")
+
+
+def unguarded(sources: Sources, folder: Path) -> str:
+    """They do, and bitsandbytes repacks weights where it likes."""
+
+    def load_model(*given: object) -> Any:
+        model = loaded(*given)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+        return model
+
+    loaded, load.load_model = load.load_model, load_model
+    try:
+        train_kind("NF4", sources, folder, ["hardware.shard=true"])
+    except LoraLabError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        load.load_model = loaded
+    return ""
+
+
 def dies(sources: Sources, folder: Path) -> dict:
     """One process dies in the third step; the last scene."""
     steps = []
@@ -77,7 +114,9 @@ def dies(sources: Sources, folder: Path) -> dict:
     return {}
 
 
-SCENES = {one.__name__: one for one in (unlike, fails, short_of_memory, dies)}
+SCENES = {
+    one.__name__: one for one in (unlike, fails, short_of_memory, sharded, longer, longer_sharded, unguarded, dies)
+}
 
 
 def main(out: str, sources: str, *scenes: str) -> None:
@@ -86,9 +125,10 @@ def main(out: str, sources: str, *scenes: str) -> None:
     with signals.held(), grouped(timeout=60), tempfile.TemporaryDirectory() as folder:
         for place, scene in enumerate(scenes):
             own = Path(folder) / str(place)
+            kind, _, way = scene.partition(": ")
             made = (
-                train_kind(scene, Sources(Path(sources)), own)
-                if scene in KINDS
+                train_kind(kind, Sources(Path(sources)), own, ["hardware.shard=true"] if way == "sharded" else [])
+                if kind in KINDS
                 else SCENES[scene](Sources(Path(sources)), own)
             )
             found[scene] = made

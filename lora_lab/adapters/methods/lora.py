@@ -166,6 +166,12 @@ class LoraAdapter(LayerAdapter):
     def fresh_differs(self) -> str:
         return "it begins with what quantizing took from the base" if self.beginning == "loftq" else ""
 
+    @property
+    def against_sharding(self) -> str:
+        if self.beginning in ("default", "gaussian"):
+            return ""
+        return f"init_lora_weights={self.init_lora_weights} is made of whole weights"
+
     def rules(self, config: RunConfig) -> list[str]:
         told, found = f"adapter.init_lora_weights={_word(self.init_lora_weights)}", []
         if self.residual and self.lora_dropout:

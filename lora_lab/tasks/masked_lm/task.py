@@ -159,8 +159,11 @@ class MaskedLM(PlacedTask[MaskedLMConfig]):
         rows = first_examples(data, self.config.pseudo_perplexity_rows)
         if not rows:
             return EvalResult({})
-        part = [rows[place] for place in ranks.own([row.num_tokens**2 for row in rows])]
-        found = ranks.together(lambda: self._pseudo_loss(model, part, title))
+        if ranks.in_step():  # rows have unlike numbers of passes
+            found = [self._pseudo_loss(model, rows, title)]
+        else:
+            part = [rows[place] for place in ranks.own([row.num_tokens**2 for row in rows])]
+            found = ranks.together(lambda: self._pseudo_loss(model, part, title))
         return EvalResult({"pseudo_perplexity": math.exp(sum(loss for loss, _ in found) / sum(n for _, n in found))})
 
     def _pseudo_loss(self, model: PeftModel, rows: list[Example], title: str) -> tuple[float, int]:
