@@ -14,14 +14,13 @@ import importlib.metadata
 import inspect
 import itertools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
+from lora_lab.base import cache
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config.data import DataConfig
 from lora_lab.data import chunks, formats, hints, sources
@@ -29,7 +28,7 @@ from lora_lab.data.chunks import Report, columns_of
 from lora_lab.data.columns import Column, Own
 from lora_lab.data.encode import TOO_LONG, Encoder, Example
 from lora_lab.data.sources import DataFile, HubData
-from lora_lab.errors import CheckpointError, DataError
+from lora_lab.errors import DataError
 from lora_lab.runtime import console, storage
 
 _LOOK_ROWS = 100  # whose columns decide the format
@@ -125,30 +124,14 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
         console.say("data", f"{file.name}: its columns are separated by {separator}")
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent}: cannot be written ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be."
-        ) from error
-    with lock:  # another process may be encoding the same file
-        storage.recover(folder.parent, folder.name)
-        try:
-            if folder.exists():
-                storage.verify(folder)
-                return Entry(*_read(folder), digest, cached=True)
-        except CheckpointError as error:
-            console.say("cache", f"{error} It is made again.")
-            shutil.rmtree(folder, ignore_errors=True)
-        with storage.new_folder(folder, {"source": file.name}) as temporary:
-            _write(temporary, file, format_name, encoder, limit, refuse)
-        return Entry(*_read(folder), digest, cached=False)
+    with cache.entry(folder, DataError) as there:  # another process may be encoding the same file
+        if not there:
+            with storage.new_folder(folder, {"source": file.name}) as temporary:
+                _write(temporary, file, format_name, encoder, limit, refuse)
+        return Entry(*_read(folder), digest, cached=there)
 
 
 def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:
-    options = {key: value for key, value in dataclasses.asdict(encoder.config).items() if key not in _NOT_ENCODING}
     kind: Any = type(encoder)
     parts = {
         "file": digest,
@@ -158,7 +141,7 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "columns": columns_of(file, encoder.config),
         "limit": limit,
         "own": {name: str(kind) for name, kind in encoder.columns.items()},
-        "options": options,
+        "options": encoding_options(encoder.config),
         "task": {name: getattr(encoder.task, name) for name in encoder.task_options},
         "vocab_size": encoder.vocab_size,
         "template": encoder.tokenizer.chat_template,
@@ -169,6 +152,11 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "code": code_version(kind),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def encoding_options(config: DataConfig) -> dict[str, Any]:
+    """The options that decide what a row becomes."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_ENCODING}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
