@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from lora_lab.base import inspect
-from lora_lab.errors import CheckpointError
+from lora_lab.errors import CheckpointError, LoraLabError
 from lora_lab.runtime import console, storage
 from lora_lab.runtime.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def entry(folder: Path, error: type[LoraLabError]) -> Iterator[bool]:
+    """Inside the block nobody else makes this kept folder; gives whether it is `usable`. Whoever makes it does so inside the block.
+
+    Raises:
+        error: the cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as problem:
+        raise error(
+            f"{folder.parent}: cannot be written ({problem.strerror}). Set LORA_LAB_CACHE to a folder that can be written."
+        ) from problem
+    try:
+        storage.recover(folder.parent, folder.name)
+        yield usable(folder)
+    finally:
+        lock.release()
 
 
 def usable(folder: Path) -> bool:

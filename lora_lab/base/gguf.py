@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from lora_lab.base import cache, gguf_tokens, overruled
 from lora_lab.base.fingerprint import remembered_sha256
 from lora_lab.base.resolve import cache_dir
@@ -61,20 +59,9 @@ def to_safetensors(file: Path, reader: int = READER, dtype: str = "bfloat16") ->
     exact = dtype != "bfloat16" and reader >= NUMBERS_AS_WRITTEN
     kept = f"{min(reader, TOKENS_AS_WRITTEN)}{'-float32' if exact else ''}"
     folder = cache_dir() / "gguf" / f"{remembered_sha256(file)[:32]}-{kept}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise BaseModelError(
-            f"{folder.parent}: cannot be made ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be written."
-        ) from error
-    try:  # another process may have been converting the same file
-        storage.recover(folder.parent, folder.name)
-        if not cache.usable(folder):
+    with cache.entry(folder, BaseModelError) as there:  # another process may have been converting the same file
+        if not there:
             _convert(file, folder, told, reader, "float32" if exact else "bfloat16")
-    finally:
-        lock.release()
     return folder
 
 

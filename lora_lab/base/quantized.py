@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from lora_lab.base import cache
 from lora_lab.base.resolve import cache_dir
 from lora_lab.config.model import QuantConfig
@@ -49,10 +47,7 @@ def folder_of(files: BaseFiles, kind: ModelKind, dtype: str, quant: QuantConfig,
 
 def keep(model: PreTrainedModel, folder: Path) -> None:
     """Write a quantized model that has just been loaded; a cache that cannot be written costs time, nothing else."""
-    with contextlib.suppress(OSError, RunError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            storage.recover(folder.parent, folder.name)
-            if not folder.exists():
-                with storage.new_folder(folder, {}) as temporary:
-                    cache.save(model, temporary, max_shard_size=SHARD)
+    with contextlib.suppress(OSError, RunError), cache.entry(folder, RunError) as there:
+        if not there:
+            with storage.new_folder(folder) as temporary:
+                cache.save(model, temporary, max_shard_size=SHARD)

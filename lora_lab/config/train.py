@@ -153,6 +153,12 @@ class SpeedConfig:
         bool, Field(description="layers that read the same input, and their LoRA, as one function")
     ] = True
     fused_mlp: Annotated[bool, Field(description="a gated MLP with its LoRA as one function")] = True
+    fused_dense: Annotated[
+        bool,
+        Field(
+            description="encoders: a linear layer with its activation, or with dropout, residual and LayerNorm, as one function (CPU)"
+        ),
+    ] = True
     fused_norms: Annotated[bool, Field(description="RMS norms that keep no float32 copies")] = True
     liger_kernels: Annotated[
         bool, Field(description="norms and gates by Liger's kernels, where liger-kernel is installed (CUDA)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,6 +83,17 @@ class Dataset:
     def digests(self) -> np.ndarray:
         """[n] uint64, equal for examples of equal rows."""
         return self.table.column("digest").to_numpy()[self.chosen]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of all that its examples hold, in their order."""
+        whole, sink = self.table.take(pa.array(self.chosen)).combine_chunks(), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, whole.schema) as writer:
+            writer.write_table(whole)
+        content = hashlib.sha256(sink.getvalue())
+        if self.starts is not None:
+            content.update(self.starts.tobytes())
+        return content.hexdigest()
 
     @property
     def labels(self) -> list[str]:

@@ -19,9 +19,10 @@ import pyarrow as pa
 
 from lora_lab.base import cache
 from lora_lab.base.resolve import cache_dir
-from lora_lab.data import store
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Example
+from lora_lab.errors import DataError
+from lora_lab.runtime import storage
 
 _FILE = "targets.arrow"
 _ITEMS = 4096  # supervised tokens of a part, and so what an interruption may lose
@@ -54,16 +55,16 @@ class Part:
         Raises:
             DataError: the cache cannot be written.
         """
-
-        def write(temporary: Path) -> None:
+        with cache.entry(self.folder, DataError) as there:
+            if there:
+                return
             table = pa.table({name: _lists(arrays) for name, arrays in say(self.examples).items()})
             with (
+                storage.new_folder(self.folder, {"rows": len(self.items)}) as temporary,
                 pa.OSFile(str(temporary / _FILE), "wb") as sink,
                 pa.ipc.new_file(sink, table.schema) as writer,
             ):
                 writer.write_table(table)
-
-        store.made_once(self.folder, {"rows": len(self.items)}, write)
 
     def read(self) -> pa.Table:
         """A line for each example, mapped."""

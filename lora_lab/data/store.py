@@ -14,13 +14,11 @@ import importlib.metadata
 import inspect
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
 from lora_lab.base import cache
 from lora_lab.base.resolve import cache_dir
@@ -126,43 +124,14 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
         console.say("data", f"{file.name}: its columns are separated by {separator}")
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
-
-    def write(temporary: Path) -> None:
-        _write(temporary, file, format_name, encoder, limit, refuse)
-
-    made = made_once(folder, {"source": file.name}, write)
-    return Entry(*_read(folder), digest, cached=not made)
-
-
-def made_once(folder: Path, meta: dict[str, Any], write: Callable[[Path], None]) -> bool:
-    """Make an entry of the cache unless it is there, whole; whether it was made now.
-
-    Args:
-        meta: for its manifest.
-        write: fills a temporary folder, which becomes the entry.
-
-    Raises:
-        DataError: the cache cannot be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent}: cannot be written ({error.strerror}). Set LORA_LAB_CACHE to a folder that can be."
-        ) from error
-    with lock:  # another process may be making the same one
-        storage.recover(folder.parent, folder.name)
-        if cache.usable(folder):
-            return False
-        with storage.new_folder(folder, meta) as temporary:
-            write(temporary)
-        return True
+    with cache.entry(folder, DataError) as there:  # another process may be encoding the same file
+        if not there:
+            with storage.new_folder(folder, {"source": file.name}) as temporary:
+                _write(temporary, file, format_name, encoder, limit, refuse)
+        return Entry(*_read(folder), digest, cached=there)
 
 
 def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:
-    options = {key: value for key, value in dataclasses.asdict(encoder.config).items() if key not in _NOT_ENCODING}
     kind: Any = type(encoder)
     parts = {
         "file": digest,
@@ -172,7 +141,7 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "columns": columns_of(file, encoder.config),
         "limit": limit,
         "own": {name: str(kind) for name, kind in encoder.columns.items()},
-        "options": options,
+        "options": encoding_options(encoder.config),
         "task": {name: getattr(encoder.task, name) for name in encoder.task_options},
         "vocab_size": encoder.vocab_size,
         "template": encoder.tokenizer.chat_template,
@@ -183,6 +152,11 @@ def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encod
         "code": code_version(kind),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def encoding_options(config: DataConfig) -> dict[str, Any]:
+    """The options that decide what a row becomes."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_ENCODING}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -21,7 +21,7 @@ from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.base import shard
 from lora_lab.config.train import SpeedConfig
 from lora_lab.errors import BaseModelError, LoraLabError
-from lora_lab.fast import dropout, heads, liger, mlp, norm, prefix, rows, short_rows, unpadded, varlen
+from lora_lab.fast import dense, dropout, heads, liger, mlp, norm, prefix, rows, short_rows, unpadded, varlen
 from lora_lab.fast.forward import Forward
 from lora_lab.fast.frozen import QUANTIZED, FrozenWeight, Scratch
 from lora_lab.fast.modules import FusedMLP, Group, Projection, computed_in
@@ -41,6 +41,7 @@ _ROUNDING = {
 # in this order
 _STEPS = (
     "fused_mlp",
+    "fused_dense",
     "fused_projections",
     "fused_norms",
     "liger_kernels",
@@ -176,6 +177,8 @@ def _apply(
     projections, refused = _projections(model)
     if "fused_mlp" in wanted:
         _fuse_mlps(model, projections, calls, scratch, applied, prove, kernels)
+    if "fused_dense" in wanted:
+        _fuse_dense(model, projections, scratch, applied)
     if "fused_projections" in wanted:
         _fuse_projections(projections, calls.order, scratch, applied)
         _tell_heads(model, applied)
@@ -377,6 +380,31 @@ def _fuse_mlps(
         count += 1
     if count or other:
         applied.lines.append(f"gated MLP fused: {count}" + (f" (not: {other})" if other else ""))
+
+
+def _fuse_dense(model: PeftModel, projections: dict[str, Projection], scratch: Scratch, applied: Applied) -> None:
+    """Linear layers with what follows them, on a CPU: elsewhere dropout draws its masks in a kernel of its own."""
+    if base_of(model).device.type != "cpu":
+        return
+    routing, count = applied.forward.routing, 0
+    for name, module in model.named_modules():
+        own = projections.get(f"{name}.dense")
+        if own is None:
+            continue
+        act = dense.activation_of(module)
+        fused: dense.FusedActivation | dense.FusedOutput
+        if act is not None:
+            fused = dense.FusedActivation(module, own, scratch, routing, act)
+        elif dense.is_output(module):
+            fused = dense.FusedOutput(module, own, scratch, routing)
+        else:
+            continue
+        applied.replace(module, fused.forward)
+        applied.weights.append(fused.weight)
+        del projections[f"{name}.dense"]
+        count += 1
+    if count:
+        applied.lines.append(f"layers fused with what follows them: {count}")
 
 
 @torch.no_grad()

@@ -42,10 +42,10 @@ class Projection:
         """Whether the layer is as it was found: not merged, and one adapter at most."""
         return not self.adapted or (not self.module.merged and len(self.module.active_adapters) <= 1)
 
-    def factors(self, member: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, D] and the scaled B [N, r]."""
+    def parameters(self, member: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A [r, D], B [N, r], and what B is multiplied by."""
         layer = self.module
-        return layer.lora_A[member].weight.to(dtype), (layer.lora_B[member].weight * layer.scaling[member]).to(dtype)
+        return layer.lora_A[member].weight, layer.lora_B[member].weight, layer.scaling[member]
 
     def rank(self, member: str) -> int:
         """0: no adapter of this member works here."""
@@ -119,15 +119,45 @@ def _lora(
     """One member's layout on some rows, a tensor of `shape` in a pass of its own, and its factors."""
     count = None if rows.stop is None else rows.stop - rows.start
     own = [one if one.has(member) else None for one in projections]
-    pairs = [None if one is None else one.factors(member, x.dtype) for one in own]
     keep = [None if one is None else one.drawn(member, shape, x, generator, count) for one in own]
-    ranks = [len(pair[0]) if pair else 0 for pair in pairs]
-    p = max(one.dropout(member) for one in own if one)
+    found = [one.parameters(member) for one in own if one is not None]
+    p = max(one.dropout(member) for one in own if one is not None)
+    ranks = [0 if one is None else one.rank(member) for one in own]
     layout = Layout(rows, ranks, keep, scale(p))
-    bs = [
-        pair[1] if pair else x.new_empty(one.base.out_features, 0) for pair, one in zip(pairs, projections, strict=True)
+    downs, ups, scaling = zip(*found, strict=True)
+    a, *bs = Factors.apply(x.dtype, scaling, *downs, *ups)
+    each = iter(bs)
+    return layout, [
+        a,
+        *(
+            x.new_empty(one.base.out_features, 0) if not r else next(each)
+            for one, r in zip(projections, ranks, strict=True)
+        ),
     ]
-    return layout, [torch.cat([pair[0] for pair in pairs if pair]), *bs]
+
+
+class Factors(torch.autograd.Function):
+    """Adapters' matrices as products want them: A [r_i, D] one under another [R, D], each B [N_i, r_i] scaled, all in one type.
+
+    Arguments: the type, what each B is multiplied by, every A, every B.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, scaling: tuple[float, ...], *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        downs, ups = parameters[: len(scaling)], parameters[len(scaling) :]
+        ctx.scaling, ctx.ranks, ctx.dtypes = scaling, [len(one) for one in downs], [one.dtype for one in parameters]
+        scaled = (up * factor for up, factor in zip(ups, scaling, strict=True))
+        return torch.cat(downs).to(dtype), *(one.to(dtype) for one in scaled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        da, *dbs = grads
+        kinds = ctx.dtypes[len(dbs) :]
+        downs = (one.to(kind) for one, kind in zip(da.split(ctx.ranks), ctx.dtypes, strict=False))
+        ups = (one.to(kind) * factor for one, kind, factor in zip(dbs, kinds, ctx.scaling, strict=True))
+        return None, None, *downs, *ups
 
 
 def _runs(projections: list[Projection], routed: list[tuple[Route, slice]]) -> list[list[tuple[Route, slice]]]:

@@ -125,6 +125,13 @@ def current() -> Routing | None:
     return _CURRENT.get()
 
 
+def whole(tokens: int) -> int:
+    """How many tokens a pass without padding is made of, a sixteenth more at most (16 where there are few): oneDNN makes its products for
+    each number of tokens that it meets, which takes it half a millisecond for a product, so they had better be few."""
+    step = max(16, 2 ** (tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
 def widened(x: torch.Tensor, width: int, fill: float = 0) -> torch.Tensor:
     """[B, T, ...] -> [B, width, ...]"""
     missing = width - x.shape[1]
@@ -166,7 +173,7 @@ def _parts_of(routes: Sequence[Route]) -> dict[tuple[int, ...], list[Part] | Non
     for sizes in ([padded[0][0] for padded in shapes if padded], [route.items for route in routes]):
         if any(sizes):  # one place of each row, and those that have a loss
             note_flat(sizes, sizes)
-    tokens = [route.tokens for route in routes]
+    tokens = [whole(route.tokens) if route.padded else route.tokens for route in routes]
     as_many = [max(tokens)] * len(tokens) if any(shapes) else tokens  # without padding, see `unpadded.Rows`
     note_flat(as_many, tokens)
     return found

@@ -19,21 +19,27 @@ import torch
 from torch import nn
 
 from lora_lab.data.collate import of_like_length
-from lora_lab.fast.routing import Routing, current
+from lora_lab.fast.routing import Routing, current, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "unpadded"  # of what a mask carries
+_WIDTH = 16  # numbers that a processor works on at once: a softmax of so many costs a fifth of one of 13
 _ENOUGH_TOKENS = 256  # attended to at once, that another call beside is worth its start
+
+
+def in_widths(length: int) -> int:
+    """The places that a row of so many tokens gets where it is attended to."""
+    return -(-length // _WIDTH) * _WIDTH
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Where the tokens of B padded rows of T places lie.
 
-    In a pass that several members share each has as many, N / K, so that their products can be made at once: the last one is there
-    again and again, for nobody to read.
+    There are as many as `whole` says; in a pass that several members share each has as many, N / K, so that their products can be made at
+    once: the last one is there again and again, for nobody to read.
     """
 
     places: torch.Tensor  # [N] int64, of B * T
@@ -62,12 +68,12 @@ class Rows:
 
     def _groups(self, rows: range) -> list[tuple[torch.Tensor, Rows]]:
         lengths = self.mask.flatten(1).sum(-1)
-        starts = self.starts
+        starts, widths = self.starts, [in_widths(length) for length in lengths.tolist()]
         found = []
-        for places in of_like_length(lengths[rows.start : rows.stop].tolist(), len(rows), _ENOUGH_TOKENS):
+        for places in of_like_length(widths[rows.start : rows.stop], len(rows), _ENOUGH_TOKENS):
             group = [rows[place] for place in places]
             own = lengths[group]
-            within = torch.arange(int(own.max()), device=own.device)
+            within = torch.arange(max(widths[row] for row in group), device=own.device)
             mask = within < own[:, None]
             sources = starts[group][:, None] + within.minimum(own[:, None] - 1)
             numbers = torch.tensor(group, device=own.device)
@@ -214,17 +220,18 @@ def _found(mask: Any) -> Rows | None:
             return None
         places = seen.flatten().nonzero().flatten()
         shape, shared = (seen.shape[0], seen.shape[-1]), current()
-        found = Rows(places, shape, seen) if shared is None else _as_many(places, shape, seen, shared)
+        found = _as_many(places, shape, seen, shared)
         setattr(mask, _NAME, found)
     return found_in(mask)
 
 
-def _as_many(places: torch.Tensor, shape: tuple[int, int], seen: torch.Tensor, shared: Routing) -> Rows:
-    """The rows of members, each of whom has as many tokens."""
-    counts = [route.tokens for route in shared.routes]
+def _as_many(places: torch.Tensor, shape: tuple[int, int], seen: torch.Tensor, shared: Routing | None) -> Rows:
+    """The rows of a pass of its own, or those of members, each of whom has as many tokens; see `whole`."""
+    members = () if shared is None else tuple(shared.row_counts)
+    counts = [len(places)] if shared is None else [route.tokens for route in shared.routes]
     ends = list(itertools.accumulate(counts))
-    each, device = torch.arange(max(counts), device=places.device), places.device
+    each, device = torch.arange(max(map(whole, counts)), device=places.device), places.device
     tokens = torch.cat([end - count + each.clamp(max=count - 1) for count, end in zip(counts, ends, strict=True)])
     within = torch.cat([each.clamp(max=count - 1) for count in counts])
     firsts = torch.arange(len(counts), device=device).repeat_interleave(len(each)) * len(each)
-    return Rows(places[tokens], shape, seen, tuple(shared.row_counts), standing=firsts + within)
+    return Rows(places[tokens], shape, seen, members, standing=firsts + within)

@@ -31,7 +31,7 @@ from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.errors import BaseModelError, ConfigError, NoRoomError, TrainingError
 from lora_lab.fast import apply, isolation
-from lora_lab.run import teacher
+from lora_lab.run import base_scores, teacher
 from lora_lab.runtime import console, memory, pages, ranks
 from lora_lab.runtime.memory import attempts, is_out_of_memory
 from lora_lab.tasks.base import AnyTask, EvalResult
@@ -262,9 +262,13 @@ class Live:
             return found.with_also(task.examine(model, rows, title, **options))
 
     def measure_base(self) -> EvalResult:
-        """The same with the adapter switched off."""
-        with without_adapter(self.model):
-            return self.measure("base")
+        """The same with the adapter switched off, or what was measured so before."""
+
+        def measured() -> EvalResult:
+            with without_adapter(self.model):
+                return self.measure("base")
+
+        return base_scores.kept_or(self.setup, measured)
 
     def measure_few_shot(self) -> EvalResult:
         """The base again, with `task.few_shot` training rows in each prompt; only what is generated."""

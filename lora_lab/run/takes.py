@@ -15,7 +15,7 @@ _HARDWARE = (
     "hardware.offload_embeddings",
 )
 _PLACE = (  # found to be the same base, wherever it lies and however it is computed
-    "model.path", "model.revision", *_HARDWARE, "quant.cache", "speed.fused_projections", "speed.fused_mlp", "speed.fused_norms",
+    "model.path", "model.revision", *_HARDWARE, "quant.cache", "speed.fused_projections", "speed.fused_mlp", "speed.fused_dense", "speed.fused_norms",
     "speed.liger_kernels", "speed.block_attention", "speed.varlen_attention", "speed.short_rows", "speed.unpadded",
     "speed.chunked_loss", "speed.last_layer_rows", "speed.fused_4bit", "speed.dequantize",
 )  # fmt: skip

@@ -437,6 +437,10 @@ class Task(Generic[Section, B]):
         """What takes too long to be measured during training, such as generated answers. `title`: of the progress bar."""
         return EvalResult({})
 
+    def read_beside(self) -> list[str]:
+        """What `measure` and `examine` read beside the held-out rows, in its order, such as documents to be found."""
+        return []
+
     def baselines(self, data: Dataset) -> dict[str, EvalResult]:
         """What is reached on held-out rows without any model, by name."""
         return {}

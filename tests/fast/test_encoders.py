@@ -11,8 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.data.dataset import first_examples
-from lora_lab.fast import dropout, short_rows, unpadded
+from lora_lab.fast import dense, dropout, short_rows, unpadded
 from lora_lab.fast.modules import Projection
+from lora_lab.fast.routing import whole
 from lora_lab.training import oom
 from tests import families
 from tests.conftest import write_jsonl
@@ -97,7 +98,9 @@ def test_rows_of_unlike_length_are_attended_to_in_groups(encoders, config_of, tm
     assert live.setup.task.forward.unpadded
     assert max(map(len, seen)) > 1
     for groups in seen:
-        assert all(group.shape[1] <= 1.5 * int(group.mask.flatten(1).sum(-1).min()) for _, group in groups)
+        for _, group in groups:
+            shortest = unpadded.in_widths(int(group.mask.flatten(1).sum(-1).min()))
+            assert group.shape[1] <= 1.5 * shortest
     assert loss == pytest.approx(expected, rel=CLOSE)
     assert (gradients - plain).norm() <= CLOSE * plain.norm()
 
@@ -109,10 +112,12 @@ def test_a_long_row_beside_short_ones_costs_what_it_has():
     groups = rows.alike
     assert sorted(token for tokens, _ in groups for token in tokens.tolist()) == list(range(int(lengths.sum())))
     squares = sum(group.shape[0] * group.shape[1] ** 2 for _, group in groups)
-    assert squares <= 1.1 * int(lengths.square().sum())  # all in one: 15 times as many
-    x = torch.randn(1, int(lengths.sum()), 3)
+    assert squares <= 1.1 * sum(
+        unpadded.in_widths(length) ** 2 for length in lengths.tolist()
+    )  # all in one: 15 times as many
+    x = torch.randn(1, len(rows.places), 3)
     parts = [group.take(group.put(x[:, tokens])) for tokens, group in groups]
-    assert torch.equal(torch.cat(parts, 1)[:, rows.back], x)
+    assert torch.equal(torch.cat(parts, 1)[:, rows.back][:, rows.read], x[:, rows.read])
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -145,7 +150,8 @@ def test_nothing_is_computed_of_padding(encoders, config_of, tmp_path):
         handle.remove()
     tokens = int(batch.inputs["attention_mask"].sum())
     assert tokens < batch.inputs["attention_mask"].numel()
-    assert [shape[:2] for shape in seen] == [(1, tokens)] * len(layers)
+    assert [shape[:2] for shape in seen] == [(1, whole(tokens))] * len(layers)
+    assert whole(tokens) < batch.inputs["attention_mask"].numel()
 
 
 def test_rows_of_one_length_are_not_unpadded(encoders, config_of, tmp_path):
@@ -161,13 +167,61 @@ def test_a_mask_that_tells_more_than_padding_is_left_alone():
     padding[1, :, :, 3:] = False
     rows = unpadded._found(padding)
     assert rows is not None
-    assert rows.places.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert rows.places[rows.read].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert rows.places.tolist() == [0, 1, 2, 3, 4, 5, 6, *[7] * 9]  # as many as make a whole
     assert rows.starts.tolist() == [0, 5]
     x = torch.randn(2, 5, 3)
     assert torch.equal(rows.put(rows.take(x)), x * padding[:, 0, 0, :, None])
     assert unpadded._found(padding.tril()) is None
     assert unpadded._found(torch.ones(2, 1, 5, 5, dtype=torch.bool)) is None
     assert unpadded._found(padding.float()) is None
+
+
+def test_passes_are_of_few_sizes():
+    sizes = [whole(tokens) for tokens in range(1, 5000)]
+    assert all(tokens <= size <= tokens + max(15, tokens / 16) for tokens, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes[100:800])) <= 35  # of 700
+
+
+# -- linear layers with what follows them ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropped", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize("name", ["intermediate", "output", "attention.output"])
+def test_a_layer_with_what_follows_it_is_the_plain_module(encoders, config_of, tmp_path, name, dropped):
+    """Outputs and gradients, with the very masks that the plain module draws."""
+    of_model, of_lora = dropped
+    _, _, live = step(
+        config(config_of, tmp_path, encoders("bert"), "classification", f"adapter.lora_dropout={of_lora}")
+    )
+    module = layers_of(live)[0].get_submodule(name)
+    fused = module.__dict__["forward"].__self__
+    for part in live.model.train().modules():
+        if type(part) is dropout.Dropout and part not in lora_dropouts(live):
+            part.p = of_model
+    for own, parameter in module.named_parameters():
+        if "lora_B" in own:
+            torch.nn.init.normal_(parameter)
+    linear = fused.dense.base
+    widths = [linear.in_features] + [linear.out_features] * isinstance(fused, dense.FusedOutput)
+    given = [torch.randn(2, 5, width, requires_grad=True) for width in widths]
+    learned = [*given, *(one for one in module.parameters() if one.requires_grad)]
+    found = []
+    for forward in (fused.forward, fused.plain):
+        torch.manual_seed(3)
+        out = forward(*given)
+        found.append([out, *torch.autograd.grad(out.square().sum(), learned)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # sums in another order, squared
+
+
+def layers_of(live):
+    return unpadded.layers_of(base_of(live.model))
+
+
+def lora_dropouts(live) -> set:
+    return {one for part in live.model.modules() for one in getattr(part, "lora_dropout", {}).values()}
 
 
 # -- attention --------------------------------------------------------------------------------------------------------------

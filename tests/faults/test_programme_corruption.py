@@ -263,6 +263,9 @@ KINDS = {
     "hash cache, merge": Kind(
         _finished, ("cache/sha256/*",), ("merge", _RUN), _of_folder("run/merged"), weight=3, remade=True
     ),
+    "scores of the base, evaluate": Kind(
+        _finished, ("cache/scores/*/*",), _CACHED, _of_evaluation("run"), weight=3, remade=True
+    ),
     "nf4 cache, evaluate": Kind(
         _quantized, ("cache/quantized/*/*",), _CACHED, _of_evaluation("run"), weight=5, remade=True
     ),

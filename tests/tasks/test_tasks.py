@@ -313,7 +313,10 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     (tmp_path / "train.jsonl").unlink()  # what was learned of the training rows lies beside the adapter
+    capsys.readouterr()
     evaluation = pipeline.evaluate(str(folder), [])
+    assert "its scores on these rows were measured before" in capsys.readouterr().out
+    assert evaluation["base"] == result["base"]
     for name, value in result["tuned"].items():
         assert evaluation["tuned"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 

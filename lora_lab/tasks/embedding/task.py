@@ -456,6 +456,9 @@ class Embedding(PaddedTask[EmbeddingConfig, TextsBatch]):
             details["dimensions"] = {str(size): archive.measured(size) for size in self.config.dimensions}
         return EvalResult(found, details=details)
 
+    def read_beside(self) -> list[str]:
+        return [] if self.config.corpus is None else self._documents()
+
     def baselines(self, data: Dataset) -> dict[str, EvalResult]:
         """BM25: what the words alone find."""
         if self.config.loss != "infonce":
