@@ -184,6 +184,12 @@ def first_examples(data: Dataset | Stream, count: int) -> list[Example]:
     return found[:count]
 
 
+def spread_examples(data: Dataset, count: int) -> list[Example]:
+    """The examples of so many items, evenly spread."""
+    places = np.unique(np.linspace(0, len(data) - 1, num=min(count, len(data))).astype(int))
+    return [example for place in places for example in data[int(place)]]
+
+
 def _mixture(sizes: Any, weights: list[float] | None) -> Mixture | None:
     if weights is None:
         return None

@@ -25,6 +25,7 @@ _BINS = 10  # of a calibration
 _FEW, _LEAST = 10, 30  # rows of a bin at least; rows from which a plot is drawn
 _PARTS = 6  # of the lengths
 _WIDTH, _HEIGHT = 420, 280  # of a plot
+_ROW = 20  # of a bar
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42  # around its frame
 
 
@@ -156,6 +157,45 @@ def by_length(rows: Sequence[tuple[int, float]], unit: str) -> Picture | None:
     says = f"Shortest {first[2]:.3g}, longest {last[2]:.3g}; the lines are 95 % intervals"
     says += "." if apart else ", and those of the two overlap: no difference can be told."
     return Picture("Does it depend on the length?", _svg(_WIDTH, _HEIGHT, parts), says)
+
+
+def rises(parts: Sequence[tuple[str, float, float | None]], title: str) -> Picture | None:
+    """Numbers of some parts as bars from 0, with half the width of their intervals; None: there are none.
+
+    Args:
+        parts: name, number, and half the width; None: it cannot be told.
+    """
+    if not parts:
+        return None
+    left = 20 + 7 * max(_columns(_short(name)) for name, _, _ in parts)
+    ends = [value + sign * (margin or 0.0) for _, value, margin in parts for sign in (-1, 1)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    scale = (_WIDTH - left - 70) / (high - low or 1.0)
+    parts_of_picture = [
+        f'<line x1="{left - low * scale:.1f}" y1="4" x2="{left - low * scale:.1f}" y2="{_ROW * len(parts) + 4}" style="stroke: var(--line)"/>'
+    ]
+    for place, (name, value, margin) in enumerate(parts):
+        middle, start, end = (
+            _ROW * (place + 0.5) + 4,
+            left + (min(0.0, value) - low) * scale,
+            left + (max(0.0, value) - low) * scale,
+        )
+        text = f"{value:+.3g}" if margin is None else f"{value:+.3g} ± {margin:.2g}"
+        parts_of_picture += [
+            _label(left - 8, middle + 4, _short(name), anchor="end", title=name),
+            f'<rect x="{start:.1f}" y="{middle - 6:.1f}" width="{end - start:.1f}" height="12" rx="2" style="fill: var(--bar)">'
+            f"<title>{_safe(f'{name}: {text}')}</title></rect>",
+            _label(_WIDTH - 2, middle + 4, f"{value:+.3g}", "dim", "end", size=11),
+        ]
+        if margin is not None:
+            from_x, to_x = left + (value - margin - low) * scale, left + (value + margin - low) * scale
+            parts_of_picture.append(
+                f'<line x1="{from_x:.1f}" y1="{middle:.1f}" x2="{to_x:.1f}" y2="{middle:.1f}" style="stroke: var(--ink)" stroke-width="1.5"/>'
+            )
+    apart = [name for name, value, margin in parts if margin is not None and abs(value) > margin]
+    most = max(parts, key=lambda one: one[1])
+    says = f"The most without {most[0]} ({most[1]:+.3g}). Lines are 95 % intervals; {len(apart)} of {len(parts)} can be told from no change."
+    return Picture(title, _svg(_WIDTH, _ROW * len(parts) + 8, parts_of_picture), says)
 
 
 def interval(hits: float, count: int) -> tuple[float, float]:
