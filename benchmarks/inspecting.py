@@ -3,7 +3,7 @@
 For each of 20 held-out rows of SST-2 and of waimai_zh a training row is planted: the held-out text without 40 % of its words (characters in
 Chinese), with the wrong label. One run learns all 20 among 380 right rows. Where the model then says the wrong label, the planted row should be the first that
 is named for it; where it still says the right one, the first that is named against it. Beside it: which training row is nearest in words
-(BM25), which knows no model, and other measures: raw dot products in the place of cosines, and gradients of a trained head too.
+(BM25), which knows no model, and other measures: cosines and raw dot products, by the adapter's weights, by those of the trained head, and by all.
 
 Finds data and models by LORA_LAB_DATA and LORA_LAB_MODELS.
 """
@@ -26,6 +26,7 @@ from lora_lab.config import compose
 from lora_lab.explain import influence
 from lora_lab.run import inspection, pipeline
 from lora_lab.run.prepared import Trained
+from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import ADAPTER
 from lora_lab.tasks.bm25 import BM25, words
 
@@ -47,22 +48,34 @@ def main() -> None:
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), help="names, comma between")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument(
+        "--work", type=Path, help="where runs are kept, and taken up again (default: a temporary folder)"
+    )
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
     for case in args.cases:
         for seed in args.seeds:
-            found.append({"case": case, "seed": seed, **_planted(case, seed, args.data, args.model)})
+            found.append(
+                {
+                    "case": case,
+                    "seed": seed,
+                    **_planted(
+                        case, seed, args.data, args.model, args.work or Path(tempfile.mkdtemp(prefix="inspecting_"))
+                    ),
+                }
+            )
             print(found[-1], flush=True)
     _OUT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _planted(case: str, seed: int, data: Path, model: str) -> dict[str, Any]:
+def _planted(case: str, seed: int, data: Path, model: str, work: Path) -> dict[str, Any]:
     draw = random.Random(seed)
     train, held_out = (_read(data / name) for name in CASES[case])
     asked = draw.sample([row for row in held_out if len(_pieces(row["text"])) >= _LEAST], _PLANTED)
     rows = [*draw.sample(train, _ROWS), *(_wrong(row, draw) for row in asked)]
-    folder = Path(tempfile.mkdtemp(prefix="inspecting_"))
+    folder = work / f"{case}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "train.jsonl", rows)
     _write(folder / "eval.jsonl", asked)
     config = compose.compose([
@@ -70,7 +83,8 @@ def _planted(case: str, seed: int, data: Path, model: str) -> dict[str, Any]:
         f"data.train={folder}/train.jsonl", f"data.eval={folder}/eval.jsonl", "data.check=off", "train.epochs=5", "train.batch_size=16", "optim.lr=1e-3",
         "train.keep_best=false", "train.save_steps=50", "train.keep_checkpoints=3", "export.targets=[]", f"run_dir={folder}/run", f"seed={seed}",
     ])  # fmt: skip
-    trained = Trained.of(pipeline.train(config), config, need_train=True)
+    run = RunDir(folder / "run") if (folder / "run/result.json").exists() else pipeline.train(config)
+    trained = Trained.of(run, config, need_train=True)
     with trained.loaded() as live:
         questions = [inspection._row(live, example) for example in trained.setup.held_out_rows()]
         examples = list(trained.setup.training_rows())
@@ -101,19 +115,21 @@ def _scores(live: Any, asked: list[Any], examples: list[Any], states: dict[str, 
         found.setdefault(name, np.zeros((len(asked), len(examples))))[:, places] += values.numpy() / len(states)
 
     influence._own = lambda parameters: parameters  # a trained head's gradients too
+    sketch = influence.Sketch(int((~head).sum()), torch.device("cpu"))
     for folder in states.values():
         files.read_into(folder, live.model, ADAPTER)
         rows = {p: row for places, own in influence.together(live, asked) for p, row in zip(places, own, strict=True)}
         questions = torch.stack([rows[place] for place in range(len(asked))])
+        short = np.zeros((len(examples), len(sketch(questions[:, ~head])[0])), dtype=np.float32)
         for places, own in influence.together(live, examples):
+            short[places] = sketch(own[:, ~head]).numpy()
             add("dot, all", places, questions @ own.T)
             add("dot, adapter", places, questions[:, ~head] @ own[:, ~head].T)
             for name, kept in (("all", head | True), ("adapter", ~head), ("head", head)):
                 unit = [torch.nn.functional.normalize(one[:, kept], dim=1) for one in (questions, own)]
                 add(f"cosine, {name}", places, unit[0] @ unit[1].T)
-            if folder == [*states.values()][-1]:
-                unit = [torch.nn.functional.normalize(one[:, ~head], dim=1) for one in (questions, own)]
-                add("cosine, adapter, last state", places, unit[0] @ unit[1].T)
+        shares = torch.from_numpy(influence.shares_of(sketch(questions[:, ~head]).numpy(), short))
+        add("share (inspect)", list(range(len(examples))), shares)
     return found
 
 

@@ -36,7 +36,7 @@ def losses(live: Live, examples: list[Example], without: Sequence[Collection[str
     """
     reason = variants.reason_against(live.setup)
     if not reason:
-        reason = _gap_of_sharing(live, examples[:1], without)
+        reason = _gap_of_sharing(live, examples[:1], [*without[:2], *without[-1:]])
     if reason:
         return in_turns(live, examples, without), reason
     return together(live, examples, without), ""

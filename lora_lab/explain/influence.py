@@ -1,9 +1,14 @@
-"""Which training rows taught an adapter what it says of a row: TracIn (Pruthi et al. 2020, arXiv:2002.08484) on the adapter's weights alone.
+"""Which training rows taught an adapter what it says of a row, by gradients of the adapter's weights alone.
 
-A step on one row changes the loss of another by minus the learning rate times the dot product of both gradients. TracIn sums that over
-checkpoints; here it is the mean over the kept checkpoints and the adapter, and each gradient has length 1 (a cosine), because rows with
-large gradients, which are long ones and outliers, would come first for every question otherwise. 1: a step on the one is a step on the other;
-below 0: it teaches the contrary.
+A step on one row changes the loss of another by minus the learning rate times the dot product of both gradients. TracIn (Pruthi et al. 2020,
+arXiv:2002.08484) sums that over checkpoints; here it is the mean over the kept checkpoints and the adapter. Two things are put right first:
+
+- Each gradient has length 1, because rows with large gradients, which are long ones and outliers, would come first for every question.
+- What many rows teach is shared out among them. Dot products alone name any row of the right class. So a row's *share* is its weight where the
+  training rows' gradients together make up the question's: ridge regression with a penalty of 1, which is TRAK's kernel in its dual form (Park et al. 2023,
+  arXiv:2303.14186).
+
+Gradients are projected to 4,096 numbers by random signs (count sketch, Charikar et al. 2002), which keeps dot products to about 1.6 %.
 """
 
 from __future__ import annotations
@@ -35,15 +40,17 @@ if TYPE_CHECKING:
     from lora_lab.tasks.base import AnyTask
 
 _TOKENS, _TWINS, _BYTES = 2048, 16, 2**28  # of one pass: tokens, rows, and bytes of their gradients
+_SIZE = 4096  # numbers that a gradient is projected to
 _LEAST = 1e-30  # of a gradient's length
 _SCALE = 2.0**12  # of a loss in float16, whose gradients would be too small
 
 
 @dataclasses.dataclass(frozen=True)
 class Influence:
-    """How much each training example taught what is said of some rows."""
+    """How much each training example taught what is said of some rows: mean over the states."""
 
-    cosines: np.ndarray  # [rows, training examples] float32, mean over the states
+    shares: np.ndarray  # [rows, training examples] float32: its weight among all that make up the row's gradient
+    cosines: np.ndarray  # [rows, training examples] float32: of the two gradients alone
     states: list[str]  # of the adapter, by name
     reason: str  # why rows did not share passes; '': they did
 
@@ -73,20 +80,53 @@ def influence(live: Live, asked: Sequence[Example], train: Sequence[Example], ke
     if not reason:
         reason = _gap_of_sharing(live, [*asked, *train][:2])
     gradients: Gradients = in_turns if reason else together
-    cosines = np.zeros((len(asked), len(train)), dtype=np.float64)
+    sketch = Sketch(sum(one.numel() for one in _own(trainable(live.model)).values()), live.model.device)
+    shares, cosines = np.zeros((2, len(asked), len(train)))
     with console.steps("rows", len(kept) * (len(asked) + len(train))) as progress:
         for folder in kept.values():
             files.read_into(folder, live.model, ADAPTER)
-            questions = torch.zeros(len(asked), 0)
-            for places, rows in gradients(live, asked):
-                if not questions.numel():
-                    questions = rows.new_zeros(len(asked), rows.shape[1])
-                questions[places] = _unit(rows)
-                progress.advance(len(places))
-            for places, rows in gradients(live, train):
-                cosines[:, places] += (questions @ _unit(rows).T).cpu().numpy()
-                progress.advance(len(places))
-    return Influence((cosines / len(kept)).astype(np.float32), [*kept], reason)
+            questions, rows = (
+                _sketched(gradients(live, examples), len(examples), sketch, progress) for examples in (asked, train)
+            )
+            shares += shares_of(questions, rows) / len(kept)
+            cosines += (questions @ rows.T) / len(kept)
+    return Influence(shares.astype(np.float32), cosines.astype(np.float32), [*kept], reason)
+
+
+def shares_of(questions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[q, n] the weights by which rows [n, D] together make up questions [q, D], with a ridge penalty of 1; all of length 1."""
+    kernel = rows.astype(np.float64) @ rows.T
+    kernel[np.diag_indices(len(rows))] += 1.0
+    found: np.ndarray = np.linalg.solve(kernel, (rows @ questions.T).astype(np.float64)).T
+    return found
+
+
+class Sketch:
+    """A projection of vectors of `size` numbers to few, always the same; shorter ones stay as they are."""
+
+    def __init__(self, size: int, device: torch.device):
+        self._small = size <= _SIZE
+        draw = torch.Generator().manual_seed(0)
+        self._places = torch.randint(_SIZE, (0 if self._small else size,), generator=draw).to(device)
+        self._signs = (torch.randint(2, self._places.shape, generator=draw) * 2.0 - 1).to(device)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[K, P] -> [K, D] float32, of length 1."""
+        if not self._small:
+            rows = rows.new_zeros(len(rows), _SIZE).index_add_(1, self._places, rows * self._signs)
+        return rows / rows.norm(dim=1, keepdim=True).clamp_min(_LEAST)
+
+
+def _sketched(
+    gradients: Iterator[tuple[list[int], torch.Tensor]], count: int, sketch: Sketch, progress: console.Steps
+) -> np.ndarray:
+    found = np.zeros((0, 0), dtype=np.float32)
+    for places, rows in gradients:
+        short = sketch(rows).cpu().numpy()
+        found = found if found.size else np.zeros((count, short.shape[1]), dtype=np.float32)
+        found[places] = short
+        progress.advance(len(places))
+    return found
 
 
 Gradients = Callable[[Live, Sequence[Example]], Iterator[tuple[list[int], torch.Tensor]]]
@@ -143,10 +183,6 @@ def _gradients(live: Live, loss: torch.Tensor, parameters: Sequence[dict[str, An
     flat = [one for own in parameters for one in own.values()]
     found = torch.autograd.grad(loss * scale, flat, allow_unused=True, materialize_grads=True)
     return torch.cat([one.float().flatten() for one in found]).view(len(parameters), -1)
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(_LEAST)
 
 
 def _gap_of_sharing(live: Live, examples: list[Example]) -> str:

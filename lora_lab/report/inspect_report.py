@@ -35,12 +35,12 @@ def show(found: dict[str, Any]) -> None:
         console.say("taught", f"no training rows are named: {taught['reason']}")
         return
     cells = [
-        [own["row"] if not place else "", one["row"], one["label"], one["cosine"], _short(one["text"])]
+        [own["row"] if not place else "", one["row"], one["label"], one["share"], one["cosine"], _short(one["text"])]
         for own in taught["rows"]
         for place, one in enumerate(own["for"][:3])
     ]
     title = f"training rows that taught it most, of {taught['looked_at']:,} looked through (of {taught['of']:,})"
-    console.show_table(title, ["row", "taught by", "its label", "cosine", "its text"], cells, slice(3, 4))
+    console.show_table(title, ["row", "taught by", "its label", "share", "cosine", "its text"], cells, slice(3, 5))
 
 
 def _show_layers(layers: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def _show_layers(layers: dict[str, Any]) -> None:
 
 def _row_cells(row: dict[str, Any]) -> list[Any]:
     pairs = [
-        (value, token.strip())
+        (value, token.replace("\n", "⏎").strip())
         for own in row["tuned"]["sequences"]
         for token, value in zip(own["tokens"], own["integrated_gradients"], strict=True)
     ]
@@ -120,7 +120,8 @@ def _largest(row: dict[str, Any], name: str) -> float:
 
 
 def _shaded(tokens: list[str], values: list[float], largest: float) -> list[tuple[str, float, float]]:
-    return [(token, value, abs(value) / largest) for token, value in zip(tokens, values, strict=True)]
+    shown = [token.replace("\n", "⏎") for token in tokens]
+    return [(token, value, abs(value) / largest) for token, value in zip(shown, values, strict=True)]
 
 
 def _table(updates: list[dict[str, Any]]) -> dict[str, Any] | None:

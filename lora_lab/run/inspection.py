@@ -282,9 +282,12 @@ def _taught(live: Live, trained: Trained, rows: Sequence[_Row], among: int) -> d
 
 
 def _teachers(setup: Setup, row: _Row, examples: list[Example], found: Influence, place: int) -> dict[str, Any]:
-    order = np.argsort(-found.cosines[place], kind="stable").tolist()
+    shares, cosines = found.shares[place], found.cosines[place]
+    order = np.argsort(-shares, kind="stable").tolist()
     named = {
-        side: [_teacher(setup, examples[one], float(found.cosines[place, one])) for one in _first(examples, places)]
+        side: [
+            _teacher(setup, examples[one], float(shares[one]), float(cosines[one])) for one in _first(examples, places)
+        ]
         for side, places in (("for", order), ("against", order[::-1]))
     }
     return {"row": row.example.origin, "label": setup.encoder.shown(row.example), **named}
@@ -300,10 +303,11 @@ def _first(examples: list[Example], order: Sequence[int]) -> list[int]:
     return [*chosen.values()]
 
 
-def _teacher(setup: Setup, example: Example, cosine: float) -> dict[str, Any]:
+def _teacher(setup: Setup, example: Example, share: float, cosine: float) -> dict[str, Any]:
     text = decode(setup.encoder.tokenizer, example.input_ids, skip_special_tokens=True).strip()
     return {
         "row": example.origin,
+        "share": share,
         "cosine": cosine,
         "label": setup.encoder.shown(example),
         "text": text if len(text) <= _CHARS else f"{text[:_CHARS]} …",

@@ -11,7 +11,7 @@ from lora_lab.verbs.base import Option, Told, Verb, Word, quiet_libraries
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
 
-_HTML_ROWS = 50
+_ROWS, _HTML_ROWS = 3, 50
 
 _EXAMPLES = """\
   lora-lab data recipe=demo                       rows as the model sees them, lengths, labels, checks; and as a page
@@ -33,10 +33,13 @@ def _run(told: Told) -> int:
         raise ConfigError(f"check={check}: there is check=labels. Without it everything else is checked.")
     config = compose.compose(told.overrides, told.options.config_dir)
     quiet_libraries()
+    rows, html = told.options.rows, told.options.html
     if check:
+        if rows is not None or html is not None:
+            raise ConfigError("check=labels: writes rows of its own. Drop --rows and --html.")
         _check_labels(config)
         return 0
-    return 0 if _look(config, told.options.rows, told.options.html) else 1
+    return 0 if _look(config, _ROWS if rows is None else rows, html) else 1
 
 
 def _check_labels(config: RunConfig) -> None:
@@ -81,7 +84,7 @@ VERB = Verb(
     run=_run,
     arguments=(
         Word("check"),
-        Option("--rows", type=int, default=3, metavar="N", help="rows to print of each data set"),
+        Option("--rows", type=int, metavar="N", help="rows to print of each data set (default: 3)"),
         Option("--html", metavar="FILE", help="where the page goes (default: data.html beside the runs)"),
     ),
     output_is_all=True,

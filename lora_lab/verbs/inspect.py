@@ -10,7 +10,7 @@ _EXAMPLES = """\
   lora-lab inspect run=DIR                                  the 4 held-out rows with the highest loss
   lora-lab inspect run=DIR row=17 row=23                    these, by their numbers in the file
   lora-lab inspect run=DIR text="You won a prize, call now"
-  lora-lab inspect run=DIR data.eval=other.jsonl rows=10 among=5000
+  lora-lab inspect run=DIR data.eval=other.jsonl rows=10 among=3000
 
 For each row: what each token contributes, for the base and the tuned model (integrated gradients, and gradient x input, with the error
 of the sum), and which training rows taught this (among=1000 of them are looked through; 0: none). For the adapter: how large its
@@ -26,7 +26,7 @@ def _run(told: Told) -> int:
         told.refuse("rows", "row= or text= say which rows already.")
     if not all(texts):
         raise ConfigError("text=: is empty, so there is nothing to explain.")
-    count, among = told.count("rows", 4, 1, 100), told.count("among", 1000, 0, 10_000_000)
+    count, among = told.count("rows", 4, 1, 100), told.count("among", 1000, 0, 5000)
     from lora_lab.run import inspection
 
     inspection.inspect(folder, told.overrides, inspection.Asked(rows, texts, count, among))

@@ -18,10 +18,7 @@ from lora_lab.explain import ablation, anatomy, attributions, influence, variant
 from lora_lab.run import prepared
 from tests.tasks.test_tasks import CASES, models, start  # noqa: F401  (fixtures)
 
-ONE_OF_EACH = (
-    "causal_lm", "masked_lm", "classification", "regression", "token_classification", "question_answering", "seq2seq", "preference-dpo",
-    "reward", "embedding", "reranker",
-)  # fmt: skip
+BY_DEFAULT = ("causal_lm", "classification", "embedding")  # packed, padded, several texts of a row
 
 
 @pytest.fixture
@@ -50,7 +47,7 @@ def loaded(start):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "case", [case if case in ONE_OF_EACH else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+    "case", [case if case in BY_DEFAULT else pytest.param(case, marks=pytest.mark.long) for case in CASES]
 )
 def test_what_tokens_get_adds_up(case, loaded, monkeypatch):
     monkeypatch.setattr(
@@ -76,23 +73,27 @@ def test_what_tokens_get_adds_up(case, loaded, monkeypatch):
         assert not own[(batch.logit_positions + 1).numpy()].any() or case == "completion"
 
 
-def test_a_row_alone_and_copies_of_it_in_a_pass_give_the_same(loaded, monkeypatch):
-    for case in ("classification", "causal_lm"):
-        live = loaded(case)
-        [example] = first_examples(live.setup.held_out_rows(), 1)
-        with live.setup.task.forward.plain(live.model):
-            row = attributions._Row(live.setup.task, live.model, example)
-            assert row._copies > 1
-            fast = row.attribution(8)
-            monkeypatch.setattr(attributions, "_TOKENS", 1)
-            plain = row.attribution(8)
-            monkeypatch.undo()
-        np.testing.assert_allclose(
-            fast.integrated[0], plain.integrated[0], atol=1e-5
-        )  # products summed in another order
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["causal_lm", "classification"])
+def test_a_row_alone_and_copies_of_it_in_a_pass_give_the_same(case, loaded, monkeypatch):
+    live = loaded(case)
+    [example] = first_examples(live.setup.held_out_rows(), 1)
+    with live.setup.task.forward.plain(live.model):
+        row = attributions._Row(live.setup.task, live.model, example)
+        assert row._copies > 1
+        fast = row.attribution(8)
+        monkeypatch.setattr(attributions, "_TOKENS", 1)
+        plain = row.attribution(8)
+    np.testing.assert_allclose(fast.integrated[0], plain.integrated[0], atol=1e-5)  # products summed in another order
 
 
-@pytest.mark.parametrize("case", ["classification", "classification-decoder", "regression", "reranker"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "classification",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("classification-decoder", "regression", "reranker")),
+    ],
+)
 def test_attributions_are_captums(case, loaded):
     captum = pytest.importorskip("captum.attr")
     live = loaded(case)
@@ -124,6 +125,7 @@ def test_attributions_are_captums(case, loaded):
             np.testing.assert_allclose(own, row_of_theirs.detach().numpy()[: len(own)], atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_integral_takes_more_steps_where_it_needs_them(loaded, monkeypatch):
     live = loaded("classification-decoder")
     [example] = first_examples(live.setup.held_out_rows(), 1)
@@ -140,7 +142,7 @@ def test_the_integral_takes_more_steps_where_it_needs_them(loaded, monkeypatch):
     "case",
     [
         "causal_lm",
-        "classification",
+        pytest.param("classification", marks=pytest.mark.long),
         pytest.param("seq2seq", marks=pytest.mark.long),
         pytest.param("token_classification", marks=pytest.mark.long),
     ],
@@ -205,7 +207,9 @@ def test_sizes_of_updates_are_those_of_the_products(loaded, tmp_path):
 # -- training rows ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["causal_lm", "classification", pytest.param("masked_lm", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "case", ["classification", *(pytest.param(one, marks=pytest.mark.long) for one in ("causal_lm", "masked_lm"))]
+)
 def test_gradients_of_rows_together_are_those_of_each_alone(case, loaded):
     live = loaded(case)
     examples = first_examples(live.setup.training_rows(), 6)
@@ -223,3 +227,39 @@ def test_gradients_of_rows_together_are_those_of_each_alone(case, loaded):
     own = {name: one for name, one in trainable(model).items() if "modules_to_save" not in name}  # not of a new head
     flat = torch.cat([one.grad.flatten() for one in own.values()])
     assert torch.linalg.norm(alone[0] - flat) <= 1e-5 * torch.linalg.norm(flat)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_shares_are_the_weights_of_a_ridge_regression():
+    from sklearn.linear_model import Ridge
+
+    draw = np.random.default_rng(0)
+    rows, questions = (
+        unit(draw.normal(size=(30, 50)).astype(np.float32)),
+        unit(draw.normal(size=(3, 50)).astype(np.float32)),
+    )
+    theirs = Ridge(alpha=1.0, fit_intercept=False).fit(rows.T, questions.T).coef_
+    np.testing.assert_allclose(influence.shares_of(questions, rows), theirs, atol=1e-5)
+    same = influence.shares_of(
+        rows[:1], np.concatenate([rows[:1]] * 4 + [rows[1:2]])
+    )  # what four rows teach is shared out
+    np.testing.assert_allclose(same[0, :4], same[0, 0], atol=1e-6)
+    assert same[0, 0] < influence.shares_of(rows[:1], rows[:2])[0, 0] < 1
+
+
+def test_a_sketch_keeps_dot_products():
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 100_000, generator=draw)
+    rows[1:] += rows[:1]
+    sketch = influence.Sketch(100_000, torch.device("cpu"))
+    exact = torch.nn.functional.normalize(rows, dim=1)
+    found = sketch(rows)
+    assert found.shape == (6, 4096)
+    # a standard deviation of 1 / sqrt(4096)
+    torch.testing.assert_close(found @ found.T, exact @ exact.T, atol=4 / 64, rtol=0)
+    torch.testing.assert_close(
+        influence.Sketch(7, torch.device("cpu"))(rows[:, :7]), torch.nn.functional.normalize(rows[:, :7])
+    )

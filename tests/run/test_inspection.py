@@ -89,7 +89,7 @@ def test_a_planted_wrong_row_is_named_first_and_everything_is_written(run, capsy
     assert {"layer 0", "layer 1", "classifier"} <= set(parts)
     assert all("rise" in one and "margin" in one for one in parts.values())
     assert sum(one.get("energy", 0) for one in parts.values()) == pytest.approx(1)
-    assert f"train.jsonl row {PLANTED}" in said
+    assert "training rows that taught it most, of 40 looked through (of 40)" in said
     page = _Page((run / inspection.PAGE).read_text())
     assert "script" not in page.tags
     assert page.tags.count("b") == 0  # the class's name is text
@@ -99,15 +99,23 @@ def test_a_planted_wrong_row_is_named_first_and_everything_is_written(run, capsy
     assert "prefers-color-scheme: dark" in style
 
 
-def test_texts_and_the_worst_rows_are_explained(run, capsys):
+def test_texts_are_explained(run, capsys):
     assert cli.main(["inspect", f"run={run}", "text=dog red lamp", "among=0"]) == 0
     found = json.loads((run / inspection.JSON).read_text())
     [row] = found["rows"]
     assert (row["row"], row["expected"], found["taught"]["reason"]) == ("text 1", "", "among=0")
     assert row["tuned"]["sequences"][0]["tokens"][1:4] == ["dog", "red", "lamp"]
-    assert cli.main(["inspect", f"run={run}", "rows=2", "among=0"]) == 0
-    assert len(json.loads((run / inspection.JSON).read_text())["rows"]) == 2
     assert "no training rows are named: among=0" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_the_rows_with_the_highest_loss_are_explained(run):
+    assert cli.main(["inspect", f"run={run}", "rows=2"]) == 0
+    found = json.loads((run / inspection.JSON).read_text())
+    assert len(found["rows"]) == len(found["taught"]["rows"]) == 2
+    assert cli.main(["evaluate", f"run={run}"]) == 0
+    first = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])  # the errors first, the surest before
+    assert found["rows"][0]["row"] == first["predicted_of"]
 
 
 def test_what_cannot_be_inspected_is_refused(run, capsys):
@@ -133,7 +141,9 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("way", ["random", "uncertain", "diverse"])
+@pytest.mark.parametrize(
+    "way", ["diverse", *(pytest.param(way, marks=pytest.mark.long) for way in ("random", "uncertain"))]
+)
 def test_rows_to_label_by_hand_are_written_without_labels(run, pool, tmp_path, way, capsys):
     out = tmp_path / "out.jsonl"
     assert cli.main(["label", f"run={run}", f"pool={pool}", f"out={out}", f"choose={way}", "count=6"]) == 0
@@ -192,5 +202,6 @@ def test_suspicious_labels_of_training_rows_are_written(run, tmp_path, capsys, m
     for row in read(tmp_path / "runs/suspicious_labels.jsonl"):
         assert row["label"] != row["likelier"]
         assert row["probability_of_label"] < row["probability_of_likelier"]
+    assert "Drop --rows and --html" in fails(["data", *told, "check=labels", "--rows", "2"], capsys)
     assert "check=rows: there is check=labels" in fails(["data", *told, "check=rows"], capsys)
     assert "gives rows no single class" in fails(["data", *told, "task.multi_label=true", "check=labels"], capsys)
