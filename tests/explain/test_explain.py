@@ -263,3 +263,25 @@ def test_a_sketch_keeps_dot_products():
     torch.testing.assert_close(
         influence.Sketch(7, torch.device("cpu"))(rows[:, :7]), torch.nn.functional.normalize(rows[:, :7])
     )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "told", ["quant=nf4", "adapter.use_dora=true", "adapter=bottleneck", "adapter=prefix_tuning", "adapter=ia3"]
+)
+def test_every_kind_of_adapter_and_base_can_be_explained(told, loaded):
+    live = loaded("causal_lm", told)
+    examples = first_examples(live.setup.training_rows(), 3)
+    found = attributions.explain(live, examples[0])
+    assert found.relative_error < 0.5  # of random weights; what matters is that there are numbers
+    assert any(one.any() for one in found.integrated)
+    parts = variants.parts(live.model)
+    assert bool(parts) == (told != "adapter=prefix_tuning")
+    if parts:
+        without = [(), *parts.values()]
+        losses, reason = ablation.losses(live, examples, without)
+        assert (reason == "") == (told == "quant=nf4")
+        np.testing.assert_allclose(losses, ablation.in_turns(live, examples, without), rtol=1e-5, atol=1e-5)
+    rows = torch.cat([own for _, own in influence.in_turns(live, examples)])
+    assert rows.shape[0] == 3
+    assert rows.norm(dim=1).min() > 0
