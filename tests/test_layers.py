@@ -28,10 +28,20 @@ FLOORS = (
     ("serve",),
     ("sweep",),
     ("plan",),
-    ("run.pipeline", "run.chat", "run.answering", "run.predictions", "run.evaluation", "run.mining"),  # what a run does
+    (
+        "run.pipeline",
+        "run.chat",
+        "run.answering",
+        "run.predictions",
+        "run.evaluation",
+        "run.mining",
+        "run.inspection",
+        "run.labelling",
+    ),  # what a run does
     ("export",),
     ("merge", "trim"),
     ("verify",),
+    ("explain",),
     ("report",),
     ("run",),  # a run made ready
     ("training",),

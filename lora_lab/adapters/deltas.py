@@ -51,15 +51,26 @@ class Delta:
             return found
         return found.mul_((self.magnitude / torch.linalg.norm(found, dim=1))[:, None])
 
-    def truncated(self, rank: int) -> tuple[Delta, float]:
-        """The nearest update of a rank (Eckart and Young 1936), and the share of the squared norm that it keeps. DoRA's
-        magnitudes stay.
+    def singular_values(self) -> torch.Tensor:
+        """[r] float64, the largest first; of DoRA's those of what is added before the scaling."""
+        _, (_, values, _), _ = self._decomposed()
+        return values
+
+    def _decomposed(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Orthonormal columns of `up`, the singular value decomposition of what lies between, and those of `down`'s transpose.
 
         Two QR decompositions leave an r x r matrix to be decomposed, so that its cost does not grow with the layer.
         """
         q_up, r_up = torch.linalg.qr(self.up.double())
         q_down, r_down = torch.linalg.qr(self.down.double().T)
         u, s, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+        return q_up, (u, s, v), q_down
+
+    def truncated(self, rank: int) -> tuple[Delta, float]:
+        """The nearest update of a rank (Eckart and Young 1936), and the share of the squared norm that it keeps. DoRA's
+        magnitudes stay.
+        """
+        q_up, (u, s, v), q_down = self._decomposed()
         energy = s.square().sum()
         kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
         half = s[:rank].sqrt()

@@ -1,13 +1,14 @@
-"""Frozen input embeddings in main memory, beside a model on a card: a step needs the rows of its own tokens only.
+"""A model's input embeddings: what they give can be changed on the way, and frozen ones can lie in main memory beside a card.
 
-The rows are the same numbers wherever they lie, so a run learns the same; each forward pass waits once for its tokens, and copies its
-rows to the card.
+A step needs the rows of its own tokens only. The rows are the same numbers wherever they lie, so a run learns the same; each forward pass
+waits once for its tokens, and copies its rows to the card.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -20,6 +21,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEY = "hardware.offload_embeddings=true"
+
+
+@contextlib.contextmanager
+def changed(
+    model: PreTrainedModel, change: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """Inside the block, what the input embeddings give is what `change` makes of it.
+
+    Args:
+        model: the base, adapted or not.
+        change: (module, token ids, embeddings [..., D]) -> other embeddings; None: they stay.
+    """
+    table: Any = model.get_input_embeddings()
+    shared = table.weight  # an encoder-decoder has several modules with one weight
+    tables = [m for m in model.modules() if m is table or (isinstance(m, nn.Embedding) and m.weight is shared)]
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        return change(module, inputs[0], output)
+
+    with contextlib.ExitStack() as stack:
+        for module in tables:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,15 +7,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
 from lora_lab.adapters import deltas, files
 from lora_lab.adapters.deltas import Deltas
 from lora_lab.adapters.methods.lora import of_scale_one
 from lora_lab.config.run import RunConfig
 from lora_lab.data.dataset import Dataset, spread_examples
-from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
 from lora_lab.merge import derived
 from lora_lab.run import run_dir, takes
@@ -24,6 +20,7 @@ from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import Live
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, storage
+from lora_lab.tasks import metrics
 
 _SHRUNK = "shrunk"  # name of the lower adapter in the model
 _LOOK = 512  # examples whose own losses are compared
@@ -94,41 +91,31 @@ def _figures(live: Live, held_out: Dataset, adapter: Deltas, ranks: Sequence[int
     that of the first rank, as measured and at most."""
     model, figures, whole = live.model.eval(), [], None
     examples = spread_examples(held_out, _LOOK)
+    origins = [example.origin for example in examples]
     for rank in ranks:
         cut, kept = _cut(adapter, rank)
         files.put(model, _SHRUNK, cut.tensors(adapter.rank))
         size = sum(tensor.numel() for tensor in cut.tensors(rank).values())
-        metrics = live.measure(f"rank {rank}").metrics
+        measured = live.measure(f"rank {rank}").metrics
         with live.autocast():
             losses = live.setup.task.losses_of(model, examples)
         whole = losses if whole is None else whole
-        rise = metrics["loss"] - (figures[0]["loss"] if figures else metrics["loss"])
-        most = rise + _margin(losses, whole, examples) * math.sqrt(min(1, _LOOK / len(held_out)))
-        figures.append({"rank": rank, "kept": kept, "parameters": size, **metrics, "rise": rise, "rise_at_most": most})
+        rise = measured["loss"] - (figures[0]["loss"] if figures else measured["loss"])
+        most = rise + metrics.paired_margin(losses, whole, origins, _CONFIDENCE) * math.sqrt(
+            min(1, _LOOK / len(held_out))
+        )
+        figures.append({"rank": rank, "kept": kept, "parameters": size, **measured, "rise": rise, "rise_at_most": most})
     return figures
-
-
-def _margin(losses: np.ndarray, whole: np.ndarray, examples: list[Example]) -> float:
-    """How far the mean difference of paired losses [n, 2] may lie below the true one, by how much rows differ in it."""
-    _, rows = np.unique([example.origin for example in examples], return_inverse=True)
-    differences = np.bincount(rows, losses[:, 0] - whole[:, 0])
-    weights = np.bincount(rows, losses[:, 1])
-    count = len(weights)
-    if count < 2:
-        return math.inf if differences.any() else 0.0
-    spread = differences - weights * (differences.sum() / weights.sum())
-    error = math.sqrt(count / (count - 1) * np.square(spread).sum()) / weights.sum()
-    return float(stats.t.ppf(_CONFIDENCE, count - 1)) * error
 
 
 def _save(trained: Trained, adapter: Deltas, chosen: dict[str, float]) -> RunDir:
     """The run folder of the chosen rank."""
     config, rank = trained.setup.config, chosen["rank"]
     lower = of_scale_one([config.adapter], rank, list(adapter.layers))
-    metrics = {name: value for name, value in chosen.items() if name not in _OWN}
+    measured = {name: value for name, value in chosen.items() if name not in _OWN}
     made_of = {"method": f"svd to rank {rank}", "adapters": [{"run": str(trained.run.path), "weight": 1.0}]}
     cut, _ = _cut(adapter, rank)
-    new = derived.make(dataclasses.replace(config, adapter=lower), cut, trained.setup, made_of, None, metrics)
+    new = derived.make(dataclasses.replace(config, adapter=lower), cut, trained.setup, made_of, None, measured)
     console.say("shrink", f"rank {rank} instead of {adapter.rank}: {new.path}; merge it: lora-lab merge run={new.path}")
     return new
 

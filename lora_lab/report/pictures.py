@@ -29,6 +29,7 @@ _LEGEND = 48  # letters of a line's name
 COLOURS = range(1, 7)  # of lines: the variables --line-1 to --line-6
 _DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2 6 2")  # of the lines, which differ in more than their colour
 _WIDTH, _HEIGHT = 420, 280  # of a plot
+_ROW = 20  # of a bar
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42  # around its frame
 
 
@@ -230,6 +231,45 @@ def _thinned(points: Mapping[int, float]) -> list[tuple[int, float]]:
         ends = {min(inside, key=lambda one: one[1]), max(inside, key=lambda one: one[1])}
         kept += sorted(ends)
     return kept
+
+
+def rises(parts: Sequence[tuple[str, float, float | None]], title: str) -> Picture | None:
+    """Numbers of some parts as bars from 0, with half the width of their intervals; None: there are none.
+
+    Args:
+        parts: name, number, and half the width; None: it cannot be told.
+    """
+    if not parts:
+        return None
+    left = 20 + 7 * max(_columns(_short(name)) for name, _, _ in parts)
+    ends = [value + sign * (margin or 0.0) for _, value, margin in parts for sign in (-1, 1)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    scale = (_WIDTH - left - 70) / (high - low or 1.0)
+    parts_of_picture = [
+        f'<line x1="{left - low * scale:.1f}" y1="4" x2="{left - low * scale:.1f}" y2="{_ROW * len(parts) + 4}" style="stroke: var(--line)"/>'
+    ]
+    for place, (name, value, margin) in enumerate(parts):
+        middle, start, end = (
+            _ROW * (place + 0.5) + 4,
+            left + (min(0.0, value) - low) * scale,
+            left + (max(0.0, value) - low) * scale,
+        )
+        text = f"{value:+.3g}" if margin is None else f"{value:+.3g} ± {margin:.2g}"
+        parts_of_picture += [
+            _label(left - 8, middle + 4, _short(name), anchor="end", title=name),
+            f'<rect x="{start:.1f}" y="{middle - 6:.1f}" width="{end - start:.1f}" height="12" rx="2" style="fill: var(--bar)">'
+            f"<title>{_safe(f'{name}: {text}')}</title></rect>",
+            _label(_WIDTH - 2, middle + 4, f"{value:+.3g}", "dim", "end", size=11),
+        ]
+        if margin is not None:
+            from_x, to_x = left + (value - margin - low) * scale, left + (value + margin - low) * scale
+            parts_of_picture.append(
+                f'<line x1="{from_x:.1f}" y1="{middle:.1f}" x2="{to_x:.1f}" y2="{middle:.1f}" style="stroke: var(--ink)" stroke-width="1.5"/>'
+            )
+    apart = [name for name, value, margin in parts if margin is not None and abs(value) > margin]
+    most = max(parts, key=lambda one: one[1])
+    says = f"It rises most without {most[0]} ({most[1]:+.3g}). Lines are 95 % intervals; {len(apart)} of {len(parts)} can be told from no change."
+    return Picture(title, _svg(_WIDTH, _ROW * len(parts) + 8, parts_of_picture), says)
 
 
 def interval(hits: float, count: int) -> tuple[float, float]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from lora_lab.data.sources import Row
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.run import takes
 from lora_lab.run.answering import Answering, ready
+from lora_lab.run.predictions import new_jsonl
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, storage
 from lora_lab.tasks.embedding.looks import plain
@@ -36,7 +35,7 @@ def mine(path: str, overrides: Sequence[str], data: str, out: str, count: int, m
     run, config = open_trained(path, takes.MINE, overrides)
     if not config.task.vectors or "retrieval" not in config.task.formats:
         raise ConfigError(f"run={path}: task={config.task.name} finds no documents. Name a run of task=embedding.")
-    place = _place(out)
+    place = new_jsonl(out)
     rows = _rows(data, config.data.columns)
     model = Answering(ready(run, config).loaded())
     try:
@@ -69,17 +68,6 @@ def mine(path: str, overrides: Sequence[str], data: str, out: str, count: int, m
             f"{without:,} rows have none: every other document is right, or nearer than margin={margin:g} allows",
         )
     console.say("written", place)
-
-
-def _place(out: str) -> Path:
-    place = Path(out)
-    if place.suffix != ".jsonl":
-        raise ConfigError(f"out={place}: must end in .jsonl.")
-    if os.path.lexists(place):
-        raise ConfigError(f"out={place}: exists. Choose another name, or remove it.")
-    if not place.parent.is_dir():
-        raise ConfigError(f"out={place}: there is no folder {place.parent}. Make it first.")
-    return place
 
 
 def _rows(data: str, mapping: dict[str, str] | None) -> list[Record]:

@@ -224,6 +224,22 @@ class _Part:
         os.unlink(self._path)
 
 
+def new_jsonl(out: str) -> Path:
+    """Where rows go.
+
+    Raises:
+        ConfigError: it is there already, no .jsonl, or in no folder.
+    """
+    place = Path(out)
+    if place.suffix != ".jsonl":
+        raise ConfigError(f"out={place}: must end in .jsonl.")
+    if os.path.lexists(place):
+        raise ConfigError(f"out={place}: exists. Choose another name, or remove it.")
+    if not place.parent.is_dir():
+        raise ConfigError(f"out={place}: there is no folder {place.parent}. Make it first.")
+    return place
+
+
 def write_rows(place: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows that are all there, a line of JSON each, in the place of what was there.
 

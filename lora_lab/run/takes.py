@@ -57,6 +57,8 @@ PREDICT = Takes(
     "predict",
     (*_PLACE, *_GENERATION, "data.columns", "data.field", "data.sample_by", "data.max_tokens", "data.too_long"),
 )
+INSPECT = Takes("inspect", (*_PLACE, *_ROWS))
+LABEL = Takes("label", (*_PLACE, *_ROWS))
 MINE = Takes("mine", (*_PLACE, "data.columns", "data.max_tokens", "data.too_long"))
 CHAT = Takes("chat", (*_PLACE, *_GENERATION))
 SERVE = Takes("serve", (*_PLACE, *_GENERATION, "serve"))

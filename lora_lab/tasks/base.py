@@ -409,6 +409,16 @@ class Task(Generic[Section, B]):
         batch = self.collate(examples, np.random.default_rng(0)).to(model.device)
         return self.said(self.observed(examples, self.logits(model, batch), batch))
 
+    explains: ClassVar[str] = "log-probability of what is expected"  # what `explained` is
+
+    def explained(self, model: PeftModel, batch: B) -> torch.Tensor:
+        """The number that an explanation takes apart, float32, summed over the rows of a batch."""
+        return -self.item_losses(self.logits(model, batch), batch, 0.0).sum()
+
+    def as_said(self, example: Example, found: dict[str, Any]) -> Example | None:
+        """The example with what was said of it in the place of its label; None: that is no label."""
+        return None
+
     def of_row(self, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
         """What was said of a row, with what can only be told beside the row as it was given."""
         return found

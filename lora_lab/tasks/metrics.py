@@ -388,6 +388,28 @@ def overlap(predictions: list[str], references: list[str], language: Language) -
 
 
 @reports(lower=("perplexity",))
+def paired_margin(losses: np.ndarray, whole: np.ndarray, origins: Sequence[str], confidence: float) -> float:
+    """How far the mean difference of paired losses [n, 2] may lie below the true one, by how much rows differ in it (Student's t).
+
+    Args:
+        losses: of each example the sum and the weight that it is divided by, as `Task.losses_of` gives them.
+        whole: the same of what is compared with.
+        origins: the row of each example; several of one row count once.
+        confidence: of one side.
+    """
+    from scipy import stats
+
+    _, rows = np.unique(origins, return_inverse=True)
+    differences = np.bincount(rows, losses[:, 0] - whole[:, 0])
+    weights = np.bincount(rows, losses[:, 1])
+    count = len(weights)
+    if count < 2:
+        return math.inf if differences.any() else 0.0
+    spread = differences - weights * (differences.sum() / weights.sum())
+    error = math.sqrt(count / (count - 1) * np.square(spread).sum()) / weights.sum()
+    return float(stats.t.ppf(confidence, count - 1) * error)
+
+
 def perplexity(loss: float) -> float:
     """e to the power of `loss`, a mean cross-entropy in nats per token; a loss above 700 counts as 700, to stay finite.
 

@@ -64,6 +64,11 @@ class TaskSection:
         return self.chat and self.generates
 
     @property
+    def one_class(self) -> bool:
+        """Whether each row has one class of few, and its model gives each class a probability."""
+        return False
+
+    @property
     def smoothing(self) -> float:
         """Label smoothing of the training loss."""
         return 0.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from lora_lab.adapters.attach import base_of
+from lora_lab.base import embeddings
 from lora_lab.data.collate import Batch, PackedBatch, PaddedBatch
 from lora_lab.errors import TrainingError
 
@@ -46,18 +47,13 @@ def _changed(model: PeftModel, change: Callable[[torch.Tensor], torch.Tensor]) -
 
     reached = []
 
-    def hook(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+    def learned(module: torch.nn.Module, ids: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor | None:
         if not (module.training and torch.is_grad_enabled()):
             return None
         reached.append(module)
-        return change(output)
+        return change(embedded)
 
-    base = base_of(model)
-    shared = base.get_input_embeddings().weight  # an encoder-decoder has several modules with one weight
-    with contextlib.ExitStack() as stack:
-        for module in base.modules():
-            if isinstance(module, torch.nn.Embedding) and module.weight is shared:
-                stack.callback(module.register_forward_hook(hook).remove)
+    with embeddings.changed(base_of(model), learned):
         yield
     if not reached:
         raise TrainingError(

@@ -20,6 +20,8 @@ from lora_lab.training.cohort import learn, learning, share
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lora_lab.config.run import RunConfig
+    from lora_lab.tasks.base import AnyTask
     from lora_lab.training.cohort import Member
 
 # How far gradients of a shared pass may be from those of a pass alone, as a share of their norm. bfloat16: 0.02 to 0.035 were
@@ -29,24 +31,29 @@ _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 def reason_against(members: Sequence[Member]) -> str:
     """Why these members, of one model, cannot share passes; empty if they can."""
-    task = members[0].task
+    config, task = members[0].config, members[0].task
     train = [member.config.train for member in members]
     drops, on_cpu = _drops(members[0]), members[0].model.device.type == "cpu"
     dropout = drops or any(member.config.adapter.dropout for member in members)
-    apart = members[0].config.adapter.against_packing
     reasons = {
-        apart: bool(apart),
-        f"{members[0].config.adapter.label} cannot be told apart by row": not members[0].config.adapter.shares_passes,
-        f"task={members[0].config.task.name} needs passes of each member's own": not task.shares_passes,
         "train.neftune_alpha, train.fgm_epsilon or train.rdrop_alpha change the pass itself": any(
             one.neftune_alpha or one.fgm_epsilon or one.rdrop_alpha for one in train
         ),
         "dropout is drawn again where activations are recomputed": dropout
         and any(one.gradient_checkpointing for one in train),
         "the base itself drops activations, by kernels that know no members": drops and not on_cpu,
-        task.forward.unshareable: bool(task.forward.unshareable),
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    found = next((reason for reason, holds in reasons.items() if holds), "")
+    return reason_of_rows(config, task) or found or task.forward.unshareable
+
+
+def reason_of_rows(config: RunConfig, task: AnyTask) -> str:
+    """Why the rows of several adapters of a run cannot be told apart in one pass of its task; empty if nothing is known against it."""
+    if config.adapter.against_packing:
+        return config.adapter.against_packing
+    if not config.adapter.shares_passes:
+        return f"{config.adapter.label} cannot be told apart by row"
+    return "" if task.shares_passes else f"task={config.task.name} needs passes of each member's own"
 
 
 def _drops(member: Member) -> bool:

@@ -109,6 +109,32 @@ class Told:
         if self.words[name]:
             raise ConfigError(f"{name}={self.words[name][0]}: {instead}")
 
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        """The value of a word that is a number.
+
+        Raises:
+            ConfigError: it is none in this range.
+        """
+        text = self.word(name)
+        try:
+            found = default if text is None else float(text)
+        except ValueError:
+            found = float("nan")
+        if not least <= found <= most:
+            raise ConfigError(f"{name}={text}: must be a number from {least:g} to {most:g}.")
+        return found
+
+    def count(self, name: str, default: int, least: int, most: int) -> int:
+        """The value of a word that is a whole number.
+
+        Raises:
+            ConfigError: it is none in this range.
+        """
+        found = self.number(name, default, least, most)
+        if found != int(found):
+            raise ConfigError(f"{name}={found:g}: must be a whole number.")
+        return int(found)
+
 
 RUN = Word("run")  # the trained run that a verb works on
 

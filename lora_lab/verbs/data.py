@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_lab.verbs.base import Option, Told, Verb, quiet_libraries
+from lora_lab.errors import ConfigError
+from lora_lab.verbs.base import Option, Told, Verb, Word, quiet_libraries
 
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
 
-_HTML_ROWS = 50
+_ROWS, _HTML_ROWS = 3, 50
 
 _EXAMPLES = """\
   lora-lab data recipe=demo                       rows as the model sees them, lengths, labels, checks; and as a page
   lora-lab data recipe=demo data.train=my.jsonl   the same for your rows
   lora-lab data recipe=demo --rows 10 --html look.html
+  lora-lab data recipe=sentiment check=labels     labels of training rows that are likely to be wrong, by cross-validation
 
 Trained-on text is green (between brackets when piped). Exit code 1 if a check finds an error: rows that cannot be used,
 answers that do not end, prompts that differ between training and inference. lora-lab train makes the same checks first
@@ -26,9 +28,26 @@ answers that do not end, prompts that differ between training and inference. lor
 def _run(told: Told) -> int:
     from lora_lab.config import compose
 
+    check = told.word("check")
+    if check not in (None, "labels"):
+        raise ConfigError(f"check={check}: there is check=labels. Without it everything else is checked.")
     config = compose.compose(told.overrides, told.options.config_dir)
     quiet_libraries()
-    return 0 if _look(config, told.options.rows, told.options.html) else 1
+    rows, html = told.options.rows, told.options.html
+    if check:
+        if rows is not None or html is not None:
+            raise ConfigError("check=labels: writes rows of its own. Drop --rows and --html.")
+        _check_labels(config)
+        return 0
+    return 0 if _look(config, _ROWS if rows is None else rows, html) else 1
+
+
+def _check_labels(config: RunConfig) -> None:
+    from lora_lab.run import labelling
+
+    place = Path(config.run_dir).parent / "suspicious_labels.jsonl"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    labelling.check_labels(config, place)
 
 
 def _look(config: RunConfig, rows: int, html: str | None) -> bool:
@@ -64,10 +83,11 @@ VERB = Verb(
     examples=_EXAMPLES,
     run=_run,
     arguments=(
-        Option("--rows", type=int, default=3, metavar="N", help="rows to print of each data set"),
+        Word("check"),
+        Option("--rows", type=int, metavar="N", help="rows to print of each data set (default: 3)"),
         Option("--html", metavar="FILE", help="where the page goes (default: data.html beside the runs)"),
     ),
     output_is_all=True,
     exit_1="found errors",
-    others=("inspect",),
+    others=("preview",),
 )

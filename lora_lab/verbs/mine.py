@@ -22,28 +22,11 @@ def _run(told: Told) -> int:
     files, out = told.words["data"], told.word("out")
     if len(files) != 1 or out is None:
         raise ConfigError("mine: needs data=FILE and out=FILE.jsonl. See lora-lab mine --help")
-    count, margin = _number(told, "negatives", _COUNT, 1, 1000), _number(told, "margin", _MARGIN, -2, 2)
-    if count != int(count):
-        raise ConfigError(f"negatives={count:g}: must be a whole number.")
+    count, margin = told.count("negatives", _COUNT, 1, 1000), told.number("margin", _MARGIN, -2, 2)
     from lora_lab.run import mining
 
-    mining.mine(folder, told.overrides, files[0], out, int(count), margin)
+    mining.mine(folder, told.overrides, files[0], out, count, margin)
     return 0
-
-
-def _number(told: Told, name: str, default: float, least: float, most: float) -> float:
-    """
-    Raises:
-        ConfigError: it is said, and none in this range.
-    """
-    text = told.word(name)
-    try:
-        found = default if text is None else float(text)
-    except ValueError:
-        found = float("nan")
-    if not least <= found <= most:
-        raise ConfigError(f"{name}={text}: must be a number from {least:g} to {most:g}.")
-    return found
 
 
 VERB = Verb(

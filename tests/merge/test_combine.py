@@ -14,7 +14,6 @@ from lora_lab.adapters.deltas import Delta, Deltas
 from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.config.merge import MergeConfig
-from lora_lab.data.encode import Example
 from lora_lab.errors import AdapterError, ConfigError
 from lora_lab.merge import combine, shrink
 from lora_lab.merge.combine import combined
@@ -323,18 +322,20 @@ def test_the_margin_of_a_loss_is_that_of_paired_rows():
     import numpy as np
     from scipy import stats
 
+    from lora_lab.tasks.metrics import paired_margin
+
     draw = np.random.default_rng(0)
     whole, lower = draw.random((2, 30))
-    examples = [Example(np.zeros(1), np.zeros(1), f"row {number}") for number in range(30)]
+    rows = [f"row {number}" for number in range(30)]
     sums = [np.stack([losses, np.ones(30)], axis=1) for losses in (lower, whole)]
     interval = stats.ttest_rel(lower, whole).confidence_interval(0.9)  # two-sided
     expected = interval.high - (lower - whole).mean()
-    assert shrink._margin(*sums, examples) == pytest.approx(expected)
+    assert paired_margin(*sums, rows, 0.95) == pytest.approx(expected)
     # pieces of one row are no rows of their own, and tokens count as they do in the mean
     halves = [np.repeat(each / 2, 2, axis=0) for each in sums]
-    assert shrink._margin(*halves, [one for one in examples for _ in range(2)]) == pytest.approx(expected)
-    assert shrink._margin(*(each * 7 for each in sums), examples) == pytest.approx(expected)
-    assert shrink._margin(sums[0][:1], sums[1][:1], examples[:1]) == np.inf
+    assert paired_margin(*halves, [one for one in rows for _ in range(2)], 0.95) == pytest.approx(expected)
+    assert paired_margin(*(each * 7 for each in sums), rows, 0.95) == pytest.approx(expected)
+    assert paired_margin(sums[0][:1], sums[1][:1], rows[:1], 0.95) == np.inf
 
 
 def test_nothing_is_saved_where_no_rank_is_as_good(trained, tmp_path):

@@ -30,6 +30,10 @@ class ClassificationConfig(TaskSection):
     augments: ClassVar[bool] = True
 
     @property
+    def one_class(self) -> bool:
+        return not self.multi_label
+
+    @property
     def smoothing(self) -> float:
         return self.label_smoothing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -23,6 +24,7 @@ from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.token_classification.config import TokenClassificationConfig
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 Classes = TypeVar("Classes", ClassificationConfig, TokenClassificationConfig)
@@ -199,6 +201,17 @@ class Classification(ClassTask[ClassificationConfig]):
         """1: another class, or other classes."""
         said = found["labels"] if self.config.multi_label else [found["label"]]
         return float(set(said) != set(example["labels"]))
+
+    explains = "score (logit) of the class, or log-probability of several"
+
+    def explained(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        if self.config.multi_label:
+            return super().explained(model, batch)
+        return self.logits(model, batch).gather(1, batch.targets[:, None]).sum()
+
+    def as_said(self, example: Example, found: dict[str, Any]) -> Example:
+        labels = found["labels"] if self.config.multi_label else [found["label"]]
+        return dataclasses.replace(example, own={**example.own, "labels": labels})
 
     @reports(lower=("loss",))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:

@@ -404,6 +404,12 @@ class Embedding(PaddedTask[EmbeddingConfig, TextsBatch]):
             ).mean(0)
         return each, [float(part.sum()) for part in np.split(equal, np.cumsum(counts)[:-1])]
 
+    explains = "cosine of the two texts"
+
+    def explained(self, model: PeftModel, batch: TextsBatch) -> torch.Tensor:
+        firsts, seconds, _ = _sides(self.logits(model, batch), len(batch.targets))
+        return losses.cosines(firsts, seconds).sum()
+
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: TextsBatch) -> Predictions:

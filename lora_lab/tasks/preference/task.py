@@ -207,6 +207,16 @@ class Preference(PackedTask[PreferenceConfig, AnswersBatch]):
         model.train(training)
         return found
 
+    explains = "log-probability of the better answer minus that of the worse one"
+
+    def explained(self, model: PeftModel, batch: AnswersBatch) -> torch.Tensor:
+        """Of KTO's rows, which are one answer each, its log-probability."""
+        found, _ = self._log_probabilities(model, batch)
+        if isinstance(batch, JudgedBatch):
+            return found.sum()
+        chosen, rejected = _halves(found)
+        return (chosen - rejected).sum()
+
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: AnswersBatch) -> Predictions:
         rewards = logits.cpu()
         targets = batch.good.cpu().numpy() if isinstance(batch, JudgedBatch) else np.ones(len(rewards))

@@ -20,6 +20,7 @@ from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.regression.config import RegressionConfig
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 
@@ -81,6 +82,11 @@ class Regression(PaddedTask[RegressionConfig, PaddedBatch]):
     def said(self, seen: Predictions) -> list[tuple[float, dict[str, Any]]]:
         """`value`."""
         return [(1.0, {"value": value}) for value in seen.predicted.tolist()]
+
+    explains = "predicted number"
+
+    def explained(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        return self.logits(model, batch)[:, 0].sum()
 
     def off(self, found: dict[str, Any], example: Example) -> float:
         """The distance between the two numbers."""

@@ -149,6 +149,11 @@ class Reranker(PaddedTask[RerankerConfig, CandidatesBatch]):
         each = _binary if self.config.loss == "binary" else _listwise
         return LossSum(each(logits[:, 0], batch.counts).sum(), batch.weight, len(batch.targets), logits.detach())
 
+    explains = "score of the right document"
+
+    def explained(self, model: PeftModel, batch: CandidatesBatch) -> torch.Tensor:
+        return torch.stack([own[0] for own in self.logits(model, batch)[:, 0].split(batch.counts)]).sum()
+
     def observed(self, examples: list[Example], logits: torch.Tensor, batch: CandidatesBatch) -> Predictions:
         return Predictions(examples, logits.cpu(), np.zeros(len(examples)), batch.targets.cpu().numpy())
 

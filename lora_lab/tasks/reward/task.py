@@ -142,6 +142,11 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
         scores = model(**batch.inputs).logits[:, 0].float()[: len(examples)]
         return [(1.0, {"reward": score}) for score in scores.tolist()]
 
+    explains = "score of the better answer minus that of the worse one"
+
+    def explained(self, model: PeftModel, batch: PaddedBatch) -> torch.Tensor:
+        return self.logits(model, batch)[:, 1].sum()
+
     @reports(lower=("loss",), higher=("accuracy", "reward_margin"))
     def metrics(self, loss: float, seen: list[Predictions]) -> EvalResult:
         gaps = torch.cat([one.logits[:, 1] for one in seen])

@@ -143,6 +143,11 @@ class TokenClassification(ClassTask[TokenClassificationConfig]):
     def _marks_entities(self) -> bool:
         return all(label == "O" or _ENTITY.fullmatch(label) for label in self.labels)
 
+    def as_said(self, example: Example, found: dict[str, Any]) -> Example:
+        tags = found["tags"]
+        own = {"tags": tags, "labels": [tags[place] for place in example["kept"]]}
+        return dataclasses.replace(example, own={**example.own, **own})
+
     def off(self, found: dict[str, Any], example: Example) -> float:
         """The share of the words that have another tag."""
         pairs = list(zip(found["tags"], example["tags"], strict=True))

@@ -1,0 +1,1 @@
+"""Why a trained model says what it says: tokens, layers, and training rows. See `run/inspection.py`."""
