@@ -91,6 +91,12 @@ def test_python_can_be_read(page):
         ast.parse(text)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=name)
+def test_yaml_can_be_read(page):
+    for text in blocks(page, "yaml"):
+        assert yaml.safe_load(text)
+
+
 def test_every_block_says_what_it_is():
     """So that each is checked by the test of its kind; what nobody types is `text`."""
     kinds = {
@@ -98,7 +104,7 @@ def test_every_block_says_what_it_is():
         for page in PAGES
         for kind in re.findall(r"^```(\w*)\n(?:.*\n)*?```$", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert kinds <= {"bash", "python", "text"}, kinds
+    assert kinds <= {"bash", "python", "yaml", "text"}, kinds
 
 
 def test_the_index_and_the_site_name_every_page():
