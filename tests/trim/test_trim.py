@@ -275,7 +275,7 @@ def test_it_is_trained_and_merged_as_any_other(told, rows_file, eval_file, tmp_p
 def test_before_and_after_are_of_the_same_rows(told, tmp_path, reload_here):
     """Also where rows are left out for their length, and a share of what is left is held out."""
     own = [one for one in told if not one.startswith("data.eval")]
-    assert cli.main([*own, "data.eval_ratio=0.4", "data.max_tokens=50", "data.too_long=drop"]) == 0
+    assert cli.main([*own, "data.eval_ratio=0.4", "data.max_tokens=34", "data.too_long=drop"]) == 0
     measured = report_of(tmp_path / "small")["measured"]
     before, after = measured["before"], measured["after"]
     assert 1 < before["texts"] == after["texts"] < 8
