@@ -105,6 +105,12 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
+    def _repr_html_(self) -> str:
+        """In a notebook: what it reached, and its curve."""
+        from lora_lab.report import notebook
+
+        return notebook.of_run(self.path)
+
     @property
     def path(self) -> Path:
         """The run's folder."""

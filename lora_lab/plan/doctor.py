@@ -38,7 +38,7 @@ _SHOWN = (
 _PYTHON = (3, 11)
 _SECONDS = 3.0  # that the hub may take to answer
 _LITTLE_GIB, _LITTLE_DISK_GIB = 2.0, 5.0
-# What each extra brings; `dev` is for those who change lora_lab itself.
+# What each extra brings; `dev` and `docs` are for those who change lora_lab itself.
 EXTRAS = {
     "tensorboard": "curves in TensorBoard (tracker=tensorboard)",
     "hpo": "searches by Optuna (hydra/sweeper=optuna_cohort)",
@@ -46,7 +46,7 @@ EXTRAS = {
     "gguf": "exports to GGUF and Ollama (export=gguf)",
     "torchao": "torchao's int8 weights (quant=torchao_int8)",
     "liger": "faster kernels on CUDA cards",
-    "serve": "an HTTP server (lora-lab serve)",
+    "serve": "an HTTP server (lora-lab serve), and runs in a browser (lora-lab ui)",
     "sentences": "a proof that merged embedding models load in sentence-transformers",
     "docs": "the documents as a site (make docs)",
     "text": "cleaning by stop words, stems and personal data (data.clean)",

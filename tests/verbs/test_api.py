@@ -68,6 +68,13 @@ def test_a_run_says_what_its_folder_says(run):
     assert repr(again) == f"Run('{run.path}')"
 
 
+def test_a_notebook_shows_what_it_reached(run):
+    shown = run._repr_html_()
+    assert f"{run.result['tuned']['loss']:.4g}" in shown
+    assert shown.count("<svg") == 1
+    assert "<script" not in shown
+
+
 def test_it_is_evaluated_as_by_the_verb(run):
     found = run.evaluate("task.generate_rows=1")
     assert found["tuned"]["loss"] == pytest.approx(run.result["tuned"]["loss"])

@@ -47,7 +47,7 @@ def test_every_line_says_what_is_there_and_a_remedy(capsys, monkeypatch, tmp_pat
 
 def test_every_extra_is_explained():
     project = tomllib.loads(Path(doctor.lora_lab.__file__).parents[1].joinpath("pyproject.toml").read_text())
-    assert set(doctor.EXTRAS) | {"dev"} == set(project["project"]["optional-dependencies"])
+    assert set(doctor.EXTRAS) | {"dev", "docs"} == set(project["project"]["optional-dependencies"])
 
 
 def test_what_is_missing_or_too_old_is_a_problem(capsys, monkeypatch):
