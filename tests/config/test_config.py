@@ -126,7 +126,9 @@ def test_recipe_overrides_base_and_command_line_overrides_recipe():
 def test_every_shipped_choice_composes():
     for group in compose.GROUPS:
         for choice in compose.choices(group):
-            extra = {"model": ["model.path=m"], "distillation": ["task.teacher=base"]}.get(choice if group == "task" else group, [])
+            extra = {"model": ["model.path=m"], "distillation": ["task.teacher=base"]}.get(
+                choice if group == "task" else group, []
+            )
             config = compose.compose(["data.train=t.jsonl", f"{group}={choice}", *extra])
             assert config.data.train
 
