@@ -170,7 +170,7 @@ def test_a_sharded_run_ends_as_any_other(command, tmp_path, monkeypatch):
     """Its adapter is that of a whole base; it is merged; a stopped one goes on in one process, which has the whole base."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     merging = [
-        "export=hf",
+        "export=merged",
         "merge.max_loss_increase=9",
         "merge.max_kl=9",
         "merge.min_top1_agreement=0.01",
