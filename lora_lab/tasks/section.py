@@ -105,7 +105,6 @@ class Generating(TaskSection):
 
     generates: ClassVar[bool] = True
     augments: ClassVar[bool] = True
-    vectors: ClassVar[bool] = False  # its model gives texts vectors, and is compared by their directions
     measured_rows: ClassVar[tuple[str, ...]] = ("generate_rows",)
 
     @property
