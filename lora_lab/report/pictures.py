@@ -269,7 +269,7 @@ def rises(parts: Sequence[tuple[str, float, float | None]], title: str) -> Pictu
     apart = [name for name, value, margin in parts if margin is not None and abs(value) > margin]
     most = max(parts, key=lambda one: one[1])
     says = f"It rises most without {most[0]} ({most[1]:+.3g}). Lines are 95 % intervals; {len(apart)} of {len(parts)} can be told from no change."
-    return Picture(title, _svg(_WIDTH, _ROW * len(parts) + 8, parts_of_picture), says)
+    return Picture(title, _svg(_WIDTH, _ROW * len(parts) + 8, parts_of_picture, f"{title}. {says}"), says)
 
 
 def interval(hits: float, count: int) -> tuple[float, float]:
