@@ -58,7 +58,7 @@ def folder_of(setup: Setup) -> Path:
         "base": [setup.base.fingerprint, setup.base.companions],
         "model": dataclasses.asdict(setup.kind),
         "new modules": config.seed if setup.kind.new_modules else None,
-        "dtype": [config.model.dtype, setup.accelerator.mixed_precision],
+        "dtype": config.model.dtype,
         "quant": dataclasses.asdict(setup.base.stored(config.quant)),
         "speed": dataclasses.asdict(config.speed),
         "machine": _machine(setup.device),

@@ -387,7 +387,6 @@ def overlap(predictions: list[str], references: list[str], language: Language) -
     }
 
 
-@reports(lower=("perplexity",))
 def paired_margin(losses: np.ndarray, whole: np.ndarray, origins: Sequence[str], confidence: float) -> float:
     """How far the mean difference of paired losses [n, 2] may lie below the true one, by how much rows differ in it (Student's t).
 
@@ -410,6 +409,7 @@ def paired_margin(losses: np.ndarray, whole: np.ndarray, origins: Sequence[str],
     return float(stats.t.ppf(confidence, count - 1) * error)
 
 
+@reports(lower=("perplexity",))
 def perplexity(loss: float) -> float:
     """e to the power of `loss`, a mean cross-entropy in nats per token; a loss above 700 counts as 700, to stay finite.
 

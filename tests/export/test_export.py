@@ -571,6 +571,7 @@ def test_conversations_with_tools_go_through_llama_cpps_template_too(config_of, 
     assert not any(one.with_tools for one in gguf._asked(encoder, with_modelfile=True))
 
 
+@pytest.mark.long
 def test_a_plain_token_that_llama_cpp_takes_for_a_control_token_is_told_of(config_of, llama_base, capsys):
     """As Qwen's `</s>`, which that vocabulary has from its texts."""
     file = llama_base / "tokenizer.json"

@@ -34,17 +34,17 @@ from tests.tasks.examples import assert_same
 
 
 def make_encoder_tokenizer(folder: Path):
-    """A WordPiece tokenizer in BERT's manner."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A WordPiece tokenizer in BERT's manner, of whole words and letters: a trained one would number equals anew in each process."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer()
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=marks, show_progress=False)
-    core.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(" ".join(WORDS)))]
+    letters = sorted(set("".join(words)))
+    tokens = dict.fromkeys([*marks, *letters, *(f"##{letter}" for letter in letters), *words])
+    core = Tokenizer(models.WordPiece(vocab={token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.WordPiece()
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
