@@ -125,6 +125,7 @@ def save(member, step: int) -> None:
     checkpoint.save(member)
 
 
+@pytest.mark.long
 def test_a_checkpoint_and_the_purge_of_older_ones(member):
     checkpoints = member.run.checkpoints
 

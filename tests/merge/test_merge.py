@@ -110,6 +110,7 @@ def test_a_merge_that_differs_is_refused_and_not_published(trained, tmp_path, ca
     assert (folder / "merged/config.json").exists()
 
 
+@pytest.mark.long
 def test_checkpoint_that_does_not_load_is_refused(tmp_path, base):
     import shutil
 
@@ -241,7 +242,7 @@ def test_a_base_to_merge_into_without_effect_is_refused(config_of):
 @pytest.mark.parametrize(
     ("tied", "adapter"),
     [
-        (False, []),
+        pytest.param(False, [], marks=pytest.mark.long),
         pytest.param(True, ["adapter=rslora", "adapter.rank_pattern={v_proj: 8}"], marks=pytest.mark.long),
         pytest.param(True, ["adapter=dora"], marks=pytest.mark.long),
         pytest.param(True, [], marks=pytest.mark.long),

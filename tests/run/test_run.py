@@ -222,7 +222,7 @@ REAL = {
 
 @pytest.mark.skipif(not SETS.exists(), reason="the real data sets are not beside this checkout")
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=pytest.mark.long) if one == "alpaca_en_1k/train.jsonl" else one for one in REAL]
+    "name", [pytest.param(one, marks=pytest.mark.long) if one.startswith("alpaca") else one for one in REAL]
 )
 def test_real_rows_add_up(name, config_of):
     """Every row of a real set is used or counted under a policy, and every answer ends with the end token."""

@@ -235,7 +235,7 @@ CASES = {
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
     "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto", "completion",
-    "embedding-decoder", "embedding-angle", "reranker-decoder", "distillation",
+    "embedding-decoder", "embedding-angle", "embedding-cosent", "reranker-decoder", "distillation",
 )  # fmt: skip
 STEPS = 30
 

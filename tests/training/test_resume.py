@@ -209,9 +209,8 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         os.sched_yield()
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_exit_with_their_code(signum, code, overrides, tmp_path):
     long = [*overrides, "train.epochs=10000", "train.save_steps=100000"]
     process = spawn(["train", *long])
