@@ -11,6 +11,7 @@ every layer is compared with what it gave before it was sharded, in several pass
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def shard(
     _check_layers(model, layers)
     for module in _outside(model, layers):
         module.to(device)
-    before = _references(layers, run, device)
+    with _without_cache(model):
+        before = _references(layers, run, device)
     mesh = DeviceMesh.from_group(ranks.keep_step(), device.type)
     whole = 0
     for layer in layers:
@@ -83,7 +85,7 @@ def shard(
         layer.to(device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         layer.set_custom_all_gather(_Gather())  # type: ignore[operator]
-    reason = next((reason for layer in layers if (reason := before[layer].differs_from(layer))), "")
+    reason = _difference(layers, before, run)
     told = next(filter(None, ranks.gather(reason)), "")
     if told:
         raise ConfigError(
@@ -119,6 +121,21 @@ def _check_layers(model: nn.Module, layers: list[nn.Module]) -> None:
             )
 
 
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside the block, layers keep no keys and values: one that is called again would attend to those of before as well."""
+    config: Any = getattr(model, "config", None)
+    settings: Any = None if config is None else config.get_text_config()
+    before = getattr(settings, "use_cache", None)
+    if before:
+        settings.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            settings.use_cache = before
+
+
 def _outside(model: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
     """The largest modules that have nothing to do with layers."""
     inside = set(layers)
@@ -141,7 +158,7 @@ class _Reference:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: torch.Tensor
-    gradient: torch.Tensor  # of the mean square of what it gives, by the first tensor that it is given
+    gradient: torch.Tensor  # of what it gives, along a fixed direction, by the first tensor that it is given
 
     def differs_from(self, layer: nn.Module) -> str:
         """Why the layer is another one now."""
@@ -198,8 +215,28 @@ def _references(
     return found
 
 
+class _Enough(Exception):
+    """The rest of a pass is not needed."""
+
+
+def _difference(layers: list[nn.Module], before: dict[nn.Module, _Reference], run: Callable[[], object]) -> str:
+    """Why a layer is another one now. They are looked at inside a pass, because what a task sets for its passes (which tokens see which,
+    say) holds there alone."""
+    found: list[str] = []
+
+    def look(*_: Any) -> None:
+        beginning.remove()
+        found.extend(filter(None, (before[layer].differs_from(layer) for layer in layers)))
+        raise _Enough
+
+    beginning = layers[0].register_forward_pre_hook(look, prepend=True)
+    with contextlib.suppress(_Enough), torch.no_grad():
+        run()
+    return next(iter(found), "")
+
+
 def _passed(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, torch.Tensor]:
-    """What a layer gives, and the gradient of its mean square by the first tensor of numbers that it is given."""
+    """What a layer gives, and the gradient of that along a fixed direction by the first tensor of numbers that it is given."""
     read: list[torch.Tensor] = []
 
     def learned_from(one: torch.Tensor) -> torch.Tensor:
@@ -211,7 +248,10 @@ def _passed(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     with torch.enable_grad():
         args, kwargs = tree_map_only(torch.Tensor, learned_from, (args, kwargs))
         given = call(*args, **kwargs)
-        [gradient] = torch.autograd.grad(_first(given).float().square().mean(), read)
+        out = _first(given).float()
+        # a mean square would be the same for whatever comes out of a last LayerNorm, and its gradient rounding
+        along = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device)
+        [gradient] = torch.autograd.grad((out * along).sum(), read)
     return tree_map_only(torch.Tensor, torch.Tensor.detach, given), gradient
 
 
