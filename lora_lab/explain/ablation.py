@@ -12,11 +12,9 @@ import numpy as np
 import torch
 
 from lora_lab.data.encode import Example
-from lora_lab.errors import LoraLabError
 from lora_lab.explain import variants
 from lora_lab.fast.isolation import allowed_gap
 from lora_lab.runtime import console
-from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.tasks.metrics import paired_margin
 
 if TYPE_CHECKING:
@@ -36,7 +34,8 @@ def losses(live: Live, examples: list[Example], without: Sequence[Collection[str
     """
     reason = variants.reason_against(live.setup)
     if not reason:
-        reason = _gap_of_sharing(live, examples[:1], [*without[:2], *without[-1:]])
+        few = [*without[:2], *without[-1:]]
+        reason = variants.compared(lambda: _gap_of_sharing(live, examples[:1], few))
     if reason:
         return in_turns(live, examples, without), reason
     return together(live, examples, without), ""
@@ -80,14 +79,7 @@ def _parts(count: int, batch: Batch) -> list[list[int]]:
 
 def _gap_of_sharing(live: Live, examples: list[Example], without: Sequence[Collection[str]]) -> str:
     """Why passes are not shared, by what they say of some examples."""
-    try:
-        shared = together(live, examples, without, "try")
-    except LoraLabError as error:
-        return str(error)
-    except Exception as error:  # whatever a model of another make raises of what it is given
-        if is_out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    shared = together(live, examples, without, "try")
     alone = in_turns(live, examples, without, "try")
     moved = variants.gap([torch.from_numpy(shared[..., 0])], [torch.from_numpy(alone[..., 0])])
     limit = allowed_gap(live.model)

@@ -30,7 +30,6 @@ from lora_lab.explain import variants
 from lora_lab.fast.isolation import allowed_gap
 from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.runtime import console, storage
-from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,7 +77,7 @@ def influence(live: Live, asked: Sequence[Example], train: Sequence[Example], ke
     """
     reason = variants.reason_against(live.setup)
     if not reason:
-        reason = _gap_of_sharing(live, [*asked, *train][:2])
+        reason = variants.compared(lambda: _gap_of_sharing(live, [*asked, *train][:2]))
     gradients: Gradients = in_turns if reason else together
     sketch = Sketch(sum(one.numel() for one in _own(trainable(live.model)).values()), live.model.device)
     shares, cosines = np.zeros((2, len(asked), len(train)))
@@ -188,18 +187,11 @@ def _gradients(live: Live, loss: torch.Tensor, parameters: Sequence[dict[str, An
 def _gap_of_sharing(live: Live, examples: list[Example]) -> str:
     """Why passes are not shared, by the gradients of some examples."""
     found: list[list[torch.Tensor]] = []
-    try:
-        for gradients in (together, in_turns):
-            own = sorted(
-                ((places[k], row) for places, rows in gradients(live, examples) for k, row in enumerate(rows)),
-                key=lambda one: one[0],
-            )
-            found.append([row for _, row in own])
-    except LoraLabError as error:
-        return str(error)
-    except Exception as error:  # whatever a model of another make raises of what it is given
-        if is_out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    for gradients in (together, in_turns):
+        own = sorted(
+            ((places[k], row) for places, rows in gradients(live, examples) for k, row in enumerate(rows)),
+            key=lambda one: one[0],
+        )
+        found.append([row for _, row in own])
     moved, limit = variants.gap(*found), allowed_gap(live.model)
     return "" if moved <= limit else f"gradients would move by {moved:.1e} of their norm (allowed: {limit:.0e})"

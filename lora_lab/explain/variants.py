@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import nn
 
 from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.adapters.layers import layer_number
+from lora_lab.errors import LoraLabError
 from lora_lab.fast.routing import Route
+from lora_lab.runtime.memory import is_out_of_memory
 from lora_lab.training.sharing import reason_of_rows
 
 if TYPE_CHECKING:
@@ -136,3 +138,16 @@ def gap(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
     apart = sum(float((one - other).square().sum()) for one, other in zip(ones, others, strict=True))
     norm = sum(float(other.square().sum()) for other in others)
     return float((apart / norm) ** 0.5) if norm else float(apart**0.5)
+
+
+def compared(compare: Callable[[], str]) -> str:
+    """What a comparison says is wrong, or the error that it ends with: whatever a model of another make raises of what it is given. Only a
+    lack of memory goes on."""
+    try:
+        return compare()
+    except LoraLabError as error:
+        return str(error)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -52,6 +52,10 @@ _STEPS = (
     "fused_4bit",
     "prefix_cache",
 )
+# of these, what has a layer's weights to itself. A sharded base has them for no longer than that layer computes
+OF_LAYERS_WEIGHTS = (
+    "fused_mlp", "fused_dense", "fused_projections", "fused_norms", "liger_kernels", "fused_4bit", "prefix_cache",
+)  # fmt: skip
 _KEEP_SHARE = 0.25  # of the free memory that kept dequantized weights may take
 
 

@@ -406,16 +406,8 @@ class Live:
 
 
 def _of_layers(speed: SpeedConfig) -> SpeedConfig:
-    """What is left for a sharded base: nothing that has a layer's weights to itself."""
-    return dataclasses.replace(
-        speed,
-        fused_projections=False,
-        fused_mlp=False,
-        fused_norms=False,
-        liger_kernels=False,
-        fused_4bit=False,
-        prefix_cache=False,
-    )
+    """What is left for a sharded base."""
+    return dataclasses.replace(speed, **dict.fromkeys(apply.OF_LAYERS_WEIGHTS, False))
 
 
 def _keep_no_weights(speeds: list[SpeedConfig], lacked: str) -> None:

@@ -273,3 +273,11 @@ def test_processes_from_python_are_refused(config_of):
     config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, processes=2))
     with pytest.raises(ConfigError, match="hardware.processes=2: a Python program is one process"):
         lora_lab.train(config)
+
+
+def test_every_acceleration_is_known_to_leave_layers_weights_alone_or_not():
+    """A new one is to be told of, so that a sharded base does without it where it must."""
+    from lora_lab.fast import apply
+
+    free = set(apply._STEPS) - set(apply.OF_LAYERS_WEIGHTS)
+    assert free == {"varlen_attention", "short_rows", "unpadded", "last_layer_rows"}
