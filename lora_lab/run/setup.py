@@ -407,7 +407,8 @@ class Live:
 
 def _of_layers(speed: SpeedConfig) -> SpeedConfig:
     """What is left for a sharded base."""
-    return dataclasses.replace(speed, **dict.fromkeys(apply.OF_LAYERS_WEIGHTS, False))
+    without: dict[str, Any] = dict.fromkeys(apply.OF_LAYERS_WEIGHTS, False)
+    return dataclasses.replace(speed, **without)
 
 
 def _keep_no_weights(speeds: list[SpeedConfig], lacked: str) -> None:
