@@ -432,11 +432,13 @@ def race(out: Path, folder: Path) -> None:
         f"data.train={folder}/rows.jsonl", f"train.batch_size={_ROWS}", "train.micro_batch_size=1", f"train.epochs={2 * _ROUNDS + 2}",
         "train.save_steps=1000", "adapter.r=16", "data.check=off",
     ]  # fmt: skip
-    deal, seconds, tokens, buffers = ranks.own, [], [], []
+    deal, seconds, tokens, buffers, alone_steps = ranks.dealt, [], [], [], set()
 
-    def own(sizes: Sequence[float]) -> list[int]:
-        alone = len(seconds) % 2 == 0
-        return (list(range(len(sizes))) if ranks.main() else []) if alone else deal(sizes)
+    def dealt(sizes: Sequence[float], hands: int) -> list[list[int]]:
+        if len(seconds) % 2:
+            return deal(sizes, hands)
+        alone_steps.add(len(seconds))
+        return [list(range(len(sizes))), []]
 
     def add(clock: Any, took: float, count: int) -> None:
         seconds.append(took)
@@ -454,8 +456,10 @@ def race(out: Path, folder: Path) -> None:
         member = Member(
             "default", config, run_dir.create(config), setup.base, live.model, setup.training_rows(), setup.task
         )
-        ranks.own, loop.Clock.add, learned.Learned.of = own, add, classmethod(of)  # type: ignore[assignment, method-assign]
+        ranks.dealt, loop.Clock.add, learned.Learned.of = dealt, add, classmethod(of)  # type: ignore[assignment, method-assign]
         loop.fit([member], setup.training_rows(), None, setup.accelerator)
+        if len(alone_steps) <= _ROUNDS:
+            raise RuntimeError("the loop deals work out by another function: nothing was made alone")
         last, times = buffers[-1], []
         for _ in range(20):
             ranks.gather(None)
