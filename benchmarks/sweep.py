@@ -1,10 +1,13 @@
-"""A sweep of eight adapters in every way there is: python -m benchmarks.sweep [--quants none,nf4,float32] [--steps 24] [--out RESULT.json]
+"""A sweep of eight adapters in every way there is: python -m benchmarks.sweep [--jobs bfloat16,nf4,...] [--steps 24] [--out RESULT.json]
 
-Ranks 4, 8, 16, 32 times learning rates 1e-4, 1e-3 on short rows, 8 in a step: as one cohort with shared passes, as one cohort in
-turns, with successive halving, as eight `lora-lab train` one after another, and as eight runs of TRL's SFTTrainer (bfloat16
-weights, no checkpointing; without the evaluations that the others make). Measured: the time until everything is trained and
-ranked (makespan), the time until every run has a held-out loss (first ranking), training tokens a second, peak memory, and
-regret: the held-out loss of the chosen run minus the grid's lowest.
+Ranks 4, 8, 16, 32 times learning rates 1e-4, 1e-3: as one cohort with shared passes, as one cohort in turns, with successive halving, as
+eight `lora-lab train` one after another, and, of chats, as eight runs of TRL's SFTTrainer (bfloat16 weights, no checkpointing; without the
+evaluations that the others make). Measured: the time until everything is trained and ranked (makespan), the processor's seconds of that,
+the time until every run has a held-out loss (first ranking), training tokens a second, peak memory, and regret: the held-out loss of
+the chosen run minus the grid's lowest.
+
+Jobs are chats of SmolLM2 in three precisions (short rows, 8 in a step), and three recipes: short texts of one class each (MiniLM in bfloat16, 16
+rows), Chinese entities (a small BERT) and translation (FLAN-T5).
 
 Needs the same data and model folders as benchmarks/speed.py. Runs that the result file holds are not repeated.
 """
@@ -35,13 +38,18 @@ from benchmarks.tasks import _machine, _versions
 
 _OUT = Path(__file__).parent / "results" / "sweep.json"
 RANKS, RATES = (4, 8, 16, 32), (1e-4, 1e-3)
-_HELD = {"none": ["quant=none"], "nf4": ["quant=nf4"], "float32": ["quant=none", "model.dtype=float32"]}
+_CHATS = {"bfloat16": ["quant=none"], "nf4": ["quant=nf4"], "float32": ["quant=none", "model.dtype=float32"]}
+_RECIPES = {
+    "short texts": ["recipe=sentiment", "model.dtype=bfloat16", "data.columns=null", "train.batch_size=16", "train.max_steps=100"],
+    "Chinese entities": ["recipe=resume_zh", "data.max_eval_rows=100", "train.max_steps=25"],
+    "translation": ["recipe=translation", "data.max_eval_rows=40", "task.generate_rows=0", "train.max_steps=8"],
+}  # fmt: skip
 SYSTEMS = ("joint", "turns", "halving", "halving_3_rungs", "halving_eta_4", "processes", "trl")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quants", type=lambda text: text.split(","), default=["none", "nf4"])
+    parser.add_argument("--jobs", type=lambda text: text.split(","), default=["bfloat16", "nf4", *_RECIPES])
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=1)
@@ -49,20 +57,21 @@ def main() -> None:
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.out.exists() else {"runs": []}
     result |= {"machine": _machine(), "versions": _versions(), "steps": args.steps}
-    done = {(run["quant"], run["system"], run["repeat"]) for run in result["runs"]}
+    done = {(run["job"], run["system"], run["repeat"]) for run in result["runs"]}
     with tempfile.TemporaryDirectory(prefix="lora_lab_sweep_") as temporary:
         rows = _write_rows(Path(temporary), args.steps)
-        for repeat, quant, system in itertools.product(range(args.repeats), args.quants, args.systems):
-            if (quant, system, repeat) in done or (system == "trl" and importlib.util.find_spec("trl") is None):
+        for repeat, job, system in itertools.product(range(args.repeats), args.jobs, args.systems):
+            lacking = system == "trl" and (job not in _CHATS or importlib.util.find_spec("trl") is None)
+            if (job, system, repeat) in done or lacking:
                 continue
-            folder = Path(temporary) / f"{quant}_{system}_{repeat}"
+            folder = Path(temporary) / f"{job}_{system}_{repeat}".replace(" ", "_")
             folder.mkdir()
             started = time.perf_counter()
             system_runs = {"processes": _processes, "trl": _trl}.get(system, _cohort)
             with _first_ranking(folder) as first:
-                found = system_runs(system, _overrides(rows, quant, args.steps), folder)
+                found = system_runs(system, _overrides(rows, job, args.steps), folder)
             run = {
-                "quant": quant,
+                "job": job,
                 "system": system,
                 "repeat": repeat,
                 "seconds": time.perf_counter() - started,
@@ -109,20 +118,36 @@ def _write_rows(folder: Path, steps: int) -> Path:
     return folder
 
 
-def _overrides(rows: Path, quant: str, steps: int) -> list[str]:
+def _write_texts(folder: Path) -> list[str]:
+    """SST-2's sentences of 8 to 14 words; the overrides that name them."""
+    source = Path(os.environ.get("LORA_LAB_DATA", "data")) / "sst2"
+    for name, file in (("train", "train.jsonl"), ("eval", "validation.jsonl")):
+        rows = [json.loads(line) for line in (source / file).read_text(encoding="utf-8").splitlines()]
+        short = [
+            {"text": row["text"], "label": row["label_name"]} for row in rows if 8 <= len(row["text"].split()) <= 14
+        ]
+        (folder / f"texts-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    return [f"data.train={folder}/texts-train.jsonl", f"data.eval={folder}/texts-eval.jsonl"]
+
+
+def _overrides(rows: Path, job: str, steps: int) -> list[str]:
+    shared = ["hardware=cpu", "tracker=none", "data.check=off", "train.eval_steps=1000000"]
+    if job in _RECIPES:
+        named = _write_texts(rows) if job == "short texts" else []
+        return [*_RECIPES[job], *named, *shared, "export=adapter"]
     return [
-        "model=hub", f"model.path={speed._models()}/smollm2-135m-instruct-hf", *_HELD[quant], "hardware=cpu", "tracker=none",
-        f"data.train={rows}/train.jsonl", f"data.eval={rows}/eval.jsonl", "data.check=off", "data.duplicates=keep",
-        f"train.max_steps={steps}", "train.batch_size=8", "train.eval_steps=1000000",
+        "model=hub", f"model.path={speed._models()}/smollm2-135m-instruct-hf", *_CHATS[job], *shared, "data.duplicates=keep",
+        f"data.train={rows}/train.jsonl", f"data.eval={rows}/eval.jsonl", "train.batch_size=8", f"train.max_steps={steps}",
     ]  # fmt: skip
 
 
-def _command(words: list[str]) -> tuple[str, float]:
-    """What a `lora-lab` command printed, and its peak memory in GiB."""
+def _command(words: list[str]) -> tuple[str, float, float]:
+    """What a `lora-lab` command printed, its peak memory in GiB, and the processor's seconds that it took."""
     code = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
         "print(done.stdout); print(done.stderr, file=sys.stderr); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss); sys.exit(done.returncode)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, sys.executable, "-m", *words],
@@ -130,7 +155,8 @@ def _command(words: list[str]) -> tuple[str, float]:
     )  # fmt: skip
     if done.returncode:
         sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
-    return done.stdout, int(done.stdout.split()[-1]) / 2**20
+    seconds, peak = done.stdout.split()[-2:]
+    return done.stdout, int(peak) / 2**20, float(seconds)
 
 
 def _cohort(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
@@ -142,12 +168,15 @@ def _cohort(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
         "halving_eta_4": ["sweep=halving", "sweep.eta=4", "sweep.rungs=3"],
     }
     points = [f"adapter.r={','.join(map(str, RANKS))}", f"optim.lr={','.join(map(str, RATES))}"]
-    said, peak = _command(["lora_lab", "train", "-m", *overrides, *more[system], *points, f"hydra.sweep.dir={folder}"])
+    said, peak, processor = _command(
+        ["lora_lab", "train", "-m", *overrides, *more[system], *points, f"hydra.sweep.dir={folder}"]
+    )
     results = [json.loads(file.read_text()) for file in folder.glob("*/result.json")]
     speeds = [result["tokens_per_second"] for result in results]
     return {
         "tokens_per_second": max(speeds),
         "peak_gib": peak,
+        "processor_seconds": processor,
         "losses": {
             file.parent.name: json.loads(file.read_text())["tuned"]["loss"] for file in folder.glob("*/result.json")
         },
@@ -169,10 +198,11 @@ def _curves(folder: Path) -> dict[str, list[float]]:
 
 
 def _processes(system: str, overrides: list[str], folder: Path) -> dict[str, Any]:
-    peaks, speeds = [], []
+    peaks, speeds, processor = [], [], 0.0
     for number, (rank, rate) in enumerate(itertools.product(RANKS, RATES)):
         point = [f"adapter.r={rank}", f"optim.lr={rate}", f"run_dir={folder}/{number}"]
-        _, peak = _command(["lora_lab", "train", *overrides, *point])
+        _, peak, seconds = _command(["lora_lab", "train", *overrides, *point])
+        processor += seconds
         result = json.loads((folder / str(number) / "result.json").read_text())
         peaks.append(peak)
         speeds.append(result["tokens_per_second"])
@@ -180,6 +210,7 @@ def _processes(system: str, overrides: list[str], folder: Path) -> dict[str, Any
     return {
         "tokens_per_second": sum(speeds) / len(speeds),
         "peak_gib": max(peaks),
+        "processor_seconds": processor,
         "losses": losses,
         "step_losses": _curves(folder),
     }
@@ -210,19 +241,21 @@ def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
         "# A sweep of eight adapters", "",
-        f"Made by `python -m benchmarks.sweep`: SmolLM2-135M, ranks {RANKS} times learning rates {RATES}, {result['steps']} steps of 8 "
-        "rows of about 50 tokens, and evaluations on 64 rows before and after.", "",
+        f"Made by `python -m benchmarks.sweep`: ranks {RANKS} times learning rates {RATES}, and evaluations before and after. The formats of "
+        f"numbers are chats of SmolLM2-135M, 8 rows of about 50 tokens in each of {result['steps']} steps; the others are recipes, of 100, 25 and 8 "
+        "steps. *processor* counts the processor's seconds, which other work on the machine hardly changes.", "",
         f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; commits "
         f"{', '.join(dict.fromkeys(run['commit'] for run in result['runs']))}",
         f"- {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
     ]  # fmt: skip
-    for quant in dict.fromkeys(run["quant"] for run in result["runs"]):
+    for job in dict.fromkeys(run["job"] for run in result["runs"]):
         lines += [
-            "", f"## {'bfloat16' if quant == 'none' else quant}", "",
-            "| system | runs | makespan, s | faster than eight processes | first ranking, s | tokens/s in training | peak GiB | regret |",
-            "|---|---|---|---|---|---|---|---|",
+            "", f"## {job}", "",
+            "| system | runs | makespan, s | faster than eight processes | processor, s | of eight processes' | first ranking, s "
+            "| tokens/s in training | peak GiB | regret |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
-        runs = [run for run in result["runs"] if run["quant"] == quant]
+        runs = [run for run in result["runs"] if run["job"] == job]
         grid = [run for run in runs if run["system"] in ("joint", "turns", "processes")]
         lowest = min((min(run["losses"].values()) for run in grid), default=None)
         alone = [run["seconds"] for run in runs if run["system"] == "processes"]
@@ -235,10 +268,15 @@ def table(result: dict[str, Any]) -> str:
                 f"{min(own[0]['losses'].values()) - lowest:+.4f}" if own[0].get("losses") and lowest is not None else ""
             )
             faster = f"{statistics.median(alone) / seconds:.2f} x" if alone else ""
+            used, theirs = (
+                statistics.median([run["processor_seconds"] for run in some if "processor_seconds" in run] or [0])
+                for some in (own, [run for run in runs if run["system"] == "processes"])
+            )
+            processor = f"{used:.0f} | 1 / {theirs / used:.2f}" if used and theirs else " | "
             firsts = [run["first_ranking"] for run in own if run.get("first_ranking")]
             first = f"{statistics.median(firsts):.0f}" if firsts else ""
             lines.append(
-                f"| {system} | {len(own)} | {seconds:.0f} | {faster} | {first} | {speed_:.0f} | {peak:.2f} | {regret} |"
+                f"| {system} | {len(own)} | {seconds:.0f} | {faster} | {processor} | {first} | {speed_:.0f} | {peak:.2f} | {regret} |"
             )
         curves = [run["step_losses"] for run in runs if run["system"] in ("joint", "processes") and run["repeat"] == 0]
         if len(curves) == 2:

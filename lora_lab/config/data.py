@@ -72,6 +72,13 @@ class DataConfig:
     streaming: Annotated[
         bool, Field(description="read and tokenize rows of JSONL files as they are needed, not all beforehand")
     ] = False
+    processes: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="processes that tokenize the rows of a file together; null: one for each core, for files of 32 MiB and more",
+        ),
+    ] = None
     max_tokens: Annotated[int, Field(ge=8, description="longest row, in tokens")] = 1024
     too_long: Annotated[
         Literal["error", "drop", "truncate_prompt"], Field(description="what happens to rows above max_tokens")

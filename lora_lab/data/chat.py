@@ -96,7 +96,12 @@ class ChatEncoder(Encoder):
             if not places:
                 continue
             encoded = self.tokenizer(
-                [texts[i].text for i in places], add_special_tokens=plain, return_offsets_mapping=True, verbose=False
+                [texts[i].text for i in places],
+                add_special_tokens=plain,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
             )
             for i, ids, offsets in zip(places, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 try:
@@ -114,16 +119,23 @@ class ChatEncoder(Encoder):
         return [self._apart(part) for part in rendered.single_answers()]
 
     def _tokens(self, rendered: Rendered, ids: list[int], offsets: np.ndarray, apart: bool = False) -> _Tokens:
-        weights = np.zeros(len(ids), dtype=np.float32)
-        for start, end, weight in rendered.spans:
-            weights[(offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])] = weight
-        if rendered.plain:  # what the tokenizer adds around a text has no place in it, and is learned as well
-            weights[:] = 1.0
         if rendered.end_missing and ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids, weights = [*ids, self.tokenizer.eos_token_id], np.append(weights, rendered.spans[-1][2])
-        weights[np.isin(ids, self.marks.unlearned)] = 0  # a text's beginning, wherever a row puts it, is nothing to say
+            ids, weight_of_end = [*ids, self.tokenizer.eos_token_id], rendered.spans[-1][2]
+        else:
+            weight_of_end = None
+        numbers, (starts, ends) = np.asarray(ids, dtype=np.int64), offsets.T
+        weights = np.zeros(len(numbers), dtype=np.float32)
+        of_text = weights[: len(offsets)]
+        for start, end, weight in rendered.spans:
+            of_text[(starts >= start) & (ends <= end) & (ends > starts)] = weight
+        if rendered.plain:  # what the tokenizer adds around a text has no place in it, and is learned as well
+            of_text[:] = 1.0
+        if weight_of_end is not None:
+            weights[-1] = weight_of_end
+        for mark in self.marks.unlearned:  # a text's beginning, wherever a row puts it, is nothing to say
+            weights[numbers == mark] = 0
         weights[:1] = 0  # nothing predicts the first token
-        return _Tokens(rendered, np.asarray(ids, dtype=np.int64), weights.astype(np.float32), apart)
+        return _Tokens(rendered, numbers, weights, apart)
 
     def _apart(self, rendered: Rendered) -> _Tokens:
         """The tokens of a text whose prompt and answer are tokenized apart."""

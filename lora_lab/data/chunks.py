@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -22,8 +23,9 @@ from lora_lab.data.columns import kept
 from lora_lab.data.encode import Encoder, Outcome
 from lora_lab.data.sources import DataFile, HubData, Row
 from lora_lab.runtime import children, console
+from lora_lab.runtime.environment import usable_cores
 
-_CHUNK_ROWS = 512  # encoded together
+CHUNK_ROWS = 512  # encoded together
 _PARALLEL_BYTES = 32 * 2**20  # starting the processes takes some seconds: smaller files are encoded sooner without
 _SENTENCES = 20  # kept for each kind of problem
 _LABELS = 1000  # different labels that are counted
@@ -120,20 +122,36 @@ def _count(counts: dict[str, int], more: dict[str, int]) -> None:
 
 
 def encoded(
-    file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None
+    file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None, begun: int = 0
 ) -> Iterator[tuple[pa.RecordBatch, Report]]:
-    """The examples of the file's rows in order, and what became of the rows, some at a time, with a progress bar."""
+    """The examples of the file's rows in order, and what became of the rows, some at a time, with a progress bar.
+
+    Args:
+        limit: rows to read, from the first on; None: all.
+        begun: rows that are passed over, because they are encoded already.
+    """
     mapping = columns_of(file, encoder.config)
     with watched(file, "tokenize") as mark:
-        rows = itertools.islice(file.rows(mark), limit)
-        chunks = iter(lambda: [sources.renamed(row, mapping) for row in itertools.islice(rows, _CHUNK_ROWS)], [])
-        parallel = (
-            limit is None and encoder.augmenter is None and mark.size >= _PARALLEL_BYTES and (os.cpu_count() or 1) > 1
-        )
-        for found in (_in_processes if parallel else _here)(chunks, encoder, file.name, format_name):
+        mark.rows = begun
+        rows = itertools.islice(file.rows(mark), begun, limit)
+        chunks = iter(lambda: [sources.renamed(row, mapping) for row in itertools.islice(rows, CHUNK_ROWS)], [])
+        processes = _processes(encoder, mark.size if limit is None else 0)
+        encode = functools.partial(_in_processes, processes=processes) if processes > 1 else _here
+        for found in encode(chunks, encoder, file.name, format_name):
             mark.rows += found[1].rows
             yield found
         mark.done()
+
+
+def _processes(encoder: Encoder, size: int) -> int:
+    """How many processes encode the rows.
+
+    Args:
+        size: bytes that are read.
+    """
+    if encoder.augmenter is not None:  # it has a model, once
+        return 1
+    return encoder.config.processes or (usable_cores() if size >= _PARALLEL_BYTES else 1)
 
 
 def encode_chunk(encoder: Encoder, rows: Sequence[Row], name: str, format_name: str) -> tuple[pa.RecordBatch, Report]:
@@ -151,17 +169,16 @@ def _here(
 
 
 def _in_processes(
-    chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str
+    chunks: Iterator[list[Row]], encoder: Encoder, name: str, format_name: str, processes: int
 ) -> Iterator[tuple[pa.RecordBatch, Report]]:
-    """The same, a process on each core; results come in order, and the file is never read far ahead."""
-    workers = os.cpu_count() or 1
+    """The same by so many processes; results come in order, and the file is never read far ahead."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's and the tokenizer's locked threads
     setting = (type(encoder), encoder.config, encoder.task, encoder.tokenizer, encoder.vocab_size)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, setting) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, setting) as pool:
         waiting: collections.deque[concurrent.futures.Future[tuple[pa.RecordBatch, Report]]] = collections.deque()
         for rows in chunks:
             waiting.append(pool.submit(_encode_in_worker, rows, name, format_name))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
 

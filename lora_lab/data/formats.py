@@ -70,7 +70,7 @@ class Record:
 
     def canonical(self) -> str:
         """The same text for the same content, to find equal rows."""
-        content = {name: value for name, value in dataclasses.asdict(self).items() if name != "notes"}
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "notes"}
         return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
 
 

@@ -1,7 +1,8 @@
-"""Encoded rows on disk: one Arrow file for each data file and way of encoding it, mapped into memory, never copied.
+"""Encoded rows on disk: Arrow files for each data file and way of encoding it, mapped into memory, never copied.
 
 The entry's name is a digest of everything that decides its content: the file's bytes, the template, the tokenizer, the
 options, the versions of the libraries and the code of this package. What has changed is not found; nothing is ever stale.
+A large file is kept in parts of some ten thousand rows, so that an interrupted preparation goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,10 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 # Options that choose among encoded rows, or decide what is said of them, and so do not change an encoded row.
 _NOT_ENCODING = (
     "train", "eval", "eval_ratio", "split_seed", "unusable", "duplicates", "shared", "check", "streaming",
-    "max_train_rows", "max_eval_rows", "format", "columns",
+    "max_train_rows", "max_eval_rows", "format", "columns", "processes",
 )  # fmt: skip
+_PART_CHUNKS = 100  # of rows, that are kept as soon as they are encoded: what an interruption may lose
+_PART_ROWS = _PART_CHUNKS * chunks.CHUNK_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +129,10 @@ def open_entry(file: DataFile | HubData, encoder: Encoder, limit: int | None = N
     digest = file.digest()
     folder = cache_dir() / "tokens" / _key(file, digest, format_name, encoder, limit)
     with cache.entry(folder, DataError) as there:  # another process may be encoding the same file
-        if not there:
-            with storage.new_folder(folder, {"source": file.name}) as temporary:
-                _write(temporary, file, format_name, encoder, limit, refuse)
-        return Entry(*_read(folder), digest, cached=there)
+        making = _Making(folder, file, format_name, encoder, limit, refuse)
+        parts = making.parts(there)
+    table = pa.concat_tables(_examples(part) for part in parts)
+    return Entry(table, making.report, digest, cached=not making.written)
 
 
 def _key(file: DataFile | HubData, digest: str, format_name: str, encoder: Encoder, limit: int | None) -> str:
@@ -176,17 +180,60 @@ def code_version(encoder: type[Encoder]) -> str:
     return hashlib.sha256("\n".join([*code, *libraries]).encode()).hexdigest()
 
 
-def _write(
-    folder: Path, file: DataFile | HubData, format_name: str, encoder: Encoder, limit: int | None, refuse: bool
-) -> None:
-    report = Report(file.name, format_name)
-    with pa.OSFile(str(folder / _EXAMPLES), "wb") as sink, pa.ipc.new_file(sink, chunks.schema_of(encoder)) as writer:
-        for batch, part in chunks.encoded(file, format_name, encoder, limit):
-            report.absorb(part)
-            if refuse:
-                refuse_rows(file.key, report, encoder.config)
-            writer.write_batch(batch)
-    (folder / _REPORT).write_text(storage.dump_json(dataclasses.asdict(report)), encoding="utf-8")
+class _Making:
+    """Parts of a file's rows, which are one folder each: those that are not there are written, in the order of the rows."""
+
+    def __init__(
+        self,
+        folder: Path,
+        file: DataFile | HubData,
+        format_name: str,
+        encoder: Encoder,
+        limit: int | None,
+        refuse: bool,
+    ):
+        """`folder`: of the first part."""
+        self._folder, self._file, self._format, self._encoder = folder, file, format_name, encoder
+        self._limit, self._refuse = limit, refuse
+        self.report = Report(file.name, format_name)  # of all parts until now
+        self.written = 0
+
+    def parts(self, there: bool) -> list[Path]:
+        """The folders of all parts, whole.
+
+        Args:
+            there: the first one is.
+
+        Raises:
+            DataError: a row that the policies call an error; parts before it stay.
+        """
+        found: list[Path] = []
+        encoded: Iterator[tuple[pa.RecordBatch, Report]] | None = None
+        while self.report.rows == len(found) * _PART_ROWS:  # what is no whole part was the last
+            part = self._folder.with_name(f"{self._folder.name}-{len(found)}") if found else self._folder
+            if cache.usable(part) if found else there:
+                encoded = None  # goes on behind this part, if it must
+                self.report.absorb(_report(part))
+            else:
+                if encoded is None:
+                    begun = len(found) * _PART_ROWS
+                    encoded = chunks.encoded(self._file, self._format, self._encoder, self._limit, begun)
+                self._write(part, itertools.islice(encoded, _PART_CHUNKS))
+            found.append(part)
+        return found
+
+    def _write(self, part: Path, encoded: Iterator[tuple[pa.RecordBatch, Report]]) -> None:
+        own, schema = Report(self._file.name, self._format), chunks.schema_of(self._encoder)
+        with storage.new_folder(part, {"source": self._file.name}) as folder:
+            with pa.OSFile(str(folder / _EXAMPLES), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                for batch, report in encoded:
+                    own.absorb(report)
+                    self.report.absorb(report)
+                    if self._refuse:
+                        refuse_rows(self._file.key, self.report, self._encoder.config)
+                    writer.write_batch(batch)
+            (folder / _REPORT).write_text(storage.dump_json(dataclasses.asdict(own)), encoding="utf-8")
+        self.written += 1
 
 
 def refuse_rows(key: str, report: Report, config: DataConfig) -> None:
@@ -217,9 +264,12 @@ def is_error(config: DataConfig, kind: str) -> bool:
     return config.too_long != "drop" if kind == TOO_LONG else config.unusable == "error"
 
 
-def _read(folder: Path) -> tuple[pa.Table, Report]:
-    table = pa.ipc.open_file(pa.memory_map(str(folder / _EXAMPLES))).read_all()
-    return table, Report(**json.loads((folder / _REPORT).read_text(encoding="utf-8")))
+def _examples(part: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(part / _EXAMPLES))).read_all()
+
+
+def _report(part: Path) -> Report:
+    return Report(**json.loads((part / _REPORT).read_text(encoding="utf-8")))
 
 
 class Examples:

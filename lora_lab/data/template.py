@@ -67,7 +67,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.kwargs = kwargs or {}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.special_tokens = sorted((special | {tokenizer.eos_token}) - {""}, key=len, reverse=True)
+        self.special_tokens = tuple(sorted((special | {tokenizer.eos_token}) - {""}, key=len, reverse=True))
         self._native_tools: bool | None = None
         self._bounds: Bounds | None = None  # of the row that is being rendered
         self.put_before = ""  # what the template lacked at its beginning, see `begin_with`
@@ -265,7 +265,8 @@ class ChatTemplate:
         """Where the answer that starts at `start` ends: behind the first of the special tokens at the text's end, if any."""
         text = text.rstrip()
         end, ended = len(text), False
-        while token := next((t for t in self.special_tokens if len(text) >= start + len(t) and text.endswith(t)), None):
+        while text.endswith(self.special_tokens, start):
+            token = next(token for token in self.special_tokens if text.endswith(token, start))
             end, ended = len(text), True
             text = text[: -len(token)].rstrip()
         return end, ended
@@ -277,6 +278,7 @@ class _Turns:
     def __init__(self, template: ChatTemplate, messages: list[Message], tools: Any):
         self.template, self.messages, self.tools = template, messages, tools
         self._texts: dict[tuple[int, bool], str] = {}
+        self._ends: dict[int, tuple[int, bool]] = {}
         self._size = 0
 
     def _text(self, count: int, prompt: bool) -> str:
@@ -303,12 +305,16 @@ class _Turns:
         """What the model sees before it gives message `turn`."""
         return self._text(turn, True)
 
+    def _end(self, turn: int) -> tuple[int, bool]:
+        if turn not in self._ends:
+            self._ends[turn] = self.template._end(self.through(turn), len(self.prompt(turn)))
+        return self._ends[turn]
+
     def ended(self, turn: int) -> bool:
-        return self.template._end(self.through(turn), len(self.prompt(turn)))[1]
+        return self._end(turn)[1]
 
     def span(self, turn: int) -> tuple[int, int]:
-        start = len(self.prompt(turn))
-        return start, self.template._end(self.through(turn), start)[0]
+        return len(self.prompt(turn)), self._end(turn)[0]
 
     def exact(self, turn: int, cut: int) -> bool:
         """Whether the text of the first `cut` messages shows answer `turn` as inference would see and give it."""

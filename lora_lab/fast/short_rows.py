@@ -129,15 +129,14 @@ def _of_members(
 
 
 def _needed(mask: torch.Tensor) -> torch.Tensor | None:
-    """A mask [B, 1, T, K], if transformers gives one to rows that need it; without padding it gives none.
+    """A mask [B, 1, T, K], unless it is causal and nothing else: then transformers gives none.
 
     Raises:
         TrainingError: it cannot be told.
     """
     if mask.dtype != torch.bool:
         raise TrainingError("attention that drops something has a mask that knows no members")
-    whole = torch.ones_like(mask[:1])
-    return None if mask.all() or (mask == whole.tril()).all() else mask
+    return None if (mask == torch.ones_like(mask[:1]).tril()).all() else mask
 
 
 def _padded(
@@ -179,8 +178,14 @@ def attend_plainly(model: PreTrainedModel) -> None:
     model.set_attn_implementation(_PLAIN)
 
 
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask, also where rows have no padding and look both ways: they are attended to as beside rows that have some, so that
+    they draw the same dropout."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_bidirectional_skip": False})
+
+
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
 def _fits(

@@ -216,7 +216,7 @@ def _found(mask: Any) -> Rows | None:
         return None
     if found_in(mask) is None:
         seen = mask[:, :, :1]
-        if seen.all() or not (mask == seen).all():
+        if not (mask == seen).all():
             return None
         places = seen.flatten().nonzero().flatten()
         shape, shared = (seen.shape[0], seen.shape[-1]), current()

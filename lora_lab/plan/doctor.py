@@ -23,6 +23,7 @@ from lora_lab.base.resolve import cache_dir
 from lora_lab.errors import ConfigError
 from lora_lab.plan import bases
 from lora_lab.runtime import cards, console
+from lora_lab.runtime.environment import usable_cores
 
 State = Literal["ok", "note", "problem"]
 
@@ -149,8 +150,7 @@ def _version(name: str) -> str | None:
 def _devices() -> Iterator[Line]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Line("cpu", "ok", f"{cores} cores, of which torch uses {torch.get_num_threads()}")
+    yield Line("cpu", "ok", f"{usable_cores()} cores, of which torch uses {torch.get_num_threads()}")
     for index in range(torch.cuda.device_count()):
         name, free = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)
         says = f"cuda:{index}: {name}, {free[0] / 2**30:.1f} of {free[1] / 2**30:.1f} GiB free"

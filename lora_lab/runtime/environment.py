@@ -1,4 +1,4 @@
-"""What the environment says: what torch reads when it starts, and secrets, of which none may
+"""What the environment says: cores, what torch reads when it starts, and secrets, of which none may
 stand in a configuration, because configurations are shown and saved with the run."""
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ WAY_OUT = (
     "Configurations are saved with the run. Remove it; libraries read HF_TOKEN, WANDB_API_KEY and the like from the "
     "environment themselves."
 )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def secret_name(name: str) -> bool:

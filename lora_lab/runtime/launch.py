@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_lab.errors import ConfigError
 from lora_lab.runtime import children
+from lora_lab.runtime.environment import usable_cores
 
 # What torchrun, accelerate launch and mpirun-like launchers say. It is taken out of the environment once it was read: libraries and
 # child processes would act on it.
@@ -138,7 +139,7 @@ def run_here(command: Sequence[str], processes: int, timeout: float) -> int:
     from lora_lab.runtime import console, storage
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     tied = children.tied(*command)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with storage.scratch() as folder:

@@ -63,11 +63,11 @@ def _drops(member: Member) -> bool:
 
 
 def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accelerator) -> None:
-    """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own. Where it cannot be
-    told whose rows or random numbers are whose, members take turns from now on, unless they were told to share.
+    """Prove on real rows, cut short, that a shared pass gives each member the gradients of a pass of its own. Where they differ by more
+    than rounding, or it cannot be told whose rows or random numbers are whose, members take turns from now on.
 
     Raises:
-        TrainingError: they differ by more than rounding.
+        TrainingError: so they would, but were told to share.
     """
     rows = _rows(members, train)
 
@@ -100,10 +100,11 @@ def check(members: Sequence[Member], train: Dataset | Stream, accelerator: Accel
         [alone] = gradients([place])
         gap = ((found - alone).norm() / alone.norm()).item()
         if not gap <= limit:
-            raise TrainingError(
-                f"sweep.execution=batched: a shared pass changes the gradients of {member.run.path} by {gap:.1e} of their norm "
-                f"(allowed: {limit:.0e}). Set sweep.execution=interleaved."
+            _take_turns(
+                members,
+                f"a shared pass changes the gradients of {member.run.path} by {gap:.1e} of their norm (allowed: {limit:.0e})",
             )
+            break
     for member, state in zip(members, states, strict=True):
         member.state = state  # a resumed run goes on with the scale that it had
 

@@ -255,18 +255,48 @@ def test_two_processes_build_the_same_entry(tmp_path):
     assert len(results[0]) == 300
 
 
-def test_large_files_are_encoded_in_processes_with_the_same_result(tmp_path, tokenizer, monkeypatch):
+def _bytes_of(folder: Path) -> dict[str, bytes]:
+    """The files of examples in a cache, by the place of their part."""
+    return {file.parent.name.partition("-")[2]: file.read_bytes() for file in folder.glob("tokens/*/examples.arrow")}
+
+
+def test_several_processes_and_an_interruption_write_the_same_bytes(tmp_path, tokenizer, monkeypatch):
     rows = [*make_rows(600, seed=5), {"prompt": "a", "completion": ""}, *make_rows(600, seed=6)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    expected = load(tokenizer, file, unusable="drop").train
-    monkeypatch.setattr(chunks, "_PARALLEL_BYTES", 1)
-    monkeypatch.setattr(store, "code_version", lambda _: "anew")
-    monkeypatch.setattr(chunks.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(ChatEncoder, "encode", lambda *_: pytest.fail("encoded in this process"))
-    data = load(tokenizer, file, unusable="drop").train
+    monkeypatch.setattr(store, "_PART_CHUNKS", 1)
+    monkeypatch.setattr(store, "_PART_ROWS", chunks.CHUNK_ROWS)
+
+    def prepared(name: str, **options):
+        monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / name))
+        data = load(tokenizer, file, unusable="drop", **options).train
+        return data, _bytes_of(tmp_path / name)
+
+    alone, expected = prepared("one")
+    assert sorted(expected) == ["", "1", "2"]
+    encode, first_rows, stop = ChatEncoder.encode, [], 513
+
+    def watched(self, rows, *rest):
+        if rows[0].number == stop:
+            raise KeyboardInterrupt
+        first_rows.append(rows[0].number)
+        return encode(self, rows, *rest)
+
+    monkeypatch.setattr(ChatEncoder, "encode", watched)
+    with pytest.raises(KeyboardInterrupt):
+        prepared("interrupted")
+    assert _bytes_of(tmp_path / "interrupted") == {"": expected[""]}
+    stop = None
+    data, found = prepared("interrupted")
+    assert first_rows == [1, 513, 1025]
     assert not data.cached
-    assert data.table.equals(expected.table)
-    assert data.reports == expected.reports
+    assert found == expected
+    assert data.reports == alone.reports
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatEncoder, "encode", lambda *_: pytest.fail("encoded in this process"))
+        data, found = prepared("two", processes=2)
+    assert found == expected
+    assert data.table.equals(alone.table)
+    assert data.reports == alone.reports
 
 
 # -- splits and mixtures ------------------------------------------------------------------------------------------------

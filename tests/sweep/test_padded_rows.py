@@ -11,12 +11,13 @@ import torch
 from lora_lab.config import compose
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import TrainingError
-from lora_lab.fast import routing
+from lora_lab.fast import routing, unpadded
 from lora_lab.run import pipeline
 from lora_lab.training import loop
+from tests.conftest import write_jsonl
 from tests.fast.test_members_at_once import cohort, gradients
 from tests.sweep.test_sweep import assert_same_run, trained
-from tests.tasks.test_tasks import CASES, make_bert, make_t5, start  # noqa: F401
+from tests.tasks.test_tasks import CASES, COLOURS, make_bert, make_t5, start  # noqa: F401
 
 # They differ in rank, rate, targets, dropout, rows of a step and of a pass; a new head is drawn for the seed, which they share.
 UNLIKE = [
@@ -88,6 +89,21 @@ def assert_as_alone(points, case, each, *more):
 def test_unlike_members_of_padded_tasks_equal_runs_of_their_own(points, capsys, case):
     assert_as_alone(points, case, UNLIKE)
     assert "3 runs on one base, 3 in each pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["classification", pytest.param("token_classification", marks=pytest.mark.long)])
+def test_rows_of_one_length_draw_alone_what_they_draw_beside_others(points, tmp_path, monkeypatch, case):
+    """A pass without padding is rare, and beside padded rows it has padding too."""
+    words = [[COLOURS[i % len(COLOURS)], *["table"] * (5 if i % 5 == 3 else 2)] for i in range(20)]
+    rows = [{"text": " ".join(one), "label": one[0]} for one in words]
+    if case == "token_classification":
+        rows = [{"tokens": one, "tags": ["B-colour", "B-animal", *["O"] * (len(one) - 2)]} for one in words]
+    file = write_jsonl(tmp_path / "alike.jsonl", rows)
+    seen, found = [], unpadded._found
+    monkeypatch.setattr(unpadded, "_found", lambda mask: seen.append(bool(mask.all())) or found(mask))
+    sizes = [["train.batch_size=2"], ["train.batch_size=3"], ["train.batch_size=4", "train.micro_batch_size=2"]]
+    assert_as_alone(points, case, sizes, f"data.train={file}", "data.check=warn")
+    assert {True, False} == set(seen)
 
 
 @pytest.mark.long
