@@ -97,10 +97,11 @@ def test_each_kind_on_a_sharded_base(run, sources, tmp_path, count):
 
 
 @pytest.mark.long
-def test_a_sharded_4_bit_base_is_the_whole_one_over_many_steps(run):
-    found = run(2, "longer", "longer_sharded")
-    assert len(found["longer"]["losses"][0]) == 25
-    losses, adapters = gaps(found["longer_sharded"], found["longer"])
+@pytest.mark.parametrize("kind", ["NF4", "bfloat16"])
+def test_a_sharded_base_is_the_whole_one_over_many_steps(run, kind):
+    whole, sharded = run(2, f"{kind}: longer", f"{kind}: longer, sharded").values()
+    assert len(whole["losses"][0]) == 25
+    losses, adapters = gaps(sharded, whole)
     assert losses <= 1e-6
     assert adapters <= 1e-6
 
