@@ -71,6 +71,7 @@ def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [2, 3])
 def test_each_kind_in_several_processes(run, sources, tmp_path, count):
     kinds = [
@@ -89,6 +90,7 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [2, 3])
 def test_each_kind_on_a_sharded_base(run, sources, tmp_path, count):
     found = run(count, *(f"{kind}: sharded" for kind in SHARDED))
@@ -97,6 +99,7 @@ def test_each_kind_on_a_sharded_base(run, sources, tmp_path, count):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["NF4", "bfloat16"])
 def test_a_sharded_base_is_the_whole_one_over_many_steps(run, kind):
     whole, sharded = run(2, f"{kind}: longer", f"{kind}: longer, sharded").values()
@@ -131,6 +134,7 @@ def adapter(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_process_that_hangs_ends_the_run_in_time(command, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     hanging = [sys.executable, str(DYING), "step", "5", "1", "STOP", *command, f"run_dir={tmp_path}/run"]
@@ -141,6 +145,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(command, tmp_path, monkeypatc
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_of_two_goes_on_with_one_or_three(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     whole = tmp_path / "whole"
@@ -154,6 +159,7 @@ def test_a_run_of_two_goes_on_with_one_or_three(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_sweep_in_two_processes_is_ranked_as_in_one(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     points = ["-m", "optim.lr=0.001,0.0001,0.002"]  # larger rates enlarge the rounding of gradients near zero
@@ -167,6 +173,7 @@ def test_a_sweep_in_two_processes_is_ranked_as_in_one(command, tmp_path, monkeyp
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_sharded_run_ends_as_any_other(command, tmp_path, monkeypatch):
     """Its adapter is that of a whole base; it is merged; a stopped one goes on in one process, which has the whole base."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
