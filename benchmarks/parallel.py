@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {  # file of rows, and settings
         "completions",
         ["quant=none", "task=distillation", "task.teacher=base", "task.top_k=8"],
     ),
+    "float16": ("completions", ["quant=none", "model.dtype=float16"]),
     # accelerations round otherwise in bfloat16, and a sharded base has not all of them
     "bfloat16": ("completions", ["quant=none", "model.dtype=bfloat16", "speed=plain"]),
     "NF4": ("completions", ["quant=nf4"]),

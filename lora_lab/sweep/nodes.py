@@ -49,6 +49,14 @@ def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
     Raises:
         ConfigError: there are fewer cards than workers, or a run names a card that its worker would not see.
     """
+    if nodes.executor == "slurm":
+        return []
+    named = [job.config.hardware.device for job in jobs if ":" in job.config.hardware.device]
+    if named:
+        raise ConfigError(
+            f"hardware.device={named[0]}: each worker of hydra/launcher=cohort_{nodes.executor} gets a card of its own. Set "
+            "hardware.device=cuda."
+        )
     if nodes.executor != "local":
         return []
     if told := sorted(_OF_CARDS & nodes.parameters.keys()):
@@ -57,12 +65,6 @@ def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
             "says how many there are."
         )
     used = {job.config.hardware.device: load.torch_device(job.config.hardware) for job in jobs}
-    named = [key for key in used if ":" in key]
-    if named:
-        raise ConfigError(
-            f"hardware.device={named[0]}: each worker of hydra/launcher=cohort_local gets a card of its own. Set hardware.device=cuda; "
-            "CUDA_VISIBLE_DEVICES chooses among the cards."
-        )
     if all(device.type == "cpu" for device in used.values()):
         return []
     found = cards.visible()

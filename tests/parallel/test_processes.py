@@ -81,6 +81,8 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
         "preference, KTO",
         "NEFTune",
         "distillation, cohort of 3",
+        "float16",
+        "bfloat16",
         "NF4",
         "NF4, cohort of 3",
     ]
