@@ -33,8 +33,9 @@ class Task:
     failure: Callable[[], str]  # waits until it has ended; why not well, else empty
 
 
-Submit = Callable[[Sequence[str], str | None], Task]
-"""Takes Python's arguments, and the card of this machine that the command gets; None: whatever it is given."""
+Submit = Callable[[Sequence[str], str, str | None], Task]
+"""Takes Python's arguments, a name that no other command in the folder has, and the card of this machine that the command gets; None:
+whatever it is given."""
 
 
 def _submitit(executor: str, parameters: dict[str, Any], folder: Path, on_cards: bool) -> Submit:
@@ -48,7 +49,7 @@ def _submitit(executor: str, parameters: dict[str, Any], folder: Path, on_cards:
     except (NameError, TypeError, ValueError) as error:
         raise ConfigError(f"hydra.launcher.parameters: submitit refuses them ({error}).") from error
 
-    def submit(arguments: Sequence[str], card: str | None) -> Task:
+    def submit(arguments: Sequence[str], name: str, card: str | None) -> Task:
         # submitit's local executor hides all cards, and its pickle is no place for the whole environment
         seen = [] if card is None else ["env", f"CUDA_VISIBLE_DEVICES={card}"]
         command = submitit.helpers.CommandFunction([*seen, sys.executable, *arguments], verbose=False)
@@ -81,7 +82,7 @@ def _ray(executor: str, parameters: dict[str, Any], folder: Path, on_cards: bool
         with signals.kept():
             ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
         remote = ray.remote(**told)(run_command)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         line = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"hydra/launcher=cohort_ray: {line} (hydra.launcher.parameters.address={address}). Start a cluster with ray start --head, and "
@@ -90,9 +91,8 @@ def _ray(executor: str, parameters: dict[str, Any], folder: Path, on_cards: bool
     _find_room(told, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     storage.make_folders(folder)
 
-    def submit(arguments: Sequence[str], card: str | None) -> Task:
-        title = f"ray-{arguments[-1].partition('=')[2].partition(',')[0]}"
-        log = str(folder / f"{title}.log")
+    def submit(arguments: Sequence[str], name: str, card: str | None) -> Task:
+        log = str(folder / f"ray-{name}.log")
         task = remote.remote(list(arguments), str(Path.cwd()), log)
 
         def failure() -> str:
@@ -106,7 +106,7 @@ def _ray(executor: str, parameters: dict[str, Any], folder: Path, on_cards: bool
                 return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return f"exit code {code}" if code else ""
 
-        return Task(title, log, failure)
+        return Task(f"ray-{name}", log, failure)
 
     return submit
 

@@ -33,11 +33,12 @@ def train(jobs: list[Job], nodes: Nodes) -> None:
     submit = engines.engine(nodes.executor, nodes.parameters, folder / "nodes", on_cards)
     submitted = []
     for place, part in enumerate(parts(waiting, nodes.workers or len(own) or _ON_CPU)):
-        names = ",".join(job.run.path.name for job in part)
+        names = [job.run.path.name for job in part]
+        command = ["-m", "lora_lab", "resume", f"sweep={folder}", f"members={','.join(names)}"]
         card = own[place] if own else None
-        submitted.append((part, submit(["-m", "lora_lab", "resume", f"sweep={folder}", f"members={names}"], card)))
+        submitted.append((part, submit(command, names[0], card)))
         where = f", on card {card}" if own else ""
-        console.say("node", f"{submitted[-1][1].title}: runs {names}{where}")
+        console.say("node", f"{submitted[-1][1].title}: runs {','.join(names)}{where}")
     for part, task in submitted:
         if reason := task.failure():
             _collect(part, task, reason)
