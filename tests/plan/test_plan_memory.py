@@ -92,7 +92,7 @@ def test_checkpointing_needs_less_and_evaluation_too(config_of):
     assert plain.peak_phase == "train"
 
 
-@pytest.mark.parametrize(("quant", "count"), [("none", 2), ("nf4", 4)])
+@pytest.mark.parametrize(("quant", "count"), [pytest.param("none", 2, marks=pytest.mark.long), ("nf4", 4)])
 def test_a_process_holds_its_part_of_a_sharded_base(config_of, quant, count):
     told = ["speed=plain", f"quant={quant}"]
     sharded = config_of(*told, "hardware.shard=true", f"hardware.processes={count}")
