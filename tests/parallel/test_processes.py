@@ -21,6 +21,7 @@ from lora_lab.runtime import launch
 WORKER = Path(__file__).parent / "worker.py"
 # float32 sums in another order; the optimizer divides by their size, so that a number whose gradient is about zero may move more
 LOSS, ADAPTER = 1e-5, 2e-6
+SHARDED_ADAPTER = 1e-5  # one process has accelerations that a sharded base goes without, and they round otherwise
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def run(tmp_path, sources, monkeypatch):
     return in_processes
 
 
-def close(found: dict, alone: dict) -> None:
+def close(found: dict, alone: dict, adapter: float = ADAPTER) -> None:
     losses, adapters = gaps(found, alone)
     assert losses < LOSS
-    assert adapters < ADAPTER
+    assert adapters < adapter
 
 
 def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
@@ -97,7 +98,7 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
 def test_each_kind_on_a_sharded_base(run, sources, tmp_path, count):
     found = run(count, *(f"{kind}: sharded" for kind in SHARDED))
     for place, kind in enumerate(SHARDED):
-        close(found[f"{kind}: sharded"], train_kind(kind, sources, tmp_path / str(place)))
+        close(found[f"{kind}: sharded"], train_kind(kind, sources, tmp_path / str(place)), SHARDED_ADAPTER)
 
 
 @pytest.mark.long
