@@ -49,6 +49,9 @@ KINDS: dict[str, tuple[str, list[str]]] = {  # file of rows, and settings
         "completions",
         ["quant=none", "task=distillation", "task.teacher=base", "task.top_k=8"],
     ),
+    "float16": ("completions", ["quant=none", "model.dtype=float16"]),
+    # accelerations round otherwise in bfloat16, and a sharded base has not all of them
+    "bfloat16": ("completions", ["quant=none", "model.dtype=bfloat16", "speed=plain"]),
     "NF4": ("completions", ["quant=nf4"]),
     "NF4, cohort of 3": ("completions", ["quant=nf4"]),
 }
@@ -299,7 +302,7 @@ def equal(told: argparse.Namespace) -> None:
         _keep("equal", rows)
 
 
-SHARDED = ("packed", "padded", "preference", "cohort of 3", "NF4", "NF4, cohort of 3")
+SHARDED = ("packed", "padded", "preference", "cohort of 3", "bfloat16", "NF4", "NF4, cohort of 3")
 _SHARD = "hardware.shard=true"
 
 

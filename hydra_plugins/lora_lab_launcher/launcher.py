@@ -10,23 +10,24 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 
 class CohortLauncher(Launcher):
     """`hydra/launcher=cohort`: one call for all points, in place of one after another.
 
-    `cohort_slurm` and `cohort_local` train cohorts on other nodes, or in other processes, through submitit.
+    `cohort_slurm` and `cohort_local` train cohorts on other nodes, or in other processes, through submitit, and `cohort_ray` on the nodes of
+    a Ray cluster.
     """
 
     def __init__(self, executor=None, workers=1, parameters=None):
         """
         Args:
-            executor: of submitit; None: train here.
+            executor: of `lora_lab.sweep.engines`; None: train here.
             workers: cohorts at the same time; None: one for each card of this machine, or two on its CPU.
-            parameters: submitit's own.
+            parameters: the engine's own.
         """
-        self.nodes = executor and {"executor": executor, "workers": workers, "parameters": dict(parameters or {})}
+        self.nodes = executor and {"executor": executor, "workers": workers, "parameters": _plain(parameters)}
 
     def setup(self, *, hydra_context, task_function, config):
         """Keep what `launch` needs."""
@@ -59,10 +60,17 @@ class CohortLauncher(Launcher):
         return tree, Path(tree.hydra.sweep.dir) / str(tree.hydra.sweep.subdir), list(overrides)
 
 
+def _plain(parameters):
+    return (
+        OmegaConf.to_container(parameters, resolve=True) if OmegaConf.is_config(parameters) else dict(parameters or {})
+    )
+
+
 _TARGET = "hydra_plugins.lora_lab_launcher.launcher.CohortLauncher"
 _CHOICES: dict[str, dict[str, object]] = {
     "cohort": {},
     "cohort_local": {"executor": "local", "workers": None, "parameters": {"timeout_min": 10000}},
+    "cohort_ray": {"executor": "ray", "workers": 4, "parameters": {"max_retries": 8}},
     "cohort_slurm": {"executor": "slurm", "workers": 4, "parameters": {"timeout_min": 600, "gpus_per_node": 1}},
 }
 for _name, _settings in _CHOICES.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_lab.errors import ConfigError, nearest
 
-LAUNCHERS = ("cohort", "cohort_local", "cohort_slurm", "basic")
+LAUNCHERS = ("cohort", "cohort_local", "cohort_ray", "cohort_slurm", "basic")
 SWEEPERS = ("basic", "optuna_cohort")
 TARGETS = {
     "launcher": (
@@ -39,10 +39,11 @@ KEYS = {
     "hydra.sweeper.seed": ("an integer from 0 to 4294967295", lambda value: type(value) is int and 0 <= value < 2**32),
     "hydra.sweeper.max_batch_size": _COUNT_OR_NULL,
 }
-# Of submitit's parameters those that no shell reads. The others (setup, srun_args, python, ...) can hold commands, so they are
-# the command line's.
+# Of submitit's and Ray's parameters those that no shell reads, and that name no machine. The others (setup, srun_args, python, ...) can hold
+# commands, so they are the command line's.
 PARAMETERS = (
     *"timeout_min nodes tasks_per_node cpus_per_task gpus_per_node mem_gb".split(),
+    *"num_cpus num_gpus max_retries".split(),
     *(f"slurm_{name}" for name in "partition account qos constraint time nodes mem mem_per_cpu mem_per_gpu".split()),
     *(f"slurm_{name}" for name in "cpus_per_task gpus_per_node gpus_per_task gres array_parallelism".split()),
 )
@@ -237,7 +238,8 @@ def check_composed(node: dict[str, Any]) -> None:
     idle = [] if launcher.get("executor") else [key for key in launcher if key != "_target_"]
     if idle and "_target_" in launcher:
         raise ConfigError(
-            f"hydra.launcher.{idle[0]}: no effect with this launcher. Choose hydra/launcher=cohort_local or cohort_slurm, or drop it."
+            f"hydra.launcher.{idle[0]}: no effect with this launcher. Choose hydra/launcher=cohort_local, cohort_slurm or cohort_ray, or "
+            "drop it."
         )
     for part in ("launcher", "sweeper", "sweep"):
         for key, value in _ends(node.get(part), f"hydra.{part}"):

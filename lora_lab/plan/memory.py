@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,10 @@ from torch.utils._pytree import tree_map_only
 
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import inspect, quantized
+from lora_lab.base.layers import layers_of
 from lora_lab.base.load import BaseFiles, ModelKind
 from lora_lab.config.run import RunConfig
+from lora_lab.config.train import HardwareConfig
 from lora_lab.data.collate import Batch, PackedBatch
 from lora_lab.export import targets
 from lora_lab.fast import apply
@@ -34,6 +36,7 @@ from lora_lab.verify import layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from lora_lab.data.encode import Example
     from lora_lab.tasks.base import AnyTask
@@ -53,6 +56,9 @@ _HOLES = 0.5
 _LEFT_BY_QUANTIZING = {"none": 0, "nf4": 350 * MIB, "fp4": 350 * MIB, "int8": 150 * MIB, "torchao_int8": 150 * MIB}
 # Quantizing to 4 bits on a CPU (bitsandbytes 0.50) holds the largest layer in float32, its scaled and its clamped values.
 _QUANTIZE_4BIT = 3 * 4  # bytes for each weight
+# Layers of a sharded base that are whole at once. torch gathers a layer into one buffer and copies its weights out of that; in the backward
+# pass the one before is gathered while a layer computes (`FSDPParamGroup.wait_for_unshard` and `pre_backward`).
+_GATHERED = 2
 _MERGE_POSITIONS = 512  # as in verify/parity.py: logits of so many positions are compared
 
 
@@ -82,6 +88,7 @@ class Memory:
     large_blocks: int  # the same of larger blocks: logits and their gradients; with long rows activations as well
     holes: int  # heap that is neither in use nor given back (CPU)
     libraries: int
+    gathered: int  # layers of a sharded base that are put together at once
     phases: dict[str, int]  # peak of: load, train, evaluation, merge (those that the run has)
 
     @property
@@ -91,6 +98,25 @@ class Memory:
     @property
     def peak_phase(self) -> str:
         return max(self.phases, key=self.phases.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """What `hardware.shard` changes for each process, in bytes."""
+
+    layers: int = 0  # weights that are spread, of all processes
+    elsewhere: int = 0  # of these, what the others hold
+    gathered: int = 0  # what is put together at once
+
+    @classmethod
+    def of(cls, hardware: HardwareConfig, model: nn.Module) -> Shards:
+        """
+        Args:
+            model: the base as it is stored, without adapters.
+        """
+        sizes = skeletons.of_layers(model) if hardware.shard else []
+        whole, parts = sum(sizes), hardware.processes or 1
+        return cls(whole, whole - -(-whole // parts), _GATHERED * max(sizes, default=0))
 
 
 def shape(examples: Sequence[Example]) -> Shape:
@@ -122,15 +148,25 @@ def estimate(
         train: the largest batch of a forward pass; what it holds does not matter, see `blank`.
         evaluation: the same in evaluation; None without held-out rows.
     """
-    model, unquantized = adapted(config, base, kind)
+    stored, unquantized = skeletons.stored(config, base, kind)
     stored_as, file = _checkpoint(base, unquantized)
     views = stored_as == getattr(torch, config.model.dtype)
+
+    def copied(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(skeletons.nbytes(t) for t in tensors if not (views and t.dtype == stored_as))
+
+    shards = Shards.of(config.hardware, stored)
+    copied_of_layers = copied(one for layer in layers_of(stored) for one in layer.parameters())
+    model = _adapted(stored, config, kind)
     frozen = [tensor for tensor in skeletons.tensors(model) if not tensor.requires_grad]
-    own = sum(skeletons.nbytes(t) for t in frozen if not (views and t.dtype == stored_as))
+    whole, loaded = sum(map(skeletons.nbytes, frozen)), copied(frozen)
+    own, kept = loaded, file if views and loaded < whole else 0
+    if config.hardware.shard:  # parts of layers are copies, and their pages of the file are given back
+        own = loaded - copied_of_layers + shards.layers - shards.elsewhere
+        kept = min(kept, whole - loaded - (shards.layers - copied_of_layers))
     gradients = sum(skeletons.nbytes(p) for p in trainable(model).values())
     adapter = gradients + remembered(config, model)
     optimizer = sum(optimizer_bytes(config.optim.name, p.numel()) for p in trainable(model).values())
-    kept = file if views and own < sum(skeletons.nbytes(t) for t in frozen) else 0
 
     fake = FakeTensorMode()
     with fake:
@@ -142,9 +178,9 @@ def estimate(
     quantizes = base.published is None and (kept_before is None or not kept_before.exists())
     left = _LEFT_BY_QUANTIZING[base.stored(config.quant).method] if quantizes else 0
     holes = left + round(_HOLES * step.heap_peak)
-    fixed = _LIBRARIES + kept + own + dequantized + adapter
+    fixed = _LIBRARIES + kept + own + shards.gathered + dequantized + adapter
     phases = {
-        "load": _LIBRARIES + file + own + adapter + max(left, _quantizing(model)),
+        "load": _LIBRARIES + file + loaded + adapter + max(left, _quantizing(model)),
         # a step's later micro-batches begin with the gradients of the earlier ones
         "train": fixed + optimizer + step.peak + holes + (gradients if several_passes(config, task) else 0),
     }
@@ -153,10 +189,10 @@ def estimate(
         heap = max(step.heap_peak + holes, measure.heap_peak)
         phases["evaluation"] = fixed + optimizer + heap + measure.large_peak
     if targets.needs_merged(config.export.targets):
-        whole, layered = skeletons.for_merging(
+        full, layered = skeletons.for_merging(
             model.get_base_model(), unquantized, getattr(torch, config.export.dtype).itemsize
         )
-        full = whole if layers.fits(whole, 0) else layered
+        full = full if layers.fits(full, 0) else layered
         head = model.get_base_model().get_output_embeddings()
         vocabulary = 0 if head is None else head.out_features
         logits = 3 * _MERGE_POSITIONS * vocabulary * 4
@@ -164,7 +200,8 @@ def estimate(
         heap = max(own + 2 * adapter + optimizer + step.heap_peak + holes, full)
         phases["merge"] = _LIBRARIES + file + heap + logits
     return Memory(
-        own, dequantized, kept, adapter, gradients, optimizer, step.heap_peak, step.large_peak, holes, _LIBRARIES, phases
+        own, dequantized, kept, adapter, gradients, optimizer, step.heap_peak, step.large_peak, holes, _LIBRARIES,
+        shards.gathered, phases,
     )  # fmt: skip
 
 
@@ -204,14 +241,13 @@ def _quantizing(model: nn.Module) -> int:
     return _QUANTIZE_4BIT * skeletons.largest_layer(model)
 
 
-def adapted(config: RunConfig, base: BaseFiles, kind: ModelKind) -> tuple[PeftModel, dict[str, int]]:
-    """The adapted model on the meta device as training would see it, and the base's number of weights by name."""
-    model, weights = skeletons.stored(config, base, kind)
+def _adapted(model: PreTrainedModel, config: RunConfig, kind: ModelKind) -> PeftModel:
+    """The model on the meta device with its adapter, as training would see it."""
     with torch.device("meta"):
         adapted = attach(model, config.adapter, "default", kind, config.seed)
     if config.train.gradient_checkpointing:
         oom.recompute(adapted, config.train.recompute_every, offload=False)
-    return adapted, weights
+    return adapted
 
 
 # -- a step without computing -----------------------------------------------------------------------------------------

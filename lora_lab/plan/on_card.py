@@ -23,7 +23,7 @@ from lora_lab.fast import apply
 from lora_lab.merge.merge import judged_on
 from lora_lab.plan import card, memory, skeletons
 from lora_lab.plan.card import CARD, Card, Precision
-from lora_lab.plan.memory import Memory
+from lora_lab.plan.memory import Memory, Shards
 from lora_lab.run.setup import ADAPTER, Live, Setup
 from lora_lab.tasks import generation
 from lora_lab.tasks.base import StepBatches
@@ -90,6 +90,7 @@ def estimate(
         rows: see `of_setup`; None: the accelerations are taken without trying them, nothing is generated, and a merge is its weights alone.
     """
     stored, unquantized = skeletons.stored(config, base, kind)
+    shards = Shards.of(config.hardware, stored)
     precision = Precision(config.model.dtype)
     with card.pretended(size) as there:
         skeletons.give_storage(stored, there.mode, CARD)
@@ -128,17 +129,18 @@ def estimate(
             with there.phase("generation"), precision.autocast():
                 _generate(model.eval(), task, together, prompt, new)
         merged = targets.needs_merged(config.export.targets)
-        if merged and rows is not None:
+        if merged and rows is not None and not config.hardware.shard:  # the others' parts have gone with them
             with there.phase("merge"):  # first what the trained model says
                 parity.logits(model.eval(), _longest(rows.judged), CARD, precision.autocast)
         kept = max(there.allocated - before - optimizer, 0)
-    phases = dict(there.peaks)
+    phases = {name: peak - shards.elsewhere + shards.gathered for name, peak in there.peaks.items()}
     whole, layered = skeletons.for_merging(stored, unquantized, getattr(torch, config.export.dtype).itemsize)
     fits = layers.fits(whole, size)
     if merged:
-        own = (whole if fits else layered) if rows is None else _merge(config, base, kind, rows.judged, size, fits)
-        phases["merge"] = max(phases.get("merge", 0), own)
-    return Memory(frozen, kept, 0, adapter, gradients, optimizer, activations, 0, 0, 0, phases)
+        merging = (whole if fits else layered) if rows is None else _merge(config, base, kind, rows.judged, size, fits)
+        phases["merge"] = max(phases.get("merge", 0), merging)
+    own = frozen - shards.elsewhere
+    return Memory(own, kept, 0, adapter, gradients, optimizer, activations, 0, 0, 0, shards.gathered, phases)
 
 
 def _try(

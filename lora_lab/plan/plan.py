@@ -20,12 +20,13 @@ from lora_lab.config.run import RunConfig
 from lora_lab.data.collate import Batch
 from lora_lab.data.dataset import Dataset, Stream
 from lora_lab.data.encode import Example
+from lora_lab.errors import ConfigError
 from lora_lab.export import targets
 from lora_lab.plan import memory, on_card, skeletons
 from lora_lab.plan.memory import Memory, Shape
 from lora_lab.run import prepared, run_dir
 from lora_lab.run.prepared import ResolvedBase
-from lora_lab.run.setup import ADAPTER, Live, Setup, Stages
+from lora_lab.run.setup import ADAPTER, Live, Setup, Stages, of_layers
 from lora_lab.run.teacher import TOKENS
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import free_bytes, peak_gib
@@ -46,6 +47,7 @@ _MEANINGS = {
     "large_blocks": "logits and other large tensors",
     "holes": "allocator: freed but kept",
     "libraries": "libraries",
+    "gathered": "layers put together (hardware.shard)",
 }
 _CUDA_CONTEXT_GIB = 0.6  # what the driver and its libraries keep on the card, whatever runs
 _STREAM_STEPS = 200  # of a stream, the rows of so many steps are looked at
@@ -80,7 +82,14 @@ class Plan:
 
 
 def plan(config: RunConfig, probe: bool = False) -> Plan:
-    """Find everything out and show it; with `probe`, load the model and time some steps."""
+    """Find everything out and show it; with `probe`, load the model and time some steps.
+
+    Raises:
+        ConfigError: a sharded base in a number of parts that is not known, or one that this process would have to load; or what a run of it
+            would be refused for.
+    """
+    if config.hardware.shard:
+        config = _sharded(config, probe)
     run_dir.check_free(config)
     device = load.torch_device(config.hardware)
     found = prepared.find_base(config, weights=probe)
@@ -109,6 +118,23 @@ def plan(config: RunConfig, probe: bool = False) -> Plan:
     if probe:
         _probe(setup, work)
     return result
+
+
+def _sharded(config: RunConfig, probe: bool) -> RunConfig:
+    """A run with the accelerations that a sharded base leaves.
+
+    Raises:
+        ConfigError: see `plan`.
+    """
+    if probe:
+        raise ConfigError(
+            "probe=true: trains in one process, and hardware.shard=true needs several. Drop one of the two."
+        )
+    if config.hardware.processes is None:
+        raise ConfigError(
+            "hardware.shard=true: how many processes share the base is not known. Set hardware.processes=N."
+        )
+    return dataclasses.replace(config, speed=of_layers(config.speed))
 
 
 def _memory(setup: Setup, work: Work) -> tuple[Memory, Memory] | tuple[None, None]:

@@ -135,6 +135,15 @@ def nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def of_layers(model: nn.Module) -> list[int]:
+    """Bytes of each layer's parameters, which is what sharding spreads.
+
+    Args:
+        model: the base as it is stored, without adapters.
+    """
+    return [sum(map(nbytes, layer.parameters())) for layer in layers_of(model)]
+
+
 def for_merging(model: nn.Module, weights: dict[str, int], itemsize: int) -> tuple[int, int]:
     """Bytes of the unquantized base that a comparison of merges holds at once: as a whole, and layer by layer (`verify/layers.py`),
     which is what lies outside the layers and the largest of them.

@@ -393,7 +393,7 @@ class Live:
             return
         examples = [task.shortened(example) for example in self._tried(setup.rows)]
         padded = len({example.num_tokens for example in examples}) > 1
-        speeds = [_of_layers(setup.config.speed) if setup.sharded else setup.config.speed]  # the last one holds
+        speeds = [of_layers(setup.config.speed) if setup.sharded else setup.config.speed]  # the last one holds
         for attempt in attempts(functools.partial(_keep_no_weights, speeds)):
             with attempt, self.autocast():
                 batch = task.collate(examples, np.random.default_rng(0)).to(model.device)
@@ -405,7 +405,7 @@ class Live:
         console.say("speed", "; ".join(filter(None, [*applied.lines, own])) or "plain")
 
 
-def _of_layers(speed: SpeedConfig) -> SpeedConfig:
+def of_layers(speed: SpeedConfig) -> SpeedConfig:
     """What is left for a sharded base."""
     without: dict[str, Any] = dict.fromkeys(apply.OF_LAYERS_WEIGHTS, False)
     return dataclasses.replace(speed, **without)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 from collections.abc import Iterator
 
 from lora_lab.errors import Interrupted
@@ -79,3 +80,16 @@ def deferred() -> Iterator[None]:
         _deferred = None
         for signum in arrived:
             _handle(signum, None)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Leave signals after the block to whom they belonged before it, whatever a library does with them inside."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # nobody else can set them
+            for signum, handler in before.items():
+                if handler is not None:  # else it is no function of Python
+                    signal.signal(signum, handler)

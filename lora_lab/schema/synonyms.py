@@ -48,7 +48,7 @@ KEYS: dict[str, str] = {
     "packing": "train.packing", "sample_packing": "train.packing", "neftune_noise_alpha": "train.neftune_alpha",
     "neftune_alpha": "train.neftune_alpha", "flash_attention": "Attention is chosen automatically (speed=fast).",
     "flash_attn": "Attention is chosen automatically (speed=fast).", "attn_implementation": "Attention is chosen automatically (speed=fast).",
-    "device": "hardware.device", "device_map": "hardware.device", "num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
+    "device": "hardware.device", "device_map": "hardware.device; hardware.shard=true with hardware.processes=N spreads a base over cards", "num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
     "dataloader_num_workers": "Rows are read and tokenized by themselves; nothing is to be set.",
     "deepspeed": "hardware.processes=N: several processes share each step.", "fsdp": "hardware.shard=true, with hardware.processes=N: each process holds a part of the base.",
     "num_processes": "hardware.processes", "nproc_per_node": "hardware.processes", "nproc": "hardware.processes", "num_gpus": "hardware.processes",

@@ -97,11 +97,11 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """Where cohorts are trained: submitit's `slurm`, or `local` for processes of this machine."""
+    """Where cohorts are trained."""
 
-    executor: str
+    executor: str  # of `engines.ENGINES`
     workers: int | None  # at the same time; None: one for each card, or two on the CPU
-    parameters: dict[str, Any]  # submitit's own, such as slurm_partition, timeout_min, gpus_per_node
+    parameters: dict[str, Any]  # the engine's own, such as slurm_partition, timeout_min, num_gpus
 
 
 def _shown(value: Any) -> str:

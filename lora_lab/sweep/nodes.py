@@ -1,20 +1,17 @@
-"""Cohorts on other machines: each is a `lora-lab resume` of some of a sweep's runs, submitted through submitit.
+"""Cohorts on other machines: each is a `lora-lab resume` of some of a sweep's runs, handed over by an engine (`engines.py`).
 
 The runs' folders, on a disk that all nodes share, are all that is passed: what to train stands in `config.yaml`, what came of it
-in `result.json` or `failed.json`. (submitit itself keeps the command line in a pickle of its own, in `DIR/nodes`.) Processes of this
-machine get one card each.
+in `result.json` or `failed.json`. Processes of this machine get one card each.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 from lora_lab.base import load
 from lora_lab.errors import ConfigError, RunError
 from lora_lab.runtime import cards, console
-from lora_lab.sweep import cohort
+from lora_lab.sweep import cohort, engines
 from lora_lab.sweep.jobs import Job, Nodes, groups
 
 _ON_CPU = 2  # workers, where nothing says how many
@@ -25,36 +22,26 @@ def train(jobs: list[Job], nodes: Nodes) -> None:
     """Train all jobs that are not finished, in at most so many parts at once.
 
     Raises:
-        ConfigError: submitit is not installed, or refuses its parameters; or there is no card for each worker.
+        ConfigError: the engine cannot take them, or there is no card for each worker.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise ConfigError("hydra/launcher=cohort_slurm: needs submitit. pip install 'lora-lab[slurm]'") from error
     own = _cards(jobs, nodes)
     waiting = cohort.opened(jobs)
     if not waiting:
         return
     folder = jobs[0].run.path.parent.absolute()
-    engine = submitit.AutoExecutor(folder / "nodes", cluster=nodes.executor)
-    try:
-        engine.update_parameters(**nodes.parameters)
-    except (NameError, TypeError, ValueError) as error:
-        raise ConfigError(f"hydra.launcher.parameters: submitit refuses them ({error}).") from error
+    on_cards = any(job.config.hardware.device != "cpu" for job in waiting)
+    submit = engines.engine(nodes.executor, nodes.parameters, folder / "nodes", on_cards)
     submitted = []
     for place, part in enumerate(parts(waiting, nodes.workers or len(own) or _ON_CPU)):
-        names = ",".join(job.run.path.name for job in part)
-        command = [sys.executable, "-m", "lora_lab", "resume", f"sweep={folder}", f"members={names}"]
-        if own:  # submitit's local executor hides all cards, and its pickle is no place for the whole environment
-            command = ["env", f"CUDA_VISIBLE_DEVICES={own[place]}", *command]
-        submitted.append((part, engine.submit(submitit.helpers.CommandFunction(command, verbose=False))))
-        where = f", on card {own[place]}" if own else ""
-        console.say("node", f"{submitted[-1][1].job_id}: runs {names}{where}")
+        names = [job.run.path.name for job in part]
+        command = ["-m", "lora_lab", "resume", f"sweep={folder}", f"members={','.join(names)}"]
+        card = own[place] if own else None
+        submitted.append((part, submit(command, names[0], card)))
+        where = f", on card {card}" if own else ""
+        console.say("node", f"{submitted[-1][1].title}: runs {','.join(names)}{where}")
     for part, task in submitted:
-        try:
-            task.result()
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
-            _collect(part, task)
+        if reason := task.failure():
+            _collect(part, task, reason)
 
 
 def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
@@ -63,6 +50,14 @@ def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
     Raises:
         ConfigError: there are fewer cards than workers, or a run names a card that its worker would not see.
     """
+    if nodes.executor == "slurm":
+        return []
+    named = [job.config.hardware.device for job in jobs if ":" in job.config.hardware.device]
+    if named:
+        raise ConfigError(
+            f"hardware.device={named[0]}: each worker of hydra/launcher=cohort_{nodes.executor} gets a card of its own. Set "
+            "hardware.device=cuda."
+        )
     if nodes.executor != "local":
         return []
     if told := sorted(_OF_CARDS & nodes.parameters.keys()):
@@ -71,12 +66,6 @@ def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
             "says how many there are."
         )
     used = {job.config.hardware.device: load.torch_device(job.config.hardware) for job in jobs}
-    named = [key for key in used if ":" in key]
-    if named:
-        raise ConfigError(
-            f"hardware.device={named[0]}: each worker of hydra/launcher=cohort_local gets a card of its own. Set hardware.device=cuda; "
-            "CUDA_VISIBLE_DEVICES chooses among the cards."
-        )
     if all(device.type == "cpu" for device in used.values()):
         return []
     found = cards.visible()
@@ -88,12 +77,12 @@ def _cards(jobs: Sequence[Job], nodes: Nodes) -> list[str]:
     return found
 
 
-def _collect(part: list[Job], task: Any) -> None:
+def _collect(part: list[Job], task: engines.Task, reason: str) -> None:
     """The errors of a part that did not end well: each run's own, or the node's."""
     for job in part:
         if job.result is None:
             job.error = job.failure() or RunError(
-                f"{job.run.path}: node {task.job_id} ended without it; see {task.paths.stderr}. Resume with: lora-lab resume "
+                f"{job.run.path}: node {task.title} ended without it ({reason}); see {task.log}. Resume with: lora-lab resume "
                 f"sweep={job.run.path.parent}"
             )
 

@@ -27,7 +27,7 @@ _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 _KEPT = "kept.safetensors"  # what the adapter's section keeps beside; few do
 _UNWRITTEN = "unwritten_metrics"  # lines of metrics.jsonl that no disk took
 # fields that checkpoints of earlier versions do not have
-_LATER = {"best_lost", "loss_scale", "steps_at_scale", "micro_batch_tokens", "dequantizing"}
+_LATER = {"best_lost", "loss_scale", "steps_at_scale", "micro_batch_tokens", "dequantizing", "unmeasured"}
 
 
 def save(member: Member) -> Path:

@@ -58,6 +58,9 @@ class State:
     dequantizing: bool = False
     loss_scale: float | None = None  # what the loss is multiplied by, so that no gradient is too small for float16
     steps_at_scale: int = 0  # since it was changed
+    unmeasured: bool = (
+        False  # whether the held-out rows were due at this step, and another process was lost before that was done
+    )
     best_lost: int | None = None  # the step of the best checkpoint that was found damaged, so that another had to do
 
 

@@ -117,6 +117,10 @@ def _steps(members: list[Member], loop: Loop, used_up: Callable[[], bool]) -> No
         for on_one in by_model(members):
             if on_one[0].task.forward.members > 1:
                 sharing.check(on_one, loop.train, loop.accelerator)
+    for member in members:
+        if member.state.unmeasured:
+            with _left_out_if_it_fails(member, loop):
+                _save(member, _evaluate(member, loop))
     while running := [member for member in members if not member.resting]:
         spent = False
         for together in _together(running):
@@ -385,6 +389,7 @@ def _evaluate(member: Member, loop: Loop) -> bool:
     state, config = member.state, member.config.train
     if loop.held_out is None or not member.due(config.eval_steps):
         return False
+    state.unmeasured = True
     try:
         with member.active(), loop.accelerator.autocast():
             member.measured = member.task.measure(member.model.eval(), loop.held_out)
@@ -392,7 +397,9 @@ def _evaluate(member: Member, loop: Loop) -> bool:
         NoRoomError
     ) as error:  # the base was measured on the same rows; what is trained shall not be lost for their sake
         console.say("evaluate", f"step {state.step}: not measured: {error}")
+        state.unmeasured = False
         return False
+    state.unmeasured = False
     metrics = member.measured.metrics
     member.log.write(state.step, **{f"eval_{name}": value for name, value in metrics.items()})
     better = math.isfinite(metrics["loss"]) and (state.best_loss is None or metrics["loss"] < state.best_loss)

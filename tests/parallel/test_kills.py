@@ -20,7 +20,7 @@ from tests.parallel.test_processes import ADAPTER_FILE, command_of
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 FILES = (ADAPTER_FILE, "metrics.jsonl")
-POINTS = [  # before which call; a run has 5 steps of 2 passes in each process, and 2 checkpoints before the last
+POINTS = [  # before which call; a run has 5 steps of 2 passes in each process, 2 evaluations and 2 checkpoints before the last
     *(("step", call) for call in (1, 2, 3, 6, 10)),
     *(("exchange", call) for call in (1, 4, 9)),
     *(("sum", call) for call in (1, 3, 4, 5)),
@@ -68,7 +68,7 @@ def left_alone(tmp_path_factory, base, pair):
     """The command of a run; runs of two processes that nobody disturbed, whole and sharded."""
     folder = tmp_path_factory.mktemp("left_alone")
     (folder / "sources").mkdir()
-    told = command_of(Sources.made(folder / "sources", base))
+    told = [*command_of(Sources.made(folder / "sources", base)), "train.eval_steps=2"]
     runs = {way: folder / way for way in ("whole", "sharded")}
     for way, run in runs.items():
         for done in pair.run(*told, f"run_dir={run}", *([SHARDED] if way == "sharded" else [])):

@@ -21,6 +21,7 @@ from lora_lab.runtime import launch
 WORKER = Path(__file__).parent / "worker.py"
 # float32 sums in another order; the optimizer divides by their size, so that a number whose gradient is about zero may move more
 LOSS, ADAPTER = 1e-5, 2e-6
+SHARDED_ADAPTER = 1e-5  # one process has accelerations that a sharded base goes without, and they round otherwise
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def run(tmp_path, sources, monkeypatch):
     return in_processes
 
 
-def close(found: dict, alone: dict) -> None:
+def close(found: dict, alone: dict, adapter: float = ADAPTER) -> None:
     losses, adapters = gaps(found, alone)
     assert losses < LOSS
-    assert adapters < ADAPTER
+    assert adapters < adapter
 
 
 def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
@@ -71,6 +72,7 @@ def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [2, 3])
 def test_each_kind_in_several_processes(run, sources, tmp_path, count):
     kinds = [
@@ -80,6 +82,8 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
         "preference, KTO",
         "NEFTune",
         "distillation, cohort of 3",
+        "float16",
+        "bfloat16",
         "NF4",
         "NF4, cohort of 3",
     ]
@@ -89,18 +93,21 @@ def test_each_kind_in_several_processes(run, sources, tmp_path, count):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [2, 3])
 def test_each_kind_on_a_sharded_base(run, sources, tmp_path, count):
     found = run(count, *(f"{kind}: sharded" for kind in SHARDED))
     for place, kind in enumerate(SHARDED):
-        close(found[f"{kind}: sharded"], train_kind(kind, sources, tmp_path / str(place)))
+        close(found[f"{kind}: sharded"], train_kind(kind, sources, tmp_path / str(place)), SHARDED_ADAPTER)
 
 
 @pytest.mark.long
-def test_a_sharded_4_bit_base_is_the_whole_one_over_many_steps(run):
-    found = run(2, "longer", "longer_sharded")
-    assert len(found["longer"]["losses"][0]) == 25
-    losses, adapters = gaps(found["longer_sharded"], found["longer"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["NF4", "bfloat16"])
+def test_a_sharded_base_is_the_whole_one_over_many_steps(run, kind):
+    whole, sharded = run(2, f"{kind}: longer", f"{kind}: longer, sharded").values()
+    assert len(whole["losses"][0]) == 25
+    losses, adapters = gaps(sharded, whole)
     assert losses <= 1e-6
     assert adapters <= 1e-6
 
@@ -130,6 +137,7 @@ def adapter(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_process_that_hangs_ends_the_run_in_time(command, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     hanging = [sys.executable, str(DYING), "step", "5", "1", "STOP", *command, f"run_dir={tmp_path}/run"]
@@ -140,6 +148,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(command, tmp_path, monkeypatc
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_of_two_goes_on_with_one_or_three(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     whole = tmp_path / "whole"
@@ -153,6 +162,7 @@ def test_a_run_of_two_goes_on_with_one_or_three(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_sweep_in_two_processes_is_ranked_as_in_one(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     points = ["-m", "optim.lr=0.001,0.0001,0.002"]  # larger rates enlarge the rounding of gradients near zero
@@ -166,6 +176,7 @@ def test_a_sweep_in_two_processes_is_ranked_as_in_one(command, tmp_path, monkeyp
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_sharded_run_ends_as_any_other(command, tmp_path, monkeypatch):
     """Its adapter is that of a whole base; it is merged; a stopped one goes on in one process, which has the whole base."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

@@ -66,16 +66,6 @@ def sharded(sources: Sources, folder: Path) -> dict:
     return train_kind("NF4", sources, folder, ["hardware.shard=true"])
 
 
-def longer(sources: Sources, folder: Path, *more: str) -> dict:
-    """Twenty steps on a 4-bit base, with evaluations in between; nothing is left out for a sharded one."""
-    told = ["train.max_steps=20", "train.epochs=5", "train.eval_steps=4", "speed=plain", "optim.lr=1e-3"]
-    return train_kind("NF4", sources, folder, [*told, *more])
-
-
-def longer_sharded(sources: Sources, folder: Path) -> dict:
-    return longer(sources, folder, "hardware.shard=true")
-
-
 def unguarded(sources: Sources, folder: Path) -> str:
     """They do, and bitsandbytes repacks weights where it likes."""
 
@@ -114,9 +104,11 @@ def dies(sources: Sources, folder: Path) -> dict:
     return {}
 
 
-SCENES = {
-    one.__name__: one for one in (unlike, fails, short_of_memory, sharded, longer, longer_sharded, unguarded, dies)
-}
+SCENES = {one.__name__: one for one in (unlike, fails, short_of_memory, sharded, unguarded, dies)}
+SHARD = ["hardware.shard=true"]
+# many steps, with evaluations in between; nothing is left out for a sharded base
+LONGER = ["train.max_steps=20", "train.epochs=5", "train.eval_steps=4", "speed=plain", "optim.lr=1e-3"]
+WAYS = {"": [], "sharded": SHARD, "longer": LONGER, "longer, sharded": [*LONGER, *SHARD]}  # behind a kind and a colon
 
 
 def main(out: str, sources: str, *scenes: str) -> None:
@@ -127,7 +119,7 @@ def main(out: str, sources: str, *scenes: str) -> None:
             own = Path(folder) / str(place)
             kind, _, way = scene.partition(": ")
             made = (
-                train_kind(kind, Sources(Path(sources)), own, ["hardware.shard=true"] if way == "sharded" else [])
+                train_kind(kind, Sources(Path(sources)), own, WAYS[way])
                 if kind in KINDS
                 else SCENES[scene](Sources(Path(sources)), own)
             )

@@ -98,6 +98,10 @@ def test_the_plan_verb_names_mistakes(overrides, capsys):
     assert cli.main(["plan", *overrides, "probe=yes"]) == 2
     assert cli.main(["plan", *overrides, "adapter.target_modules=[kproj]"]) == 2
     assert "matches no linear layer" in capsys.readouterr().err
+    assert cli.main(["plan", *overrides, "hardware.shard=true"]) == 2
+    assert "is not known. Set hardware.processes=N." in capsys.readouterr().err
+    assert cli.main(["plan", *overrides, "hardware.shard=true", "hardware.processes=2", "probe=true"]) == 2
+    assert "probe=true: trains in one process" in capsys.readouterr().err
 
 
 @pytest.mark.long

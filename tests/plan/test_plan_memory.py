@@ -10,6 +10,7 @@ import torch
 
 from lora_lab.adapters.attach import attach, trainable
 from lora_lab.base import load
+from lora_lab.base.layers import layers_of
 from lora_lab.plan import memory, on_card, skeletons
 from lora_lab.plan.memory import Shape
 from lora_lab.run import prepared as stages
@@ -89,6 +90,25 @@ def test_checkpointing_needs_less_and_evaluation_too(config_of):
     assert saving.activations < 0.7 * plain.activations
     assert plain.phases["evaluation"] < plain.phases["train"] == plain.peak
     assert plain.peak_phase == "train"
+
+
+@pytest.mark.parametrize(("quant", "count"), [pytest.param("none", 2, marks=pytest.mark.long), ("nf4", 4)])
+def test_a_process_holds_its_part_of_a_sharded_base(config_of, quant, count):
+    told = ["speed=plain", f"quant={quant}"]
+    sharded = config_of(*told, "hardware.shard=true", f"hardware.processes={count}")
+    whole, found = (_estimate(one, device="cuda") for one in (config_of(*told), sharded))
+    model = _real(config_of(*told)).get_base_model()
+    layers = [
+        sum(skeletons.nbytes(one) for name, one in layer.named_parameters() if "lora_" not in name)
+        for layer in layers_of(model)
+    ]
+    elsewhere = sum(layers) * (count - 1) // count
+    assert found.base == whole.base - elsewhere
+    assert found.gathered == 2 * max(layers)
+    assert found.phases["train"] == whole.phases["train"] - elsewhere + found.gathered
+    on_cpu = _estimate(sharded)
+    assert on_cpu.base + on_cpu.mapped_file == found.base
+    assert on_cpu.phases["load"] > on_cpu.base + elsewhere  # each process reads all of it
 
 
 def test_phases_are_those_that_the_run_has(config_of):

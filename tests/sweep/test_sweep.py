@@ -22,7 +22,7 @@ from lora_lab.config import compose
 from lora_lab.errors import ConfigError, RunError, TrainingError
 from lora_lab.run import pipeline
 from lora_lab.runtime import storage
-from lora_lab.sweep import cohort, halving, jobs, nodes, ranking
+from lora_lab.sweep import cohort, engines, halving, jobs, nodes, ranking
 from lora_lab.sweep.budget import Budget
 from lora_lab.training import loop, sharing
 
@@ -624,7 +624,7 @@ def test_each_worker_of_this_machine_sees_its_own_card(points, tmp_path, monkeyp
     shim = tmp_path / "python"  # in the place of the interpreter: says what the worker's process sees
     shim.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > "{tmp_path}/seen-by-${{5#members=}}"\n')
     shim.chmod(0o755)
-    monkeypatch.setattr(nodes, "sys", types.SimpleNamespace(executable=str(shim)))
+    monkeypatch.setattr(engines, "sys", types.SimpleNamespace(executable=str(shim)))
     found = jobs.jobs_of(points(["adapter.r=2", "hardware=auto"], ["adapter.r=4", "hardware=auto"]))
     nodes.train(found, jobs.Nodes("local", None, {"timeout_min": 10}))
     assert [(tmp_path / f"seen-by-{name}").read_text().strip() for name in "01"] == list(own)
@@ -633,21 +633,22 @@ def test_each_worker_of_this_machine_sees_its_own_card(points, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("workers", "parameters", "device", "refused"),
+    ("executor", "workers", "parameters", "device", "refused"),
     [
-        (3, {}, "auto", r"hydra\.launcher\.workers=3: .* has 2\. Set hydra\.launcher\.workers=2"),
-        (2, {"gpus_per_node": 1}, "auto", r"hydra\.launcher\.parameters\.gpus_per_node: each worker"),
-        (2, {"visible_gpus": [1]}, "cuda", r"hydra\.launcher\.parameters\.visible_gpus: each worker"),
-        (2, {}, "cuda:1", r"hardware\.device=cuda:1: each worker .* hardware\.device=cuda;"),
+        ("local", 3, {}, "auto", r"hydra\.launcher\.workers=3: .* has 2\. Set hydra\.launcher\.workers=2"),
+        ("local", 2, {"gpus_per_node": 1}, "auto", r"hydra\.launcher\.parameters\.gpus_per_node: each worker"),
+        ("local", 2, {"visible_gpus": [1]}, "cuda", r"hydra\.launcher\.parameters\.visible_gpus: each worker"),
+        ("local", 2, {}, "cuda:1", r"hardware\.device=cuda:1: each worker .*_local .* hardware\.device=cuda\."),
+        ("ray", 2, {}, "cuda:1", r"hardware\.device=cuda:1: each worker .*_ray .* hardware\.device=cuda\."),
     ],
 )
 @pytest.mark.usefixtures("two_cards")
-def test_workers_without_a_card_of_their_own_are_refused(points, workers, parameters, device, refused):
+def test_workers_without_a_card_of_their_own_are_refused(points, executor, workers, parameters, device, refused):
     found = jobs.jobs_of(
         points(["adapter.r=2", f"hardware.device={device}"], ["adapter.r=4", f"hardware.device={device}"])
     )
     with pytest.raises(ConfigError, match=refused):
-        nodes.train(found, jobs.Nodes("local", workers, parameters))
+        nodes.train(found, jobs.Nodes(executor, workers, parameters))
     assert not any(job.run.path.exists() for job in found)
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from lora_lab import cli
-from lora_lab.errors import CheckpointError, Interrupted, RunError
+from lora_lab.errors import CheckpointError, Interrupted, ProcessError, RunError
 from lora_lab.run import pipeline
 from lora_lab.run.prepared import prepare
+from lora_lab.runtime import ranks
 from lora_lab.runtime.tracking import MetricsLog
 from lora_lab.tasks.causal_lm.task import CausalLM
 from lora_lab.training import checkpoint
@@ -114,6 +115,22 @@ def test_resume_falls_back_to_the_newest_valid_checkpoint(whole, tmp_path, monke
         file.write('{"step": 8, "lo')  # a line torn by a power cut
     pipeline.resume(str(folder), [])
     assert "optimizer.safetensors" in capsys.readouterr().out
+    assert digests(folder) == expected
+
+
+def test_an_evaluation_in_which_another_process_was_lost_is_made_after_all(whole, tmp_path, monkeypatch):
+    expected, start = whole
+
+    def lose(*_):
+        raise ProcessError("process 1: has ended")
+
+    with monkeypatch.context() as patch, pytest.raises(ProcessError):
+        patch.setattr(CausalLM, "measure", lose)
+        patch.setattr(ranks, "lost", lambda: True)
+        start("lost")
+    folder = tmp_path / "lost"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-5"]
+    pipeline.resume(str(folder), [])
     assert digests(folder) == expected
 
 
