@@ -64,6 +64,11 @@ class TaskSection:
         return self.chat and self.generates
 
     @property
+    def templated(self) -> bool:
+        """Whether its texts are rendered by the chat template."""
+        return self.chat
+
+    @property
     def one_class(self) -> bool:
         """Whether each row has one class of few, and its model gives each class a probability."""
         return False
@@ -82,8 +87,7 @@ class TaskSection:
         """A sentence for each value that is fine alone, but not beside others of the run."""
         return []
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         """The objective itself, with torch behind it."""
         raise NotImplementedError
 

@@ -96,8 +96,7 @@ class EmbeddingConfig(TaskSection):
             found.append("task.corpus: needs held-out rows. Set data.eval=FILE or data.eval_ratio=0.1.")
         return found
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.embedding.task import Embedding
 
         return Embedding
