@@ -59,6 +59,11 @@ class TaskSection:
         return None
 
     @property
+    def apart(self) -> str | None:
+        """A column of its encoder's own: training rows that are equal there come into different steps; None: any come together."""
+        return None
+
+    @property
     def answers(self) -> bool:
         """Whether its model can be asked in messages."""
         return self.chat and self.generates

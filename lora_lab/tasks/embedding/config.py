@@ -69,6 +69,11 @@ class EmbeddingConfig(TaskSection):
     compares_distributions: ClassVar[bool] = False
 
     @property
+    def apart(self) -> str | None:
+        """Equal documents are no negatives of each other, so that a step of other ones says more."""
+        return "document" if self.loss == "infonce" else None
+
+    @property
     def formats(self) -> tuple[str, ...]:
         return ("retrieval",) if self.loss == "infonce" else ("scored_pair",)
 
