@@ -32,7 +32,7 @@ import torch
 import transformers
 import yaml
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 from transformers import (
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
@@ -146,13 +146,21 @@ class Script:
             "disable_tqdm": True,
         }
 
-    def train(self, model: torch.nn.Module, features: list[Row], collator: Callable) -> None:
+    def train(
+        self, model: torch.nn.Module, features: list[Row], collator: Callable, loss: Callable | None = None
+    ) -> None:
+        """With the model's own loss, or with one that is called with the model and a batch."""
         arguments = TrainingArguments(
             **self.arguments(len(features)),
-            label_smoothing_factor=self.config.task.label_smoothing,
+            label_smoothing_factor=getattr(self.config.task, "label_smoothing", 0.0),
             remove_unused_columns=False,
         )
-        self.run(Trainer(model=model, args=arguments, train_dataset=features, data_collator=collator))
+        trainer = _OwnLoss if loss is not None else Trainer
+        made = trainer(model=model, args=arguments, train_dataset=features, data_collator=collator)
+        if loss is not None:
+            made.own_loss = loss
+            made.model_accepts_loss_kwargs = False  # it is a mean over the batch
+        self.run(made)
 
     def run(self, trainer: Trainer) -> None:
         """Train, and remember what there is to tell of it."""
@@ -216,6 +224,15 @@ class Script:
             answers = done if model.config.is_encoder_decoder else done[:, batch["input_ids"].shape[1] :]
             texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
+
+
+class _OwnLoss(Trainer):
+    """A trainer that is given the loss."""
+
+    own_loss: Callable
+
+    def compute_loss(self, model: torch.nn.Module, inputs: Row, *_: Any, **__: Any) -> torch.Tensor:
+        return self.own_loss(model, inputs)
 
 
 def _read(path: str) -> list[Row]:
@@ -377,7 +394,7 @@ def _candidates(
 # -- language models ------------------------------------------------------------------------------------------------------
 
 
-def causal_lm(script: Script) -> Metrics:
+def causal_lm(script: Script, own_loss: Callable | None = None) -> Metrics:
     """Chats, of which the answers are learned: labels before the answer are ignored."""
     model = script.adapted(transformers.AutoModelForCausalLM, "CAUSAL_LM")
     tokenizer = script.tokenizer
@@ -397,7 +414,7 @@ def causal_lm(script: Script) -> Metrics:
         }
 
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED)
-    script.train(model, [encoded(row) for row in script.train_rows], collator)
+    script.train(model, [encoded(row) for row in script.train_rows], collator, own_loss)
     loss, accuracy = script.token_metrics(model, [encoded(row) for row in script.eval_rows], collator, shift=1)
     found = {"loss": loss, "perplexity": metrics.perplexity(loss), "token_accuracy": accuracy}
     turns = [_turns(row) for row in script.eval_rows[: script.config.task.generate_rows]]
@@ -419,6 +436,25 @@ def _turns(row: Row) -> tuple[str, str]:
 def _prompt(script: Script, text: str) -> str:
     turns = [{"role": "user", "content": text}]
     return script.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def distillation(script: Script) -> Metrics:
+    """Of the base itself, whose logits are computed anew in every step: the KL divergence of the whole distribution and the usual loss."""
+    task = script.config.task
+    if (task.teacher, task.divergence) != ("base", "forward_kl"):
+        raise SystemExit("task=distillation: only the forward divergence from the base itself is written here.")
+
+    def loss(model: torch.nn.Module, batch: Row) -> torch.Tensor:
+        labels = batch.pop("labels")[:, 1:]
+        kept = labels != _IGNORED
+        own = model(**batch).logits[:, :-1][kept].float()
+        with torch.no_grad(), model.disable_adapter():
+            said = model(**batch).logits[:, :-1][kept].float()
+        said, mine = (log_softmax(one / task.temperature, -1) for one in (said, own))
+        apart = kl_div(mine, said, reduction="batchmean", log_target=True) * task.temperature**2
+        return task.kd_ratio * apart + (1 - task.kd_ratio) * cross_entropy(own, labels[kept])
+
+    return causal_lm(script, loss)
 
 
 def completion(script: Script) -> Metrics:
@@ -509,6 +545,77 @@ def seq2seq(script: Script) -> Metrics:
     return found
 
 
+# -- queries and documents ----------------------------------------------------------------------------------------------
+
+
+def embedding(script: Script) -> Metrics:
+    """In-batch negatives in both directions on mean-pooled states. Equal documents of a batch are taken for negatives, as nothing masks
+    them."""
+    model = script.adapted(transformers.AutoModel, "FEATURE_EXTRACTION")
+    limit, temperature = script.config.data.max_tokens, script.config.task.temperature
+
+    def vectors(texts: list[str]) -> torch.Tensor:
+        batch = script.tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        batch = batch.to(script.device)
+        states, mask = model(**batch).last_hidden_state.float(), batch["attention_mask"][..., None]
+        return normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def loss(_: torch.nn.Module, batch: Row) -> torch.Tensor:
+        scores = vectors(batch["query"]) @ vectors(batch["positive"]).T / temperature
+        right = torch.arange(len(scores), device=scores.device)
+        return (cross_entropy(scores, right) + cross_entropy(scores.T, right)) / 2
+
+    def collated(rows: list[Row]) -> Row:
+        return {name: [row[name] for row in rows] for name in ("query", "positive")}
+
+    script.train(model, script.train_rows, collated, loss)
+    model.eval()
+    right: dict[str, set[str]] = {}
+    for row in script.eval_rows:
+        right.setdefault(row["query"], set()).add(row["positive"])
+    documents = sorted({text for texts in right.values() for text in texts})
+    with torch.no_grad(), script.autocast():
+        there = torch.cat([vectors([text]) for text in documents])
+        scores = torch.cat([vectors([query]) for query in right]) @ there.T
+    ranks = []
+    for own, texts in zip(scores, right.values(), strict=True):
+        order = [documents[place] for place in own.argsort(descending=True).tolist()]
+        ranks.append([order.index(text) + 1 for text in texts])
+    return metrics.retrieval(ranks)
+
+
+def reranker(script: Script) -> Metrics:
+    """Each document of a row beside the query; the first is told from the others."""
+    model = script.adapted(transformers.AutoModelForSequenceClassification, "SEQ_CLS", num_labels=1)
+    limit = script.config.data.max_tokens
+
+    def encoded(row: Row) -> Row:
+        others = row["negatives"] if "negatives" in row else [row["negative"]]
+        pairs = [(row["query"], document) for document in (row["positive"], *others)]
+        return {"pairs": [script.tokenizer(*pair, truncation="only_second", max_length=limit) for pair in pairs]}
+
+    padded = DataCollatorWithPadding(script.tokenizer)
+
+    def collated(features: list[Row]) -> Row:
+        flat = [pair for feature in features for pair in feature["pairs"]]
+        return {**padded(flat), "counts": torch.tensor([len(feature["pairs"]) for feature in features])}
+
+    def scores(model: torch.nn.Module, batch: Row) -> tuple[torch.Tensor, ...]:
+        counts = batch.pop("counts").tolist()
+        return model(**batch).logits[:, 0].float().split(counts)
+
+    def listwise(found: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        first = torch.zeros(1, dtype=torch.int64, device=found[0].device)
+        return torch.stack([cross_entropy(own[None], first) for own in found]).mean()
+
+    script.train(model, [encoded(row) for row in script.train_rows], collated, lambda *given: listwise(scores(*given)))
+    model.eval()
+    with torch.no_grad(), script.autocast():
+        found = tuple(own.cpu() for row in script.eval_rows for own in scores(model, collated([encoded(row)]).copy()))
+    ranks = [[1 + int((own[1:] >= own[0]).sum())] for own in found]
+    return {"loss": listwise(found).item(), **metrics.retrieval(ranks)}
+
+
 # -- judgements -----------------------------------------------------------------------------------------------------------
 
 
@@ -595,7 +702,7 @@ _TASKS = {
     function.__name__: function
     for function in (
         classification, regression, token_classification, question_answering, causal_lm, completion, masked_lm, seq2seq,
-        preference, reward,
+        preference, reward, embedding, reranker, distillation,
     )
 }  # fmt: skip
 

@@ -132,6 +132,20 @@ CASES = {
         {"accuracy": "higher"},
         needs="trl",
     ),
+    "retrieval_zh": Case(
+        ["data.max_train_rows=160", "data.max_eval_rows=60", "data.max_tokens=96"],
+        {"mrr@10": "higher"},
+    ),
+    "rerank": Case(
+        ["data.max_train_rows=120", "data.max_tokens=96"],
+        {"loss": "lower", "mrr@10": "higher"},
+    ),
+    "distilled": Case(
+        [
+            "model=smollm2_135m", "task.teacher=base", "data.max_train_rows=150", "data.eval_ratio=0.2", "data.max_tokens=96",
+        ],
+        {"perplexity": "lower"},
+    ),
 }  # fmt: skip
 
 

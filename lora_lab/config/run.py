@@ -349,12 +349,11 @@ def _task_contradictions(config: RunConfig) -> list[str]:
         found.append(
             f"train.rdrop_alpha: compares distributions over classes or tokens, and task={task.name} has none."
         )
-    if not task.chat:
-        found += [
-            f"data.{name}: no effect with task={task.name}, which renders no conversation. Drop it."
-            for name in ("supervise", "chat_template_kwargs")
-            if getattr(data, name) != default_of(data, name)
-        ]
+    found += [
+        f"data.{name}: no effect with task={task.name}, which renders no conversation. Drop it."
+        for name, used in (("supervise", task.chat), ("chat_template_kwargs", task.templated))
+        if not used and getattr(data, name) != default_of(data, name)
+    ]
     if data.clean and not task.cleans:
         found.append(
             f"data.clean: no effect with task={task.name}, whose labels belong to places of the text. Drop it, and clean the file itself."

@@ -95,6 +95,12 @@ class Dataset:
             content.update(self.starts.tobytes())
         return content.hexdigest()
 
+    def numbered(self, column: str) -> np.ndarray:
+        """[n] int64: a number for each item, equal where the first examples have the same in a column."""
+        firsts = self.chosen if self.starts is None else self.chosen[self.starts[:-1]]
+        values = self.table.column(column).combine_chunks().dictionary_encode()
+        return values.indices.to_numpy()[firsts].astype(np.int64)
+
     @property
     def labels(self) -> list[str]:
         """All labels of the rows, sorted; of a task that has a column of them."""

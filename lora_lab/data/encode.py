@@ -105,6 +105,7 @@ class Encoder:
     """Encodes rows by one configuration, with one tokenizer."""
 
     chat = False  # it renders conversations
+    templated = False  # it encodes no conversations, but renders its texts by the chat template all the same
     blocks = False  # short rows are put together up to data.max_tokens
     task_options: ClassVar[tuple[str, ...]] = ()  # fields of the task's section that decide what an example is
     kept_together: ClassVar[str | None] = None  # of its own columns: rows that are equal there are held out together

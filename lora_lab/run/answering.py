@@ -170,7 +170,7 @@ def asked(setup: Setup, row: Row, name: str) -> str | list[Example]:
     [outcome] = setup.encoder.encode([Row(row.number, values)], name, format_name)
     if outcome.problem is not None:
         raise RowError(outcome.problem, outcome.sentence)
-    return [example for example in outcome.examples if not example.copy]
+    return [setup.task.without_label(example) for example in outcome.examples if not example.copy]
 
 
 def _asked_or_why(setup: Setup, row: Row, name: str) -> str | list[Example] | DataError:

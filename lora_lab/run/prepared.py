@@ -96,9 +96,10 @@ def find_base(config: RunConfig, recorded: dict[str, Any] | None = None, weights
     encoder = task.encoder_class(config.data, config.task, tokenizer, vocab_size)
     if encoder.augmenter is not None:
         encoder.augmenter.device = load.torch_device(config.hardware)
-    if isinstance(encoder, ChatEncoder):
-        encoder.template.check_variables()
-    base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat))
+    rendering = _rendering(encoder)
+    if rendering is not None:
+        rendering.template.check_variables()
+    base = dataclasses.replace(base, companions=companions(base.folder, tokenizer, encoder.chat or encoder.templated))
     return ResolvedBase(base, kind, model, targets, encoder)
 
 
@@ -289,9 +290,14 @@ def say_base(config: RunConfig, base: BaseFiles, device: torch.device) -> None:
     console.say("base", f"{base.name}, {config.model.dtype}, quant {how}, on {device}")
 
 
+def _rendering(encoder: Encoder) -> ChatEncoder | None:
+    """What renders conversations, or texts that are put into some; None: nothing does."""
+    return encoder if isinstance(encoder, ChatEncoder) else getattr(encoder, "rendering", None)
+
+
 def say_template(encoder: Encoder) -> None:
     """Tell of a template that is not the base's own, or not as it was."""
-    rendering: Any = encoder if encoder.chat else getattr(encoder, "rendering", None)
+    rendering = _rendering(encoder)
     if rendering is None:
         return
     put = rendering.template.put_before

@@ -195,12 +195,12 @@ def open_base(config: RunConfig) -> Opened:
 
 def _task(name: str, own: Any) -> Any:
     """The section of a task if such a base can be trained for it."""
-    kind: Any = TASKS[name]
+    section: Any = TASKS[name]()
     try:
-        kind.load().check_base(own)
+        section.load().check_base(own)
     except BaseModelError:
         return None
-    return kind()
+    return section
 
 
 class Shelf:

@@ -205,7 +205,7 @@ class Task(Generic[Section, B]):
         """
         if cls.takes(config):
             return
-        fitting = [name for name, section in TASKS.items() if section.load().takes(config)]
+        fitting = [name for name, section in TASKS.items() if section().load().takes(config)]
         if fitting:  # else transformers says what it is
             raise BaseModelError(
                 f"model.path: transformers cannot build {AS[cls.auto_class]} from {config.model_type}"
@@ -402,6 +402,10 @@ class Task(Generic[Section, B]):
         """
         raise NotImplementedError
 
+    def without_label(self, example: Example) -> Example:
+        """An example of `unlabelled` without what stands in the place of its label and the model would read for nothing."""
+        return example
+
     @torch.no_grad()
     def predict(self, model: PeftModel, examples: list[Example]) -> list[tuple[float, dict[str, Any]]]:
         """What the model says of each example (see `unlabelled`), as plain values, and how sure it is of that beside other examples of
@@ -479,6 +483,13 @@ class Task(Generic[Section, B]):
 
 
 AnyTask: TypeAlias = Task[Any, Any]  # to those who know no task by name
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration sees what comes behind a token, so that it cannot predict it."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def logits_at(

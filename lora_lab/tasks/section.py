@@ -59,9 +59,19 @@ class TaskSection:
         return None
 
     @property
+    def apart(self) -> str | None:
+        """A column of its encoder's own: training rows that are equal there come into different steps; None: any come together."""
+        return None
+
+    @property
     def answers(self) -> bool:
         """Whether its model can be asked in messages."""
         return self.chat and self.generates
+
+    @property
+    def templated(self) -> bool:
+        """Whether its texts are rendered by the chat template."""
+        return self.chat
 
     @property
     def one_class(self) -> bool:
@@ -82,8 +92,7 @@ class TaskSection:
         """A sentence for each value that is fine alone, but not beside others of the run."""
         return []
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         """The objective itself, with torch behind it."""
         raise NotImplementedError
 

@@ -27,6 +27,8 @@ class BatchPlan:
     seed: int
     mixture: Mixture | None = None
     micro_batch_tokens: int | None = None  # see `filled`; a step's rows are known by number here, so the loop does it
+    # [num_examples] a number for each: examples of one number come into different steps, as far as there are steps
+    groups: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,13 +42,32 @@ class BatchPlan:
     def step(self, step: int) -> list[np.ndarray]:
         """Example numbers of optimizer step `step` (from 0), as micro-batches."""
         epoch, offset = divmod(step, self.steps_per_epoch)
-        chosen = self._order(epoch)[offset * self.batch_size : (offset + 1) * self.batch_size]
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(epoch)
+        chosen = self._orders[epoch][offset * self.batch_size : (offset + 1) * self.batch_size]
         return [chosen[i : i + self.micro_batch_size] for i in range(0, len(chosen), self.micro_batch_size)]
+
+    @functools.cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        """The examples of the epoch that was asked for last."""
+        return {}
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.mixture is None:
-            return _permutation(self.num_examples, self.seed, epoch)
-        return _mixed(self.mixture, self.seed, epoch)
+            order = _permutation(self.num_examples, self.seed, epoch)
+        else:
+            order = _mixed(self.mixture, self.seed, epoch)
+        return order if self.groups is None else self._parted(order, self.groups[order], epoch)
+
+    def _parted(self, order: np.ndarray, groups: np.ndarray, epoch: int) -> np.ndarray:
+        """The same examples, group after group, dealt to the steps in turn."""
+        steps, size = self.steps_per_epoch, self.batch_size
+        last = len(order) - (steps - 1) * size  # examples of the last step, which are at most as many as another has
+        turns = np.concatenate([np.tile(np.arange(steps), last), np.tile(np.arange(steps - 1), size - last)])
+        _, numbers = np.unique(groups, return_inverse=True)
+        ranks = np.random.default_rng([self.seed, epoch, 5]).permutation(len(order))
+        return order[np.argsort(ranks[numbers], kind="stable")][np.argsort(turns, kind="stable")]
 
     def dropout_seed(self, step: int) -> int:
         """Seed of everything random inside step `step`."""
@@ -67,7 +88,9 @@ def plan_of(config: RunConfig, data: Dataset | Stream) -> BatchPlan:
     """The batches of a run on its training rows."""
     train = config.train
     rows = train.micro_batch_size or train.batch_size
-    return BatchPlan(len(data), train.batch_size, rows, config.seed, data.mixture, train.micro_batch_tokens)
+    apart = config.task.apart if isinstance(data, Dataset) else None
+    groups = None if apart is None else data.numbered(apart)
+    return BatchPlan(len(data), train.batch_size, rows, config.seed, data.mixture, train.micro_batch_tokens, groups)
 
 
 def filled(lengths: Sequence[int], rows: int, tokens: int, padded: bool = False) -> list[slice]:

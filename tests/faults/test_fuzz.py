@@ -337,7 +337,7 @@ def test_values_of_rows(task, times, tokenizer):
         name, rows = what
         rows = [{**dict.fromkeys(FORMATS[name].columns, "red"), **row} for row in rows]
         if task not in encoders:
-            encoders[task] = TASKS[task].load().encoder_class(DataConfig(train="-"), TASKS[task](), tokenizer)
+            encoders[task] = TASKS[task]().load().encoder_class(DataConfig(train="-"), TASKS[task](), tokenizer)
         from lora_lab.data.sources import checked
 
         for outcome in encoders[task].encode([checked(Row(n, row)) for n, row in enumerate(rows, 1)], "rows", name):
@@ -403,6 +403,6 @@ def test_bytes_of_files_of_rows(kind, times, tokenizer, tmp_path_factory, monkey
         file = place / f"rows.{kind}"
         file.write_bytes(content[:at] + new + content[at + gone :])
         config = DataConfig(train=str(file), unusable=policy)
-        build.build(config, TASKS[task].load().encoder_class(config, TASKS[task](), tokenizer))
+        build.build(config, TASKS[task]().load().encoder_class(config, TASKS[task](), tokenizer))
 
     fuzz(12 * times, damage, use)

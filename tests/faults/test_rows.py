@@ -29,11 +29,8 @@ def tokenizer(tmp_path_factory):
 
 def encoder_of(task: str, tokenizer, file: Path | Source, multi_label: bool = False, **options) -> Encoder:
     config = DataConfig(train=[file] if isinstance(file, Source) else str(file), max_tokens=4096, **options)
-    return (
-        TASKS[task]
-        .load()
-        .encoder_class(config, TASKS[task](**({"multi_label": True} if multi_label else {})), tokenizer)
-    )
+    section = TASKS[task](**({"multi_label": True} if multi_label else {}))
+    return section.load().encoder_class(config, section, tokenizer)
 
 
 def rows_of(task: str, tokenizer, file: Path | Source, multi_label: bool = False, **options):

@@ -49,7 +49,8 @@ def test_every_metric_that_a_task_can_report_has_a_direction():
     found = set()
     for own, more in itertools.product(TASKS.values(), options):
         known = {key: value for key, value in more.items() if key in own.__pydantic_fields__}
-        found |= set(own.load().reported(own(**known)))
+        section = own(**known)
+        found |= set(section.load().reported(section))
     assert {"bleu", "rougeL", "valid_json", "spearman", "hamming_loss", "masked_accuracy"} <= found
     assert {name for name in found if metrics.lower_is_better(name)} == LOWER
     assert set(metrics._LOWER) == found  # and none is declared that no task reports

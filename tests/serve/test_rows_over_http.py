@@ -14,13 +14,13 @@ from tests.serve.conftest import at_once, client_of, held, serving, stop
 LABELS = ("cat", "dog")
 
 
-def trained(base, folder, name: str, task: str, rows: list[dict]):
+def trained(base, folder, name: str, task: str, rows: list[dict], *more: str):
     """A run of two steps."""
     file = write_jsonl(folder / f"{name}.jsonl", rows)
     told = [
         "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
         f"task={task}", f"data.train={file}", "train.batch_size=4", "train.max_steps=2", "adapter.r=2", "optim.lr=0.01",
-        f"run_dir={folder}/{name}",
+        f"run_dir={folder}/{name}", *more,
     ]  # fmt: skip
     assert cli.main(["train", *told]) == 0
     return folder / name
@@ -89,12 +89,15 @@ def test_heads_of_many_kinds_on_one_base(runs):
 
 
 @pytest.mark.long
-def test_documents_come_in_the_order_of_a_rerankers_scores(base, tmp_path):
+@pytest.mark.parametrize(
+    "more", [(), ("task.score=yes_no", "task.yes_word=y", "task.no_word=n")], ids=["head", "yes_no"]
+)
+def test_documents_come_in_the_order_of_a_rerankers_scores(more, base, tmp_path):
     """As `predict` scores them; fields as clients of other rerankers know them."""
     candidates = [
         {"query": row["prompt"], "positive": row["completion"], "negatives": ["table lamp"]} for row in make_rows(8)
     ]
-    run = trained(base, tmp_path, "reranks", "reranker", candidates)
+    run = trained(base, tmp_path, "reranks", "reranker", candidates, *more)
     documents = ["red cat", {"text": "table lamp Oslo Graz"}, "one two"]
     service = serving([run])
     try:
@@ -116,7 +119,10 @@ def test_documents_come_in_the_order_of_a_rerankers_scores(base, tmp_path):
         assert best["results"][0]["document"] == {"text": text if isinstance(text, str) else text["text"]}
         assert "document" not in found["results"][0]
         assert wrong.status_code == 400
-        assert "is not asked at /v1/classify but at /v1/rerank" in elsewhere.json()["error"]["message"]
+        routes = (
+            "/v1/completions, /v1/rerank" if more else "/v1/rerank"
+        )  # one that answers yes or no is a language model
+        assert f"is not asked at /v1/classify but at {routes}" in elsewhere.json()["error"]["message"]
     finally:
         stop(service)
 

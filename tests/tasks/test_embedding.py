@@ -47,13 +47,16 @@ def learned(task, model, parts) -> tuple[float, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["embedding", "embedding-cosent"])
-def test_negatives_are_of_the_whole_step(case, start):  # noqa: F811
-    """64 rows at once, in 8 micro-batches, and one by one: the same loss and gradient."""
-    ready, model = made_ready(start, case=case)
+@pytest.mark.parametrize(("rows", "sizes"), [(ROWS, (8, 1)), (256, (32,))])
+def test_negatives_are_of_the_whole_step(case, rows, sizes, start):  # noqa: F811
+    """64 rows at once, in 8 micro-batches, and one by one; 256 rows at once and in 8 micro-batches of 32: the same loss and gradient,
+    to the rounding of float32 sums in another order (1e-5 of the loss, and of the largest gradient)."""
+    ready, model = made_ready(start, case=case, rows=rows)
     model.eval()
     examples = list(ready.train)
+    assert len(examples) == rows
     whole = learned(ready.task, model, [examples])
-    for size in (8, 1):
+    for size in sizes:
         parts = [examples[place : place + size] for place in range(0, len(examples), size)]
         loss, gradient = learned(ready.task, model, parts)
         assert loss == pytest.approx(whole[0], rel=1e-5)

@@ -228,6 +228,9 @@ CASES = {
     "embedding-decoder": (["task=embedding", "task.symmetric=false"], "llama", found_row, "loss", True),
     "reranker": (["task=reranker"], "bert", candidates_row, "mrr@10", False),
     "reranker-decoder": (["task=reranker", "task.loss=binary"], "llama", candidates_row, "loss", True),
+    "reranker-yes_no": (
+        ["task=reranker", "task.score=yes_no", "task.yes_word=y", "task.no_word=n", "task.instruction=a"], "llama", candidates_row, "loss", True
+    ),
     "embedding-cosent": (["task=embedding", "task.loss=cosent"], "bert", alike_row, "loss", True),
     "embedding-angle": (["task=embedding", "task.loss=angle", "task.temperature=1"], "bert", alike_row, "loss", True),
 }  # fmt: skip
@@ -235,7 +238,7 @@ CASES = {
 _LONG_CASES = (
     "masked_lm-words", "regression-decoder", "token_classification-decoder", "preference-ipo", "preference-simpo", "preference-orpo",
     "reward-decoder", "classification-weights", "classification-decoder", "classification-several", "preference-kto", "completion",
-    "embedding-decoder", "embedding-angle", "embedding-cosent", "reranker-decoder", "distillation",
+    "embedding-decoder", "embedding-angle", "embedding-cosent", "reranker-decoder", "reranker-yes_no", "distillation",
 )  # fmt: skip
 STEPS = 30
 
@@ -291,7 +294,7 @@ def test_task_end_to_end(case, start, tmp_path, models, capsys, request):
     merge = result["merge"]
     assert merge["refused"] == []
     assert merge["merged_vs_base_and_adapter"]["max_logit_diff"] <= 2e-4
-    kind = TASKS[case.partition("-")[0]].load().auto_class
+    kind = task.auto_class
     import transformers
 
     _, loaded = getattr(transformers, kind).from_pretrained(folder / "merged", output_loading_info=True)
@@ -790,6 +793,10 @@ REFUSED = {
     "one row": (["task=embedding", "train.batch_size=1"], "bert", "so it needs two"),
     "read twice": (["task=embedding", "train.neftune_alpha=5"], "bert", "train.neftune_alpha: task=embedding reads the rows of a step twice"),
     "no queries": (["task=embedding", "task.loss=cosent", "task.symmetric=false"], "bert", "task.symmetric: no effect with task.loss=cosent"),
+    "no question": (["task=reranker", "task.yes_word=right"], "bert", "task.yes_word: no effect with task.score=head; it is for yes_no"),
+    "long answer": (["task=reranker", "task.score=yes_no", "task.yes_word=qqqq"], "llama", "task.yes_word=qqqq: becomes 4 tokens"),
+    "one answer": (["task=reranker", "task.score=yes_no", "task.yes_word=n", "task.no_word=n"], "llama", "is the same token as task.yes_word=n"),
+    "no answers": (["task=reranker", "task.score=yes_no"], "bert", "task.score=yes_no: bert is no decoder"),
     "corpus alone": (["task=embedding", "task.corpus=x.jsonl"], "bert", "task.corpus: needs held-out rows"),
     "two parts": (["task=embedding"], "t5", "it has an encoder and a decoder"),
     "format": (["task=classification", "data.format=messages"], "bert", "data.format=messages is not for this task"),

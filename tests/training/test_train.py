@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 
@@ -26,6 +27,23 @@ def test_each_epoch_sees_every_row_once(size, batch, micro):
         assert sorted(rows) == list(range(size))
         assert all(len(part) <= micro for step in steps for part in step)
         assert all(sum(map(len, step)) == batch for step in steps[:-1])
+
+
+@pytest.mark.parametrize(("size", "batch"), [(20, 4), (21, 4), (23, 6), (5, 8), (64, 8)])
+def test_examples_of_one_group_come_into_different_steps(size, batch):
+    """As many as there are steps but one, which may be smaller; and every example once in an epoch, in an order of its own."""
+    groups = np.random.default_rng(0).permutation(np.arange(size) // max(1, math.ceil(size / batch) - 1))
+    plan = BatchPlan(size, batch, batch, seed=3, groups=groups)
+    epochs = []
+    for epoch in range(3):
+        steps = [plan.step(epoch * plan.steps_per_epoch + step)[0] for step in range(plan.steps_per_epoch)]
+        assert sorted(np.concatenate(steps)) == list(range(size))
+        assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1)
+        assert all(len(set(groups[step])) == len(step) for step in steps)
+        epochs.append(np.concatenate(steps).tolist())
+    assert len({*map(tuple, epochs)}) == 3
+    again = BatchPlan(size, batch, batch, seed=3, groups=groups)
+    assert np.concatenate(again.step(plan.steps_per_epoch)).tolist() == epochs[1][: min(batch, size)]
 
 
 def test_order_depends_on_seed_and_epoch_only():

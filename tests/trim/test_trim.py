@@ -258,7 +258,7 @@ def test_adapters_of_the_base_are_refused(told, other_words, rows_file, eval_fil
 
 
 @pytest.mark.long
-def test_it_is_trained_and_merged_as_any_other(told, rows_file, eval_file, tmp_path, reload_here):
+def test_it_is_trained_merged_and_exported_as_any_other(told, rows_file, eval_file, tmp_path, reload_here):
     assert cli.main([*told, "trim.layers=1"]) == 0
     run = [
         "train",
@@ -268,8 +268,9 @@ def test_it_is_trained_and_merged_as_any_other(told, rows_file, eval_file, tmp_p
         f"data.train={rows_file}",
         f"data.eval={eval_file}",
     ]
-    assert cli.main([*run, "export=merged", "export.dtype=float32", f"run_dir={tmp_path}/run"]) == 0
+    assert cli.main([*run, "export.targets=[hf,gguf]", "export.dtype=float32", f"run_dir={tmp_path}/run"]) == 0
     assert (tmp_path / "run/merged/model.safetensors").is_file()
+    assert list((tmp_path / "run/export/gguf").glob("*.gguf"))  # compared in llama.cpp, texts and answers too
 
 
 def test_before_and_after_are_of_the_same_rows(told, tmp_path, reload_here):

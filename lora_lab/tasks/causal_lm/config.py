@@ -33,8 +33,7 @@ class CausalLMConfig(Generating):
     packed: ClassVar[bool] = True
     chat: ClassVar[bool] = True
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.causal_lm.task import CausalLM
 
         return CausalLM

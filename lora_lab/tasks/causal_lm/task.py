@@ -17,7 +17,7 @@ from lora_lab.data.encode import Encoder, Example
 from lora_lab.data.formats import Record, promised, unanswered
 from lora_lab.errors import BaseModelError
 from lora_lab.tasks import metrics
-from lora_lab.tasks.base import Answer, EvalResult, LossSum, Packed, Pass, Predictions, Section, Task
+from lora_lab.tasks.base import Answer, EvalResult, LossSum, Packed, Pass, Predictions, Section, Task, is_encoder
 from lora_lab.tasks.causal_lm.config import CausalLMConfig
 from lora_lab.tasks.generation import generate_all
 from lora_lab.tasks.metrics import reports
@@ -37,9 +37,7 @@ class PackedTask(Task[Section, Packed]):
 
     @classmethod
     def check_base(cls, config: PretrainedConfig) -> None:
-        from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        if is_encoder(config):
             raise BaseModelError(
                 f"model.path: {config.model_type} sees the tokens that it would have to predict. Use a decoder, or "
                 "task=masked_lm."

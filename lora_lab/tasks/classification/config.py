@@ -45,8 +45,7 @@ class ClassificationConfig(TaskSection):
             found.append("task.label_smoothing: not defined for task.multi_label=true. Drop it.")
         return found
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.classification.task import Classification
 
         return Classification

@@ -25,8 +25,7 @@ class CompletionConfig(TaskSection):
     in_pieces: ClassVar[bool] = True
     augments: ClassVar[bool] = True
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.completion.task import Completion
 
         return Completion

@@ -86,8 +86,7 @@ class DistillationConfig(CausalLMConfig):
             )
         return found
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.distillation.task import Distillation
 
         return Distillation

@@ -69,6 +69,11 @@ class EmbeddingConfig(TaskSection):
     compares_distributions: ClassVar[bool] = False
 
     @property
+    def apart(self) -> str | None:
+        """Equal documents are no negatives of each other, so that a step of other ones says more."""
+        return "document" if self.loss == "infonce" else None
+
+    @property
     def formats(self) -> tuple[str, ...]:
         return ("retrieval",) if self.loss == "infonce" else ("scored_pair",)
 
@@ -96,8 +101,7 @@ class EmbeddingConfig(TaskSection):
             found.append("task.corpus: needs held-out rows. Set data.eval=FILE or data.eval_ratio=0.1.")
         return found
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.embedding.task import Embedding
 
         return Embedding

@@ -29,8 +29,7 @@ class MaskedLMConfig(TaskSection):
     augments: ClassVar[bool] = True
     measured_rows: ClassVar[tuple[str, ...]] = ("pseudo_perplexity_rows",)
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.masked_lm.task import MaskedLM
 
         return MaskedLM

@@ -63,8 +63,7 @@ class PreferenceConfig(TaskSection):
             )
         return found
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.preference.task import Preference
 
         return Preference

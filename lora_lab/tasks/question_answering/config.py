@@ -29,8 +29,7 @@ class QuestionAnsweringConfig(TaskSection):
     cuts: ClassVar[bool] = False
     cleans: ClassVar[bool] = False
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.question_answering.task import QuestionAnswering
 
         return QuestionAnswering

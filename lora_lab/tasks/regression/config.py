@@ -27,8 +27,7 @@ class RegressionConfig(TaskSection):
     augments: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.regression.task import Regression
 
         return Regression

@@ -26,8 +26,7 @@ class RewardConfig(TaskSection):
     chat: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.reward.task import Reward
 
         return Reward

@@ -24,8 +24,7 @@ class Seq2SeqConfig(Generating):
     meant_for: ClassVar[dict[str, dict[str, Any]]] = {"source_target": {}}
     formats: ClassVar[tuple[str, ...]] = ("source_target", "prompt_completion", "alpaca")
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.seq2seq.task import Seq2Seq
 
         return Seq2Seq

@@ -32,8 +32,7 @@ class TokenClassificationConfig(TaskSection):
     def smoothing(self) -> float:
         return self.label_smoothing
 
-    @classmethod
-    def load(cls) -> type[Task[Any, Any]]:
+    def load(self) -> type[Task[Any, Any]]:
         from lora_lab.tasks.token_classification.task import TokenClassification
 
         return TokenClassification
