@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import io
 import json
@@ -211,7 +212,7 @@ def plan(given: Found, place: Place) -> Found:
         shapes.write_base(given["shape"], folder / "base", "nf4", weights=False)
         file = shapes.write_rows(folder / "rows.jsonl", given["tokens"], size)
         more = [
-            f"model.path={folder}/base", f"train.batch_size={size}", f"train.micro_batch_size={size}", "train.max_steps=3",
+            f"model.path={folder}/base", "hardware=auto", f"train.batch_size={size}", f"train.micro_batch_size={size}", "train.max_steps=3",
             f"train.gradient_checkpointing={str(given['checkpointing']).lower()}", *given.get("more", ()),
         ]  # fmt: skip
         config = compose.compose(_run("base", file, folder, place, *more))
@@ -448,6 +449,49 @@ def _generated(live: Any, given: Found) -> Found:
 # -- the machine --------------------------------------------------------------------------------------------------------
 
 
+def ready(given: Found, place: Place) -> Found:
+    """What would stop every cell here, a line for each problem: the card, bitsandbytes' library for it, room for a base.
+
+    Args:
+        given: `shape`: of the base that most is measured on.
+    """
+    import bitsandbytes.functional as four_bits
+    import psutil
+    import torch
+
+    from lora_lab.errors import ConfigError
+    from lora_lab.runtime import cards
+
+    problems, weight = [], torch.eye(64, dtype=torch.bfloat16)
+    if place.device != "cpu":
+        try:
+            cards.check_architecture("the card", 0)
+            cards.check_bfloat16(0, trains=True)
+        except ConfigError as error:
+            return {"problems": [str(error)]}
+        free, needed = torch.cuda.mem_get_info(0)[0], shapes.weights_of(given["shape"], "nf4")
+        if free < needed:
+            problems.append(f"card: {free / 2**30:.1f} GiB free, {given['shape']} in 4 bits takes {needed / 2**30:.1f}")
+        weight = weight.cuda()
+    try:
+        packed, state = four_bits.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        if not torch.equal(four_bits.dequantize_4bit(packed, state), weight):
+            problems.append(f"bitsandbytes: zeros and ones come back from 4 bits as others on {place.device}")
+    except RuntimeError as error:  # no library for torch's CUDA
+        problems.append(f"bitsandbytes on {place.device}: {' '.join(str(error).split())[:300]}")
+    free = psutil.virtual_memory().available
+    if free < shapes.WRITING:
+        problems.append(f"memory: {free / 2**30:.1f} GiB free, writing a base takes up to {shapes.WRITING / 2**30:.1f}")
+    return {"problems": problems}
+
+
+def imported(given: Found, place: Place) -> Found:
+    """Another tool's modules, which are there or fail."""
+    for name in given["modules"]:
+        importlib.import_module(name)
+    return {}
+
+
 def stamp(given: Found, place: Place) -> Found:
     """What every cell carries: card, driver and versions."""
     versions = {"python": platform.python_version()}
@@ -461,11 +505,12 @@ def stamp(given: Found, place: Place) -> Found:
     size = torch.cuda.get_device_properties(0).total_memory
     versions["cuda"] = str(torch.version.cuda)
     return {
-        "card": torch.cuda.get_device_name(0), "card_gib": round(size / 2**30, 1), "driver": _driver(), "versions": versions,
+        "card": torch.cuda.get_device_name(0), "card_gib": round(size / 2**30, 1), "driver": driver(), "versions": versions,
     }  # fmt: skip
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """Version of NVIDIA's driver; None: there is none."""
     file = Path("/proc/driver/nvidia/version")
     if file.is_file():
         found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text())
@@ -480,7 +525,8 @@ def _driver() -> str | None:
 
 KINDS: dict[str, Callable[[Found, Place], Found]] = {
     "base": base, "rows": rows, "tests": tests, "products": products, "train": train, "plan": plan, "run": run, "context": context,
-    "merge": merge, "sweep": sweep, "generation": generation, "stamp": stamp,
+    "merge": merge, "sweep": sweep, "generation": generation, "stamp": stamp, "ready": ready,
+    "imported": imported,
 }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 _SHARD = 2 * 10**9  # bytes of a file, at most, beside its last tensor
+WRITING = _SHARD + 4 * 2**30  # bytes of main memory: a file, its last tensor, and libraries
 _SPREAD = 0.02  # standard deviation of the weights, the default of transformers' initializer
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT = (

@@ -20,16 +20,18 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sources import ROOT
+from benchmarks.sources import ROOT, now
 
 try:
     from packaging.requirements import Requirement
+    from packaging.tags import parse_tag, sys_tags
 except ImportError:  # a bare machine has pip's
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
+    from pip._vendor.packaging.tags import parse_tag, sys_tags  # type: ignore[assignment]
 
 OWN = "own"
 PEERS = {"trl": "trl>=1.16", "unsloth": "unsloth>=2026.10"}
@@ -39,8 +41,8 @@ _EXTRAS = {"liger": None, "slurm": None, "dev": ("pytest", "pytest-timeout")}  #
 _SOURCES_ONLY = ("antlr4-python3-runtime", "rouge_score", "seqeval")  # the index has no wheels of these
 _THERE = "+there"  # marks versions that the other machine has
 _LIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches each by itself
-_ONE_LIBRARY = "bitsandbytes"
 _LIBRARY = re.compile(r"bitsandbytes/libbitsandbytes_(?:cuda(\d+)|rocm\d+|xpu\d+)\.so")
+_INTERFACE = "studio/"  # unsloth's pages for a browser, most of its wheel; training imports nothing of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,26 +127,32 @@ def _wheels(folder: Path) -> dict[str, _Distribution]:
     return found
 
 
-def resolve(wanted: Iterable[Requirement], have: Mapping[str, _Distribution], by: str = "lora_lab") -> list[Found]:
+def resolve(
+    wanted: Iterable[Requirement], have: Mapping[str, _Distribution], by: str = "lora_lab", python: str | None = None
+) -> list[Found]:
     """Everything that some requirements ask for, and what that asks for in turn, without a network.
 
     Args:
         have: by plain name. What is not there cannot be asked what it needs.
+        python: version of the Python that they are asked for; None: of this one.
     """
+    own = {} if python is None else {"python_version": python, "python_full_version": f"{python}.0"}
     found: dict[str, Found] = {}
-    queue = [(one, by) for one in wanted]
-    for one, needed_by in queue:
-        if one.marker is not None and not any(one.marker.evaluate({"extra": extra}) for extra in ("", *one.extras)):
+    queue = [(one, by, {""}) for one in wanted]  # a requirement, whose it is, and which extras of that are asked for
+    asked: dict[str, set[str]] = {}
+    for one, needed_by, extras in queue:
+        if one.marker is not None and not any(one.marker.evaluate({**own, "extra": extra}) for extra in extras):
             continue
         name, there = plain(one.name), have.get(plain(one.name))
         fits = there is not None and one.specifier.contains(there.version, prereleases=True)
         known = found.get(name)
-        if known is not None and (fits or not known.fits):
-            continue
-        version, wheel = (None, None) if there is None else (there.version, there.wheel)
-        found[name] = Found(one.name, str(one.specifier), needed_by, version, wheel, fits)
-        if known is None and there is not None:
-            queue += [(Requirement(text), one.name) for text in there.requires]
+        if known is None or (known.fits and not fits):
+            version, wheel = (None, None) if there is None else (there.version, there.wheel)
+            found[name] = Found(one.name, str(one.specifier), needed_by, version, wheel, fits)
+        new = {"", *one.extras} - asked.setdefault(name, set())
+        if there is not None and new:
+            asked[name] |= new
+            queue += [(Requirement(text), one.name, new) for text in there.requires]
     return list(found.values())
 
 
@@ -155,6 +163,16 @@ def own(folder: Path, card: bool = True) -> list[Found]:
     if all(one.fits for one in found):
         return found
     return resolve(wanted, {**installed, **_wheels(folder / OWN), **_own_torch(installed)})
+
+
+def misfits(folder: Path) -> list[str]:
+    """Wheels of another Python or another kind of machine."""
+    python, own = ".".join(map(str, sys.version_info[:2])), set(sys_tags())
+    return [
+        f"{file.name}: not for this machine with Python {python}; collect with --python {python}"
+        for file in sorted(folder.glob("*/*.whl"))
+        if own.isdisjoint(parse_tag("-".join(file.stem.split("-")[-3:])))
+    ]
 
 
 def peer(name: str, folder: Path) -> list[Found]:
@@ -216,20 +234,26 @@ def collect(folder: Path, target: Target) -> dict[str, Any]:
             _stub(places[1], name, version)
         groups: dict[str, dict[str, str]] = {}
         for group in GROUPS:
-            wanted = [str(one) for one in requirements()] if group == OWN else [PEERS[group]]
-            fixed = _fixed(target, wanted, pins() if group in (OWN, "trl") else {})
-            groups[group] = _chosen(wanted, fixed, target, places, Path(temporary))
+            fixed = _fixed(target, _asked(group), pins() if group in (OWN, "trl") else {})
+            groups[group] = _chosen(_asked(group), fixed, target, places, Path(temporary))
         for group, versions in groups.items():
             more = dict(versions.items() - groups[OWN].items()) if group != OWN else versions
             _download(more, folder / group, target, places)
-    for file in folder.glob(f"*/{_ONE_LIBRARY}-*.whl"):
+    for file in folder.glob("*/bitsandbytes-*.whl"):
         keep_one_library(file, target.cuda)
+    for file in folder.glob("*/unsloth-*.whl"):
+        _rewrite(file, lambda name: not name.startswith(_INTERFACE))
     manifest = {
-        "python": target.python, "cuda": target.cuda, "there": dict(target.there),
-        "groups": {group: [_described(file) for file in sorted((folder / group).glob("*.whl"))] for group in GROUPS},
+        "python": target.python, "cuda": target.cuda, "there": dict(target.there), "when": now(),
+        "groups": {group: _described(folder, group, target) for group in GROUPS},
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _asked(group: str) -> list[str]:
+    """What a group's wheels are for."""
+    return [str(one) for one in requirements()] if group == OWN else [PEERS[group]]
 
 
 def _fixed(target: Target, wanted: list[str], chosen: dict[str, str]) -> dict[str, str]:
@@ -241,7 +265,7 @@ def _fixed(target: Target, wanted: list[str], chosen: dict[str, str]) -> dict[st
         for name, version in there.items()
         if name not in asked or asked[name].contains(version, prereleases=True)
     }
-    return {**{name: version for name, version in chosen.items() if name not in there}, **kept}
+    return {**chosen, **kept}
 
 
 def _chosen(
@@ -302,16 +326,20 @@ def keep_one_library(file: Path, cuda: str) -> None:
     Raises:
         RuntimeError: it has none for that CUDA.
     """
+    with zipfile.ZipFile(file) as archive:
+        known = [one[1] for name in archive.namelist() if (one := _LIBRARY.fullmatch(name)) and one[1]]
+    if cuda not in known:
+        raise RuntimeError(f"{file.name}: no library for CUDA {cuda}; there are {', '.join(known)}")
+    _rewrite(file, lambda name: (one := _LIBRARY.fullmatch(name)) is None or one[1] == cuda)
+
+
+def _rewrite(file: Path, stays: Callable[[str], bool]) -> None:
+    """A wheel with some of its files, in place."""
     smaller = file.with_suffix(".smaller")
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as kept:
-        names = archive.namelist()
-        left = [name for name in names if (one := _LIBRARY.fullmatch(name)) is None or one[1] == cuda]
-        if not any(_LIBRARY.fullmatch(name) for name in left):
-            known = ", ".join(one[1] for name in names if (one := _LIBRARY.fullmatch(name)) and one[1])
-            raise RuntimeError(f"{file.name}: no library for CUDA {cuda}; there are {known}")
-        record = next(name for name in names if name.endswith(".dist-info/RECORD"))
+        record = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
         lines = []
-        for name in left:
+        for name in filter(stays, archive.namelist()):
             content = archive.read(name)
             if name != record:
                 kept.writestr(name, content)
@@ -321,9 +349,22 @@ def keep_one_library(file: Path, cuda: str) -> None:
     smaller.replace(file)
 
 
-def _described(file: Path) -> dict[str, Any]:
-    name, version, _ = file.name.split("-", 2)
-    return {"name": plain(name), "version": version, "file": file.name, "mib": round(file.stat().st_size / 2**20, 2)}
+def _described(folder: Path, group: str, target: Target) -> list[dict[str, Any]]:
+    """Of a group each wheel, and what asked for it first."""
+    files = _wheels(folder / group)
+    there = {plain(name): _Distribution(version, ()) for name, version in target.there.items()}
+    by = "lora_lab" if group == OWN else "the comparison"
+    wanted = map(Requirement, _asked(group))
+    found = resolve(wanted, {**there, **_wheels(folder / OWN), **files}, by, target.python)
+    reasons = {plain(one.name): one.needed_by for one in found}
+    return [
+        {
+            "name": name, "version": one.version, "needed_by": reasons.get(name), "file": one.wheel.name,
+            "mib": round(one.wheel.stat().st_size / 2**20, 2),
+        }
+        for name, one in files.items()
+        if one.wheel is not None
+    ]  # fmt: skip
 
 
 def sizes(manifest: Mapping[str, Any]) -> dict[str, float]:
