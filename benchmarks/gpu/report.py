@@ -6,6 +6,7 @@ Imports nothing but Python's own modules.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.gpu import runner, slices
 from benchmarks.gpu.slices import Cell, Scale, Workload
 
 NOT_MEASURED, _NOT_RUN = "not measured", "not run"
+_LARGE = ("numpy", "scipy", "pandas", "pyarrow", "matplotlib")  # most of what travels where they are not there
 Known = Mapping[str, Mapping[str, Any]]  # name of a cell -> what is written of it
 
 _HEAD = """# On a card
@@ -86,7 +88,33 @@ def page(out: Path, scale: Scale) -> str:
             number: {cell["name"]: cell for cell in cells if cell["card"] == card} for number, cells in written.items()
         }
         lines += _of_card(_Of(scale, card, own, plans), [cell for cell in every if cell["card"] == card])
+    lines += _travelling(targets(out))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def targets(out: Path) -> list[dict[str, Any]]:
+    """Which wheels were collected, for each kind of machine."""
+    return [json.loads(file.read_text()) for file in sorted(out.glob("wheels_*.json"))]
+
+
+def _travelling(targets: list[dict[str, Any]]) -> list[str]:
+    if not targets:
+        return []
+    rows = []
+    for one in targets:
+        there = [f"{name} {version}" for name, version in one["there"].items()]
+        few = ", ".join(there) if len(there) < 5 else f"{len(there)} of these libraries, among them {', '.join(_LARGE)}"
+        sizes = {group: sum(file["mib"] for file in files) for group, files in one["groups"].items()}
+        counts = {group: len(files) for group, files in one["groups"].items()}
+        cells = [f"{size:.1f} ({counts[group]})" for group, size in sizes.items()]
+        rows.append([f"{few}; Python {one['python']}", *cells, f"{sum(sizes.values()):.1f}"])
+    return [
+        "## What travels", "",
+        "MiB of wheels (how many) for a machine without a network, as `python -m benchmarks.gpu --wheels FOLDER --there FILE` collected "
+        f"them on {', '.join(sorted({one['when'][:10] for one in targets}))}. FILE is what `pip freeze` writes there. bitsandbytes goes "
+        "along with one CUDA library, Unsloth without its pages for a browser.", "",
+        *_table(["what is there", "lora_lab, its tests", "TRL", "Unsloth, beside lora_lab's", "in all"], rows), "",
+    ]  # fmt: skip
 
 
 def _state(cards: list[str | None], plans: Mapping[Any, Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import email.parser
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -108,7 +109,8 @@ class _Distribution:
     wheel: Path | None = None
 
 
-def _installed(sites: Iterable[Path] = ()) -> dict[str, _Distribution]:
+@functools.cache
+def _installed(*sites: Path) -> Mapping[str, _Distribution]:
     """By plain name; of several the first on the path, as Python imports it."""
     found: dict[str, _Distribution] = {}
     for one in importlib.metadata.distributions(path=[*map(str, sites), *sys.path]):
@@ -242,12 +244,13 @@ def collect(folder: Path, target: Target) -> dict[str, Any]:
     for file in folder.glob("*/bitsandbytes-*.whl"):
         keep_one_library(file, target.cuda)
     for file in folder.glob("*/unsloth-*.whl"):
-        _rewrite(file, lambda name: not name.startswith(_INTERFACE))
+        _rewrite(file, without_pages)
     manifest = {
         "python": target.python, "cuda": target.cuda, "there": dict(target.there), "when": now(),
         "groups": {group: _described(folder, group, target) for group in GROUPS},
     }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    lines = json.dumps(manifest, indent=1)
+    (folder / MANIFEST).write_text(lines + "\n")
     return manifest
 
 
@@ -331,6 +334,11 @@ def keep_one_library(file: Path, cuda: str) -> None:
     if cuda not in known:
         raise RuntimeError(f"{file.name}: no library for CUDA {cuda}; there are {', '.join(known)}")
     _rewrite(file, lambda name: (one := _LIBRARY.fullmatch(name)) is None or one[1] == cuda)
+
+
+def without_pages(name: str) -> bool:
+    """Whether a file of unsloth's wheel goes along."""
+    return not name.startswith(_INTERFACE)
 
 
 def _rewrite(file: Path, stays: Callable[[str], bool]) -> None:
