@@ -33,6 +33,18 @@ _LIBRARIES = (
 )  # fmt: skip
 _CLOSE = 32  # a row that fits and one that does not are no further apart than a part of so many
 _TESTED = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+_PROFILED = 2  # steps, after the first
+_LARGEST = 25  # kernels that are named
+_PARTS = {  # names of CUDA's, Triton's and bitsandbytes' kernels; of a CPU torch's operations
+    "attention": re.compile(r"flash|fmha|attention|varlen", re.I),
+    "dequantizing": re.compile(r"dequantize|gemm_4bit", re.I),
+    "matrix products": re.compile(r"gemm|cutlass|cublas|nvjet|xmma|splitK|aten::(mm|addmm|bmm|baddbmm)\b", re.I),
+    "loss": re.compile(r"softmax|nll_loss|cross_entropy|logsumexp", re.I),
+    "norms, SwiGLU, RoPE": re.compile(r"rms_?norm|swiglu|silu|rope|rotary", re.I),
+    "optimizer": re.compile(r"adam|multi_tensor|foreach", re.I),
+    "copies": re.compile(r"memcpy|memset|copy_?|cat_?", re.I),
+}
+_REST = "other"
 _LOOSE = (
     "merge.max_kl=9",
     "merge.max_loss_increase=9",
@@ -185,6 +197,51 @@ def train(given: Found, place: Place) -> Found:
         tokens = given["tokens"] * given["batch_size"]
     found["tokens_per_second"] = tokens * len(seconds) / sum(seconds)
     return found | {"supervised_share": spec["supervised_share"], "free": free}  # the plan asks for it
+
+
+def profile(given: Found, place: Place) -> Found:
+    """Where lora_lab's steps spend their time: seconds of a step in kernels of each part, and in none."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    from lora_lab.training import loop
+
+    card, plain = place.device != "cpu", loop._log
+    watched = (ProfilerActivity.CPU, ProfilerActivity.CUDA) if card else (ProfilerActivity.CPU,)
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=_PROFILED, repeat=1)
+    with torch.profiler.profile(activities=watched, schedule=schedule) as watch:
+
+        def stepped(*told: Any) -> None:
+            plain(*told)
+            watch.step()
+
+        loop._log = stepped
+        try:
+            found = train({**given, "system": "lora_lab"}, place)
+        finally:
+            loop._log = plain
+    kind, timed = (DeviceType.CUDA, "self_device_time_total") if card else (DeviceType.CPU, "self_cpu_time_total")
+    kernels = [one for one in watch.key_averages() if one.device_type == kind and not one.is_user_annotation]
+    spent = {one.key: getattr(one, timed) / 1e6 for one in kernels}
+    return parts(spent, _PROFILED, statistics.median(found["step_seconds"][1:]))
+
+
+def parts(spent: dict[str, float], steps: int, step_seconds: float) -> Found:
+    """Seconds of a step by part.
+
+    Args:
+        spent: seconds of each kernel in all steps together.
+    """
+    seconds = dict.fromkeys([*_PARTS, _REST], 0.0)
+    for name, own in spent.items():
+        part = next((title for title, known in _PARTS.items() if known.search(name)), _REST)
+        seconds[part] += own / steps
+    most = sorted(spent.items(), key=lambda one: -one[1])[:_LARGEST]
+    return {
+        "step_seconds": step_seconds, "parts": seconds, "no_kernel": max(step_seconds - sum(seconds.values()), 0.0),
+        "largest": {name[:120]: own / steps for name, own in most},
+    }  # fmt: skip
 
 
 def _free(place: Place) -> int:
@@ -524,7 +581,7 @@ def driver() -> str | None:
 
 
 KINDS: dict[str, Callable[[Found, Place], Found]] = {
-    "base": base, "rows": rows, "tests": tests, "products": products, "train": train, "plan": plan, "run": run, "context": context,
+    "base": base, "rows": rows, "tests": tests, "products": products, "train": train, "profile": profile, "plan": plan, "run": run, "context": context,
     "merge": merge, "sweep": sweep, "generation": generation, "stamp": stamp, "ready": ready,
     "imported": imported,
 }  # fmt: skip

@@ -252,8 +252,24 @@ def _beside(of: _Of) -> list[str]:
     cells = slices.of(2, of.scale)
     for workload in (*of.scale.workloads, dataclasses.replace(first, batch_size=1)):
         own = [cell for cell in cells if cell.name.startswith(f"{workload}: ")]
-        lines += [f"### {workload}", "", *_training_table(of, workload, own), ""]
+        lines += [
+            f"### {workload}",
+            "",
+            *_training_table(of, workload, [one for one in own if one.kind == "train"]),
+            "",
+        ]
+        lines += [line for cell in own if cell.kind == "profile" for line in _profile(of, cell)]
     return lines[:-1]
+
+
+def _profile(of: _Of, cell: Cell) -> list[str]:
+    """What a step of lora_lab's is spent on."""
+    found = of.found(2, cell.name)
+    if not found:
+        return [f"A step by parts: {of.why(2, cell.name)}.", ""]
+    shares = {**found["parts"], "no kernel at all": found["no_kernel"]}
+    told = ", ".join(f"{part} {own / found['step_seconds']:.0%}" for part, own in shares.items())
+    return [f"A step of {found['step_seconds']:.2f} s by parts: {told}.", ""]
 
 
 def _training_table(of: _Of, workload: Workload, cells: list[Cell]) -> list[str]:

@@ -49,7 +49,7 @@ def errors(own: runner.Bench) -> dict[str, str]:
 
 
 FEW = (
-    "matrix products", "tiny 2 x 48 checkpointed: lora_lab", "ladder", "longest row offloaded", "2 joint", "one run", "rows of 16 + 4,",
+    "matrix products", "tiny 2 x 48 checkpointed: lora_lab", "profile", "ladder", "longest row offloaded", "2 joint", "one run", "rows of 16 + 4,",
 )  # fmt: skip
 
 
@@ -74,13 +74,14 @@ def test_all_of_it_interrupted_and_continued(tmp_path, reload_here):
     assert errors(own) == {}
     assert told(own, 2) == before
     assert {cell["kind"] for number in slices.TITLES for cell in told(own, number).values()} == {
-        "products", "train", "run", "context", "sweep", "generation"
+        "products", "train", "profile", "run", "context", "sweep", "generation"
     }  # fmt: skip
     page = report.page(tmp_path / "out", scale)
     row = next(line for line in page.splitlines() if line.startswith("| 2 x 32 | "))
     assert "not measured" in row  # in turns
     assert row.count("not measured") == 1
     assert "| without fused MLP | not measured |" in page
+    assert "A step of " in page
 
 
 @pytest.mark.long
@@ -413,6 +414,19 @@ def test_a_row_that_does_not_fit_is_a_failed_allocation(tmp_path, monkeypatch):
     given = {"base": "base", "cap": 8, "offload": False, "longest": 256}
     found = cells.measured("context", given, cells.Place(tmp_path, "cpu", 100))["found"]
     assert 96 < found["fits_tokens"] <= 100 < found["too_many_tokens"] <= 104
+
+
+def test_kernels_are_told_apart_by_their_names():
+    names = {
+        "matrix products": "sm90_xmma_gemm_bf16bf16_bf16f32_tn_n_tilesize128x128x64", "attention": "flash::flash_bwd_kernel<true>",
+        "dequantizing": "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "norms, SwiGLU, RoPE": "_rms_norm_forward_kernel",
+        "loss": "at::native::cunn_SoftMaxForward", "copies": "Memcpy DtoH (Device -> Pageable)",
+        "optimizer": "at::native::multi_tensor_apply_kernel<FusedAdam>", "other": "at::native::vectorized_elementwise_kernel",
+    }  # fmt: skip
+    found = cells.parts(dict.fromkeys(names.values(), 0.2), 2, 1.0)
+    assert found["parts"] == dict.fromkeys(found["parts"], 0.1)
+    assert set(found["parts"]) == set(names)
+    assert found["no_kernel"] == pytest.approx(0.2)
 
 
 def test_what_pytest_says_is_counted():
