@@ -253,6 +253,9 @@ def _foreseen(out: Path, scale: slices.Scale) -> Iterator[tuple[str, str | None,
     measured = [one for number in (2, 5) for one in runner.read(out / f"slice_{number}.json") if "found" in one]
     for cell in sorted(ours, key=lambda cell: bool(cell.given["more"])):  # the main ones first
         yield cell.name, None, {**cell.given, "free": 0}
+    for offload in (False, True):
+        name, given = slices.aimed_row(scale, offload)
+        yield name, None, {**given, "free": 0}
     for one in measured:
         if one["given"].get("system") == "lora_lab":
             yield one["name"], one["card"], {**one["given"], "free": one["found"]["free"]}

@@ -14,6 +14,7 @@ TITLES = {
 }
 LEAST = "least memory"
 PROFILE = "profile"
+AIMED_ROW = 60000  # tokens
 PEERS = ("trl", "trl_liger", "unsloth")  # each also with checkpointing, see speed_worker.py
 _LEFT_OUT = {  # each acceleration of a card, switched off alone
     "without fused projections": ["speed.fused_projections=false"],
@@ -207,6 +208,13 @@ def _joint(scale: Scale) -> list[Cell]:
                 title = {"single": "one run", "batched": f"{members} joint", "interleaved": f"{members} in turns"}[how]
                 cells.append(Cell(4, f"{tokens:,} tokens: {title}", "sweep", given, 120, (base,)))
     return cells
+
+
+def aimed_row(scale: Scale, offload: bool) -> tuple[str, dict[str, Any]]:
+    """Of the row that must fit in the largest cap: name, and what is planned."""
+    row = dataclasses.replace(_single(scale), tokens=min(AIMED_ROW, scale.longest))
+    more = ["speed.dequantize=always", f"train.offload_activations={str(offload).lower()}"]
+    return f"{row}{' offloaded' if offload else ''}", {**_about(row), "more": more}
 
 
 def _other_workloads(scale: Scale) -> list[Workload]:

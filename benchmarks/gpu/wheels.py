@@ -40,6 +40,7 @@ GROUPS = (OWN, *PEERS)
 MANIFEST = "wheels.json"
 _EXTRAS = {"liger": None, "slurm": None, "dev": ("pytest", "pytest-timeout")}  # None: all that it names
 _SOURCES_ONLY = ("antlr4-python3-runtime", "rouge_score", "seqeval")  # the index has no wheels of these
+_OF_A_CARD = ("torch", "triton")  # never replaced: they are what fits the machine's card
 _THERE = "+there"  # marks versions that the other machine has
 _LIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches each by itself
 _LIBRARY = re.compile(r"bitsandbytes/libbitsandbytes_(?:cuda(\d+)|rocm\d+|xpu\d+)\.so")
@@ -138,7 +139,7 @@ def resolve(
         have: by plain name. What is not there cannot be asked what it needs.
         python: version of the Python that they are asked for; None: of this one.
     """
-    own = {} if python is None else {"python_version": python, "python_full_version": f"{python}.0"}
+    own = _python(python)
     found: dict[str, Found] = {}
     queue = [(one, by, {""}) for one in wanted]  # a requirement, whose it is, and which extras of that are asked for
     asked: dict[str, set[str]] = {}
@@ -186,7 +187,7 @@ def peer(name: str, folder: Path) -> list[Found]:
 
 def _own_torch(installed: Mapping[str, _Distribution]) -> dict[str, _Distribution]:
     """Of these no wheel is ever taken."""
-    return {name: installed[name] for name in ("torch", "triton") if name in installed}
+    return {name: installed[name] for name in _OF_A_CARD if name in installed}
 
 
 # -- unpacking ----------------------------------------------------------------------------------------------------------
@@ -236,8 +237,7 @@ def collect(folder: Path, target: Target) -> dict[str, Any]:
             _stub(places[1], name, version)
         groups: dict[str, dict[str, str]] = {}
         for group in GROUPS:
-            fixed = _fixed(target, _asked(group), pins() if group in (OWN, "trl") else {})
-            groups[group] = _chosen(_asked(group), fixed, target, places, Path(temporary))
+            groups[group] = _chosen(group, target, places, Path(temporary))
         for group, versions in groups.items():
             more = dict(versions.items() - groups[OWN].items()) if group != OWN else versions
             _download(more, folder / group, target, places)
@@ -259,30 +259,49 @@ def _asked(group: str) -> list[str]:
     return [str(one) for one in requirements()] if group == OWN else [PEERS[group]]
 
 
-def _fixed(target: Target, wanted: list[str], chosen: dict[str, str]) -> dict[str, str]:
-    """Versions that hold: those that the machine has, where what is asked for allows them, and those that the tests pass with."""
-    asked = {plain(Requirement(text).name): Requirement(text).specifier for text in wanted}
+def _chosen(group: str, target: Target, places: Iterable[Path], folder: Path) -> dict[str, str]:
+    """The versions of a group for another machine; what is there, and is what all the others ask for, is left out."""
+    wanted, tested = _asked(group), pins() if group in (OWN, "trl") else {}
     there = {plain(name): version for name, version in target.there.items()}
-    kept = {
-        name: f"{version}{_THERE}"
-        for name, version in there.items()
-        if name not in asked or asked[name].contains(version, prereleases=True)
-    }
-    return {**chosen, **kept}
+    own = {name: version for name, version in there.items() if name in _OF_A_CARD}
+    first = _by_pip(wanted, {**tested, **_marked(own)}, target, places, folder)  # says what is asked for
+    texts = [*wanted, *(text for one in first for text in one.get("requires_dist", ()))]
+    kept = _marked(_as_asked(there, map(Requirement, texts), target.python) | own)
+    found = _by_pip(wanted, {**tested, **kept}, target, places, folder)
+    return {plain(one["name"]): one["version"] for one in found if not one["version"].endswith(_THERE)}
 
 
-def _chosen(
-    wanted: list[str], fixed: dict[str, str], target: Target, places: Iterable[Path], folder: Path
-) -> dict[str, str]:
-    """The versions that pip chooses for another machine; what is there is left out."""
+def _marked(versions: Mapping[str, str]) -> dict[str, str]:
+    return {name: f"{version}{_THERE}" for name, version in versions.items()}
+
+
+def _as_asked(there: Mapping[str, str], asked: Iterable[Requirement], python: str) -> dict[str, str]:
+    """Of what is there all that nobody asks for in another version."""
+    wrong = {
+        plain(one.name)
+        for one in asked
+        if plain(one.name) in there and not one.specifier.contains(there[plain(one.name)], prereleases=True)
+        and (one.marker is None or one.marker.evaluate({**_python(python), "extra": ""}))
+    }  # fmt: skip
+    return {name: version for name, version in there.items() if name not in wrong}
+
+
+def _python(version: str | None) -> dict[str, str]:
+    """What markers say of a Python; None: of this one."""
+    return {} if version is None else {"python_version": version, "python_full_version": f"{version}.0"}
+
+
+def _by_pip(
+    wanted: list[str], fixed: Mapping[str, str], target: Target, places: Iterable[Path], folder: Path
+) -> list[dict[str, Any]]:
+    """The metadata of what pip would install on another machine, with some versions given."""
     report, constraints = folder / "report.json", folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in fixed.items()))
     _pip(
         "install", "--dry-run", "--ignore-installed", "--report", str(report), "--target", str(folder / "nowhere"),
         *_for(target), *_found_in(places), "--constraint", str(constraints), *wanted,
     )  # fmt: skip
-    metadata = [one["metadata"] for one in json.loads(report.read_text())["install"]]
-    return {plain(one["name"]): one["version"] for one in metadata if not one["version"].endswith(_THERE)}
+    return [one["metadata"] for one in json.loads(report.read_text())["install"]]
 
 
 def _download(versions: Mapping[str, str], folder: Path, target: Target, places: Iterable[Path]) -> None:
