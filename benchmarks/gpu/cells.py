@@ -536,9 +536,9 @@ def ready(given: Found, place: Place) -> Found:
             problems.append(f"bitsandbytes: zeros and ones come back from 4 bits as others on {place.device}")
     except RuntimeError as error:  # no library for torch's CUDA
         problems.append(f"bitsandbytes on {place.device}: {' '.join(str(error).split())[:300]}")
-    free = psutil.virtual_memory().available
-    if free < shapes.WRITING:
-        problems.append(f"memory: {free / 2**30:.1f} GiB free, writing a base takes up to {shapes.WRITING / 2**30:.1f}")
+    free, needed = psutil.virtual_memory().available, shapes.written_in(given["shape"])
+    if free < needed:
+        problems.append(f"memory: {free / 2**30:.1f} GiB free, a base is written in {needed / 2**30:.1f}")
     return {"problems": problems}
 
 

@@ -27,6 +27,7 @@ Made by `make bench-gpu`. {state}
 2. There: this repository, and in it FOLDER as `.bench-gpu/wheels`. `PYTHON=python3 BENCH=--check make bench-gpu` says what is missing.
 3. `PYTHON=python3 make bench-gpu`. Each slice stops below 8 minutes, and the same command goes on where it stopped.
    `BENCH="--slices 2 --only profile"` measures some cells, `--retry` those that failed.
+4. On any machine: `python -m benchmarks.gpu --plans` adds what `lora-lab plan` says of the card that was measured.
 
 - Bases have the true shape of the named model and random weights, in 4 bits (NF4, double quantization). Rows are exactly as long as
   named, and half of each is learned. LoRA with r = 16 on all linear layers. All systems train the same rows from the same adapter.
@@ -109,7 +110,7 @@ def _travelling(targets: list[dict[str, Any]]) -> list[str]:
     rows = []
     for one in targets:
         there = [f"{name} {version}" for name, version in one["there"].items()]
-        few = ", ".join(there) if len(there) < 5 else f"{len(there)} of these libraries, among them {', '.join(_LARGE)}"
+        few = ", ".join(there) if len(there) < 5 else f"{len(there)} libraries, among them {', '.join(_LARGE)}"
         sizes = {group: sum(file["mib"] for file in files) for group, files in one["groups"].items()}
         counts = {group: len(files) for group, files in one["groups"].items()}
         cells = [f"{size:.1f} ({counts[group]})" for group, size in sizes.items()]

@@ -539,7 +539,7 @@ def test_a_library_that_quantizes_wrongly_and_little_memory_are_named(tmp_path, 
     place = cells.Place(tmp_path, "cpu", 60)
     assert cells.measured("ready", {"shape": "tiny"}, place) == {"found": {"problems": []}}
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64))
-    monkeypatch.setattr(shapes, "WRITING", 2**60)
+    monkeypatch.setattr(shapes, "_LIBRARIES", 2**60)
     first, second = cells.measured("ready", {"shape": "tiny"}, place)["found"]["problems"]
     assert "come back from 4 bits as others on cpu" in first
     assert second.startswith("memory: ")
