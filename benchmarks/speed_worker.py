@@ -146,15 +146,15 @@ def _model(spec: dict[str, Any], dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = None
+    own: dict[str, Any] = {}  # None would hide what a published base says of itself
     if spec["quant"] == "nf4":
-        quantization = BitsAndBytesConfig(
+        own["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     if spec["quant"] == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+        own["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(
-        spec["model"], dtype=getattr(torch, dtype), quantization_config=quantization, device_map={"": _device(spec)}
+        spec["model"], dtype=getattr(torch, dtype), device_map={"": _device(spec)}, **own
     )
 
 

@@ -23,13 +23,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import report, runner, shapes, slices, wheels
+from benchmarks.gpu import cells, report, runner, shapes, slices, wheels
 from benchmarks.gpu.runner import say
 from benchmarks.sources import ROOT, commit, now
 
 _OUT = ROOT / "benchmarks" / "results" / "gpu"
 _WORK = ROOT / ".bench-gpu"
-_TORCH = "import json, torch; c = torch.cuda; ok = c.is_available(); print(json.dumps([torch.__version__, torch.version.cuda, ok and c.get_device_name(0)]))"
+_TORCH = """
+import json, torch
+name = why = None
+try:
+    torch.cuda.init()
+    name = torch.cuda.get_device_name(0)
+except (AssertionError, RuntimeError) as error:
+    why = str(error).partition("\\n")[0]
+print(json.dumps([torch.__version__, torch.version.cuda, name, why]))
+"""
+_CHECKING = 120  # seconds to import libraries on a machine that has just started
 _BESIDE = 2 * 2**30  # bytes of disk for runs, beside bases
 
 
@@ -43,10 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         return _report(args)
     missing = check(args)
+    if not missing:
+        bench = _bench(args)
+        missing = _stopping(args, bench.launch)
     if args.check or missing:
         say(f"{len(missing)} missing: {'; '.join(missing)}" if missing else "nothing is missing")
         return 1 if missing else 0
-    bench = _bench(args)
     later = []
     for place, number in enumerate(args.slices):
         say(f"slice {number}: {slices.TITLES[number]}")
@@ -66,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slices", type=_numbers, default=list(slices.TITLES), help="of 1 to 5; all")
     parser.add_argument("--seconds", type=_seconds, default=460.0, help="for each slice, below 480 (460)")
     parser.add_argument("--shapes", choices=list(slices.SCALES), default="full", help="tiny: on the CPU (full)")
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="cells with it in their name; several: any of them"
+    )
     parser.add_argument("--retry", action="store_true", help="measure cells that failed again")
     parser.add_argument("--out", type=Path, help="folder of what is measured (benchmarks/results/gpu; tiny: in --work)")
     parser.add_argument("--work", type=Path, default=_WORK, help="folder of wheels, bases and rows (.bench-gpu)")
@@ -117,7 +132,8 @@ def _bench(args: argparse.Namespace) -> runner.Bench:
     work = args.work / args.shapes
     paths = wheels.unpack(args.work / "wheels", args.work / "site", _device(args) != "cpu")
     launch = runner.by_process(work.absolute(), _device(args), sys.executable, paths)
-    return runner.Bench(_out(args), work.absolute(), slices.SCALES[args.shapes], launch, args.seconds, args.retry)
+    scale = slices.SCALES[args.shapes]
+    return runner.Bench(_out(args), work.absolute(), scale, launch, args.seconds, args.retry, args.only)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -142,7 +158,21 @@ def check(args: argparse.Namespace) -> list[str]:
     for name in wheels.PEERS:
         lacking = [str(one) for one in wheels.peer(name, folder) if not one.fits]
         say(f"{'absent ' if lacking else 'ok     '} {name}{': ' + '; '.join(lacking[:3]) if lacking else ''}")
-    return missing + _card(_device(args)) + _room(args)
+    return missing + wheels.misfits(folder) + _card(_device(args)) + _room(args)
+
+
+def _stopping(args: argparse.Namespace, launch: runner.Launch) -> list[str]:
+    """What would stop every cell although everything is here, asked in a process that has the libraries; what it takes of the other
+    tools is only told, and only where nothing is measured afterwards."""
+    told = launch("ready", {"shape": slices.SCALES[args.shapes].main}, _CHECKING, wheels.OWN)
+    problems: list[str] = told["found"]["problems"] if "found" in told else [told["error"]]
+    for line in problems:
+        say(f"MISSING {line}")
+    for name in wheels.PEERS if args.check else ():
+        if all(one.fits for one in wheels.peer(name, args.work / "wheels")):
+            error = launch("imported", {"modules": [name]}, _CHECKING, name).get("error")
+            say(f"BROKEN  {name}: {error}" if error else f"ok      {name} can be imported")
+    return problems
 
 
 def _card(device: str) -> list[str]:
@@ -150,10 +180,12 @@ def _card(device: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, check=False)
     if done.returncode:
         return [f"torch: cannot be imported ({' '.join(done.stderr.strip().splitlines()[-1:])})"]
-    version, cuda, name = json.loads(done.stdout)
-    say(f"ok      torch {version}, CUDA {cuda}, card {name or None}")
-    if device == "cuda" and not name:
-        return [f"a card: torch {version} sees none; --shapes tiny runs everything on the CPU"]
+    version, cuda, name, why = json.loads(done.stdout)
+    driver = cells.driver()
+    say(f"ok      torch {version}, CUDA {cuda}, card {name}, driver {driver}")
+    if device == "cuda" and name is None:
+        reason = f"torch {version} sees none ({why}; driver {driver or 'not found'})"
+        return [f"a card: {reason}; --shapes tiny runs everything on the CPU"]
     return []
 
 
@@ -169,14 +201,14 @@ def _room(args: argparse.Namespace) -> list[str]:
 
 def _bytes(number: int, scale: slices.Scale, work: Path) -> int:
     """Of the bases of a slice that are not there yet; merging writes a base in bfloat16 beside them."""
-    cells, total = slices.of(number, scale), 0
-    paths = {path for cell in cells for path in cell.needs}
+    own, total = slices.of(number, scale), 0
+    paths = {path for cell in own for path in cell.needs}
     bases = {path if path.startswith("bases/") else slices.prepared(path, scale).needs[0] for path in paths}
     for base in bases:
         shape, _, quant = base.removeprefix("bases/").rpartition("-")
         if not (work / base).exists():
             total += shapes.weights_of(shape, quant)
-    return total + (shapes.weights_of(scale.main, "none") if any(cell.kind == "merge" for cell in cells) else 0)
+    return total + (shapes.weights_of(scale.main, "none") if any(cell.kind == "merge" for cell in own) else 0)
 
 
 # -- elsewhere ----------------------------------------------------------------------------------------------------------
@@ -191,7 +223,7 @@ def _collect(args: argparse.Namespace) -> int:
         return 1
     for group, files in manifest["groups"].items():
         for one in files:
-            say(f"{group:8} {one['name']} {one['version']}  {one['mib']:.2f} MiB")
+            say(f"{group:8} {one['name']} {one['version']}  {one['mib']:.2f} MiB  (needed by {one['needed_by']})")
     say(", ".join(f"{group} {size:.1f} MiB" for group, size in wheels.sizes(manifest).items()))
     return 0
 
@@ -217,10 +249,13 @@ def _plans(args: argparse.Namespace) -> int:
 
 def _foreseen(out: Path, scale: slices.Scale) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
     """Name, card, and what is planned."""
-    cells = [cell for number in (2, 5) for cell in slices.of(number, scale) if cell.given.get("system") == "lora_lab"]
+    ours = [cell for number in (2, 5) for cell in slices.of(number, scale) if cell.given.get("system") == "lora_lab"]
     measured = [one for number in (2, 5) for one in runner.read(out / f"slice_{number}.json") if "found" in one]
-    for cell in sorted(cells, key=lambda cell: bool(cell.given["more"])):  # the main ones first
+    for cell in sorted(ours, key=lambda cell: bool(cell.given["more"])):  # the main ones first
         yield cell.name, None, {**cell.given, "free": 0}
+    for offload in (False, True):
+        name, given = slices.aimed_row(scale, offload)
+        yield name, None, {**given, "free": 0}
     for one in measured:
         if one["given"].get("system") == "lora_lab":
             yield one["name"], one["card"], {**one["given"], "free": one["found"]["free"]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import io
 import json
@@ -32,6 +33,18 @@ _LIBRARIES = (
 )  # fmt: skip
 _CLOSE = 32  # a row that fits and one that does not are no further apart than a part of so many
 _TESTED = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+_PROFILED = 2  # steps, after the first
+_LARGEST = 25  # kernels that are named
+_PARTS = {  # names of CUDA's, Triton's and bitsandbytes' kernels; of a CPU torch's operations
+    "attention": re.compile(r"flash|fmha|attention|varlen", re.I),
+    "dequantizing": re.compile(r"dequantize|gemm_4bit", re.I),
+    "matrix products": re.compile(r"gemm|cutlass|cublas|nvjet|xmma|splitK|aten::(mm|addmm|bmm|baddbmm)\b", re.I),
+    "loss": re.compile(r"softmax|nll_loss|cross_entropy|logsumexp", re.I),
+    "norms, SwiGLU, RoPE": re.compile(r"rms_?norm|swiglu|silu|rope|rotary", re.I),
+    "optimizer": re.compile(r"adam|multi_tensor|foreach", re.I),
+    "copies": re.compile(r"memcpy|memset|copy_?|cat_?", re.I),
+}
+_REST = "other"
 _LOOSE = (
     "merge.max_kl=9",
     "merge.max_loss_increase=9",
@@ -186,6 +199,51 @@ def train(given: Found, place: Place) -> Found:
     return found | {"supervised_share": spec["supervised_share"], "free": free}  # the plan asks for it
 
 
+def profile(given: Found, place: Place) -> Found:
+    """Where lora_lab's steps spend their time: seconds of a step in kernels of each part, and in none."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    from lora_lab.training import loop
+
+    card, plain = place.device != "cpu", loop._log
+    watched = (ProfilerActivity.CPU, ProfilerActivity.CUDA) if card else (ProfilerActivity.CPU,)
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=_PROFILED, repeat=1)
+    with torch.profiler.profile(activities=watched, schedule=schedule) as watch:
+
+        def stepped(*told: Any) -> None:
+            plain(*told)
+            watch.step()
+
+        loop._log = stepped
+        try:
+            found = train({**given, "system": "lora_lab"}, place)
+        finally:
+            loop._log = plain
+    kind, timed = (DeviceType.CUDA, "self_device_time_total") if card else (DeviceType.CPU, "self_cpu_time_total")
+    kernels = [one for one in watch.key_averages() if one.device_type == kind and not one.is_user_annotation]
+    spent = {one.key: getattr(one, timed) / 1e6 for one in kernels}
+    return parts(spent, _PROFILED, statistics.median(found["step_seconds"][1:]))
+
+
+def parts(spent: dict[str, float], steps: int, step_seconds: float) -> Found:
+    """Seconds of a step by part.
+
+    Args:
+        spent: seconds of each kernel in all steps together.
+    """
+    seconds = dict.fromkeys([*_PARTS, _REST], 0.0)
+    for name, own in spent.items():
+        part = next((title for title, known in _PARTS.items() if known.search(name)), _REST)
+        seconds[part] += own / steps
+    most = sorted(spent.items(), key=lambda one: -one[1])[:_LARGEST]
+    return {
+        "step_seconds": step_seconds, "parts": seconds, "no_kernel": max(step_seconds - sum(seconds.values()), 0.0),
+        "largest": {name[:120]: own / steps for name, own in most},
+    }  # fmt: skip
+
+
 def _free(place: Place) -> int:
     """Bytes of the card."""
     import torch
@@ -211,7 +269,7 @@ def plan(given: Found, place: Place) -> Found:
         shapes.write_base(given["shape"], folder / "base", "nf4", weights=False)
         file = shapes.write_rows(folder / "rows.jsonl", given["tokens"], size)
         more = [
-            f"model.path={folder}/base", f"train.batch_size={size}", f"train.micro_batch_size={size}", "train.max_steps=3",
+            f"model.path={folder}/base", "hardware=auto", f"train.batch_size={size}", f"train.micro_batch_size={size}", "train.max_steps=3",
             f"train.gradient_checkpointing={str(given['checkpointing']).lower()}", *given.get("more", ()),
         ]  # fmt: skip
         config = compose.compose(_run("base", file, folder, place, *more))
@@ -448,6 +506,49 @@ def _generated(live: Any, given: Found) -> Found:
 # -- the machine --------------------------------------------------------------------------------------------------------
 
 
+def ready(given: Found, place: Place) -> Found:
+    """What would stop every cell here, a line for each problem: the card, bitsandbytes' library for it, room for a base.
+
+    Args:
+        given: `shape`: of the base that most is measured on.
+    """
+    import bitsandbytes.functional as four_bits
+    import psutil
+    import torch
+
+    from lora_lab.errors import ConfigError
+    from lora_lab.runtime import cards
+
+    problems, weight = [], torch.eye(64, dtype=torch.bfloat16)
+    if place.device != "cpu":
+        try:
+            cards.check_architecture("the card", 0)
+            cards.check_bfloat16(0, trains=True)
+        except ConfigError as error:
+            return {"problems": [str(error)]}
+        free, needed = torch.cuda.mem_get_info(0)[0], shapes.weights_of(given["shape"], "nf4")
+        if free < needed:
+            problems.append(f"card: {free / 2**30:.1f} GiB free, {given['shape']} in 4 bits takes {needed / 2**30:.1f}")
+        weight = weight.cuda()
+    try:
+        packed, state = four_bits.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        if not torch.equal(four_bits.dequantize_4bit(packed, state), weight):
+            problems.append(f"bitsandbytes: zeros and ones come back from 4 bits as others on {place.device}")
+    except RuntimeError as error:  # no library for torch's CUDA
+        problems.append(f"bitsandbytes on {place.device}: {' '.join(str(error).split())[:300]}")
+    free, needed = psutil.virtual_memory().available, shapes.written_in(given["shape"])
+    if free < needed:
+        problems.append(f"memory: {free / 2**30:.1f} GiB free, a base is written in {needed / 2**30:.1f}")
+    return {"problems": problems}
+
+
+def imported(given: Found, place: Place) -> Found:
+    """Another tool's modules, which are there or fail."""
+    for name in given["modules"]:
+        importlib.import_module(name)
+    return {}
+
+
 def stamp(given: Found, place: Place) -> Found:
     """What every cell carries: card, driver and versions."""
     versions = {"python": platform.python_version()}
@@ -461,11 +562,12 @@ def stamp(given: Found, place: Place) -> Found:
     size = torch.cuda.get_device_properties(0).total_memory
     versions["cuda"] = str(torch.version.cuda)
     return {
-        "card": torch.cuda.get_device_name(0), "card_gib": round(size / 2**30, 1), "driver": _driver(), "versions": versions,
+        "card": torch.cuda.get_device_name(0), "card_gib": round(size / 2**30, 1), "driver": driver(), "versions": versions,
     }  # fmt: skip
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """Version of NVIDIA's driver; None: there is none."""
     file = Path("/proc/driver/nvidia/version")
     if file.is_file():
         found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text())
@@ -479,8 +581,9 @@ def _driver() -> str | None:
 
 
 KINDS: dict[str, Callable[[Found, Place], Found]] = {
-    "base": base, "rows": rows, "tests": tests, "products": products, "train": train, "plan": plan, "run": run, "context": context,
-    "merge": merge, "sweep": sweep, "generation": generation, "stamp": stamp,
+    "base": base, "rows": rows, "tests": tests, "products": products, "train": train, "profile": profile, "plan": plan, "run": run, "context": context,
+    "merge": merge, "sweep": sweep, "generation": generation, "stamp": stamp, "ready": ready,
+    "imported": imported,
 }  # fmt: skip
 
 

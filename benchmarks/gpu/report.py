@@ -6,6 +6,7 @@ Imports nothing but Python's own modules.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from benchmarks.gpu import runner, slices
 from benchmarks.gpu.slices import Cell, Scale, Workload
 
 NOT_MEASURED, _NOT_RUN = "not measured", "not run"
+_LARGE = ("numpy", "scipy", "pandas", "pyarrow", "matplotlib")  # most of what travels where they are not there
 Known = Mapping[str, Mapping[str, Any]]  # name of a cell -> what is written of it
 
 _HEAD = """# On a card
 
-Made by `make bench-gpu` (`python -m benchmarks.gpu --help`). {state}
+Made by `make bench-gpu`. {state}
+
+1. Where there is a network: `python -m benchmarks.gpu --wheels FOLDER --python 3.12 --there FILE`, with the output of `pip freeze` on the
+   machine with the card as FILE.
+2. There: this repository, and in it FOLDER as `.bench-gpu/wheels`. `PYTHON=python3 BENCH=--check make bench-gpu` says what is missing.
+3. `PYTHON=python3 make bench-gpu`. Each slice stops below 8 minutes, and the same command goes on where it stopped.
+   `BENCH="--slices 2 --only profile"` measures some cells, `--retry` those that failed.
+4. On any machine: `python -m benchmarks.gpu --plans` adds what `lora-lab plan` says of the card that was measured.
 
 - Bases have the true shape of the named model and random weights, in 4 bits (NF4, double quantization). Rows are exactly as long as
   named, and half of each is learned. LoRA with r = 16 on all linear layers. All systems train the same rows from the same adapter.
@@ -86,7 +95,33 @@ def page(out: Path, scale: Scale) -> str:
             number: {cell["name"]: cell for cell in cells if cell["card"] == card} for number, cells in written.items()
         }
         lines += _of_card(_Of(scale, card, own, plans), [cell for cell in every if cell["card"] == card])
+    lines += _travelling(targets(out))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def targets(out: Path) -> list[dict[str, Any]]:
+    """Which wheels were collected, for each kind of machine."""
+    return [json.loads(file.read_text()) for file in sorted(out.glob("wheels_*.json"))]
+
+
+def _travelling(targets: list[dict[str, Any]]) -> list[str]:
+    if not targets:
+        return []
+    rows = []
+    for one in targets:
+        there = [f"{name} {version}" for name, version in one["there"].items()]
+        few = ", ".join(there) if len(there) < 5 else f"{len(there)} libraries, among them {', '.join(_LARGE)}"
+        sizes = {group: sum(file["mib"] for file in files) for group, files in one["groups"].items()}
+        counts = {group: len(files) for group, files in one["groups"].items()}
+        cells = [f"{size:.1f} ({counts[group]})" for group, size in sizes.items()]
+        rows.append([f"{few}; Python {one['python']}", *cells, f"{sum(sizes.values()):.1f}"])
+    return [
+        "## What travels", "",
+        "MiB of wheels (how many) for a machine without a network, as `python -m benchmarks.gpu --wheels FOLDER --there FILE` collected "
+        f"them on {', '.join(sorted({one['when'][:10] for one in targets}))}. FILE is what `pip freeze` writes there. bitsandbytes goes "
+        "along with one CUDA library, Unsloth without its pages for a browser.", "",
+        *_table(["what is there", "lora_lab, its tests", "TRL", "Unsloth, beside lora_lab's", "in all"], rows), "",
+    ]  # fmt: skip
 
 
 def _state(cards: list[str | None], plans: Mapping[Any, Mapping[str, Any]]) -> str:
@@ -140,8 +175,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _aims(of: _Of) -> list[str]:
-    main, scale = of.scale.main, of.scale
-    rows = []
+    scale, rows = of.scale, []
     for size in dict.fromkeys((one.batch_size, one.tokens) for one in scale.workloads):
         own = _fastest(of, size, "lora_lab")
         for peer, aim in (("TRL + peft", "2.0"), ("Unsloth", "1.0")):
@@ -149,25 +183,27 @@ def _aims(of: _Of) -> list[str]:
             other = max((one for name in names if (one := _fastest(of, size, name))), default=None)
             got = f"{own / other:.2f}" if own and other else NOT_MEASURED
             rows.append(
-                [f"{size[0]} x {size[1]:,}: tokens/s, times those of {peer}, both at their best", f">= {aim}", got]
+                [f"{size[0]} x {size[1]:,}: tokens/s, times those of {peer}, both at their best", f">= {aim}", got, "–"]
             )
-    single = dataclasses.replace(scale.workloads[0], batch_size=1)
-    rows.append(
-        [
-            f"{single}, {slices.LEAST}: allocated GiB", "<= 6.5",
-            of.figure(2, f"{single}: {slices.LEAST}", "peak_gib"),
-        ]
-    )  # fmt: skip
-    cap = scale.caps[-1]
-    longest = [
-        of.found(3, f"{cap} GiB: longest row{how}").get("fits_tokens") for how in ("", " offloaded")
-    ]  # fmt: skip
+    single = f"{dataclasses.replace(scale.workloads[0], batch_size=1)}: {slices.LEAST}"
+    rows.append([f"{single}: allocated GiB", "<= 6.5", of.figure(2, single, "peak_gib"), _dry(of, single)])
+    rows += [_row_aim(of), _joint_aim(of), _plan_aim(of)]
+    return _table(["figure", "aim", "measured", "dry run"], rows)
+
+
+def _dry(of: _Of, name: str) -> str:
+    plan = of.plan(name)[0]
+    return _NOT_RUN if plan is None else f"{plan:.2f}"
+
+
+def _row_aim(of: _Of) -> list[str]:
+    scale, cap = of.scale, of.scale.caps[-1]
+    longest = [of.found(3, f"{cap} GiB: longest row{how}").get("fits_tokens") for how in ("", " offloaded")]
     known = [one for one in longest if one is not None]
-    rows.append(
-        [f"{main}: longest row in {cap} GiB, tokens", ">= 60,000", f"{max(known):,}" if known else NOT_MEASURED]
-    )
-    rows += [_joint_aim(of), _plan_aim(of)]
-    return _table(["figure", "aim", "measured"], rows)
+    got = f"{max(known):,}" if known else NOT_MEASURED
+    plain, offloaded = (_dry(of, slices.aimed_row(scale, offload)[0]) for offload in (False, True))
+    dry = f"{slices.AIMED_ROW:,} tokens: {plain} GiB, offloaded {offloaded}"
+    return [f"{scale.main}: longest row in {cap} GiB, tokens", f">= {slices.AIMED_ROW:,}", got, dry]
 
 
 def _fastest(of: _Of, size: tuple[int, int], system: str) -> float | None:
@@ -185,13 +221,13 @@ def _joint_aim(of: _Of) -> list[str]:
     got = NOT_MEASURED
     if joint and turns:
         got = f"{joint['tokens_per_second'] / turns['tokens_per_second']:.2f}, {joint['peak_gib']:.1f} GiB"
-    return [f"{members} members, a row of {tokens} tokens each: times turns", ">= 1.4, within 20 GiB", got]
+    return [f"{members} members, a row of {tokens} tokens each: times turns", ">= 1.4, within 20 GiB", got, "–"]
 
 
 def _plan_aim(of: _Of) -> list[str]:
     ratios = [ratio for name in of.cells[2] if (ratio := _foreseen(of, 2, name)) is not None]
     got = f"{min(ratios):.2f} to {max(ratios):.2f} ({len(ratios)} cells)" if ratios else NOT_MEASURED
-    return ["plan, times the reserved peak", "0.95 to 1.10", got]
+    return ["plan, times the reserved peak", "0.95 to 1.10", got, "–"]
 
 
 def _foreseen(of: _Of, number: int, name: str) -> float | None:
@@ -224,8 +260,24 @@ def _beside(of: _Of) -> list[str]:
     cells = slices.of(2, of.scale)
     for workload in (*of.scale.workloads, dataclasses.replace(first, batch_size=1)):
         own = [cell for cell in cells if cell.name.startswith(f"{workload}: ")]
-        lines += [f"### {workload}", "", *_training_table(of, workload, own), ""]
+        lines += [
+            f"### {workload}",
+            "",
+            *_training_table(of, workload, [one for one in own if one.kind == "train"]),
+            "",
+        ]
+        lines += [line for cell in own if cell.kind == "profile" for line in _profile(of, cell)]
     return lines[:-1]
+
+
+def _profile(of: _Of, cell: Cell) -> list[str]:
+    """What a step of lora_lab's is spent on."""
+    found = of.found(2, cell.name)
+    if not found:
+        return [f"A step by parts: {of.why(2, cell.name)}.", ""]
+    shares = {**found["parts"], "no kernel at all": found["no_kernel"]}
+    told = ", ".join(f"{part} {own / found['step_seconds']:.0%}" for part, own in shares.items())
+    return [f"A step of {found['step_seconds']:.2f} s by parts: {told}.", ""]
 
 
 def _training_table(of: _Of, workload: Workload, cells: list[Cell]) -> list[str]:

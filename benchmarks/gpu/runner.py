@@ -37,6 +37,7 @@ class Bench:
         launch: measures, see `by_process`.
         seconds: for a slice, at most.
         retry: cells that failed are measured again.
+        only: parts of names; other cells are not measured. None: every cell is.
     """
 
     out: Path
@@ -45,6 +46,7 @@ class Bench:
     launch: Launch
     seconds: float
     retry: bool = False
+    only: Sequence[str] | None = None
     clock: Callable[[], float] = time.perf_counter
     _stamps: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     _unprepared: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -53,7 +55,7 @@ class Bench:
         """Measure what is left of a slice; the cells for which no time was left."""
         end, later = self.clock() + self.seconds, []
         for cell in slices.of(number, self.scale):
-            if self._done(cell):
+            if self._done(cell) or not self._wanted(cell):
                 continue
             try:
                 self._measure(cell, end)
@@ -77,6 +79,9 @@ class Bench:
         for folder in (*self.work.glob("bases/*"), *self.work.glob("rows/*")):
             if str(folder.relative_to(self.work)) not in needed:
                 shutil.rmtree(folder)
+
+    def _wanted(self, cell: Cell) -> bool:
+        return self.only is None or any(part in cell.name for part in self.only)
 
     def _needs(self, cell: Cell) -> list[str]:
         return [path for own in cell.needs for path in (*self._needs(slices.prepared(own, self.scale)), own)]

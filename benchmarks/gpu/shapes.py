@@ -53,6 +53,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 _SHARD = 2 * 10**9  # bytes of a file, at most, beside its last tensor
+_LIBRARIES = 2**30  # bytes that torch and the others take in main memory
 _SPREAD = 0.02  # standard deviation of the weights, the default of transformers' initializer
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT = (
@@ -201,3 +202,9 @@ def weights_of(shape: str, quant: str) -> int:
     linear = own["num_hidden_layers"] * (attention + 3 * hidden * own["intermediate_size"])
     embedded = own["vocab_size"] * hidden * (1 if own["tie_word_embeddings"] else 2)
     return round((0.52 if quant == "nf4" else 2) * linear) + 2 * embedded
+
+
+def written_in(shape: str) -> int:
+    """Bytes of main memory in which a base is written in 4 bits, roughly: libraries, a file, and the largest tensor beside it."""
+    _, own = SHAPES[shape]
+    return _LIBRARIES + min(weights_of(shape, "nf4"), _SHARD) + 2 * own["vocab_size"] * own["hidden_size"]

@@ -13,6 +13,8 @@ TITLES = {
     5: "Other sizes, short rows, generation",
 }
 LEAST = "least memory"
+PROFILE = "profile"
+AIMED_ROW = 60000  # tokens
 PEERS = ("trl", "trl_liger", "unsloth")  # each also with checkpointing, see speed_worker.py
 _LEFT_OUT = {  # each acceleration of a card, switched off alone
     "without fused projections": ["speed.fused_projections=false"],
@@ -126,18 +128,22 @@ def _about(workload: Workload) -> dict[str, Any]:
     return {**dataclasses.asdict(workload), "base": workload.base}
 
 
+def _of_rows(workload: Workload) -> dict[str, Any]:
+    return {"rows": workload.rows, **_about(workload)}
+
+
 def _correct(scale: Scale) -> list[Cell]:
     return [Cell(1, "tests", "tests", {"paths": list(scale.tests)}, 440)]
 
 
 def _trained(number: int, workload: Workload, title: str = "lora_lab", more: tuple[str, ...] = ()) -> Cell:
-    given = {"system": "lora_lab", "rows": workload.rows, **_about(workload), "more": list(more)}
+    given = {"system": "lora_lab", **_of_rows(workload), "more": list(more)}
     return Cell(number, f"{workload}: {title}", "train", given, 120, (workload.rows,))
 
 
 def _peer(number: int, workload: Workload, peer: str) -> Cell:
     system = {"trl": "trl_bf16"}.get(peer, peer) + ("_checkpointed" if workload.checkpointing else "")
-    given = {"system": system, "rows": workload.rows, **_about(workload)}
+    given = {"system": system, **_of_rows(workload)}
     return Cell(
         number, f"{workload}: {peer}", "train", given, 150, (workload.rows,), "unsloth" if peer == "unsloth" else "trl"
     )  # fmt: skip
@@ -148,10 +154,17 @@ def _beside(scale: Scale) -> list[Cell]:
     cells = [Cell(2, f"{first.shape}: matrix products", "products", {"rows": first.rows}, 60, (first.rows,))]
     for workload in scale.workloads:
         cells += [_trained(2, workload), *(_peer(2, workload, peer) for peer in PEERS)]
-    for workload in scale.workloads[::3] if len(scale.workloads) > 2 else scale.workloads[:1]:
+    for workload in _compared(scale):
+        cells.append(Cell(2, f"{workload}: {PROFILE}", "profile", _of_rows(workload), 120, (workload.rows,)))
+    for workload in _compared(scale):
         cells += [_trained(2, workload, title, tuple(_LEFT_OUT[title])) for title in scale.left_out]
     single = _single(scale)
     return [*cells, _trained(2, single), _trained(2, single, LEAST, scale.least)]
+
+
+def _compared(scale: Scale) -> tuple[Workload, ...]:
+    """Of each size one: with which accelerations are left out, and a profile is made."""
+    return scale.workloads[::3] if len(scale.workloads) > 2 else scale.workloads[:1]
 
 
 def _single(scale: Scale) -> Workload:
@@ -195,6 +208,13 @@ def _joint(scale: Scale) -> list[Cell]:
                 title = {"single": "one run", "batched": f"{members} joint", "interleaved": f"{members} in turns"}[how]
                 cells.append(Cell(4, f"{tokens:,} tokens: {title}", "sweep", given, 120, (base,)))
     return cells
+
+
+def aimed_row(scale: Scale, offload: bool) -> tuple[str, dict[str, Any]]:
+    """Of the row that must fit in the largest cap: name, and what is planned."""
+    row = dataclasses.replace(_single(scale), tokens=min(AIMED_ROW, scale.longest))
+    more = ["speed.dequantize=always", f"train.offload_activations={str(offload).lower()}"]
+    return f"{row}{' offloaded' if offload else ''}", {**_about(row), "more": more}
 
 
 def _other_workloads(scale: Scale) -> list[Workload]:

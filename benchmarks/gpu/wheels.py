@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import email.parser
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,16 +21,18 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sources import ROOT
+from benchmarks.sources import ROOT, now
 
 try:
     from packaging.requirements import Requirement
+    from packaging.tags import parse_tag, sys_tags
 except ImportError:  # a bare machine has pip's
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
+    from pip._vendor.packaging.tags import parse_tag, sys_tags  # type: ignore[assignment]
 
 OWN = "own"
 PEERS = {"trl": "trl>=1.16", "unsloth": "unsloth>=2026.10"}
@@ -37,10 +40,11 @@ GROUPS = (OWN, *PEERS)
 MANIFEST = "wheels.json"
 _EXTRAS = {"liger": None, "slurm": None, "dev": ("pytest", "pytest-timeout")}  # None: all that it names
 _SOURCES_ONLY = ("antlr4-python3-runtime", "rouge_score", "seqeval")  # the index has no wheels of these
+_OF_A_CARD = ("torch", "triton")  # never replaced: they are what fits the machine's card
 _THERE = "+there"  # marks versions that the other machine has
 _LIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches each by itself
-_ONE_LIBRARY = "bitsandbytes"
 _LIBRARY = re.compile(r"bitsandbytes/libbitsandbytes_(?:cuda(\d+)|rocm\d+|xpu\d+)\.so")
+_INTERFACE = "studio/"  # unsloth's pages for a browser, most of its wheel; training imports nothing of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,8 @@ class _Distribution:
     wheel: Path | None = None
 
 
-def _installed(sites: Iterable[Path] = ()) -> dict[str, _Distribution]:
+@functools.cache
+def _installed(*sites: Path) -> Mapping[str, _Distribution]:
     """By plain name; of several the first on the path, as Python imports it."""
     found: dict[str, _Distribution] = {}
     for one in importlib.metadata.distributions(path=[*map(str, sites), *sys.path]):
@@ -125,26 +130,32 @@ def _wheels(folder: Path) -> dict[str, _Distribution]:
     return found
 
 
-def resolve(wanted: Iterable[Requirement], have: Mapping[str, _Distribution], by: str = "lora_lab") -> list[Found]:
+def resolve(
+    wanted: Iterable[Requirement], have: Mapping[str, _Distribution], by: str = "lora_lab", python: str | None = None
+) -> list[Found]:
     """Everything that some requirements ask for, and what that asks for in turn, without a network.
 
     Args:
         have: by plain name. What is not there cannot be asked what it needs.
+        python: version of the Python that they are asked for; None: of this one.
     """
+    own = _python(python)
     found: dict[str, Found] = {}
-    queue = [(one, by) for one in wanted]
-    for one, needed_by in queue:
-        if one.marker is not None and not any(one.marker.evaluate({"extra": extra}) for extra in ("", *one.extras)):
+    queue = [(one, by, {""}) for one in wanted]  # a requirement, whose it is, and which extras of that are asked for
+    asked: dict[str, set[str]] = {}
+    for one, needed_by, extras in queue:
+        if one.marker is not None and not any(one.marker.evaluate({**own, "extra": extra}) for extra in extras):
             continue
         name, there = plain(one.name), have.get(plain(one.name))
         fits = there is not None and one.specifier.contains(there.version, prereleases=True)
         known = found.get(name)
-        if known is not None and (fits or not known.fits):
-            continue
-        version, wheel = (None, None) if there is None else (there.version, there.wheel)
-        found[name] = Found(one.name, str(one.specifier), needed_by, version, wheel, fits)
-        if known is None and there is not None:
-            queue += [(Requirement(text), one.name) for text in there.requires]
+        if known is None or (known.fits and not fits):
+            version, wheel = (None, None) if there is None else (there.version, there.wheel)
+            found[name] = Found(one.name, str(one.specifier), needed_by, version, wheel, fits)
+        new = {"", *one.extras} - asked.setdefault(name, set())
+        if there is not None and new:
+            asked[name] |= new
+            queue += [(Requirement(text), one.name, new) for text in there.requires]
     return list(found.values())
 
 
@@ -157,6 +168,16 @@ def own(folder: Path, card: bool = True) -> list[Found]:
     return resolve(wanted, {**installed, **_wheels(folder / OWN), **_own_torch(installed)})
 
 
+def misfits(folder: Path) -> list[str]:
+    """Wheels of another Python or another kind of machine."""
+    python, own = ".".join(map(str, sys.version_info[:2])), set(sys_tags())
+    return [
+        f"{file.name}: not for this machine with Python {python}; collect with --python {python}"
+        for file in sorted(folder.glob("*/*.whl"))
+        if own.isdisjoint(parse_tag("-".join(file.stem.split("-")[-3:])))
+    ]
+
+
 def peer(name: str, folder: Path) -> list[Found]:
     """The same for another tool."""
     installed = _installed()
@@ -166,7 +187,7 @@ def peer(name: str, folder: Path) -> list[Found]:
 
 def _own_torch(installed: Mapping[str, _Distribution]) -> dict[str, _Distribution]:
     """Of these no wheel is ever taken."""
-    return {name: installed[name] for name in ("torch", "triton") if name in installed}
+    return {name: installed[name] for name in _OF_A_CARD if name in installed}
 
 
 # -- unpacking ----------------------------------------------------------------------------------------------------------
@@ -216,46 +237,71 @@ def collect(folder: Path, target: Target) -> dict[str, Any]:
             _stub(places[1], name, version)
         groups: dict[str, dict[str, str]] = {}
         for group in GROUPS:
-            wanted = [str(one) for one in requirements()] if group == OWN else [PEERS[group]]
-            fixed = _fixed(target, wanted, pins() if group in (OWN, "trl") else {})
-            groups[group] = _chosen(wanted, fixed, target, places, Path(temporary))
+            groups[group] = _chosen(group, target, places, Path(temporary))
         for group, versions in groups.items():
             more = dict(versions.items() - groups[OWN].items()) if group != OWN else versions
             _download(more, folder / group, target, places)
-    for file in folder.glob(f"*/{_ONE_LIBRARY}-*.whl"):
+    for file in folder.glob("*/bitsandbytes-*.whl"):
         keep_one_library(file, target.cuda)
+    for file in folder.glob("*/unsloth-*.whl"):
+        _rewrite(file, without_pages)
     manifest = {
-        "python": target.python, "cuda": target.cuda, "there": dict(target.there),
-        "groups": {group: [_described(file) for file in sorted((folder / group).glob("*.whl"))] for group in GROUPS},
+        "python": target.python, "cuda": target.cuda, "there": dict(target.there), "when": now(),
+        "groups": {group: _described(folder, group, target) for group in GROUPS},
     }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    lines = json.dumps(manifest, indent=1)
+    (folder / MANIFEST).write_text(lines + "\n")
     return manifest
 
 
-def _fixed(target: Target, wanted: list[str], chosen: dict[str, str]) -> dict[str, str]:
-    """Versions that hold: those that the machine has, where what is asked for allows them, and those that the tests pass with."""
-    asked = {plain(Requirement(text).name): Requirement(text).specifier for text in wanted}
+def _asked(group: str) -> list[str]:
+    """What a group's wheels are for."""
+    return [str(one) for one in requirements()] if group == OWN else [PEERS[group]]
+
+
+def _chosen(group: str, target: Target, places: Iterable[Path], folder: Path) -> dict[str, str]:
+    """The versions of a group for another machine; what is there, and is what all the others ask for, is left out."""
+    wanted, tested = _asked(group), pins() if group in (OWN, "trl") else {}
     there = {plain(name): version for name, version in target.there.items()}
-    kept = {
-        name: f"{version}{_THERE}"
-        for name, version in there.items()
-        if name not in asked or asked[name].contains(version, prereleases=True)
-    }
-    return {**{name: version for name, version in chosen.items() if name not in there}, **kept}
+    own = {name: version for name, version in there.items() if name in _OF_A_CARD}
+    first = _by_pip(wanted, {**tested, **_marked(own)}, target, places, folder)  # says what is asked for
+    texts = [*wanted, *(text for one in first for text in one.get("requires_dist", ()))]
+    kept = _marked(_as_asked(there, map(Requirement, texts), target.python) | own)
+    found = _by_pip(wanted, {**tested, **kept}, target, places, folder)
+    return {plain(one["name"]): one["version"] for one in found if not one["version"].endswith(_THERE)}
 
 
-def _chosen(
-    wanted: list[str], fixed: dict[str, str], target: Target, places: Iterable[Path], folder: Path
-) -> dict[str, str]:
-    """The versions that pip chooses for another machine; what is there is left out."""
+def _marked(versions: Mapping[str, str]) -> dict[str, str]:
+    return {name: f"{version}{_THERE}" for name, version in versions.items()}
+
+
+def _as_asked(there: Mapping[str, str], asked: Iterable[Requirement], python: str) -> dict[str, str]:
+    """Of what is there all that nobody asks for in another version."""
+    wrong = {
+        plain(one.name)
+        for one in asked
+        if plain(one.name) in there and not one.specifier.contains(there[plain(one.name)], prereleases=True)
+        and (one.marker is None or one.marker.evaluate({**_python(python), "extra": ""}))
+    }  # fmt: skip
+    return {name: version for name, version in there.items() if name not in wrong}
+
+
+def _python(version: str | None) -> dict[str, str]:
+    """What markers say of a Python; None: of this one."""
+    return {} if version is None else {"python_version": version, "python_full_version": f"{version}.0"}
+
+
+def _by_pip(
+    wanted: list[str], fixed: Mapping[str, str], target: Target, places: Iterable[Path], folder: Path
+) -> list[dict[str, Any]]:
+    """The metadata of what pip would install on another machine, with some versions given."""
     report, constraints = folder / "report.json", folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in fixed.items()))
     _pip(
         "install", "--dry-run", "--ignore-installed", "--report", str(report), "--target", str(folder / "nowhere"),
         *_for(target), *_found_in(places), "--constraint", str(constraints), *wanted,
     )  # fmt: skip
-    metadata = [one["metadata"] for one in json.loads(report.read_text())["install"]]
-    return {plain(one["name"]): one["version"] for one in metadata if not one["version"].endswith(_THERE)}
+    return [one["metadata"] for one in json.loads(report.read_text())["install"]]
 
 
 def _download(versions: Mapping[str, str], folder: Path, target: Target, places: Iterable[Path]) -> None:
@@ -302,16 +348,25 @@ def keep_one_library(file: Path, cuda: str) -> None:
     Raises:
         RuntimeError: it has none for that CUDA.
     """
+    with zipfile.ZipFile(file) as archive:
+        known = [one[1] for name in archive.namelist() if (one := _LIBRARY.fullmatch(name)) and one[1]]
+    if cuda not in known:
+        raise RuntimeError(f"{file.name}: no library for CUDA {cuda}; there are {', '.join(known)}")
+    _rewrite(file, lambda name: (one := _LIBRARY.fullmatch(name)) is None or one[1] == cuda)
+
+
+def without_pages(name: str) -> bool:
+    """Whether a file of unsloth's wheel goes along."""
+    return not name.startswith(_INTERFACE)
+
+
+def _rewrite(file: Path, stays: Callable[[str], bool]) -> None:
+    """A wheel with some of its files, in place."""
     smaller = file.with_suffix(".smaller")
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED) as kept:
-        names = archive.namelist()
-        left = [name for name in names if (one := _LIBRARY.fullmatch(name)) is None or one[1] == cuda]
-        if not any(_LIBRARY.fullmatch(name) for name in left):
-            known = ", ".join(one[1] for name in names if (one := _LIBRARY.fullmatch(name)) and one[1])
-            raise RuntimeError(f"{file.name}: no library for CUDA {cuda}; there are {known}")
-        record = next(name for name in names if name.endswith(".dist-info/RECORD"))
+        record = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
         lines = []
-        for name in left:
+        for name in filter(stays, archive.namelist()):
             content = archive.read(name)
             if name != record:
                 kept.writestr(name, content)
@@ -321,9 +376,22 @@ def keep_one_library(file: Path, cuda: str) -> None:
     smaller.replace(file)
 
 
-def _described(file: Path) -> dict[str, Any]:
-    name, version, _ = file.name.split("-", 2)
-    return {"name": plain(name), "version": version, "file": file.name, "mib": round(file.stat().st_size / 2**20, 2)}
+def _described(folder: Path, group: str, target: Target) -> list[dict[str, Any]]:
+    """Of a group each wheel, and what asked for it first."""
+    files = _wheels(folder / group)
+    there = {plain(name): _Distribution(version, ()) for name, version in target.there.items()}
+    by = "lora_lab" if group == OWN else "the comparison"
+    wanted = map(Requirement, _asked(group))
+    found = resolve(wanted, {**there, **_wheels(folder / OWN), **files}, by, target.python)
+    reasons = {plain(one.name): one.needed_by for one in found}
+    return [
+        {
+            "name": name, "version": one.version, "needed_by": reasons.get(name), "file": one.wheel.name,
+            "mib": round(one.wheel.stat().st_size / 2**20, 2),
+        }
+        for name, one in files.items()
+        if one.wheel is not None
+    ]  # fmt: skip
 
 
 def sizes(manifest: Mapping[str, Any]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from benchmarks import speed_worker
 from benchmarks.gpu import __main__ as bench_gpu
 from benchmarks.gpu import cells, report, runner, shapes, slices, wheels
 from benchmarks.gpu.slices import SCALES, Workload
@@ -45,6 +46,42 @@ def errors(own: runner.Bench) -> dict[str, str]:
 
 
 # -- end to end ---------------------------------------------------------------------------------------------------------
+
+
+FEW = (
+    "matrix products", "tiny 2 x 48 checkpointed: lora_lab", "profile", "ladder", "longest row offloaded", "2 joint", "one run", "rows of 16 + 4,",
+)  # fmt: skip
+
+
+def test_all_of_it_interrupted_and_continued(tmp_path, reload_here):
+    """A cell of every kind that starts no process of its own."""
+    scale, asked = dataclasses.replace(TINY, longest=64), []
+    measure = here(tmp_path / "work")
+
+    def stopped(kind, *given):
+        asked.append(kind)
+        if asked.count("run"):
+            raise KeyboardInterrupt
+        return measure(kind, *given)
+
+    with pytest.raises(KeyboardInterrupt):
+        for number in (2, 3):
+            bench(tmp_path, stopped, scale, only=FEW).run(number)
+    own = bench(tmp_path, measure, scale, only=FEW)
+    before = told(own, 2)
+    for number in (2, 3, 4, 5):
+        assert own.run(number) == []
+    assert errors(own) == {}
+    assert told(own, 2) == before
+    assert {cell["kind"] for number in slices.TITLES for cell in told(own, number).values()} == {
+        "products", "train", "profile", "run", "context", "sweep", "generation"
+    }  # fmt: skip
+    page = report.page(tmp_path / "out", scale)
+    row = next(line for line in page.splitlines() if line.startswith("| 2 x 32 | "))
+    assert "not measured" in row  # in turns
+    assert row.count("not measured") == 1
+    assert "| without fused MLP | not measured |" in page
+    assert "A step of " in page
 
 
 @pytest.mark.long
@@ -145,6 +182,8 @@ def test_a_base_that_is_written_is_loaded_whole(tmp_path, monkeypatch, quant, ti
     assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     kinds = {type(one).__name__ for one in model.modules() if isinstance(one, torch.nn.Linear)}
     assert kinds == ({"Linear", "Linear4bit"} if quant == "nf4" else {"Linear"})
+    other = speed_worker._model({"model": str(tmp_path / "base"), "quant": "published"}, "bfloat16")  # for other tools
+    assert [type(one) for one in other.modules()] == [type(one) for one in model.modules()]
     loss = model(torch.arange(20)[None], labels=torch.arange(20)[None]).loss
     assert 0.5 * torch.tensor(300).log() < loss < 2 * torch.tensor(300).log()
 
@@ -180,7 +219,7 @@ class Machine:
         if kind in ("base", "rows"):
             (self.work / given["path"]).mkdir(parents=True)
         rate = {"gflops_per_second": 1.0, "gflop_per_token": 1.0}
-        return {"found": {"tokens_per_second": 1.0, "free": 0, **rate}}
+        return {"found": {"tokens_per_second": 1.0, "free": 0, **rate, **cells.parts({}, 1, 1.0)}}
 
 
 @pytest.fixture
@@ -224,6 +263,12 @@ def test_another_card_is_measured_beside_the_first(tmp_path, machine):
     page = report.page(tmp_path / "out", TINY)
     assert "Measured on: Card, Other." in page
     assert page.index("## Card") < page.index("## Other")
+
+
+def test_only_cells_that_are_named_are_measured(tmp_path, machine):
+    own = bench(tmp_path, machine, clock=machine.clock, only=["in turns", "one run"])
+    assert own.run(4) == []
+    assert list(told(own, 4)) == ["32 tokens: one run", "32 tokens: 2 in turns"]
 
 
 def test_a_cell_begins_only_where_its_share_of_time_is_left(tmp_path, machine):
@@ -371,6 +416,19 @@ def test_a_row_that_does_not_fit_is_a_failed_allocation(tmp_path, monkeypatch):
     assert 96 < found["fits_tokens"] <= 100 < found["too_many_tokens"] <= 104
 
 
+def test_kernels_are_told_apart_by_their_names():
+    names = {
+        "matrix products": "sm90_xmma_gemm_bf16bf16_bf16f32_tn_n_tilesize128x128x64", "attention": "flash::flash_bwd_kernel<true>",
+        "dequantizing": "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "norms, SwiGLU, RoPE": "_rms_norm_forward_kernel",
+        "loss": "at::native::cunn_SoftMaxForward", "copies": "Memcpy DtoH (Device -> Pageable)",
+        "optimizer": "at::native::multi_tensor_apply_kernel<FusedAdam>", "other": "at::native::vectorized_elementwise_kernel",
+    }  # fmt: skip
+    found = cells.parts(dict.fromkeys(names.values(), 0.2), 2, 1.0)
+    assert found["parts"] == dict.fromkeys(found["parts"], 0.1)
+    assert set(found["parts"]) == set(names)
+    assert found["no_kernel"] == pytest.approx(0.2)
+
+
 def test_what_pytest_says_is_counted():
     said = "tests/a.py::one PASSED [ 10%]\ntests/a.py::two[x y] FAILED [ 20%]\ntests/a.py::three SKIPPED (why) [ 30%]\n"
     found = {"passed": 1, "skipped": 1, "failed": ["tests/a.py::two[x y]"]}
@@ -408,15 +466,29 @@ def test_requirements_of_requirements_are_asked_for():
     }  # fmt: skip
 
 
+def test_extras_of_requirements_are_asked_for_as_well():
+    have = {
+        "a": wheels._Distribution("1", ("c", "b[fast]")),
+        "b": wheels._Distribution("1", ("d; extra == 'fast'", "e; extra == 'other'", "f; python_version < '3.9'")),
+        "c": wheels._Distribution("1", ("b",)),
+    }
+    for python, more in ((None, set()), ("3.8", {"f"})):
+        found = wheels.resolve([Requirement("a")], have, python=python)
+        assert {one.name for one in found if not one.fits} == {"d"} | more
+
+
 @pytest.fixture
 def checked(tmp_path, monkeypatch, capsys):
     """What `--check` says, and its exit code."""
     monkeypatch.setattr(
         wheels, "requirements", lambda card=True: [Requirement("packaging"), Requirement("never-made>=2")]
     )
-    monkeypatch.setattr(bench_gpu, "_TORCH", """print('["2.11.0", "13.0", false]')""")
+    monkeypatch.setattr(bench_gpu, "_TORCH", """print('["2.11.0", "13.0", null, "No CUDA GPUs are available"]')""")
+    answers = {"ready": {"found": {"problems": []}}}
+    monkeypatch.setattr(runner, "by_process", lambda *_: lambda kind, *given: answers[kind])
 
-    def check(*more: str) -> tuple[int, str]:
+    def check(*more: str, **told: dict) -> tuple[int, str]:
+        answers.update(told)
         code = bench_gpu.main(["--check", "--work", str(tmp_path), *more])
         return code, capsys.readouterr().out
 
@@ -443,7 +515,49 @@ def test_a_missing_wheel_is_named_before_any_minute_is_spent(checked, tmp_path):
 def test_a_missing_card_is_named(checked, tmp_path):
     code, said = checked()
     assert code == 1
-    assert "a card: torch 2.11.0 sees none; --shapes tiny runs everything on the CPU" in said
+    assert "a card: torch 2.11.0 sees none (No CUDA GPUs are available; driver " in said
+    assert "--shapes tiny runs everything on the CPU" in said
+
+
+def test_what_only_shows_in_a_process_is_named_too(checked, monkeypatch):
+    monkeypatch.setattr(wheels, "requirements", lambda card=True: [Requirement("packaging")])
+    monkeypatch.setattr(wheels, "PEERS", {"trl": "packaging", "unsloth": "never-made"})
+    broken = {"error": "ImportError: no"}
+    code, said = checked("--shapes", "tiny", imported=broken)
+    assert code == 0
+    assert "BROKEN  trl: ImportError: no" in said
+    assert "absent  unsloth" in said
+    code, said = checked("--shapes", "tiny", ready={"found": {"problems": ["bitsandbytes: no library"]}})
+    assert code == 1
+    assert said.endswith("1 missing: bitsandbytes: no library\n")
+    assert checked("--shapes", "tiny", ready={"error": "stopped after 120 s"})[0] == 1
+
+
+def test_a_library_that_quantizes_wrongly_and_little_memory_are_named(tmp_path, monkeypatch):
+    import bitsandbytes.functional
+
+    place = cells.Place(tmp_path, "cpu", 60)
+    assert cells.measured("ready", {"shape": "tiny"}, place) == {"found": {"problems": []}}
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64))
+    monkeypatch.setattr(shapes, "_LIBRARIES", 2**60)
+    first, second = cells.measured("ready", {"shape": "tiny"}, place)["found"]["problems"]
+    assert "come back from 4 bits as others on cpu" in first
+    assert second.startswith("memory: ")
+
+    def missing(*_, **__):
+        raise RuntimeError("Configured CUDA binary\nnot found at libbitsandbytes_cuda130.so")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", missing)
+    first = cells.measured("ready", {"shape": "tiny"}, place)["found"]["problems"][0]
+    assert first == "bitsandbytes on cpu: Configured CUDA binary not found at libbitsandbytes_cuda130.so"
+
+
+def test_wheels_of_another_python_are_named(tmp_path):
+    (tmp_path / "own").mkdir()
+    for name in ("a-1-py3-none-any", "b-1-cp27-cp27m-manylinux1_x86_64", "c-1-2-py2.py3-none-any"):
+        (tmp_path / "own" / f"{name}.whl").touch()
+    [wrong] = wheels.misfits(tmp_path)
+    assert wrong.startswith("b-1-cp27-cp27m-manylinux1_x86_64.whl: not for this machine with Python 3.")
 
 
 def test_nothing_is_measured_where_something_is_missing(checked, tmp_path, monkeypatch):
@@ -464,7 +578,7 @@ def test_wheels_are_unpacked_once_and_stand_before_what_is_installed(tmp_path, m
     sites = tmp_path / "site"
     paths = wheels.unpack(tmp_path / "wheels", sites)
     assert paths == {"own": [sites / "own"], "trl": [sites / "own"], "unsloth": [sites / "unsloth", sites / "own"]}
-    assert wheels._installed(paths["unsloth"])["never-made"].version == "2.1+there"
+    assert wheels._installed(*paths["unsloth"])["never-made"].version == "2.1+there"
     mark = sites / "own" / "mark"
     mark.touch()
     wheels.unpack(tmp_path / "wheels", sites)
@@ -496,13 +610,69 @@ def test_bitsandbytes_travels_with_one_library(tmp_path):
         wheels.keep_one_library(file, "118")
 
 
+def test_unsloth_travels_without_its_pages(tmp_path):
+    file = tmp_path / "unsloth-1-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("unsloth/models.py", "studio/frontend/page.html", "unsloth-1.dist-info/RECORD"):
+            archive.writestr(name, name)
+    wheels._rewrite(file, wheels.without_pages)
+    with zipfile.ZipFile(file) as archive:
+        assert archive.namelist() == ["unsloth/models.py", "unsloth-1.dist-info/RECORD"]
+
+
+@pytest.mark.parametrize("target", report.targets(bench_gpu._OUT), ids=lambda one: f"{len(one['there'])} there")
+def test_every_wheel_that_travels_has_a_reason(target):
+    """lora_lab or the comparison asks for it, or something that travels; nothing goes along that belongs to a torch for a card."""
+    named = {group: {one["name"]: one["needed_by"] for one in files} for group, files in target["groups"].items()}
+    asked = {wheels.plain(one.name) for one in wheels.requirements()}
+    assert {name for name, why in named["own"].items() if why == "lora_lab"} <= asked
+    assert asked <= named["own"].keys() | set(map(wheels.plain, target["there"]))
+    for group, reasons in named.items():
+        reason = {"lora_lab"} if group == "own" else {"the comparison"}
+        assert {wheels.plain(str(why)) for why in set(reasons.values()) - reason} <= {*named["own"], *reasons}
+        assert not [name for name in reasons if name in ("torch", "triton") or name.startswith(("nvidia", "cuda"))]
+    assert {peer: named[peer][peer] for peer in wheels.PEERS} == dict.fromkeys(wheels.PEERS, "the comparison")
+
+
+@pytest.mark.long
+def test_the_wheel_list_resolves(tmp_path):
+    """Where the index is reached: versions that fit together, for a Python that is not this one."""
+    target = wheels.Target("3.12", there={"torch": "2.11.0", "triton": "3.6.0"})
+    try:
+        manifest = wheels.collect(tmp_path, target)
+    except RuntimeError as error:
+        if "No matching distribution" in str(error) or "Could not" in str(error):
+            pytest.skip(f"the package index is not reached: {error}")
+        raise
+    sizes = wheels.sizes(manifest)
+    assert 100 < sizes["own"] < 400
+    assert 0 < sizes["trl"] < 5
+    assert 10 < sizes["unsloth"] < 200
+    assert all(one["needed_by"] for files in manifest["groups"].values() for one in files)
+
+
+@pytest.mark.long
+def test_another_tool_trains_the_same_rows_to_the_same_losses(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed: make bench installs it in .bench")
+    launch = runner.by_process(tmp_path / "work", "cpu", sys.executable, {})
+    own = bench(tmp_path, launch, only=["2 x 48 checkpointed: lora_lab", "2 x 48 checkpointed: trl"])
+    own.run(2)
+    found = {name.partition(": ")[2]: one.get("found") for name, one in told(own, 2).items()}
+    assert found["trl"]["losses"] == pytest.approx(found["lora_lab"]["losses"], rel=1e-3)  # both in bfloat16
+
+
 def test_versions_of_another_machine_are_read_as_pip_writes_them(tmp_path):
     file = tmp_path / "freeze.txt"
     file.write_text("torch==2.11.0+cu130\nnumpy==2.5.2\n-e somewhere\n")
     assert bench_gpu._versions(str(file)) == {"torch": "2.11.0", "numpy": "2.5.2"}
     assert bench_gpu._versions("torch==2.11.0,triton==3.6.0") == {"torch": "2.11.0", "triton": "3.6.0"}
-    fixed = wheels._fixed(wheels.Target(there={"torch": "2.11.0", "numpy": "1.0"}), ["numpy>=2.2"], {"numpy": "2.4.6"})
-    assert fixed == {"torch": "2.11.0+there"}
+
+
+def test_what_is_there_stays_where_nobody_asks_for_another_version():
+    there = {"torch": "2.11.0", "numpy": "1.0", "fsspec": "3.0", "rich": "14.0"}
+    asked = ["numpy>=2.2", "fsspec<3", "rich<14; python_version < '3.9'", "rich<14; extra == 'old'", "scipy>9"]
+    kept = wheels._as_asked(there, map(Requirement, asked), "3.12")
+    assert kept == {"torch": "2.11.0", "rich": "14.0"}
 
 
 @pytest.mark.parametrize("wrong", [["--slices", "6"], ["--seconds", "480"], ["--seconds", "0"], ["--shapes", "huge"]])
@@ -535,6 +705,6 @@ def test_the_plan_is_compared_with_the_card_that_it_was_made_for(tmp_path):
     page = report.page(tmp_path, scale)
     assert "| lora_lab | 3,000 | 1.00 | – | 8.00 | 10.00 | 9.90 | 0.99 | 2.0000 | 1.0000 |" in page
     assert "| trl | 1,000 | 0.33 | – | 8.00 | 10.00 | – | – | 2.0000 | 1.0000 |" in page
-    assert "| 2 x 2,048: tokens/s, times those of TRL + peft, both at their best | >= 2.0 | 3.00 |" in page
-    assert "| plan, times the reserved peak | 0.95 to 1.10 | 0.99 to 0.99 (1 cells) |" in page
-    assert "| 2 x 2,048: tokens/s, times those of Unsloth, both at their best | >= 1.0 | not measured |" in page
+    assert "| 2 x 2,048: tokens/s, times those of TRL + peft, both at their best | >= 2.0 | 3.00 | – |" in page
+    assert "| plan, times the reserved peak | 0.95 to 1.10 | 0.99 to 0.99 (1 cells) | – |" in page
+    assert "| 2 x 2,048: tokens/s, times those of Unsloth, both at their best | >= 1.0 | not measured | – |" in page

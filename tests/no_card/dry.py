@@ -155,7 +155,7 @@ def loaded(config: RunConfig, *others: RunConfig) -> Iterator[Dry]:
     Args:
         others: of other members of its cohort.
     """
-    setup = on_card(config)
+    setup = on_card(config).taught()  # a teacher reads on the host, with its weights
     base, _ = skeletons.stored(config, setup.base, setup.kind)
     configs = [config, *others]
     names = [ADAPTER] if not others else [f"member{place}" for place in range(len(configs))]

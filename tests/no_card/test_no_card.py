@@ -19,7 +19,7 @@ from tests.tasks.test_tasks import CASES, models  # noqa: F401 - a fixture
 
 # Copies for each micro-batch that are more than four: of tensors beside ids and labels, and what transformers' code makes of numbers.
 _COPIES = {
-    **dict.fromkeys(("masked_lm", "masked_lm-words", "token_classification", "question_answering"), 6),
+    **dict.fromkeys(("masked_lm", "masked_lm-words", "token_classification", "question_answering", "distillation"), 6),
     **dict.fromkeys(("regression", "reward", "classification-weights"), 5),
     **dict.fromkeys(("preference-dpo", "preference-ipo", "preference-simpo", "preference-orpo"), 5),
     "preference-kto": 11,
