@@ -494,23 +494,37 @@ def _packed(rows: Sequence[Sequence[int]]) -> PackedBatch:
     return PackedBatch(ids[None], positions[None], lengths, torch.arange(len(ids)), targets, None, [])
 
 
-def section_of(model: PreTrainedModel, rank: int, attention: bool, mlp: bool) -> LoraAdapter:
+def section_of(model: PreTrainedModel, rank: int, attention: bool, mlp: bool, unembed: bool) -> LoraAdapter:
     """LoRA of a rank on the layers that a client wants; scale 32 / rank, as the Tinker service's clients expect it.
 
     Args:
         model: the base without weights.
+        unembed: the output layer too, where it has weights of its own: where they are the input embeddings' too, what is learned of one
+            could not be merged without the other.
 
     Raises:
         AdapterError: there is no such layer.
     """
     plain = LoraAdapter(r=rank, lora_alpha=32.0)
-    if attention and mlp:
+    head = own_head(model) if unembed else None
+    if attention and mlp and head is None:
         return plain
     names = {name: "attn" in name or "attention" in name for name in plain.targets(model)}
-    wanted = sorted({name.rpartition(".")[2] for name, attends in names.items() if attends == attention})
-    other = {name.rpartition(".")[2] for name, attends in names.items() if attends != attention}
-    if not (attention or mlp) or not wanted or other & set(wanted):
+    chosen = {True: attention, False: mlp}
+    wanted = {name.rpartition(".")[2] for name, attends in names.items() if chosen[attends]}
+    other = {name.rpartition(".")[2] for name, attends in names.items() if not chosen[attends]}
+    wanted |= {head} if head is not None else set()
+    if not wanted or other & wanted:
         raise AdapterError(
-            "lora_config: this base has no layers that are adapted so. Set train_attn and train_mlp; the output layer is never adapted."
+            "lora_config: this base has no layers that are adapted so. Set train_attn and train_mlp; an output layer that shares its "
+            "weights with the input embeddings is never adapted."
         )
-    return dataclasses.replace(plain, target_modules=wanted)
+    return dataclasses.replace(plain, target_modules=sorted(wanted))
+
+
+def own_head(model: PreTrainedModel) -> str | None:
+    """The last part of the name of a base's output layer, if its weights are its alone."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or model.config.get_text_config().tie_word_embeddings:
+        return None
+    return next(name.rpartition(".")[2] for name, module in model.named_modules() if module is head)
