@@ -73,6 +73,25 @@ def _likeliest(said: torch.Tensor) -> dict[str, Any]:
     return {"places": best.indices.tolist(), "values": best.values.tolist()}
 
 
+def kept(run: Path, adapter: Path) -> list[dict[str, Any]] | None:
+    """The rows that are kept with a run: `inputs`, `positions`, and of each output `places` and `values`, the largest at the last
+    positions; None where there are none.
+
+    Raises:
+        AdapterError: the file is not what was written, or is of another adapter.
+    """
+    file = run / FILE
+    if not file.exists():
+        return None
+    content: dict[str, Any] = read_json(file, AdapterError)
+    if content.pop("sha256", None) != storage.digest(content):
+        raise AdapterError(f"{file}: was changed or damaged. Restore it, or remove it: nothing is compared then.")
+    if content["adapter"] != adapter_digest(adapter):
+        raise AdapterError(f"{file}: is of another adapter than {adapter}. Restore the one that was exchanged.")
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
 @torch.no_grad()
 def check(run: Path, adapter: Path, model: PeftModel) -> str:
     """Let the active adapter say again what it said at the end of its training; a clause about what was found.
@@ -80,22 +99,17 @@ def check(run: Path, adapter: Path, model: PeftModel) -> str:
     Raises:
         AdapterError: it says something else, or the file is not what was written.
     """
-    file = run / FILE
-    if not file.exists():
+    rows = kept(run, adapter)
+    if rows is None:
         return "none are kept with this run, so what it says was not compared"
-    kept: dict[str, Any] = read_json(file, AdapterError)
-    if kept.pop("sha256", None) != storage.digest(kept):
-        raise AdapterError(f"{file}: was changed or damaged. Restore it, or remove it: nothing is compared then.")
-    if kept["adapter"] != adapter_digest(adapter):
-        raise AdapterError(f"{file}: is of another adapter than {adapter}. Restore the one that was exchanged.")
-    worst = max((_gap(model, row) for row in kept["rows"]), default=0.0)
+    worst = max((_gap(model, row) for row in rows), default=0.0)
     limit = allowed_gap(model)
     if not worst <= limit:
         raise AdapterError(
             f"{run}: its adapter does not say what it said at the end of its training: probe rows differ by {worst:.1e} of their size "
             f"(allowed: {limit:.0e}). The base, the adapter or how the base is stored is another than then."
         )
-    return f"{len(kept['rows'])} rows as at the end of training (largest difference {worst:.1e} of their size)"
+    return f"{len(rows)} rows as at the end of training (largest difference {worst:.1e} of their size)"
 
 
 def _gap(model: PeftModel, row: dict[str, Any]) -> float:
