@@ -4,6 +4,7 @@ says the same, on whatever machine, with whatever versions."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lora_lab.verify.reload import OUTPUTS, at
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lora_lab.tasks.base import AnyTask
+    from lora_lab.tasks.base import AnyTask, Pass
 
 FILE = "probes.json"
 _ROWS, _POSITIONS, _TOP = 4, 4, 8
@@ -34,7 +35,6 @@ def adapter_digest(folder: Path) -> str:
     return storage.digest(storage.verify(folder)["files"])
 
 
-@torch.no_grad()
 def write(run: Path, adapter: Path, model: PeftModel, task: AnyTask, data: Dataset | Stream) -> None:
     """Keep what the model says of the ends of the first rows. Nothing is kept of a model whose outputs are not finite.
 
@@ -42,9 +42,14 @@ def write(run: Path, adapter: Path, model: PeftModel, task: AnyTask, data: Datas
         adapter: the folder of the adapter that is active.
         data: held-out rows where there are any, else training rows.
     """
+    keep(run, adapter, model, (task.passes(task.shortened(one))[0] for one in first_examples(data, _ROWS)))
+
+
+@torch.no_grad()
+def keep(run: Path, adapter: Path, model: PeftModel, passes: Iterable[Pass]) -> None:
+    """As `write`, of given rows: the first of them."""
     rows = []
-    for example in itertools.islice(first_examples(data, _ROWS), _ROWS):
-        inputs, positions = task.passes(task.shortened(example))[0]
+    for inputs, positions in itertools.islice(passes, _ROWS):
         outputs = _outputs(model, inputs, positions)
         if not all(one.isfinite().all() for one in outputs.values()):
             return

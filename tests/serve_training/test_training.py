@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import numpy as np
 import peft
@@ -20,9 +21,12 @@ from lora_lab.config import compose
 from lora_lab.errors import LoraLabError
 from lora_lab.run import takes
 from lora_lab.run.prepared import Trained, prepare
+from lora_lab.runtime import storage
 from lora_lab.serve.tinker import wire
 from lora_lab.serve.tinker.keeping import Keeping
+from lora_lab.verify import probes
 from tests.serve.conftest import at_once, halted
+from tests.serve.test_shelf import resealed
 from tests.serve_training.asking import (
     ADAM,
     ROW,
@@ -315,17 +319,88 @@ def test_a_checkpoint_is_verified(service, client):
     folder = service.training.keeping.find(path, "local").folder
     with Trained.open(str(folder), takes.CHAT).loaded() as live:
         assert_same(files.tensors_of(live.model, "default"), weights_of(service, path), 0)
+    assert "3 rows as at the end" in probes.check(folder, folder / "adapter", other_of(service, path))
+    again = client.load(path, optimizer=True)
+    client.sampler(model_path=path)
+    assert again.learn(DATA).loss == model.learn(DATA).loss
+
+
+def other_of(service, path: str):
+    """The modules, with a checkpoint's adapter loaded and active."""
+    workshop = service.training.workshop
+    return service.engine.do(lambda: _active(workshop, service.training.keeping.find(path, "local"))).result()
+
+
+def _active(workshop, checkpoint):
+    key = workshop._loaded(checkpoint.folder / "adapter")
+    workshop.model.set_adapter(key)
+    return workshop.model
+
+
+def _cut(folder):
     file = folder / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(Failed, match="truncated"):
+
+
+def _flipped(folder):
+    [file] = folder.glob("state/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _exchanged(folder):
+    """Weights of another adapter, with checksums that fit."""
+    resealed(folder / "adapter", lambda tensors: [one.add_(0.05) for one in tensors.values()])
+    kept = json.loads((folder / probes.FILE).read_text())
+    del kept["sha256"]
+    kept["adapter"] = probes.adapter_digest(folder / "adapter")
+    (folder / probes.FILE).write_text(storage.dump_json({**kept, "sha256": storage.digest(kept)}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(_cut, "truncated"), (_flipped, "SHA-256 differs"), (_exchanged, "does not say what it said")],
+)
+def test_a_damaged_checkpoint_is_refused_and_harms_nobody(service, client, damage, why):
+    model = client.model(4, 3)
+    model.learn(DATA)
+    model.step()
+    path = model.save("run")
+    before = model.learn(DATA, forward_only=True).loss
+    damage(service.training.keeping.find(path, "local").folder)
+    with pytest.raises(Failed, match=why):
         client.load(path, optimizer=True)
-    assert model.learn(DATA).loss
+    with pytest.raises(Failed, match=why):
+        client.result(model.later("load_weights", path=path, optimizer=True))
+    if damage is not _flipped:  # whose weights are whole
+        with pytest.raises(Failed, match=why):
+            client.sample(client.sampler(model_path=path), ROW[:3], max_tokens=2)
+        assert model.learn(DATA, forward_only=True).loss == before
+
+
+def test_a_full_disk_at_a_save_harms_nobody(service, client):
+    model, other = client.model(32, 3), client.model(4, 5)
+    model.learn(DATA)
+    model.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))  # no file of this process grows beyond it
+    try:
+        with pytest.raises(Failed, match="cannot be written"):
+            model.save("run")
+        assert other.learn(DATA).loss
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    place = service.training.keeping._folder(model.model_id) / "weights"
+    assert list(place.iterdir()) == []
+    path = model.save("run")
+    assert client.load(path, optimizer=True).learn(DATA).loss == model.learn(DATA).loss
 
 
 @pytest.mark.long
 def test_a_checkpoint_is_an_ordinary_run(service, client, rows_file):
     """It is evaluated and merged like any other."""
-    model = client.model(4, 3)
+    model = client.model(4, 3, train_unembed=True)
     model.learn(DATA)
     model.step(learning_rate=0.001)
     folder = service.training.keeping.find(model.save("run"), "local").folder

@@ -63,10 +63,11 @@ class Dialect(abc.ABC):
         """
 
     @abc.abstractmethod
-    def arguments(self, base: Path, adapters: Sequence[Path], port: int) -> list[str]:
-        """After the command.
+    def words(self, command: Sequence[str], base: Path, adapters: Sequence[Path], port: int) -> list[str]:
+        """The whole command.
 
         Args:
+            command: the program and options of the user's.
             adapters: folders of `target`.
         """
 
@@ -133,10 +134,10 @@ class Llama(Dialect):
         check_file(file, ConfigError, None)
         return file
 
-    def arguments(self, base: Path, adapters: Sequence[Path], port: int) -> list[str]:
+    def words(self, command: Sequence[str], base: Path, adapters: Sequence[Path], port: int) -> list[str]:
         self._count = len(adapters)
         files = [word for folder in adapters for word in ("--lora", _field(_only(folder, "*.gguf")))]
-        return ["--model", str(base), *files, "--host", HOST, "--port", str(port)]
+        return [*command, "--model", str(base), *files, "--host", HOST, "--port", str(port)]
 
     def question(
         self, prompt: Sequence[int], wish: Wish, adapter: int | None, ends: Sequence[int], penalty: float
@@ -200,10 +201,26 @@ class VLLM(Dialect):
             )
         return setup.base.folder
 
-    def arguments(self, base: Path, adapters: Sequence[Path], port: int) -> list[str]:
+    def words(self, command: Sequence[str], base: Path, adapters: Sequence[Path], port: int) -> list[str]:
+        if "serve" not in command:
+            raise ConfigError(
+                f"serve.engine_command={list(command)}: vLLM's begins with its program and 'serve', as in [vllm,serve]."
+            )
+        head = command.index("serve") + 1  # the base comes behind it
         ranks = [int(read_json(folder / "adapter_config.json", ExportError)["r"]) for folder in adapters]
         names = [f"{_name(place)}={folder}" for place, folder in enumerate(adapters)]
-        words = [str(base), "--host", HOST, "--port", str(port), "--served-model-name", _name(None), "--enable-lora"]
+        words = [
+            *command[:head],
+            str(base),
+            *command[head:],
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--served-model-name",
+            _name(None),
+            "--enable-lora",
+        ]
         words += ["--max-loras", str(len(adapters)), "--max-lora-rank", str(peft_export.vllm_rank(max(ranks)))]
         words += ["--generation-config", "vllm", "--lora-modules", *names]
         own = [

@@ -245,7 +245,7 @@ def started(
     penalties = {BASE: _penalty(base), **{str(place): _penalty(one) for place, one in enumerate(runs)}}
     command = config.engine_command or dialect.default_command()
     weights, port = dialect.base(runs[0].setup, config.engine_base), free_port()
-    words = [*command, *dialect.arguments(weights, exports, port)]
+    words = dialect.words(command, weights, exports, port)
     console.say("engine", f"{config.engine}: {' '.join(words)}")
     program = Program(words, port, dialect.key_variable)
     try:

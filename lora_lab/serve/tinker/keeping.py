@@ -325,6 +325,8 @@ class Keeping:
         try:
             storage.make_folders(temporary.path)
             self._write(workshop, learner, folder, temporary, kind == "weights")
+            if named or kind == "weights":  # others are for this server alone
+                workshop.keep_probes(temporary.adapter, learner)
             storage.write_text(temporary.path / _FACTS, storage.dump_json(facts))
             if folder.exists():
                 storage.remove(folder)

@@ -634,8 +634,8 @@ class _Sampling:
         try:
             self._begin()
         except Exception as error:
-            self.cancel()
             self._promise.set(self._own.engine.told(error))
+            self.cancel()
 
     def _begin(self) -> None:
         own, served = self._own, self._own._served
