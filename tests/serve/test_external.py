@@ -323,6 +323,11 @@ def test_nobody_else_on_the_machine_may_ask_it(external):
 # -- vLLM -----------------------------------------------------------------------------------------------------------------
 
 
+def whole(text: str) -> str:
+    """Without a character at the end that was not finished, which vLLM leaves out."""
+    return text.rstrip("\ufffd ")
+
+
 @pytest.mark.engines
 @pytest.mark.timeout(1800)
 def test_vllm_answers_as_lora_lab_does(tmp_path, rows_file, monkeypatch):
@@ -348,7 +353,7 @@ def test_vllm_answers_as_lora_lab_does(tmp_path, rows_file, monkeypatch):
     own = serving(runs)
     try:
         with client_of(own) as client:
-            expected = {name: spoken(client, name) for name in ("a", "b", "base")}
+            expected = {name: whole(spoken(client, name)) for name in ("a", "b", "base")}
     finally:
         stop(own)
     assert len(set(expected.values())) == 3
@@ -366,11 +371,11 @@ def test_vllm_answers_as_lora_lab_does(tmp_path, rows_file, monkeypatch):
     other = serving(runs, "serve.engine=vllm", f"serve.engine_command={json.dumps(command)}", "serve.max_rows=4")
     try:
         with client_of(other) as client:
-            assert {name: spoken(client, name) for name in ("a", "b", "base", "a", "base")} == expected
+            assert {name: whole(spoken(client, name)) for name in ("a", "b", "base", "a", "base")} == expected
             told = {"model": "b", "messages": said("red cat"), "max_tokens": 10, "stream": True}
             with client.stream("POST", "/v1/chat/completions", json=told) as answer:
                 events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
-            assert "".join(one["choices"][0]["delta"].get("content", "") for one in events) == expected["b"]
+            assert whole("".join(one["choices"][0]["delta"].get("content", "") for one in events)) == expected["b"]
             drawn = [spoken(client, "a", temperature=1.5, seed=seed) for seed in (1, 1, 2)]
             assert drawn[0] == drawn[1] != drawn[2]
             end = expected["a"][4:7]
