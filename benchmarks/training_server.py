@@ -148,7 +148,7 @@ def work(url: str, rank: int, steps: int) -> None:
     sys.stdin.readline()
     print(json.dumps(client.save_state("end").result().path), flush=True)
     sys.stdout.flush()
-    os._exit(0)  # the SDK's threads have nothing more to say
+    os._exit(0)  # the SDK's event loop is a daemon thread, which may abort a process that ends otherwise
 
 
 def _largest_difference(root: Path, one: str, other: str) -> float:

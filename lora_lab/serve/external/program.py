@@ -46,7 +46,7 @@ class Program:
         self.command, self._port, self._key = list(command), port, secrets.token_urlsafe(32)
         self._said: collections.deque[str] = collections.deque(maxlen=_LINES)
         self._own = subprocess.Popen(
-            children.tied(*command),
+            children.tied_group(*command),  # vLLM computes in another process, which would outlive it
             env={**os.environ, key_variable: self._key},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
