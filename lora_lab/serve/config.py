@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,21 @@ class ServeConfig:
         bool, Field(description="train over the base too, by the Tinker API; checkpoints lie below serve.root")
     ] = False
     max_models: Annotated[int, Field(ge=1, le=4096, description="adapters that clients train at once")] = 16
+    engine: Annotated[
+        Literal["llama", "vllm"] | None,
+        Field(
+            description="a program that answers instead of lora_lab, started with the runs' exports and compared with their "
+            "probe rows: llama.cpp's server, or vLLM"
+        ),
+    ] = None
+    engine_command: Annotated[
+        list[str],
+        Field(description="its program and further options; []: llama-server (else xllamacpp), or vllm serve"),
+    ] = dataclasses.field(default_factory=list)
+    engine_base: Annotated[
+        str | None,
+        Field(min_length=1, description="llama: GGUF file of the base; null: made in 16 bits, and kept in the cache"),
+    ] = None
     certificate: Annotated[str | None, Field(min_length=1, description="PEM file of the TLS certificate")] = None
     certificate_key: Annotated[str | None, Field(min_length=1, description="PEM file of its private key")] = None
     max_rows: Annotated[int, Field(ge=1, le=4096, description="answers that are written together")] = 32

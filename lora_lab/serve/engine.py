@@ -26,7 +26,7 @@ from lora_lab.serve.batch import Batch
 from lora_lab.serve.group import Group
 from lora_lab.serve.shelf import Served, Shelf
 from lora_lab.serve.wishes import RequestError
-from lora_lab.serve.words import Row, Wish
+from lora_lab.serve.words import Event, Row, Wish, processors_of
 
 if TYPE_CHECKING:
     from lora_lab.serve.metrics import Metrics
@@ -84,6 +84,19 @@ class Engine:
         return self._stop_at is not None
 
     # -- from other threads ---------------------------------------------------------------------------------------------
+
+    def at_once(self, served: Served, wish: Wish) -> bool:
+        """Whether an answer comes as a whole, by transformers' `generate`."""
+        group = served.group
+        beams = getattr(served.setup.config.task, "num_beams", 1) > 1 and not wish.temperature
+        return group is None or not group.writes or bool(group.against_steps) or beams
+
+    def row(self, served: Served, ids: list[int], wish: Wish, send: Callable[[Event], None]) -> Row:
+        """An answer to a prompt, for `write`."""
+        group = served.group
+        assert group is not None, "it was asked for what it can"
+        processors = processors_of(group.base, served.settings, len(ids), wish.max_tokens)
+        return Row(ids, wish, served.end_tokens, served.setup.encoder.tokenizer, send, served.key, processors)
 
     def write(self, served: Served, rows: Sequence[Row]) -> None:
         """Begin answers.

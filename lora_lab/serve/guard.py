@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lora_lab.errors import LoraLabError
-from lora_lab.serve import hosts, logs
+from lora_lab.serve import hosts, logs, tracing
 from lora_lab.serve.keys import LOCAL, Account, Allowance, Key, Keys
 from lora_lab.serve.wishes import RequestError
 
@@ -67,6 +67,10 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         asked = _Asked(scope, receive, send)
+        with tracing.span(None if asked.path in OPEN else asked.texts()) as span:
+            await self._answered(asked, span)
+
+    async def _answered(self, asked: _Asked, span: tracing.Span) -> None:
         try:
             await self._admitted(asked)
         except RequestError as error:
@@ -77,7 +81,7 @@ class Guard:
             asked.notes["error"] = f"{type(error).__name__} in {place.filename}:{place.lineno}"
             await asked.refuse(RequestError(500, "The server failed at this request.", "server_error"))
         finally:
-            self._written(asked)
+            self._written(asked, span)
 
     async def _admitted(self, asked: _Asked) -> None:
         key = self._key(asked)
@@ -162,8 +166,8 @@ class Guard:
         asked.notes["refused"] = reason
         self._metrics.refusals.labels(reason, key).inc()
 
-    def _written(self, asked: _Asked) -> None:
-        """A line of the log, and what is counted."""
+    def _written(self, asked: _Asked, span: tracing.Span) -> None:
+        """A line of the log, a span, and what is counted."""
         route = self._paths.get(id(asked.scope.get("endpoint")), "none")
         seconds = time.monotonic() - asked.began
         self._metrics.requests.labels(route, str(asked.status)).inc()
@@ -171,7 +175,8 @@ class Guard:
         if route == "/healthz":
             return
         line = {"method": asked.scope["method"], "route": route, "status": asked.status, "seconds": round(seconds, 4)}
-        logs.say(self._metrics, "request", json.dumps({**line, **asked.notes}))
+        span.end(line | asked.notes)
+        logs.say(self._metrics, "request", json.dumps(line | asked.notes))
 
 
 class _Asked:
@@ -191,6 +196,10 @@ class _Asked:
     def header(self, name: bytes) -> str:
         found = next((value for key, value in self.scope["headers"] if key.lower() == name), b"")
         return str(found.decode("latin-1"))
+
+    def texts(self) -> dict[str, str]:
+        """All headers."""
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.scope["headers"]}
 
     def presented(self) -> str | None:
         """The key that came with it."""

@@ -68,6 +68,7 @@ def check(config: ServeConfig) -> Keys | None:
         file = getattr(config, name)
         if file is not None and not Path(file).expanduser().is_file():
             raise ConfigError(f"serve.{name}={file}: no such file.")
+    check_engine(config)
     if config.training:
         check_training(config)
     if config.root is not None and not Path(config.root).expanduser().is_dir():
@@ -84,6 +85,23 @@ def check_training(config: ServeConfig) -> None:
         raise ConfigError("serve.training=true: needs serve.root, the folder that checkpoints are written below.")
     if importlib.util.find_spec("google") is None or importlib.util.find_spec("google.protobuf") is None:
         raise ConfigError("serve.training=true needs protobuf. pip install 'lora-lab[serve]'")
+
+
+def check_engine(config: ServeConfig) -> None:
+    """
+    Raises:
+        ConfigError: what is said of another program has no effect, or what is said beside it.
+    """
+    if config.engine is None:
+        without: dict[str, object] = {"engine_command": config.engine_command, "engine_base": config.engine_base}
+        lost, beside = [name for name, value in without.items() if value], "without serve.engine"
+    else:
+        without = {"training": config.training, "root": config.root, "cache_gib": config.cache_gib}
+        if config.engine != "llama":
+            without["engine_base"] = config.engine_base
+        lost, beside = [name for name, value in without.items() if value], f"beside serve.engine={config.engine}"
+    if lost:
+        raise ConfigError(*(f"serve.{name}: no effect {beside}. Drop it." for name in lost))
 
 
 def base_config(base: str, overrides: Sequence[str]) -> RunConfig:
@@ -104,15 +122,20 @@ def prepared(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], 
     from lora_lab.serve.metrics import Metrics
     from lora_lab.serve.shelf import Shelf, open_base, open_run
 
+    metrics = Metrics()
     opened = [open_run(path, overrides, name) for path, name in zip(paths, names(paths), strict=True)]
-    shelf = Shelf(open_base(opened[0].config if opened else config))
+    base = open_base(opened[0].config if opened else config)
+    if serve.engine is not None:
+        from lora_lab.serve.external.engine import started
+
+        return Service(*started(opened, base, serve, metrics), serve, metrics, overrides)
+    shelf = Shelf(base)
     for one in opened:
         shelf.check(one)
     shelf.start()
     for one in opened:
         served = shelf.ready(one)()
         console.say("adapter", f"{served.name}: {served.exactness}; probes: {served.probes}")
-    metrics = Metrics()
     engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics, serve.cache_gib)
     service = Service(shelf, engine, serve, metrics, overrides)
     if serve.training:

@@ -215,9 +215,14 @@ def generation_settings(base: PreTrainedModel, end_tokens: Sequence[int], pad: i
         found, _ = made._prepare_generation_config(
             None, do_sample=False, num_beams=1, eos_token_id=list(end_tokens), pad_token_id=pad
         )
-        made._prepare_special_tokens(found, kwargs_has_attention_mask=True, device=base.device)
+        made._prepare_special_tokens(found, kwargs_has_attention_mask=True, device=_device(base))
     settings: GenerationConfig = found
     return settings
+
+
+def _device(base: PreTrainedModel) -> torch.device:
+    """Of numbers beside a model, which may have no content itself."""
+    return torch.device("cpu") if base.device.type == "meta" else base.device
 
 
 def processors_of(
@@ -228,6 +233,6 @@ def processors_of(
     own.max_new_tokens, own.max_length = max_tokens, prompt_tokens + max_tokens
     made: Any = base
     found: LogitsProcessorList = made._get_logits_processor(
-        generation_config=own, input_ids_seq_length=prompt_tokens, device=base.device, model_kwargs={}
+        generation_config=own, input_ids_seq_length=prompt_tokens, device=_device(base), model_kwargs={}
     )
     return found

@@ -19,6 +19,7 @@ _EXAMPLES = """\
   lora-lab serve base=HuggingFaceTB/SmolLM2-135M      a base alone
   lora-lab serve add_key=alice serve.keys=keys.json   makes a key, which is shown once; scopes=use,admin: adapters come and go by it
   lora-lab serve run=DIR serve=network serve.keys=keys.json
+  lora-lab serve run=DIR serve.engine=llama           llama.cpp answers, with the run's export=gguf_lora, once it says what the run says
 
 Routes as OpenAI has them, and /v1/classify, /v1/tokens, /v1/answer, /v1/rewards, /v1/rerank, /v1/adapters, /metrics, /healthz: docs/serving.md
 """
@@ -46,10 +47,33 @@ def _run(told: Told) -> int:
         paths = _folders(said[0], value)
         config = _of_runs(paths, told.overrides)
     server.check_extra()
-    server.check(server.settings(config, told.overrides))
+    serve = server.settings(config, told.overrides)
+    server.check(serve)
+    if serve.engine is not None:
+        _check_engine(serve.engine, said[0], told.overrides)
     quiet_libraries()
     server.serve(paths, config, told.overrides)
     return 0
+
+
+def _check_engine(engine: str, word: str, overrides: list[str]) -> None:
+    """
+    Raises:
+        ConfigError: another program answers, and this says something of how lora_lab would.
+    """
+    if word == "base":
+        raise ConfigError(
+            f"serve.engine={engine}: needs runs, whose probe rows the program is compared with. A base alone is served by that program "
+            "itself, or by lora_lab (drop serve.engine)."
+        )
+    lost = [text for text in overrides if text.lstrip("+").startswith(("hardware.", "speed.", "hardware=", "speed="))]
+    if lost:
+        raise ConfigError(
+            *(
+                f"{text}: no effect beside serve.engine={engine}, which computes by its own options (serve.engine_command). Drop it."
+                for text in lost
+            )
+        )
 
 
 def _folders(word: str, value: str) -> list[str]:

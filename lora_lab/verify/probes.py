@@ -4,6 +4,7 @@ says the same, on whatever machine, with whatever versions."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lora_lab.verify.reload import OUTPUTS, at
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lora_lab.tasks.base import AnyTask
+    from lora_lab.tasks.base import AnyTask, Pass
 
 FILE = "probes.json"
 _ROWS, _POSITIONS, _TOP = 4, 4, 8
@@ -34,7 +35,6 @@ def adapter_digest(folder: Path) -> str:
     return storage.digest(storage.verify(folder)["files"])
 
 
-@torch.no_grad()
 def write(run: Path, adapter: Path, model: PeftModel, task: AnyTask, data: Dataset | Stream) -> None:
     """Keep what the model says of the ends of the first rows. Nothing is kept of a model whose outputs are not finite.
 
@@ -42,9 +42,14 @@ def write(run: Path, adapter: Path, model: PeftModel, task: AnyTask, data: Datas
         adapter: the folder of the adapter that is active.
         data: held-out rows where there are any, else training rows.
     """
+    keep(run, adapter, model, (task.passes(task.shortened(one))[0] for one in first_examples(data, _ROWS)))
+
+
+@torch.no_grad()
+def keep(run: Path, adapter: Path, model: PeftModel, passes: Iterable[Pass]) -> None:
+    """As `write`, of given rows: the first of them."""
     rows = []
-    for example in itertools.islice(first_examples(data, _ROWS), _ROWS):
-        inputs, positions = task.passes(task.shortened(example))[0]
+    for inputs, positions in itertools.islice(passes, _ROWS):
         outputs = _outputs(model, inputs, positions)
         if not all(one.isfinite().all() for one in outputs.values()):
             return
@@ -73,6 +78,25 @@ def _likeliest(said: torch.Tensor) -> dict[str, Any]:
     return {"places": best.indices.tolist(), "values": best.values.tolist()}
 
 
+def kept(run: Path, adapter: Path) -> list[dict[str, Any]] | None:
+    """The rows that are kept with a run: `inputs`, `positions`, and of each output `places` and `values`, the largest at the last
+    positions; None where there are none.
+
+    Raises:
+        AdapterError: the file is not what was written, or is of another adapter.
+    """
+    file = run / FILE
+    if not file.exists():
+        return None
+    content: dict[str, Any] = read_json(file, AdapterError)
+    if content.pop("sha256", None) != storage.digest(content):
+        raise AdapterError(f"{file}: was changed or damaged. Restore it, or remove it: nothing is compared then.")
+    if content["adapter"] != adapter_digest(adapter):
+        raise AdapterError(f"{file}: is of another adapter than {adapter}. Restore the one that was exchanged.")
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
 @torch.no_grad()
 def check(run: Path, adapter: Path, model: PeftModel) -> str:
     """Let the active adapter say again what it said at the end of its training; a clause about what was found.
@@ -80,22 +104,17 @@ def check(run: Path, adapter: Path, model: PeftModel) -> str:
     Raises:
         AdapterError: it says something else, or the file is not what was written.
     """
-    file = run / FILE
-    if not file.exists():
+    rows = kept(run, adapter)
+    if rows is None:
         return "none are kept with this run, so what it says was not compared"
-    kept: dict[str, Any] = read_json(file, AdapterError)
-    if kept.pop("sha256", None) != storage.digest(kept):
-        raise AdapterError(f"{file}: was changed or damaged. Restore it, or remove it: nothing is compared then.")
-    if kept["adapter"] != adapter_digest(adapter):
-        raise AdapterError(f"{file}: is of another adapter than {adapter}. Restore the one that was exchanged.")
-    worst = max((_gap(model, row) for row in kept["rows"]), default=0.0)
+    worst = max((_gap(model, row) for row in rows), default=0.0)
     limit = allowed_gap(model)
     if not worst <= limit:
         raise AdapterError(
             f"{run}: its adapter does not say what it said at the end of its training: probe rows differ by {worst:.1e} of their size "
             f"(allowed: {limit:.0e}). The base, the adapter or how the base is stored is another than then."
         )
-    return f"{len(kept['rows'])} rows as at the end of training (largest difference {worst:.1e} of their size)"
+    return f"{len(rows)} rows as at the end of training (largest difference {worst:.1e} of their size)"
 
 
 def _gap(model: PeftModel, row: dict[str, Any]) -> float:

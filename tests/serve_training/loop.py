@@ -75,7 +75,11 @@ def main() -> None:
         except Exception as error:
             seen["errors"].append([type(error).__name__, str(error), time.monotonic() - started])
     seen["after"] = client.forward(data, "cross_entropy").result().metrics["loss:sum"]
+    service.close("success").result()
     print(json.dumps(seen), flush=True)
+    # the SDK's event loop is a daemon thread that nothing stops: one that comes back from its HTTP client's threads while the interpreter
+    # is taken down aborts the process
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def seen(loop: subprocess.Popen) -> dict:
     return json.loads(told.splitlines()[-1])
 
 
+@pytest.mark.timeout(900)
 def test_clients_of_unlike_rank_a_killed_one_and_a_killed_server(base, tmp_path):
     server = Serving(base, tmp_path)
     alone = [seen(server.loop(rank, 6)) for rank in (4, 8, 32)]
@@ -53,7 +54,7 @@ def test_clients_of_unlike_rank_a_killed_one_and_a_killed_server(base, tmp_path)
     killed = server.loop(16, 10_000)
     assert killed.stdout.readline() == "begun\n"
     killed.kill()
-    killed.wait()
+    killed.communicate()
     for one, loop in zip(alone, loops, strict=True):
         other = seen(loop)
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-4)

@@ -75,6 +75,7 @@ class Model:
     train_mlp: bool
     user_metadata: dict[str, Any] | None = None
     last_request: str = dataclasses.field(default_factory=now)
+    train_unembed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,10 +320,13 @@ class Keeping:
             "steps": learner.steps,
             "train_attn": model.train_attn,
             "train_mlp": model.train_mlp,
+            "train_unembed": model.train_unembed,
         }
         try:
             storage.make_folders(temporary.path)
             self._write(workshop, learner, folder, temporary, kind == "weights")
+            if named or kind == "weights":  # others are for this server alone
+                workshop.keep_probes(temporary.adapter, learner)
             storage.write_text(temporary.path / _FACTS, storage.dump_json(facts))
             if folder.exists():
                 storage.remove(folder)

@@ -30,7 +30,7 @@ from lora_lab.serve.tinker.promises import Promise, Promises
 from lora_lab.serve.tinker.sampling import Drawing, Drawn, drawing, scores
 from lora_lab.serve.tinker.trainer import Trainer
 from lora_lab.serve.tinker.wire import Learn
-from lora_lab.serve.tinker.workshop import Learner, Workshop, section_of
+from lora_lab.serve.tinker.workshop import Learner, Workshop, own_head, section_of
 from lora_lab.serve.wishes import RequestError
 from lora_lab.serve.words import End, Event
 
@@ -67,6 +67,11 @@ class Training:
         if self._opened.config.model.dtype == "float16":
             raise ConfigError("serve.training=true: not in float16. Set model.dtype=bfloat16 or float32.")
         self.keeping = Keeping(Path(config.root).expanduser(), self._opened)
+        self._unembeds = own_head(self._opened.setup.skeleton()) is not None
+        if not self._unembeds:
+            console.say(
+                "training", "the output layer is the input embeddings too, so no client adapts it (train_unembed)"
+            )
         self.workshop = Workshop(self._opened, shelf.another_group(), shelf.inside)
         self.trainer = Trainer(engine, self.workshop, config.max_waiting)
         self.promises = Promises()
@@ -217,12 +222,21 @@ class Training:
         self._check_base(asked.base_model)
         _check_optimizer(asked.optimizer_config)
         lora = asked.lora_config or told.Lora()
-        section = await _aside(section_of, self._opened.setup.skeleton(), lora.rank, lora.train_attn, lora.train_mlp)
-        if lora.train_unembed:
-            console.say("tinker", "the output layer is not adapted, whatever train_unembed says")
+        wanted = lora.train_attn, lora.train_mlp, lora.train_unembed
+        section = await _aside(section_of, self._opened.setup.skeleton(), lora.rank, *wanted)
         seed = secrets.randbits(32) if lora.seed is None else lora.seed
         model_id = f"{asked.session_id}:train:{asked.model_seq_id}"
-        model = Model(model_id, owner, now(), lora.rank, lora.train_attn, lora.train_mlp, asked.user_metadata)
+        unembed = lora.train_unembed and self._unembeds
+        model = Model(
+            model_id,
+            owner,
+            now(),
+            lora.rank,
+            lora.train_attn,
+            lora.train_mlp,
+            asked.user_metadata,
+            train_unembed=unembed,
+        )
 
         def begin(promise: Promise) -> None:
             self._open(model, 0, promise, lambda: self.workshop.begin(section, seed), {"type": "create_model"})
@@ -387,7 +401,8 @@ class Training:
         model_id = f"{asked.session_id}:train:{asked.model_seq_id}"
         origin = self.keeping.model(checkpoint.model_id, owner)
         facts = asked.user_metadata if asked.user_metadata is not None else origin.user_metadata
-        model = Model(model_id, owner, now(), section.r, origin.train_attn, origin.train_mlp, facts)
+        flags = origin.train_attn, origin.train_mlp
+        model = Model(model_id, owner, now(), section.r, *flags, facts, train_unembed=origin.train_unembed)
 
         def make() -> Learner:
             learner = self.workshop.load(checkpoint.folder / "adapter", section, seed)
@@ -533,7 +548,7 @@ class Training:
     async def _weights_info(self, request: Request, owner: str) -> Response:
         checkpoint = self.keeping.find(told.parse(told.OfPath, await request.body()).tinker_path, owner)
         model = self.keeping.model(checkpoint.model_id, owner)
-        facts = {"is_lora": True, "lora_rank": model.rank, "train_unembed": False}
+        facts = {"is_lora": True, "lora_rank": model.rank, "train_unembed": model.train_unembed}
         facts |= {"train_attn": model.train_attn, "train_mlp": model.train_mlp}
         return JSONResponse({"base_model": self.names[0], **facts})
 
@@ -619,8 +634,8 @@ class _Sampling:
         try:
             self._begin()
         except Exception as error:
-            self.cancel()
             self._promise.set(self._own.engine.told(error))
+            self.cancel()
 
     def _begin(self) -> None:
         own, served = self._own, self._own._served

@@ -24,7 +24,7 @@ from lora_lab.base.positions import usable_positions
 from lora_lab.config.train import SpeedConfig
 from lora_lab.data.collate import PackedBatch, join
 from lora_lab.data.encode import Example
-from lora_lab.errors import AdapterError, TrainingError
+from lora_lab.errors import AdapterError, LoraLabError, TrainingError
 from lora_lab.fast.isolation import check_isolation
 from lora_lab.fast.routing import Route
 from lora_lab.runtime.memory import is_out_of_memory
@@ -32,6 +32,8 @@ from lora_lab.serve.tinker import losses
 from lora_lab.serve.tinker.told import Adam
 from lora_lab.serve.tinker.wire import Learn
 from lora_lab.serve.wishes import RequestError
+from lora_lab.tasks.base import Pass
+from lora_lab.verify import probes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -233,7 +235,31 @@ class Workshop:
             LoraLabError: it is damaged, or does not fit the base.
         """
         self._check(folder)
-        return self._learner(self._loaded(folder), section, seed)
+        learner = self._learner(self._loaded(folder), section, seed)
+        try:
+            self._probe(folder, learner.key)
+        except LoraLabError:
+            self.drop(learner)
+            raise
+        return learner
+
+    def keep_probes(self, folder: Path, learner: Learner) -> None:
+        """Keep what a learner's adapter, which was written to this folder, says of texts that are nobody's."""
+        with self._group.inside(learner.key):
+            probes.keep(
+                folder.parent,
+                folder,
+                self.model,
+                [Pass({"input_ids": torch.tensor([ids])}, None) for ids in self._group.trial],
+            )
+
+    def _probe(self, folder: Path, key: str) -> None:
+        """
+        Raises:
+            AdapterError: the adapter of this name does not say what the one in the folder said when it was written.
+        """
+        with self._group.inside(key):
+            probes.check(folder.parent, folder, self.model)
 
     def _loaded(self, folder: Path) -> str:
         where = getattr(files.settings(folder), "target_modules", None)
@@ -247,7 +273,15 @@ class Workshop:
         """
         self._check(folder)
         files.check_settings(folder, self.model.peft_config[learner.key])
-        files.read_into(folder, self.model, learner.key)
+        before = [one.detach().clone() for one in learner.parameters.values()]
+        try:
+            files.read_into(folder, self.model, learner.key)
+            self._probe(folder, learner.key)
+        except LoraLabError:
+            with torch.no_grad():
+                for one, value in zip(learner.parameters.values(), before, strict=True):
+                    one.copy_(value)
+            raise
         learner.optimizer, learner.gathered, learner.steps = _optimizer(learner.parameters), None, 0
 
     def _check(self, folder: Path) -> None:
@@ -446,7 +480,9 @@ class Workshop:
                 and not one.busy
                 and (one.folder is None or len(self._snapshots) >= _KEPT_SNAPSHOTS)
             ):
+                one.folder = None
                 files.read_into(folder, self.model, one.key)
+                self._probe(folder, one.key)
                 one.folder = folder
                 self._snapshots.remove(one)
                 self._snapshots.append(one)
@@ -454,6 +490,11 @@ class Workshop:
         if len(self._snapshots) >= _MOST_SNAPSHOTS:
             self._drop_one()
         found = Snapshot(self._loaded(folder), settings, folder)
+        try:
+            self._probe(folder, found.key)
+        except LoraLabError:
+            self._take(found.key)
+            raise
         self._snapshots.append(found)
         return found
 
@@ -494,23 +535,37 @@ def _packed(rows: Sequence[Sequence[int]]) -> PackedBatch:
     return PackedBatch(ids[None], positions[None], lengths, torch.arange(len(ids)), targets, None, [])
 
 
-def section_of(model: PreTrainedModel, rank: int, attention: bool, mlp: bool) -> LoraAdapter:
+def section_of(model: PreTrainedModel, rank: int, attention: bool, mlp: bool, unembed: bool) -> LoraAdapter:
     """LoRA of a rank on the layers that a client wants; scale 32 / rank, as the Tinker service's clients expect it.
 
     Args:
         model: the base without weights.
+        unembed: the output layer too, where it has weights of its own: where they are the input embeddings' too, what is learned of one
+            could not be merged without the other.
 
     Raises:
         AdapterError: there is no such layer.
     """
     plain = LoraAdapter(r=rank, lora_alpha=32.0)
-    if attention and mlp:
+    head = own_head(model) if unembed else None
+    if attention and mlp and head is None:
         return plain
     names = {name: "attn" in name or "attention" in name for name in plain.targets(model)}
-    wanted = sorted({name.rpartition(".")[2] for name, attends in names.items() if attends == attention})
-    other = {name.rpartition(".")[2] for name, attends in names.items() if attends != attention}
-    if not (attention or mlp) or not wanted or other & set(wanted):
+    chosen = {True: attention, False: mlp}
+    wanted = {name.rpartition(".")[2] for name, attends in names.items() if chosen[attends]}
+    other = {name.rpartition(".")[2] for name, attends in names.items() if not chosen[attends]}
+    wanted |= {head} if head is not None else set()
+    if not wanted or other & wanted:
         raise AdapterError(
-            "lora_config: this base has no layers that are adapted so. Set train_attn and train_mlp; the output layer is never adapted."
+            "lora_config: this base has no layers that are adapted so. Set train_attn and train_mlp; an output layer that shares its "
+            "weights with the input embeddings is never adapted."
         )
-    return dataclasses.replace(plain, target_modules=wanted)
+    return dataclasses.replace(plain, target_modules=sorted(wanted))
+
+
+def own_head(model: PreTrainedModel) -> str | None:
+    """The last part of the name of a base's output layer, if its weights are its alone."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or model.config.get_text_config().tie_word_embeddings:
+        return None
+    return next(name.rpartition(".")[2] for name, module in model.named_modules() if module is head)
