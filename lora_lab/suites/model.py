@@ -57,7 +57,7 @@ class Asked:
         return (self.context + self.continuation)[:-1]
 
 
-class AsTrained(TemplateLM):  # type: ignore[misc]  # lm-eval names no types
+class AsTrained(TemplateLM):
     """The model of a run with whatever adapter is active.
 
     Attributes:
@@ -139,7 +139,7 @@ class AsTrained(TemplateLM):  # type: ignore[misc]  # lm-eval names no types
 
     def _windows(self, text: str) -> list[Asked]:
         pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-        return [Asked(*make_disjoint_window(pair), what=repr(text)) for pair in pairs]
+        return [Asked(context, said, repr(text)) for context, said in map(make_disjoint_window, pairs)]
 
     @torch.no_grad()
     def _likelihoods(self, asked: list[Asked]) -> list[tuple[float, bool]]:
@@ -214,7 +214,7 @@ class AsTrained(TemplateLM):  # type: ignore[misc]  # lm-eval names no types
 
     def _written(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         told = normalize_gen_kwargs(settings, _NEW_TOKENS)
-        end: str = self.tokenizer.decode([self.eot_token_id])
+        end = str(self.tokenizer.decode([self.eot_token_id]))
         stops, longest = handle_stop_sequences(told.pop("until", None), end), int(told.pop("max_gen_toks"))
         if longest >= self.max_length:
             raise ConfigError(
