@@ -41,7 +41,7 @@ FLOORS = (
     ("export",),
     ("merge", "trim"),
     ("verify",),
-    ("explain",),
+    ("explain", "suites"),
     ("report",),
     ("run",),  # a run made ready
     ("training",),

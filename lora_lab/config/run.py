@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from lora_lab.adapters import ADAPTERS
 from lora_lab.adapters.methods.lora import LoraAdapter
 from lora_lab.config.data import DataConfig, Source
+from lora_lab.config.evaluate import EvaluateConfig
 from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
 from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.config.sweep import SweepConfig
@@ -70,6 +71,7 @@ class RunConfig:
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     merge: MergeConfig = dataclasses.field(default_factory=MergeConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     shrink: ShrinkConfig = dataclasses.field(default_factory=ShrinkConfig)
     trim: TrimConfig = dataclasses.field(default_factory=TrimConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
@@ -141,7 +143,7 @@ def contradictions(config: RunConfig) -> list[str]:
             f"optim.loraplus_lr_ratio={config.optim.loraplus_lr_ratio:g}: no effect with adapter.method={config.adapter.method}, which has no second "
             "factor. Drop it, or train with adapter=lora."
         )
-    found += _merge_contradictions(config.merge) + _trim_contradictions(config.trim)
+    found += _merge_contradictions(config.merge) + _trim_contradictions(config.trim) + _suite_contradictions(config)
     if config.speed.dequantize == "once" and quant.method not in ("nf4", "fp4", "torchao_int8"):
         found.append(
             f"speed.dequantize=once: no effect with quant.method={quant.method}. Use nf4, fp4 or torchao_int8, or drop it."
@@ -298,6 +300,27 @@ def _trim_contradictions(trim: TrimConfig) -> list[str]:
         f"trim.{name}={getattr(trim, name):g}: no effect without {needs}. Set that, or drop it."
         for name, (needs, lacking) in alone.items()
         if lacking and getattr(trim, name) != getattr(plain, name)
+    ]
+
+
+def _suite_contradictions(config: RunConfig) -> list[str]:
+    evaluate, task = config.evaluate, config.task
+    if evaluate.suite:
+        if not task.language_model:
+            return [
+                f"evaluate.suite: lm-eval asks how a text goes on, and the model of task={task.name} does not say that. Drop it."
+            ]
+        return [
+            "evaluate.chat_template=true: no effect with task="
+            + f"{task.name}, whose model reads plain texts. Drop it."
+        ] * (evaluate.chat_template and not task.chat)
+    told = {
+        f"evaluate.{field.name}": getattr(evaluate, field.name)
+        for field in dataclasses.fields(evaluate)
+        if getattr(evaluate, field.name) != default_of(evaluate, field.name)
+    }
+    return [
+        f"{key}={value}: no effect without evaluate.suite. Name the tasks, or drop it." for key, value in told.items()
     ]
 
 

@@ -49,6 +49,7 @@ EXTRAS = {
     "liger": "faster kernels on CUDA cards",
     "serve": "an HTTP server (lora-lab serve), and runs in a browser (lora-lab ui)",
     "sentences": "a proof that merged embedding models load in sentence-transformers",
+    "lm-eval": "published benchmarks by lm-eval (evaluate.suite)",
     "docs": "the documents as a site (make docs)",
     "text": "cleaning by stop words, stems and personal data (data.clean)",
 }  # fmt: skip

@@ -204,9 +204,11 @@ def _bases(told: _Told, section: TaskSection, guessed: Guess) -> Iterator[Base |
     kind = bases.kind_of(section)
     found = list(bases.fitting(kind, guessed.scripts))
     if not found:
+        known = [base for base in bases.shipped() if base.kind == kind and base.knows(guessed.scripts)]
+        bring = "".join(f" Or bring {base.name} here: {bases.way_to(base)}." for base in known[:1])
         raise BaseModelError(
             f"no {kind} for texts in {' and '.join(sorted(guessed.scripts))} letters is on this machine, and the hub is switched off "
-            "(HF_HUB_OFFLINE). Name one: model=hub model.path=FOLDER, or switch the hub on."
+            f"(HF_HUB_OFFLINE). Name one: model=hub model.path=FOLDER, or switch the hub on.{bring}"
         )
     yield from found
 

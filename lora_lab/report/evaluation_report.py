@@ -60,6 +60,7 @@ def write(
     said: Sequence[Said],
     confusion: Mapping[str, Any] | None,
     unit: str,
+    suite: Sequence[Any] = (),
 ) -> None:
     """Write the page; pictures that cannot be drawn of these rows are left out.
 
@@ -67,6 +68,7 @@ def write(
         metrics: of each model that was measured.
         said: the worst first.
         unit: of their lengths.
+        suite: what lm-eval's tasks gave, see `suites.harness.Compared`.
         confusion: `labels`, and `rows` with how often each class was taken for which.
     """
     names = list(dict.fromkeys(name for one in metrics.values() for name in one))
@@ -79,6 +81,7 @@ def write(
         rows=[shown(one) for one in said[:_SHOWN]],
         count=len(said),
         wrong=sum(1 for one in said if one.off),
+        suite=suite,
     )
     storage.write_text(file, page)
 

@@ -68,5 +68,7 @@ def show_end(run: RunDir, result: dict[str, Any], task: TaskSection) -> None:
     console.say("adapter", run.adapter)
     if run.merged.exists():
         console.say("merged", run.merged)
-    chat = f"lora-lab chat run={run.path}   " if task.answers else ""
-    console.say("next", f"{chat}lora-lab evaluate run={run.path}")
+    ask = [f"lora-lab chat run={run.path}"] if task.answers else []
+    if not ask and (task.predicts or task.generates):
+        ask = [f"lora-lab predict run={run.path} data=FILE"]
+    console.say("next", "   ".join([*ask, f"lora-lab evaluate run={run.path}"]))

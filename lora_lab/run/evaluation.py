@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_lab.data import sources
@@ -15,36 +15,47 @@ from lora_lab.run.run_dir import RunDir
 from lora_lab.run.setup import Live, Setup
 from lora_lab.runtime import console
 from lora_lab.runtime.memory import first_line, is_out_of_memory
+from lora_lab.suites.harness import Compared
 from lora_lab.tasks.base import EvalResult
 
 
-def write(run: RunDir, live: Live, found: dict[str, EvalResult]) -> None:
+def write(run: RunDir, live: Live, found: dict[str, EvalResult], suite: Sequence[Compared] = ()) -> None:
     """Say each held-out row once more with the active adapter, and write what was said; a lack of memory keeps nobody from the rest.
 
     Args:
-        found: what was measured, of the base first and of the adapter last.
+        found: what was measured on held-out rows, of the base first and of the adapter last; empty: there are none.
+        suite: what was measured of lm-eval's tasks.
     """
-    tuned = [*found.values()][-1]
+    said = _kept(run, live, [*found.values()][-1]) if found else []
+    page = run.path / PAGE
+    if said or suite:
+        unit = "tokens of the row" if live.setup.config.task.predicts else "characters of the question"
+        metrics = {name: one.metrics for name, one in found.items()}
+        confusion = [*found.values()][-1].details.get("confusion_matrix") if found else None
+        evaluation_report.write(page, str(run.path), metrics, said, confusion, unit, suite)
+    if said:
+        wrong = sum(1 for one in said if one.off)
+        console.say(
+            "rows",
+            f"{run.path / ROWS}: {len(said):,} held-out rows, {wrong:,} of them off, which come first; pictures: {page}",
+        )
+    elif suite:
+        console.say("page", page)
+
+
+def _kept(run: RunDir, live: Live, tuned: EvalResult) -> list[Said]:
+    """What was said of each row, the worst first, written into the run's folder."""
     try:
         said = _said(live, tuned)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         console.say("rows", f"{run.path}: what was said of each row is not kept ({first_line(error)})")
-        return
-    if not said:
-        return
+        return []
     said.sort(key=lambda one: (-(one.off or 0.0), -(one.score or 0.0)))
-    predictions.write_rows(run.path / ROWS, map(evaluation_report.as_row, said))
-    page = run.path / PAGE
-    unit = "tokens of the row" if live.setup.config.task.predicts else "characters of the question"
-    metrics = {name: one.metrics for name, one in found.items()}
-    evaluation_report.write(page, str(run.path), metrics, said, tuned.details.get("confusion_matrix"), unit)
-    wrong = sum(1 for one in said if one.off)
-    console.say(
-        "rows",
-        f"{run.path / ROWS}: {len(said):,} held-out rows, {wrong:,} of them off, which come first; pictures: {page}",
-    )
+    if said:
+        predictions.write_rows(run.path / ROWS, map(evaluation_report.as_row, said))
+    return said
 
 
 def _said(live: Live, tuned: EvalResult) -> list[Said]:

@@ -29,6 +29,7 @@ from lora_lab.run.setup import ADAPTER, Live
 from lora_lab.run.trained import open_trained, tell_uploads
 from lora_lab.runtime import console, ranks, storage
 from lora_lab.runtime.memory import first_line, is_out_of_memory, peak_gib, peak_reserved_gib
+from lora_lab.suites import harness
 from lora_lab.tasks.base import EvalResult
 from lora_lab.training import checkpoint
 from lora_lab.training.cohort import Member
@@ -344,31 +345,48 @@ def _show_measured(held_out: Dataset, found: dict[str, EvalResult]) -> None:
 
 
 def evaluate(path: str, overrides: list[str]) -> dict[str, Any]:
-    """`lora-lab evaluate`: the base and the trained adapter on held-out rows, into `evaluation.json`."""
+    """`lora-lab evaluate`: the base and the trained adapter on held-out rows and the tasks of a suite, into `evaluation.json`."""
     run, config = open_trained(path, takes.EVALUATE, overrides)
+    suite = harness.load(config.evaluate) if config.evaluate.suite else None
     trained, shots = Trained.of(run, config, need_train=config.task.shots > 0), config.task.shots
-    if trained.setup.held_out is None:
+    if trained.setup.held_out is None and suite is None:
         raise ConfigError(
             "data.eval: the run has no held-out rows. Name some: lora-lab evaluate run=DIR data.eval=FILE"
         )
+    result: dict[str, Any] = {}
     with trained.loaded() as live:
-        held_out = live.setup.held_out_rows()
-        baselines = live.setup.task.baselines(held_out)
-        found = {"base": live.measure_base()}
-        if shots:
-            found[f"{shots}-shot"] = live.measure_few_shot()
-        found["tuned"] = live.measure("tuned")
-        evaluation.write(run, live, found)
+        compared = None if suite is None else harness.measure(live, config.evaluate, suite)
+        found: dict[str, EvalResult] = {}
+        if live.setup.held_out is not None:
+            found, result = _measured(live, shots)
+        evaluation.write(run, live, found, compared or [])
+    if compared is not None:
+        harness.show(compared)
+        result["suite"] = harness.as_result(config.evaluate, compared)
+    storage.write_text(run.path / "evaluation.json", storage.dump_json(result))
+    return result
+
+
+def _measured(live: Live, shots: int) -> tuple[dict[str, EvalResult], dict[str, Any]]:
+    """Base and adapter on the held-out rows, and what `evaluation.json` says of it.
+
+    Args:
+        shots: training rows in the prompts by which the base is measured once more.
+    """
+    held_out = live.setup.held_out_rows()
+    baselines = live.setup.task.baselines(held_out)
+    found = {"base": live.measure_base()}
+    if shots:
+        found[f"{shots}-shot"] = live.measure_few_shot()
+    found["tuned"] = live.measure("tuned")
     _show_measured(held_out, {**baselines, **found})
-    result = {
+    return found, {
         **_by_name(baselines),
         "data": held_out.files,
         "rows": len(held_out),
         **{name: one.metrics for name, one in found.items()},
         "details": found["tuned"].details or None,
     }
-    storage.write_text(run.path / "evaluation.json", storage.dump_json(result))
-    return result
 
 
 def merge(path: str, overrides: list[str]) -> dict[str, Any]:

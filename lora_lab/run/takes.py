@@ -48,7 +48,7 @@ RESUME = Takes(
     ("tracker", "hardware.processes", "hardware.shard", "hardware.timeout"),
     "resume takes no overrides but tracker, hardware.processes, hardware.shard and hardware.timeout, because it would not be the same run any more.",
 )
-EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, *_TEACHER, "task.few_shot", "task.corpus"))
+EVALUATE = Takes("evaluate", (*_PLACE, *_ROWS, *_ANSWERS, *_TEACHER, "task.few_shot", "task.corpus", "evaluate"))
 MERGE = Takes("merge", (*_PLACE, *_ROWS, *_MERGE))
 COMBINE = Takes("merge merge.adapters=...", ("name", "run_dir", "seed", *_HARDWARE, *_MERGE))
 SHRINK = Takes("shrink", ("name", "run_dir", *_PLACE, *_ROWS, *_ANSWERS, *_TEACHER, "shrink"))

@@ -41,6 +41,7 @@ class TaskSection:
     encoder_decoder: ClassVar[bool] = False  # it takes a base of these two parts
     numbers: ClassVar[bool] = False  # its labels are numbers, not classes
     generates: ClassVar[bool] = False  # its model writes texts
+    language_model: ClassVar[bool] = False  # its model reads texts from left to right, and says how they go on
     predicts: ClassVar[bool] = False  # its model says something of a row that has no label
     asked_at: ClassVar[str] = ""  # the route under /v1 of a server where rows without labels are sent, if it predicts
     # row formats that are there for this task before others that read them, each with the options that it needs

@@ -1,4 +1,4 @@
-"""Who is let in: the browser that opened the link of the terminal, on this machine, to look.
+"""Who is let in: the browser that opened the link of the terminal, on this machine, to look, and to say something on one page.
 
 The link's token counts once; the browser then has a cookie. A link that was used is followed by a new one, in the terminal alone.
 """
@@ -9,6 +9,7 @@ import hmac
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import cookie_parser
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ENTER = "/enter"
+SAID = ("/chat",)  # where something is said, by POST; everywhere else pages are only looked at
 _BITS = 256
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # without any, browsers do not say either which page a form is of
     "cache-control": "no-store",
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
@@ -46,6 +48,8 @@ class Door:
         self.token = secrets.token_urlsafe(_BITS // 8)
         self._name = f"lora_lab_{secrets.token_hex(4)}"  # cookies know no ports, and several may listen
         self._secret = secrets.token_urlsafe(_BITS // 8)
+        # in every form: a page of another program on this machine, which browsers send the cookie from, does not know it
+        self.form = secrets.token_urlsafe(_BITS // 8)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,8 +72,11 @@ class Door:
         headers = Headers(scope=scope)
         if not hosts.is_local(headers.get("host", "")):
             return self._refused(403, "This page is for its own machine. Open it as localhost or 127.0.0.1.")
-        if scope["method"] not in ("GET", "HEAD"):
+        said = scope["method"] == "POST" and scope["path"] in SAID
+        if scope["method"] not in ("GET", "HEAD") and not said:
             return self._refused(405, "Pages are only looked at here.")
+        if said and urlsplit(headers.get("origin", "")).netloc != headers.get("host", ""):
+            return self._refused(403, "This was said by another page. Open the chat here.")
         if scope["path"] == ENTER and scope["method"] == "GET":
             return self._entered(QueryParams(scope["query_string"]).get("token", ""))
         cookie = cookie_parser(headers.get("cookie", "")).get(self._name, "")
@@ -85,6 +92,6 @@ class Door:
         self.token = secrets.token_urlsafe(_BITS // 8)
         self._used(self.token)
         answer = RedirectResponse("/", 303)
-        # Lax, because a link that is clicked in a terminal of another page would otherwise arrive without it; nothing can be changed
+        # Lax, because a link that is clicked in a terminal of another page would otherwise arrive without it; a form needs `form` too
         answer.set_cookie(self._name, self._secret, httponly=True, samesite="lax")
         return answer

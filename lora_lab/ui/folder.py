@@ -16,6 +16,7 @@ from lora_lab.runtime import reading
 RANKING = "ranking.json"
 PAGES = {  # pages of their own that verbs write, by file
     "evaluation.html": "Evaluation: pictures, and the rows that are off",
+    "inspect.html": "Inspection: tokens, layers, and which rows taught it",
     "report.html": "Sweep report: heat map, curves, Pareto fronts",
     "data.html": "Rows as the model sees them",
 }

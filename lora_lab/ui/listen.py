@@ -9,6 +9,7 @@ from lora_lab.runtime import console
 from lora_lab.serve.listening import listen
 from lora_lab.ui import app
 from lora_lab.ui.door import ENTER
+from lora_lab.ui.talk import Talk
 
 _HOST = "127.0.0.1"
 _STOP_SECONDS = 2  # a page that is being made is finished
@@ -36,5 +37,9 @@ def serve(root: Path, port: int) -> None:
     def stopping(number: signal.Signals, again: bool) -> None:
         console.say("stopping", f"by {number.name}")
 
-    door = app.build(root, lambda path: console.say("opened", f"for another browser: {address}{path}"))
-    listen(door, _HOST, port, listens, stopping, key="port", stop_seconds=_STOP_SECONDS)
+    talk = Talk()
+    door = app.build(root, lambda path: console.say("opened", f"for another browser: {address}{path}"), talk)
+    try:
+        listen(door, _HOST, port, listens, stopping, key="port", stop_seconds=_STOP_SECONDS)
+    finally:
+        talk.close()

@@ -22,6 +22,7 @@ from lora_lab.runtime import reading
 from lora_lab.schema.sections import default_of
 from lora_lab.tasks import metrics
 from lora_lab.ui.folder import PAGES, RANKING, Folder, Found, Missing
+from lora_lab.ui.talk import MOST_RUNS, Turn, text_of
 
 RUNS_A_PAGE, ROWS_A_PAGE = 100, 50
 ONLY = {"": "all rows", "off": "rows that are off", "right": "rows that are right"}
@@ -123,6 +124,32 @@ def _figure(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 
+def chat(found: Found, names: Sequence[str], turns: Sequence[Turn], form: str) -> dict[str, Any]:
+    """A conversation with a base and some runs on it, side by side.
+
+    Args:
+        form: the word that forms of ours hold.
+
+    Raises:
+        LoraLabError: a run is not there, or they are too many or not of one base.
+    """
+    if not 1 <= len(names) <= MOST_RUNS or len(set(names)) != len(names):
+        raise RunError(f"Choose one to {MOST_RUNS} runs in the table to chat with, beside their base.")
+    asked = [_run(found, name) for name in names]
+    bases = dict.fromkeys(runs.base_of(run.config) for run in asked)
+    if len(bases) > 1:
+        raise RunError(f"Runs of one base are asked side by side, and these have {', '.join(bases)}. Choose others.")
+    return {
+        "names": names,
+        "models": [f"base: {next(iter(bases))}", *names],
+        "turns": turns,
+        "text": "",
+        "problem": "",
+        "form": form,
+        "held": text_of(turns),
+    }
+
+
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,15 +162,16 @@ def run(folder: Folder, found: Found, name: str) -> dict[str, Any]:
     one = _run(found, name)
     path, notes = Path(one.path), list[str]()
     names = list(dict.fromkeys((*one.base, *one.tuned)))
-    above = Path(name).parent.as_posix()
+    above, config = Path(name).parent.as_posix(), compose.load(path / "config.yaml")
     return {
         "name": name,
         "line": line(name, one, names),
         "figures": [Change.of(one, metric) for metric in names],
         "pictures": curves.of_run(curves.read_lines(path, notes)),
-        "settings": _settings(compose.load(path / "config.yaml")),
+        "settings": _settings(config),
         "sweep": above if above in found.sweeps else "",
         "pages": [(where, file, PAGES[file]) for where, file in folder.pages(name)],
+        "chats": config.task.answers and (path / "adapter").is_dir(),
         "has_rows": os.path.lexists(path / evaluation_report.ROWS),
         "merge": _merge(folder, found, name, notes),
         "parts_of": [(part, _size(path / part)) for part in _PARTS if (path / part).is_dir()],

@@ -11,7 +11,7 @@ from typing import Any
 from lora_lab.errors import ConfigError
 from lora_lab.run.takes import Takes
 
-_VERBS_OWN = ("serve", "trim")  # sections of one verb, which has their name
+_VERBS_OWN = ("evaluate", "serve", "trim")  # sections of one verb, which has their name
 
 
 class Option:
@@ -171,6 +171,7 @@ def quiet_libraries() -> None:
         "accelerate",
         "huggingface_hub",
         "torchao",
+        "lm_eval",
         "torch.utils._pytree",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

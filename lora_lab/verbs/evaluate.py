@@ -8,6 +8,7 @@ from lora_lab.verbs.base import RUN, Told, Verb, run_folder
 _EXAMPLES = """\
   lora-lab evaluate run=DIR
   lora-lab evaluate run=DIR data.eval=other.jsonl task.generate_rows=100
+  lora-lab evaluate run=DIR 'evaluate.suite=[hellaswag]' evaluate.limit=200   tasks of lm-eval (evaluate.tasks_dir: your own), of base and adapter
 """
 
 

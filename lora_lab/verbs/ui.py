@@ -16,7 +16,8 @@ _EXAMPLES = """\
   lora-lab ui                     the runs below runs/: open the link that is shown in a browser of this machine
   lora-lab ui my/runs port=9000   those of another folder, on another port (0: one that is free)
 
-Runs and sweeps as tables; curves, configuration, merge report, held-out rows with what was said of them; runs compared. Nothing is changed,
+Runs and sweeps as tables; curves, configuration, merge report, held-out rows with what was said of them; runs compared; a base and runs on it
+asked side by side. Nothing is changed,
 no script runs, and nothing is loaded from elsewhere. The link counts once: who has opened it may look, and others of this machine may not.
 """
 

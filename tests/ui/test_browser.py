@@ -30,7 +30,7 @@ def address(place):
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
         yield re.search(r"http://\S+", server.stdout.readline())[0]
         server.terminate()
-        assert server.wait(30) == 143
+        assert server.wait(120) == 143
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,29 @@ def test_two_runs_are_compared_by_keyboard_alone(browser, address, cookies):
     page.wait_for_url("**/compare?*")
     assert page.get_by_role("heading", level=1).inner_text() == "2 runs compared"
     assert page.get_by_role("cell", name="adapter.r").is_visible()
+    context.close()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_base_and_two_runs_are_asked_by_keyboard(browser, address, cookies, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, storage_state=cookies)
+    page = context.new_page()
+    page.goto(address.partition("/enter")[0])
+    for name in ("sweep/0", "sweep/1"):
+        page.get_by_label(f"Compare {name}").check()
+    page.get_by_role("button", name="Chat with the chosen runs").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/chat?*")
+    for count, said in enumerate(("two red tables", "and a lamp?"), start=1):
+        page.get_by_label("Say to all of them").fill(said)
+        page.get_by_role("button", name="Say").focus()
+        page.keyboard.press("Enter")
+        page.get_by_role("region", name=f"Turn {count}").wait_for(timeout=500_000)
+        assert page.locator(".answer").count() == 3 * count
+    assert [(one["id"], one["impact"]) for one in axe.Axe().run(page).response["violations"]] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from urllib.parse import quote, urlsplit
 
@@ -14,6 +15,7 @@ from lora_lab.serve import server
 from lora_lab.ui import app, views
 from lora_lab.ui.door import ENTER, HEADERS
 from lora_lab.ui.folder import Folder
+from lora_lab.ui.talk import Talk
 from tests.conftest import fails
 
 HIDDEN = "a secret elsewhere"  # in a file beside the folder
@@ -32,6 +34,7 @@ PAGES = [
     "/predictions?name=sweep/0",
     "/predictions?name=received&page=2",
     "/predictions?name=damaged",
+    "/chat?run=sweep/0&run=sweep/1",
 ]
 _VOID = {"meta", "input", "img"}
 
@@ -138,7 +141,8 @@ def test_pages_are_whole_and_need_nothing(client, path):
     assert not any(name.startswith("on") for name in page.attributes)
     assert "img" not in page.tags
     assert all(
-        urlsplit(one).path in ("/", "/run", "/compare", "/sweep", "/predictions", "/page", "") for one in page.asked
+        urlsplit(one).path in ("/", "/run", "/compare", "/sweep", "/predictions", "/page", "/chat", "")
+        for one in page.asked
     )
     assert not any(urlsplit(one).netloc for one in page.asked)
     assert "\u202e" not in found.text
@@ -214,6 +218,65 @@ def test_a_run_that_goes_on_is_read_again(place, tmp_path):
     assert (first.state, folder.look().runs["run"] is first) == ("begun", True)
     (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
     assert folder.look().runs["run"].steps == 3
+
+
+# -- chat ---------------------------------------------------------------------------------------------------------------
+
+
+def say(client, runs: list[str], **fields: str):
+    """Fill in the form of the chat page and send it, as its browser does."""
+    page = client.get("/chat", params={"run": runs}).text
+    held = {name: unescape(value) for name, value in re.findall(r'name="(form|turns)" value="([^"]*)"', page)}
+    told = held | {"said": "hello"} | fields
+    origin = fields.pop("origin", "http://127.0.0.1:8765")
+    return client.post("/chat", data={**told, "run": runs}, headers={"origin": origin})
+
+
+def turns_in(page: str) -> list:
+    return json.loads(unescape(re.search(r'name="turns" value="([^"]*)"', page)[1]))
+
+
+def test_base_and_runs_answer_side_by_side_as_the_server_does(place):
+    from lora_lab.run.answering import Answering
+
+    talk = Talk()
+    pages = app.build(place, lambda path: None, talk)
+    with TestClient(pages, base_url="http://127.0.0.1:8765") as client:
+        client.get(ENTER, params={"token": pages.token})
+        runs = ["sweep/0", "sweep/1"]
+        first = say(client, runs, said="red <b>cat")
+        assert first.status_code == 200
+        Reader(first.text)
+        [[said, answers]] = turns_in(first.text)
+        assert (said, len(answers)) == ("red <b>cat", 3)
+        messages = [{"role": "user", "content": said}]
+        for name, answer in zip(runs, answers[1:], strict=True):
+            with Answering.open(str(place / name), chat=True) as model:
+                assert model.answers([messages]) == [answer]
+        second = say(client, runs, said="and now?", turns=json.dumps([[said, answers]]))
+        assert 'role="alert"' not in second.text, second.text
+        assert [turn[0] for turn in turns_in(second.text)] == [said, "and now?"]
+        with Answering.open(str(place / "sweep/1"), chat=True) as model:
+            own = [*messages, {"role": "assistant", "content": answers[2]}, {"role": "user", "content": "and now?"}]
+            assert model.answers([own]) == [turns_in(second.text)[1][1][2]]
+        assert turns_in(say(client, runs, said="  ").text) == []
+        talk.close()
+
+
+def test_a_chat_takes_forms_of_its_own_pages_alone(client, door):
+    runs = ["sweep/0"]
+    assert say(client, runs, form="wrong").status_code == 403
+    assert say(client, runs, origin="http://127.0.0.1:9000").status_code == 403
+    assert client.post("/chat", data={"said": "x"}).status_code == 403  # no origin at all
+    stranger = TestClient(door[0], base_url="http://127.0.0.1:8765")
+    assert stranger.post("/chat", headers={"origin": "http://127.0.0.1:8765"}).status_code == 401
+    for turns in ("[", "[1]", '[["a", ["b"]]]', json.dumps([["a", ["b", "c"]]] * 51), "[" * 100_000):
+        assert say(client, runs, turns=turns).status_code == 409, turns[:30]
+    assert say(client, runs, said="x" * 2**20).status_code == 409
+    for wrong in ([], ["absent"], ["sweep/0"] * 2, ["sweep/0", "sweep/1", "begun", "received"], ["linked"]):
+        assert client.get("/chat", params={"run": wrong}).status_code in (404, 409), wrong
+    found = say(client, ["begun"])  # it has no adapter
+    assert (found.status_code, "hello" in found.text, 'role="alert"' in found.text) == (200, True, True)
 
 
 # -- what cannot be read, and what is not to be read ----------------------------------------------------------------------

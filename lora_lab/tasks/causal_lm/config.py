@@ -31,6 +31,7 @@ class CausalLMConfig(Generating):
         "text_label", "text",
     )  # fmt: skip
     packed: ClassVar[bool] = True
+    language_model: ClassVar[bool] = True
     chat: ClassVar[bool] = True
 
     def load(self) -> type[Task[Any, Any]]:

@@ -22,6 +22,7 @@ class CompletionConfig(TaskSection):
     meant_for: ClassVar[dict[str, dict[str, Any]]] = {"text": {}}
     formats: ClassVar[tuple[str, ...]] = ("text",)
     packed: ClassVar[bool] = True
+    language_model: ClassVar[bool] = True
     in_pieces: ClassVar[bool] = True
     augments: ClassVar[bool] = True
 

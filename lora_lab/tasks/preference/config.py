@@ -34,6 +34,7 @@ class PreferenceConfig(TaskSection):
     label_smoothing: LabelSmoothing = 0.0
 
     packed: ClassVar[bool] = True
+    language_model: ClassVar[bool] = True
     compares_rows: ClassVar[bool] = True
     chat: ClassVar[bool] = True
     compares_distributions: ClassVar[bool] = False

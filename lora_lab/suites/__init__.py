@@ -1,0 +1,1 @@
+"""Published benchmarks on a model as it was trained."""
