@@ -493,7 +493,7 @@ def race(out: Path, folder: Path) -> None:
 def _keep(part: str, value: Any) -> None:
     """Put a part of the results into their file, and its table into the document."""
     kept = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
-    kept[part] = value
+    kept[part] = _merged(kept.get(part, []), value) if part in ("equal", "sharded") else value
     _RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
     text = _DOCUMENT.read_text(encoding="utf-8")
     for name, rows in kept.items():
@@ -501,6 +501,13 @@ def _keep(part: str, value: Any) -> None:
         _, end, after = rest.partition(f"<!-- end of {name} -->")
         text = f"{before}{begin}{_table(rows)}\n{end}{after}"
     _DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def _merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that were measured now, and those of before of other kinds, in order."""
+    found = {(row["processes"], row["kind"]): row for row in [*before, *rows]}
+    order = list(KINDS)
+    return [found[place] for place in sorted(found, key=lambda place: (place[0], order.index(place[1])))]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
