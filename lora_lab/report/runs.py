@@ -178,7 +178,7 @@ def ranked(runs: Sequence[Listed], metric: str) -> list[Listed]:
         )
     if not metrics.is_declared(metric):
         for name in {run.config["task.name"] for run in runs}:
-            TASKS[name]().load()  # its own metrics are declared beside its code
+            TASKS[name](name=name).load()  # its own metrics are declared beside its code
     if not metrics.is_declared(metric):
         raise ConfigError(f"sort={metric}: no task reports it, so it is unknown which way it is better.")
     return sorted(

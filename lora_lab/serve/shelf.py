@@ -195,7 +195,7 @@ def open_base(config: RunConfig) -> Opened:
 
 def _task(name: str, own: Any) -> Any:
     """The section of a task if such a base can be trained for it."""
-    section: Any = TASKS[name]()
+    section: Any = TASKS[name](name=name)
     try:
         section.load().check_base(own)
     except BaseModelError:

@@ -205,7 +205,7 @@ class Task(Generic[Section, B]):
         """
         if cls.takes(config):
             return
-        fitting = [name for name, section in TASKS.items() if section().load().takes(config)]
+        fitting = [name for name, section in TASKS.items() if section(name=name).load().takes(config)]
         if fitting:  # else transformers says what it is
             raise BaseModelError(
                 f"model.path: transformers cannot build {AS[cls.auto_class]} from {config.model_type}"

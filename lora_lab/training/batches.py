@@ -88,8 +88,8 @@ def plan_of(config: RunConfig, data: Dataset | Stream) -> BatchPlan:
     """The batches of a run on its training rows."""
     train = config.train
     rows = train.micro_batch_size or train.batch_size
-    apart = config.task.apart if isinstance(data, Dataset) else None
-    groups = None if apart is None else data.numbered(apart)
+    apart = config.task.apart
+    groups = data.numbered(apart) if apart is not None and isinstance(data, Dataset) else None
     return BatchPlan(len(data), train.batch_size, rows, config.seed, data.mixture, train.micro_batch_tokens, groups)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -200,10 +200,10 @@ class CandidatesBatch(PaddedBatch):
 class Reranker(PaddedTask[RerankerConfig, CandidatesBatch]):
     """`task=reranker`."""
 
-    encoder_class = CandidatesEncoder
+    encoder_class: ClassVar[type[Encoder]] = CandidatesEncoder
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
-    head = "always"
+    head: ClassVar[Literal["none", "always", "missing"]] = "always"
     one_place = True
 
     @classmethod
