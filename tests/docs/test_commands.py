@@ -92,7 +92,7 @@ def _bases(place: Path) -> None:
 
 def _rows(place: Path) -> None:
     chats = make_rows(24)
-    words = [" ".join(WORDS[i % 5 : i % 5 + 6]) for i in range(24)]
+    words = [" ".join(WORDS[i % 5 : i % 5 + 6]) for i in range(60)]
     labels = [
         {"text": f"{('red', 'blue')[i % 2]} {text} {i}", "label": ("ham", "spam")[i % 2]}
         for i, text in enumerate(words)
@@ -110,6 +110,11 @@ def _rows(place: Path) -> None:
     for file in ("my.csv", "reviews.csv", "mail.csv", "new.csv"):
         _write_csv(place / file, labels, "folder" if file == "mail.csv" else "label")
     _write_csv(place / "b.csv", chats, "completion")
+    turns = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in chats
+    ]
+    write_jsonl(place / "chats.jsonl", [{"messages": one} for one in turns])
     write_jsonl(place / "pairs.jsonl", pairs)
     write_jsonl(place / "harder.jsonl", [row | {"negatives": [WORDS[3], WORDS[7]]} for row in pairs])
     write_jsonl(place / "scored.jsonl", [{"text_a": row["query"], "text_b": row["positive"], "score": i % 3 / 2} for i, row in enumerate(pairs)])  # fmt: skip
@@ -140,15 +145,15 @@ def _runs() -> None:
     chat = ("model=hub", "model.path=tiny", "data.train=my.jsonl", "data.eval_ratio=0.2", "train.max_steps=2")
     sorts = ("model=hub", "model.path=bert", "task=classification", "data.train=reviews.csv", "data.eval=reviews.csv", "optim.lr=0.01", "train.epochs=20", "train.batch_size=8")  # fmt: skip
     vectors = ("model=hub", "model.path=bert", "task=embedding", "data.train=pairs.jsonl", "data.eval_ratio=0.2", "train.max_steps=2")  # fmt: skip
-    taught = (*chat, "task=distillation", "task.teacher=runs/large")
     told = {
-        "runs/a": chat, "runs/b": (*chat, "seed=1"), "runs/c": (*chat, "seed=2"), "runs/large": chat, "DIR": chat, "runs/chat/1": chat,
-        "runs/reviews/1": sorts, "runs/spam/2026-01-31_12-00-00": sorts, "runs/retriever/1": vectors,
-        "runs/distilled/1": taught,
+        "runs/a": (*chat, "quant=nf4"), "runs/reviews/1": sorts, "runs/retriever/1": vectors,
+        "runs/distilled/1": (*chat, "task=distillation", "task.teacher=runs/large"),
     }  # fmt: skip
+    same = {"runs/a": ("runs/large", "runs/b", "runs/c", "DIR", "runs/chat/1", "elsewhere/large"), "runs/reviews/1": ("runs/spam/2026-01-31_12-00-00",)}  # fmt: skip
     for where, own in told.items():
-        lora_lab.train(lora_lab.load_config(*own, *_SMALL, "export.targets=[]", f"run_dir={where}"))
-    shutil.copytree("runs/large", "elsewhere/large")
+        lora_lab.train(lora_lab.load_config(*_SMALL, *own, "export.targets=[]", f"run_dir={where}"))
+        for other in same.get(where, ()):
+            shutil.copytree(where, other)
 
 
 def newest(text: str) -> str:
@@ -166,15 +171,19 @@ def small(words: list[str]) -> list[str]:
         for text in rest
         for key, _, value in [text.partition("=")]
     ]
+    if verb == "init":
+        return [verb, *rest, "model=hub", f"model.path={'bert' if rest[0].endswith('.csv') else 'tiny'}", "quant=none"]
     if verb not in _COMPOSE or "--keys" in rest:
         return [verb, *rest]
     said = {text.partition("=")[0]: text.partition("=")[2] for text in rest}
-    encoder = said.get("model") == "minilm" or said.get("recipe") in ("sentiment", "reviews", "my")
-    named = said.get("model.path")
+    encoder = said.get("model") == "minilm" or said.get("recipe") == "sentiment"
+    named = "model.path" in said or ("--config-dir" in rest and said["recipe"] != "own")  # init has named one
     base = [] if named else [f"model.path={'bert' if encoder else 'tiny'}"]
     steps = "4" if "-m" in rest else "2"
     less = [f"train.max_steps={steps}", "export.targets=[]"] if verb in ("train", "plan") else []
-    less += ["data.train=reviews.csv", "data.eval=null"] if said.get("recipe") == "sentiment" else []
+    less += (
+        ["data.train=reviews.csv", "data.eval=null", "data.columns=null"] if said.get("recipe") == "sentiment" else []
+    )
     return [verb, *rest, *base, *_SMALL[: 5 if verb != "trim" else 4], *less]
 
 
