@@ -304,8 +304,8 @@ def _void(values: dict[str, Any], prepared: Sequence[str]) -> dict[str, str]:
     gone = {
         key: f"++{key}={quoting.written(default_of(config, key))}"
         for key, value in now.items()
-        if key in before and key in all_keys() and value != before[key]
-    }
+        if key in before and key in all_keys() and value != before[key] and value == default_of(config, key)
+    }  # what is another value, but no default, was written in short: a source by its path and weight
     return gone | {key: f"~{key}" for key in sorted_out(RunConfig, values)[1]}
 
 

@@ -263,3 +263,10 @@ def test_a_value_of_the_version_before_works_and_is_told(capsys, tmp_path):
     assert told.count("sweep.execution=turns is called interleaved now") == 1
     (tmp_path / "config.yaml").write_text(compose.to_yaml(config).replace("interleaved", "joint"))
     assert compose.load(tmp_path / "config.yaml").sweep.execution == "batched"
+
+
+def test_sources_that_are_written_in_short_stay(config_of, capsys):
+    """A source by its path and weight is more than what was typed, and no default."""
+    config = config_of("data.train=[{path: a.jsonl, weight: 3}, {path: b.csv, weight: 1}]")
+    assert [(one.path, one.weight) for one in config.data.train] == [("a.jsonl", 3), ("b.csv", 1)]
+    assert "dropped" not in capsys.readouterr().out

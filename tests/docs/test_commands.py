@@ -83,7 +83,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _bases(place: Path) -> None:
-    make_base(place / "tiny", max_position_embeddings=512)
+    make_base(place / "tiny", max_position_embeddings=512, num_hidden_layers=6)
     for other in ("my-teacher", "my-student", "Qwen/Qwen3-8B", "models/smollm2-135m-instruct-hf"):
         shutil.copytree(place / "tiny", place / other)
     make_bert(place / "bert")
@@ -92,7 +92,7 @@ def _bases(place: Path) -> None:
 
 def _rows(place: Path) -> None:
     chats = make_rows(24)
-    words = [" ".join(WORDS[i % 5 : i % 5 + 6]) for i in range(24)]
+    words = [" ".join(WORDS[i % 5 : i % 5 + 6]) for i in range(60)]
     labels = [
         {"text": f"{('red', 'blue')[i % 2]} {text} {i}", "label": ("ham", "spam")[i % 2]}
         for i, text in enumerate(words)
@@ -102,23 +102,31 @@ def _rows(place: Path) -> None:
         write_jsonl(place / file, chats)
     write_jsonl(
         place / "judged.jsonl",
-        [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": WORDS[0]} for row in chats],
+        [
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{WORDS[0]} {WORDS[0]} no"}
+            for row in chats
+        ],
     )
     (place / "folder").mkdir()
     shutil.copy(place / "my.jsonl", place / "folder" / "a.jsonl")
     (place / "folder" / "b.jsonl.gz").write_bytes(gzip.compress((place / "my.jsonl").read_bytes()))
-    for file in ("my.csv", "reviews.csv", "mail.csv", "new.csv"):
-        _write_csv(place / file, labels, "folder" if file == "mail.csv" else "label")
+    for file in ("my.csv", "reviews.csv", "mail.csv", "inbox.csv", "new.csv"):
+        _write_csv(place / file, labels, "folder" if file == "inbox.csv" else "label")
     _write_csv(place / "b.csv", chats, "completion")
+    turns = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in chats
+    ]
+    write_jsonl(place / "chats.jsonl", [{"messages": one} for one in turns])
     write_jsonl(place / "pairs.jsonl", pairs)
-    write_jsonl(place / "harder.jsonl", [row | {"negatives": [WORDS[3], WORDS[7]]} for row in pairs])
+    write_jsonl(place / "articles.jsonl", [{"source": row["query"], "target": row["positive"]} for row in pairs])
     write_jsonl(place / "scored.jsonl", [{"text_a": row["query"], "text_b": row["positive"], "score": i % 3 / 2} for i, row in enumerate(pairs)])  # fmt: skip
     write_jsonl(place / "texts.jsonl", [{"text": row["text"]} for row in labels])
     write_jsonl(place / "unlabelled.jsonl", [{"text": row["text"]} for row in labels])
     write_jsonl(place / "documents.jsonl", [{"document": row["positive"]} for row in pairs])
     for file in ("texts.txt", "held_out.txt"):
         (place / file).write_text("\n".join(row["text"] for row in labels))
-    (place / "pairs.tsv").write_text("text_a\ttext_b\tscore\n" + "".join(f"{a}\t{b}\t{i % 5}\n" for i, (a, b) in enumerate(itertools.pairwise(words))))  # fmt: skip
+    (place / "pairs.tsv").write_text("text\ttext_pair\tlabel\n" + "".join(f"{a}\t{b}\t{i % 5}\n" for i, (a, b) in enumerate(itertools.pairwise(words))))  # fmt: skip
     tagged = "".join("".join(f"{word} {'B-COLOUR' if i == 0 else 'O'}\n" for i, word in enumerate(text.split())) + "\n" for text in words)  # fmt: skip
     for file in ("train.conll", "test.conll"):
         (place / file).write_text(tagged)
@@ -140,15 +148,15 @@ def _runs() -> None:
     chat = ("model=hub", "model.path=tiny", "data.train=my.jsonl", "data.eval_ratio=0.2", "train.max_steps=2")
     sorts = ("model=hub", "model.path=bert", "task=classification", "data.train=reviews.csv", "data.eval=reviews.csv", "optim.lr=0.01", "train.epochs=20", "train.batch_size=8")  # fmt: skip
     vectors = ("model=hub", "model.path=bert", "task=embedding", "data.train=pairs.jsonl", "data.eval_ratio=0.2", "train.max_steps=2")  # fmt: skip
-    taught = (*chat, "task=distillation", "task.teacher=runs/large")
     told = {
-        "runs/a": chat, "runs/b": (*chat, "seed=1"), "runs/c": (*chat, "seed=2"), "runs/large": chat, "DIR": chat, "runs/chat/1": chat,
-        "runs/reviews/1": sorts, "runs/spam/2026-01-31_12-00-00": sorts, "runs/retriever/1": vectors,
-        "runs/distilled/1": taught,
+        "runs/a": (*chat, "quant=nf4"), "runs/reviews/1": sorts, "runs/retriever/1": vectors,
+        "runs/distilled/1": (*chat, "task=distillation", "task.teacher=runs/large"),
     }  # fmt: skip
+    same = {"runs/a": ("runs/large", "runs/b", "runs/c", "DIR", "runs/chat/1", "elsewhere/large"), "runs/reviews/1": ("runs/spam/2026-01-31_12-00-00",)}  # fmt: skip
     for where, own in told.items():
-        lora_lab.train(lora_lab.load_config(*own, *_SMALL, "export.targets=[]", f"run_dir={where}"))
-    shutil.copytree("runs/large", "elsewhere/large")
+        lora_lab.train(lora_lab.load_config(*_SMALL, *own, "export.targets=[]", f"run_dir={where}"))
+        for other in same.get(where, ()):
+            shutil.copytree(where, other)
 
 
 def newest(text: str) -> str:
@@ -166,16 +174,22 @@ def small(words: list[str]) -> list[str]:
         for text in rest
         for key, _, value in [text.partition("=")]
     ]
+    if verb == "init":
+        return [verb, *rest, "model=hub", f"model.path={'bert' if rest[0].endswith('.csv') else 'tiny'}", "quant=none"]
+    if verb == "merge" and "export.dtype=float32" not in rest:
+        return [verb, *rest, "export.dtype=float32"]  # weights that are random say little apart in bfloat16
     if verb not in _COMPOSE or "--keys" in rest:
         return [verb, *rest]
     said = {text.partition("=")[0]: text.partition("=")[2] for text in rest}
-    encoder = said.get("model") == "minilm" or said.get("recipe") in ("sentiment", "reviews", "my")
-    named = said.get("model.path")
+    encoder = said.get("model") == "minilm" or said.get("recipe") == "sentiment"
+    named = "model.path" in said or ("--config-dir" in rest and said["recipe"] != "own")  # init has named one
     base = [] if named else [f"model.path={'bert' if encoder else 'tiny'}"]
     steps = "4" if "-m" in rest else "2"
     less = [f"train.max_steps={steps}", "export.targets=[]"] if verb in ("train", "plan") else []
-    less += ["data.train=reviews.csv", "data.eval=null"] if said.get("recipe") == "sentiment" else []
-    return [verb, *rest, *base, *_SMALL[: 5 if verb != "trim" else 4], *less]
+    less += (
+        ["data.train=reviews.csv", "data.eval=null", "data.columns=null"] if said.get("recipe") == "sentiment" else []
+    )
+    return [verb, *rest, *base, *(_SMALL if verb != "trim" else _SMALL[1:3]), *less]
 
 
 @pytest.mark.long
