@@ -23,7 +23,10 @@ _COPIES = {
     **dict.fromkeys(("regression", "reward", "classification-weights"), 5),
     **dict.fromkeys(("preference-dpo", "preference-ipo", "preference-simpo", "preference-orpo"), 5),
     "preference-kto": 11,
-    **{f"{task}-decoder": 13 for task in ("classification", "regression", "token_classification", "reward")},
+    **{
+        f"{task}-decoder": 13 for task in ("classification", "regression", "token_classification", "reward", "reranker")
+    },
+    "embedding-decoder": 25,  # texts of like length are a pass, of which there are two
     "seq2seq": 14,
 }
 _OPTIONS = {

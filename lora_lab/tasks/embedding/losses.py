@@ -62,7 +62,8 @@ def ordered(similarities: torch.Tensor, scores: torch.Tensor, temperature: float
     """How badly similarities [N] come in the order of scores [N] (CoSENT): a scalar over all pairs of different scores."""
     gaps = (similarities[None] - similarities[:, None]) / temperature  # [i, j]: how far j is above i
     wanted = scores[:, None] > scores[None]
-    return torch.cat([gaps.new_zeros(1), gaps[wanted]]).logsumexp(0)
+    gaps = gaps.masked_fill(~wanted, -torch.inf)  # to pick them would wait for a card
+    return torch.cat([gaps.new_zeros(1), gaps.flatten()]).logsumexp(0)
 
 
 def cosines(ones: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -332,16 +332,21 @@ class Embedding(PaddedTask[EmbeddingConfig, TextsBatch]):
 
     def logits(self, model: PeftModel, batch: TextsBatch) -> torch.Tensor:
         """[texts, D] float32: the vector of each text, of whatever length."""
-        whole = [[*range(len(batch.lengths))]]
-        groups = whole if self.forward.unpadded else of_like_length(batch.lengths, len(batch.lengths), _ENOUGH_TOKENS)
+        groups = [] if self.forward.unpadded else of_like_length(batch.lengths, len(batch.lengths), _ENOUGH_TOKENS)
+        if len(groups) < 2:  # indices would have to be copied to a card
+            return self._in_one_pass(model, batch.inputs, batch.lengths)
         found = []
         for group in groups:
-            longest = max(batch.lengths[text] for text in group)
-            inputs = {name: rows[group][:, :longest] for name, rows in batch.inputs.items()}
-            hidden = model(**inputs).last_hidden_state.float()
-            found.append(pooling.pooled(hidden, inputs["attention_mask"], self.pooling.way))
+            inputs = {name: rows[group] for name, rows in batch.inputs.items()}
+            found.append(self._in_one_pass(model, inputs, [batch.lengths[text] for text in group]))
         back = np.argsort([text for group in groups for text in group])
         return torch.cat(found)[torch.from_numpy(back).to(found[0].device)]
+
+    def _in_one_pass(self, model: PeftModel, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+        """Their vectors; the pass is as long as the longest text."""
+        shortened = {name: rows[:, : max(lengths)] for name, rows in inputs.items()}
+        hidden = model(**shortened).last_hidden_state.float()
+        return pooling.pooled(hidden, shortened["attention_mask"], self.pooling.way)
 
     def loss(self, model: PeftModel, batch: TextsBatch, rdrop_alpha: float | None = None) -> LossSum:
         known = batch.known
