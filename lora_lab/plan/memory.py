@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,7 +238,7 @@ def optimizer_bytes(name: str, size: int) -> int:
 
 def _quantizing(model: nn.Module) -> int:
     """Bytes that quantizing the largest 4-bit layer takes for a moment."""
-    return _QUANTIZE_4BIT * skeletons.largest_layer(model)
+    return _QUANTIZE_4BIT * skeletons.largest_layer(model, Linear4bit)
 
 
 def _adapted(model: PreTrainedModel, config: RunConfig, kind: ModelKind) -> PeftModel:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from lora_lab.adapters import prompts
 from lora_lab.adapters.attach import attach, trainable
@@ -96,7 +97,8 @@ def estimate(
         skeletons.give_storage(stored, there.mode, CARD)
         there.hold(skeletons.tensors(stored))
         with there.phase("load"):  # layer by layer: each is there whole until it is quantized
-            torch.empty(skeletons.largest_layer(stored), dtype=getattr(torch, config.model.dtype), device=CARD)
+            largest = skeletons.largest_layer(stored, Linear4bit, Linear8bitLt)
+            torch.empty(largest, dtype=getattr(torch, config.model.dtype), device=CARD)
             if config.hardware.offload_embeddings:
                 embeddings.offload(stored)
         model = attach(stored, config.adapter, ADAPTER, kind, config.seed)

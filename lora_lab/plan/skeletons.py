@@ -159,9 +159,9 @@ def for_merging(model: nn.Module, weights: dict[str, int], itemsize: int) -> tup
     return whole * itemsize, (whole - sum(sizes) + max(sizes, default=0)) * itemsize
 
 
-def largest_layer(model: nn.Module) -> int:
-    """Weights of the largest layer in 4 bits; 0 without any."""
-    return max((m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)), default=0)
+def largest_layer(model: nn.Module, *kinds: type[nn.Linear]) -> int:
+    """Weights of the largest layer of these kinds; 0 without any."""
+    return max((m.in_features * m.out_features for m in model.modules() if isinstance(m, kinds)), default=0)
 
 
 def give_storage(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:

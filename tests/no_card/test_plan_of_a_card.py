@@ -53,7 +53,10 @@ def _equal(config):
         dry.train(steps=2)
         dry.measure()
     planned = {name: found.phases[name] - PRODUCTS_BYTES for name in _PHASES}
-    assert planned == pytest.approx({name: dry.peaks[own] - PRODUCTS_BYTES for name, own in _PHASES.items()}, rel=0.03)
+    expected = {name: dry.peaks[own] - PRODUCTS_BYTES for name, own in _PHASES.items()}
+    assert planned == pytest.approx(
+        expected, rel=0.03, abs=2**17
+    )  # loading takes less than the products' own memory here
 
 
 def test_the_plan_is_what_a_run_takes(config_on):
