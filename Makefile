@@ -11,7 +11,7 @@ demo: install  ## the main job on the embedded default: train, compare, merge, v
 	$(BIN)/lora-lab train recipe=demo
 
 test: install  ## the default tests: CPU, offline, 9 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: install  ## the long tier too: every step of a run interrupted, more families and policies
 	$(BIN)/python -m pytest -n 2 -m "not faults and not engines and not gpu"

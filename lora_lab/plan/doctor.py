@@ -44,6 +44,7 @@ EXTRAS = {
     "tensorboard": "curves in TensorBoard (tracker=tensorboard)",
     "hpo": "searches by Optuna (hydra/sweeper=optuna_cohort)",
     "slurm": "sweeps on a Slurm cluster (hydra/launcher=cohort_slurm)",
+    "ray": "sweeps on a Ray cluster (hydra/launcher=cohort_ray)",
     "gguf": "exports to GGUF and Ollama (export=gguf)",
     "torchao": "torchao's int8 weights (quant=torchao_int8)",
     "liger": "faster kernels on CUDA cards",

@@ -196,13 +196,8 @@ def test_it_shrinks_and_is_combined_with_another_or_is_refused(config_for, metho
     assert alone["loss"] == pytest.approx(json.loads(run.result.read_text())["tuned"]["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        name if name == "quantized" else pytest.param(name, marks=pytest.mark.long)
-        for name in sorted(TARGETS.keys() - {"hf", *CHEAP})
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("target", sorted(TARGETS.keys() - {"hf", *CHEAP}))
 def test_every_other_target_is_made_or_refused_before_training(method, told, target, tmp_path, capsys):
     model = []
     if target != "quantized":  # llama.cpp's conversion must know the tokenizer

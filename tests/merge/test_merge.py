@@ -63,6 +63,7 @@ def python_without(packages: tuple[str, ...], folder: Path, code: str, *argument
     )
 
 
+@pytest.mark.long
 def test_quantized_training_sharded_merge_and_plain_loading(trained, tmp_path):
     # random weights feel quantization far more than trained ones do
     loose = ("merge.base=full_precision", "merge.max_loss_increase=9", "merge.min_top1_agreement=0.5", "merge.max_kl=1")

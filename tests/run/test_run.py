@@ -157,6 +157,7 @@ def test_not_gguf(tmp_path):
         load.find(ModelConfig(path=str(tmp_path / "cut.gguf")))
 
 
+@pytest.mark.long  # `.ci/run` makes the demo itself
 def test_embedded_base_end_to_end(tmp_path, cache, capsys):
     """The demo recipe, cut short: the real GGUF base in NF4, two steps, merged and proved."""
     arguments = [

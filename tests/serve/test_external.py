@@ -137,7 +137,7 @@ def test_the_runs_own_answers_are_taken(service, answers):
             0.0,
             "says the same with the adapter and without it",
         ),  # llama.cpp with no adapter, or all of them for both
-        ("5", 1.0, "does not say what the run said"),
+        pytest.param("5", 1.0, "does not say what the run said", marks=pytest.mark.long),
         ("0", 2.0, "does not say what the run said"),  # a scale that was lost
     ],
 )

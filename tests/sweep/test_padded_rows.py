@@ -39,7 +39,7 @@ PADDED = (
     "classification", "classification-several", "classification-weights", "regression", "reward", "token_classification",
     "question_answering", "masked_lm",
 )  # fmt: skip
-DAILY = ("classification", "question_answering")
+DAILY = ("classification",)
 
 
 def dropping(folder, rate: float = 0.2):
