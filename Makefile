@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 demo: install  ## the main job on the embedded default: train, compare, merge, verify
 	$(BIN)/lora-lab train recipe=demo
 
-test: install  ## the default tests: CPU, offline, 9 minutes on 2 cores
+test: install  ## the default tests: CPU, offline, 7 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: install  ## the long tier too: every step of a run interrupted, more families and policies

