@@ -148,7 +148,12 @@ class Server:
 
         def call(place: int) -> None:
             name, prompt = calls[place]
-            body = {"model": name, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+            body = {
+                "model": name,
+                "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": tokens,
+                "temperature": 0,
+            }
             started, connection = time.perf_counter(), HTTPConnection("127.0.0.1", self._port, timeout=600)
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
             found[place] = json.loads(connection.getresponse().read()), time.perf_counter() - started

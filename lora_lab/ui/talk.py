@@ -162,4 +162,4 @@ async def _ask(app: ASGIApp, model: str, messages: list[dict[str, str]], most: i
     found: dict[str, Any] = json.loads(b"".join(parts))
     if status != 200:
         raise LoraLabError(f"{model}: {found['error']['message']}")
-    return str(found["choices"][0]["message"]["content"])
+    return str(found["choices"][0]["message"]["content"]).replace("\0", "\ufffd")  # the next turn may hold no NUL
