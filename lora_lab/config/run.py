@@ -434,6 +434,11 @@ def _data_contradictions(data: DataConfig) -> list[str]:
             found.append(
                 f"data.chat_template_kwargs.{name}: not a variable of the template but set by the rows. Drop it."
             )
+    alone = "data.streaming=true" if data.streaming else "data.augment" if data.augment.methods else ""
+    if data.processes is not None and alone and data.eval is None:
+        found.append(
+            f"data.processes={data.processes}: no effect with {alone}, whose rows one process encodes. Drop it."
+        )
     if data.streaming:
         refused = {
             "data.eval_ratio": data.eval_ratio,

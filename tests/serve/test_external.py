@@ -168,6 +168,16 @@ def test_a_question_names_every_adapter():
 # -- llama.cpp ------------------------------------------------------------------------------------------------------------
 
 
+def train(base: Path, rows: Path, run: Path, rank: int, target: str) -> None:
+    """Make a run with an export of this kind."""
+    told = [
+        "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
+        f"data.train={rows}", "train.batch_size=4", "train.max_steps=4", "optim.lr=0.02", "task.max_new_tokens=12",
+        f"adapter.r={rank}", f"seed={rank}", f"export.targets=[{target}]", f"run_dir={run}",
+    ]  # fmt: skip
+    assert cli.main(["train", *told]) == 0
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, rows_file) -> list[Path]:
     """Two runs on a base that llama.cpp reads, with their exports."""
@@ -177,14 +187,10 @@ def pair(tmp_path_factory, rows_file) -> list[Path]:
 
     folder = tmp_path_factory.mktemp("external")
     base = make_llama_base(folder / "base", hidden_size=96)
-    for name, rank in (("a", 4), ("b", 2)):
-        told = [
-            "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
-            f"data.train={rows_file}", "train.batch_size=4", "train.max_steps=4", "optim.lr=0.02", "task.max_new_tokens=12",
-            f"adapter.r={rank}", f"seed={rank}", "export.targets=[gguf_lora]", f"run_dir={folder}/{name}",
-        ]  # fmt: skip
-        assert cli.main(["train", *told]) == 0
-    return [folder / "a", folder / "b"]
+    runs = [folder / "a", folder / "b"]
+    for rank, run in zip((4, 2), runs, strict=True):
+        train(base, rows_file, run, rank, "gguf_lora")
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -345,12 +351,7 @@ def test_vllm_answers_as_lora_lab_does(tmp_path, rows_file, monkeypatch):
     )  # heads of a size that it has kernels for
     runs = [tmp_path / "a", tmp_path / "b"]
     for rank, folder in enumerate(runs, start=2):
-        told = [
-            "model=hub", f"model.path={base}", "model.dtype=float32", "quant=none", "tracker=none", "hardware=cpu",
-            f"data.train={rows_file}", "train.batch_size=4", "train.max_steps=4", "optim.lr=0.02", "task.max_new_tokens=12",
-            f"adapter.r={rank}", f"seed={rank}", "export.targets=[vllm]", f"run_dir={folder}",
-        ]  # fmt: skip
-        assert cli.main(["train", *told]) == 0
+        train(base, rows_file, folder, rank, "vllm")
     own = serving(runs)
     try:
         with client_of(own) as client:

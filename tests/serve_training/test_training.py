@@ -104,13 +104,13 @@ HEAD = ["down_proj", "gate_proj", "k_proj", "lm_head", "o_proj", "q_proj", "up_p
 @pytest.mark.parametrize("unembed", [False, True])
 def test_steps_are_those_of_peft_and_torch(service, base, client, unembed):
     # an output layer's gradients of tokens that do not occur are rounding alone, of which a small eps makes whole steps
-    eps = 1e-3 if unembed else 1e-8
+    eps, rounding = (1e-3, 1e-4) if unembed else (1e-8, 1e-5)  # its loss has terms of 100 that cancel
     reference = Reference(base, 4, 7, HEAD if unembed else "all-linear", eps)
     model = client.model(4, 7, train_unembed=unembed)
     for number in range(10):
         learned = model.learn(DATA)
         expected = reference.learn(DATA, cross_entropy)
-        assert learned.loss == pytest.approx(expected, rel=1e-5, abs=1e-4)  # of terms of 100 that cancel
+        assert learned.loss == pytest.approx(expected, rel=1e-5, abs=rounding)
         sums = -sum(
             (one.astype(np.float64) * row[1]["weights"]).sum() for one, row in zip(learned.logprobs, DATA, strict=True)
         )
