@@ -259,6 +259,8 @@ def test_variables_that_rows_set_are_refused(overrides, capsys):
         (["data.stratify=prompt"], "data.stratify=prompt: no effect without data.eval_ratio"),
         (["data.clean=[stem]", "data.clean_language=zh"], "stem"),
         (["data.streaming=true", "data.duplicates=drop"], "data.duplicates=drop: needs all rows beforehand"),
+        (["data.streaming=true", "data.processes=2"], "data.processes=2: no effect with data.streaming=true"),
+        (["data.augment.methods=[swap]", "data.processes=2"], "data.processes=2: no effect with data.augment"),
         (["data.eval_ratio=0.2", "data.max_eval_rows=3"], "data.max_eval_rows: no effect with data.eval_ratio"),
     ],
 )  # fmt: skip
