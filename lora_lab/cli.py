@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_lab import __version__
 from lora_lab.config import forms
 from lora_lab.errors import ConfigError, Interrupted, LoraLabError
-from lora_lab.runtime import environment, launch, ranks, signals
+from lora_lab.runtime import busy, environment, launch, ranks, signals
 from lora_lab.verbs import VERBS
 from lora_lab.verbs.base import Told, Verb
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(_written(int(done.code or 0), needed=True)) from None
     signals.install()
     environment.before_torch()
+    busy.begin()
     return _written(_run(args), needed=VERBS[args.verb].output_is_all)
 
 

@@ -17,7 +17,7 @@ from lora_lab.base.tokenizer import READER, read_tokenizer
 from lora_lab.config.model import ModelConfig, QuantConfig
 from lora_lab.config.train import HardwareConfig
 from lora_lab.errors import BaseModelError, ConfigError, LoraLabError
-from lora_lab.runtime import cards, console, ranks
+from lora_lab.runtime import busy, cards, console, ranks
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +231,9 @@ def start_device(hardware: HardwareConfig, dtype: str, trains: bool) -> torch.de
         torch.set_num_threads(hardware.threads)
     if device.type == "cpu":
         _refuse_for_cards(hardware)
+        sleeping = busy.chosen()
+        if sleeping is not None:
+            console.say("threads", sleeping)
         return device
     if dtype == "bfloat16":
         cards.check_bfloat16(device.index, trains)

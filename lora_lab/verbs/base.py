@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_lab.errors import ConfigError
 from lora_lab.run.takes import Takes
+from lora_lab.runtime import busy
 
 _VERBS_OWN = ("evaluate", "serve", "trim")  # sections of one verb, which has their name
 
@@ -154,15 +155,17 @@ def run_folder(told: Told) -> str:
     takes = told.verb.takes
     assert takes is not None, f"{told.name} works on no run"
     open_trained(named[0], takes, told.overrides)
-    quiet_libraries()
+    before_libraries()
     return named[0]
 
 
-def quiet_libraries() -> None:
-    """Keep other libraries' advice to their developers off the user's terminal. Errors still come through."""
+def before_libraries() -> None:
+    """What other libraries are told before they are loaded: how threads wait, and to keep advice to their developers off the user's
+    terminal. Errors still come through."""
     import logging
     import warnings
 
+    busy.choose_waiting()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are tokenized on all cores
     for name in (
         "bitsandbytes",

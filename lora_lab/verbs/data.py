@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.errors import ConfigError
-from lora_lab.verbs.base import Option, Told, Verb, Word, quiet_libraries
+from lora_lab.verbs.base import Option, Told, Verb, Word, before_libraries
 
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
@@ -32,7 +32,7 @@ def _run(told: Told) -> int:
     if check not in (None, "labels"):
         raise ConfigError(f"check={check}: there is check=labels. Without it everything else is checked.")
     config = compose.compose(told.overrides, told.options.config_dir)
-    quiet_libraries()
+    before_libraries()
     rows, html = told.options.rows, told.options.html
     if check:
         if rows is not None or html is not None:

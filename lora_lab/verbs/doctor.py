@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_lab.errors import ConfigError
-from lora_lab.verbs.base import Option, Told, Verb, quiet_libraries
+from lora_lab.verbs.base import Option, Told, Verb, before_libraries
 
 _EXAMPLES = """\
   lora-lab doctor             versions, devices, memory, disk, hub, bases, extras: a line each, with the remedy
@@ -19,7 +19,7 @@ def _run(told: Told) -> int:
         raise ConfigError(
             f"{told.overrides[0]}: no effect here. lora-lab doctor looks at the machine; lora-lab plan at a run."
         )
-    quiet_libraries()
+    before_libraries()
     import dataclasses
     import json
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_lab.errors import ConfigError
-from lora_lab.verbs.base import Told, Verb, Word, quiet_libraries
+from lora_lab.verbs.base import Told, Verb, Word, before_libraries
 
 _EXAMPLES = """\
   lora-lab init reviews.csv                         mine/recipe/reviews.yaml, ready to train
@@ -26,7 +26,7 @@ def _run(told: Told) -> int:
 
     if not file.startswith(sources.HUB):
         sources.find("data.train", file)  # a wrong name is told at once
-    quiet_libraries()
+    before_libraries()
     from lora_lab.plan import recipe
 
     recipe.init(file, told.word("out"), told.overrides)

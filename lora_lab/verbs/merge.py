@@ -6,7 +6,7 @@ import os
 
 from lora_lab.errors import ConfigError
 from lora_lab.run import takes
-from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries, run_folder
+from lora_lab.verbs.base import RUN, Told, Verb, Word, before_libraries, run_folder
 
 _EXAMPLES = """\
   lora-lab merge run=DIR
@@ -37,7 +37,7 @@ def _run(told: Told) -> int:
 def _of_sweep(told: Told, folder: str) -> int:
     for word in ("run", "merge.adapters"):
         told.refuse(word, "sweep names the run already. Drop one of them.")
-    quiet_libraries()
+    before_libraries()
     from lora_lab.sweep import sweep
 
     sweep.merge(folder, told.overrides, told.word("member"))
@@ -50,7 +50,7 @@ def _combine(told: Told, adapters: str) -> int:
     text = f"merge.adapters={adapters}"
     named = _named(text, parse_override(text).value())
     told.refuse("run", "merge.adapters names the runs already. Drop it; run_dir=DIR is where the new run goes.")
-    quiet_libraries()
+    before_libraries()
     from lora_lab.run import pipeline
 
     pipeline.combine(named, [*told.overrides, text])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_lab.errors import ConfigError
-from lora_lab.verbs.base import Told, Verb, Word, quiet_libraries
+from lora_lab.verbs.base import Told, Verb, Word, before_libraries
 
 _EXAMPLES = """\
   lora-lab methods                            every method: bases it trains on, merge, exports, sweeps
@@ -16,7 +16,7 @@ def _run(told: Told) -> int:
         raise ConfigError(
             f"{told.overrides[0]}: no effect here. Say at most adapter=NAME, such as lora-lab methods adapter=vera."
         )
-    quiet_libraries()
+    before_libraries()
     from lora_lab.plan import methods
 
     name = told.word("adapter")

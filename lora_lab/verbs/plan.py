@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_lab.errors import ConfigError
-from lora_lab.verbs.base import Told, Verb, Word, quiet_libraries
+from lora_lab.verbs.base import Told, Verb, Word, before_libraries
 
 _EXAMPLES = """\
   lora-lab plan recipe=demo                             modules, steps, memory, disk: nothing is loaded
@@ -19,7 +19,7 @@ def _run(told: Told) -> int:
     from lora_lab.config import compose
 
     config = compose.compose(told.overrides, told.options.config_dir)
-    quiet_libraries()
+    before_libraries()
     from lora_lab.plan import plan
 
     plan.plan(config, probe=probe == "true")

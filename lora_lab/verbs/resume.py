@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_lab.errors import ConfigError
 from lora_lab.run import takes
-from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries, run_folder
+from lora_lab.verbs.base import RUN, Told, Verb, Word, before_libraries, run_folder
 
 _EXAMPLES = """\
   lora-lab resume run=runs/demo/2026-01-31_12-00-00
@@ -35,7 +35,7 @@ def _sweep(told: Told, folder: str) -> int:
         raise ConfigError(
             f"{told.overrides[0]}: resume takes no overrides, because it would not be the same sweep any more."
         )
-    quiet_libraries()
+    before_libraries()
     from lora_lab.sweep import sweep
 
     members = told.word("members")

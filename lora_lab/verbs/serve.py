@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_lab.errors import ConfigError
 from lora_lab.run import takes
-from lora_lab.verbs.base import RUN, Told, Verb, Word, quiet_libraries
+from lora_lab.verbs.base import RUN, Told, Verb, Word, before_libraries
 
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
@@ -51,7 +51,7 @@ def _run(told: Told) -> int:
     server.check(serve)
     if serve.engine is not None:
         _check_engine(serve.engine, said[0], told.overrides)
-    quiet_libraries()
+    before_libraries()
     server.serve(paths, config, told.overrides)
     return 0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_lab.config import forms
 from lora_lab.errors import ConfigError, DataError, LoraLabError
-from lora_lab.verbs.base import Option, Told, Verb, quiet_libraries
+from lora_lab.verbs.base import Option, Told, Verb, before_libraries
 
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
@@ -43,7 +43,7 @@ def _run(told: Told) -> int:
 
     config = compose.compose(told.overrides, told.options.config_dir)
     refuse_upload(config.export.push_to_hub, told.overrides)
-    quiet_libraries()
+    before_libraries()
     from lora_lab.run import parallel, pipeline
 
     code = parallel.elsewhere(config.hardware, lambda: _command(told))
@@ -83,7 +83,6 @@ def _multirun(told: Told) -> int:
     """Ordinary Hydra multirun. A run that fails leaves the others alone; all failures are listed at the end."""
     from lora_lab.config import hydra_app
 
-    quiet_libraries()
     made: list[Sweep] = []
 
     def launch(configs: list[RunConfig], nodes: Nodes | None = None) -> list[Outcome]:
@@ -92,6 +91,7 @@ def _multirun(told: Told) -> int:
     with contextlib.ExitStack() as processes:
 
         def check(configs: list[RunConfig]) -> None:
+            before_libraries()
             from lora_lab.data import sources
 
             sources.check_there(configs)

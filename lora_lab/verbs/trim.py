@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_lab.errors import ConfigError
-from lora_lab.verbs.base import Told, Verb, Word, quiet_libraries
+from lora_lab.verbs.base import Told, Verb, Word, before_libraries
 
 _EXAMPLES = """\
   lora-lab trim model=smollm2_135m task=completion trim.vocabulary=texts.txt data.train=texts.txt out=small
@@ -26,7 +26,7 @@ def _run(told: Told) -> int:
     config, out = compose.compose(_with_rows(told.overrides), told.options.config_dir), told.word("out")
     if not out:
         raise ConfigError("trim: needs out=FOLDER, which must not exist yet. See lora-lab trim --help")
-    quiet_libraries()
+    before_libraries()
     from lora_lab.trim import trim
 
     trim.trim(config, out)
