@@ -85,14 +85,15 @@ class Forward:
     @contextlib.contextmanager
     def generating(self, model: PeftModel) -> Iterator[None]:
         """Inside the block the model generates as it would anywhere: in evaluation, without gradients, and with its own attention,
-        because the one for packed rows takes neither a key cache nor a mask."""
+        because the one for packed rows takes neither a key cache nor a mask. Nothing is learned there, so what is made of the adapters'
+        matrices is kept."""
         training = model.training
         own: str | None = segments.implementation(model)
         if own == segments.IMPLEMENTATION:
             own = self._own_attention
         model.eval()
         try:
-            with torch.no_grad(), segments.attending(model, own):
+            with torch.no_grad(), segments.attending(model, own), self.routing.keeping_factors():
                 yield
         finally:
             model.train(training)

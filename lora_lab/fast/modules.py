@@ -91,7 +91,7 @@ def lora(
     """The layouts and factors of projections that read a tensor of `shape`, in the type of `x`."""
     if not routing.routes:
         active = dict.fromkeys(name for one in projections for name in one.members())
-        found = [_lora(projections, name, slice(None), None, x, shape) for name in active]
+        found = [_lora(projections, name, slice(None), None, x, shape, routing.kept) for name in active]
     else:
         routed = [
             (route, rows)
@@ -115,8 +115,13 @@ def _lora(
     generator: torch.Generator | None,
     x: torch.Tensor,
     shape: torch.Size,
+    kept: dict[Any, tuple[torch.Tensor, ...]] | None = None,
 ) -> tuple[Layout, list[torch.Tensor]]:
-    """One member's layout on some rows, a tensor of `shape` in a pass of its own, and its factors."""
+    """One member's layout on some rows, a tensor of `shape` in a pass of its own, and its factors.
+
+    Args:
+        kept: factors that were made before, see `Routing.keeping_factors`.
+    """
     count = None if rows.stop is None else rows.stop - rows.start
     own = [one if one.has(member) else None for one in projections]
     keep = [None if one is None else one.drawn(member, shape, x, generator, count) for one in own]
@@ -125,7 +130,13 @@ def _lora(
     ranks = [0 if one is None else one.rank(member) for one in own]
     layout = Layout(rows, ranks, keep, scale(p))
     downs, ups, scaling = zip(*found, strict=True)
-    a, *bs = Factors.apply(x.dtype, scaling, *downs, *ups)
+    key = (id(projections[0]), member, x.dtype)
+    made = kept.get(key) if kept is not None else None
+    if made is None:
+        made = Factors.apply(x.dtype, scaling, *downs, *ups)
+        if kept is not None:
+            kept[key] = made
+    a, *bs = made
     each = iter(bs)
     return layout, [
         a,

@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -49,6 +50,16 @@ class Routing:
             tuple[int, ...], list[Part] | None
         ] = {}  # by all dimensions but the last; None: two things look like it
         self.routes: Sequence[Route] = ()
+        self.kept: dict[Any, tuple[torch.Tensor, ...]] | None = None  # factors; None: made anew in every pass
+
+    @contextlib.contextmanager
+    def keeping_factors(self) -> Iterator[None]:
+        """Inside the block, in which nobody learns, the adapters' matrices are brought into the type of the products once."""
+        self.kept = {}
+        try:
+            yield
+        finally:
+            self.kept = None
 
     @contextlib.contextmanager
     def routed(self, routes: Sequence[Route]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from lora_lab.data.collate import pad
 from lora_lab.errors import NoRoomError
 from lora_lab.runtime import console, ranks
 from lora_lab.runtime.memory import attempts, free_bytes
+from lora_lab.tasks import leaving
 from lora_lab.tasks.section import Generating
 
 if TYPE_CHECKING:
@@ -146,6 +147,11 @@ def _generate(
     else:  # a decoder goes on where its prompt ends, so padding stands before it
         ids = pad([row[::-1] for row in rows], tokenizer.pad_token_id).flip(1)
         mask = pad([[1] * len(row) for row in rows], 0).flip(1)
+    ids, mask = ids.to(model.device), mask.to(model.device)
     with generating():
-        done = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings)
-    return tokenizer.batch_decode(done if encoder_decoder else done[:, ids.shape[1] :], skip_special_tokens=True)
+        if len(rows) > 1 and leaving.possible(base_of(model), settings):
+            done = leaving.generate(model, ids, mask, settings)
+        else:
+            made = model.generate(input_ids=ids, attention_mask=mask, **settings)
+            done = list(made if encoder_decoder else made[:, ids.shape[1] :])
+    return tokenizer.batch_decode(done, skip_special_tokens=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer as AnyLoraLayer
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from lora_lab.adapters.attach import trainable
+from lora_lab.adapters.attach import base_of, trainable
 from lora_lab.data.dataset import first_examples
 from lora_lab.errors import ConfigError
-from lora_lab.fast import norm, prefix
+from lora_lab.fast import modules, norm, prefix
 from lora_lab.fast.attention import SegmentAttention
 from lora_lab.fast.frozen import FrozenWeight, Scratch
 from lora_lab.fast.linear import Layout, LoraLinear
@@ -439,3 +440,40 @@ def test_an_acceleration_with_another_backward_pass_is_left_out(families, config
     monkeypatch.setattr(RMSNorm, "backward", staticmethod(lambda ctx, dy: (3 * backward(ctx, dy)[0], None, None, None)))
     pipeline.train(config_of(f"model.path={families['llama']}", "train.max_steps=1"))
     assert "no fused_norms: it would change this model's gradients by" in capsys.readouterr().out
+
+
+def test_factors_are_made_once_while_answers_are_generated_and_anew_after_learning(families, config_of, monkeypatch):
+    *_, live = first_step(config_of(f"model.path={families['llama']}"))
+    task, model, made = live.setup.task, live.model, []
+    plain = modules.Factors.forward
+    monkeypatch.setattr(modules.Factors, "forward", staticmethod(lambda *given: made.append(1) or plain(*given)))
+    prompts = ["red green blue", "red"]
+
+    def logits():
+        with task.forward.generating(model):
+            first = len(made)
+            task.generate(model, prompts, max_new_tokens=4)
+            return len(made) - first, model(torch.tensor([[5, 6, 7]])).logits
+
+    once, before = logits()
+    count = sum(isinstance(part, AnyLoraLayer) for part in model.modules())
+    assert 0 < once <= count
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1)
+    again, after = logits()
+    assert again == once
+    assert not torch.equal(before, after)
+    with task.forward.plain(model), torch.no_grad():
+        torch.testing.assert_close(after, model.eval()(torch.tensor([[5, 6, 7]])).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_output_layer_of_a_frozen_base_multiplies_rows_that_lie_together(families, config_of):
+    """Of a view and a frozen weight torch makes a product, and a copy of the weight, for each row."""
+    *_, live = first_step(config_of(f"model.path={families['llama']}", "speed=plain"))
+    seen = []
+    head = base_of(live.model).get_output_embeddings()
+    head.register_forward_hook(lambda module, given, out: seen.append((given[0].shape[0], given[0].is_contiguous())))
+    live.setup.task.generate(live.model, ["red green blue", "red", "green"], max_new_tokens=3)
+    assert (3, True) in seen
+    assert all(whole for _, whole in seen)
