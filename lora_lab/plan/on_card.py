@@ -103,18 +103,18 @@ def estimate(
             torch.empty(largest, dtype=getattr(torch, config.model.dtype), device=CARD)
             if config.hardware.offload_embeddings:
                 embeddings.offload(stored)
-        names = [ADAPTER, *(f"{ADAPTER}{place}" for place in range(1, members))]
-        model = stored
-        for name in names:
+        more = [f"{ADAPTER}{place}" for place in range(1, members)]
+        model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
+        for name in more:
             model = attach(model, config.adapter, name, kind, config.seed)
         if config.train.gradient_checkpointing:
             oom.recompute(model, config.train.recompute_every, config.train.offload_activations)
-        trained = _trained(model, names)
+        trained = _trained(model, [ADAPTER, *more])
         parameters = [one for own in trained.values() for one in own.values()]
-        adapters = {id(one) for one in parameters}
-        frozen = sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if id(one) not in adapters)
+        learned = set(map(id, parameters))
+        frozen = sum(skeletons.nbytes(tensor) for tensor in skeletons.tensors(model) if id(tensor) not in learned)
         gradients = sum(map(skeletons.nbytes, parameters))
-        adapter = gradients + sum(memory.remembered(config, model, name) for name in names)
+        adapter = gradients + sum(memory.remembered(config, model, name) for name in trained)
         optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters)
         before = there.allocated
         with there.phase("trial"):

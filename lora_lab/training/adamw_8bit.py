@@ -16,7 +16,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all tensors that have a gradient; what `closure` gives, if it is given."""
         loss = None
         if closure is not None:

@@ -105,6 +105,7 @@ def _lengths(batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
         mask = batch.inputs["attention_mask"]
         own = mask if embedded.shape[1] == mask.shape[1] else torch.ones(embedded.shape[:2], device=embedded.device)
         return own.sum(1)[:, None, None].float()
+    assert isinstance(batch, PackedBatch)  # the only other kind
     return _over_rows(batch, torch.ones(embedded.shape[1], device=embedded.device))[None, :, None]
 
 
