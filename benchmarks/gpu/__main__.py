@@ -229,7 +229,8 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _plans(args: argparse.Namespace) -> int:
-    """Dry runs of everything that lora_lab trains in slices 2 and 5, of no card and of each that was measured."""
+    """Dry runs of everything that lora_lab trains in slices 2 and 5, of no card and of each that was measured; of no card also the row and
+    the members that are aimed at."""
     out, work = _out(args), (args.work / "plans").absolute()
     launch = runner.by_process(work, "cpu", sys.executable, {})
     file, scale = out / "plans.json", slices.SCALES[args.shapes]
@@ -255,6 +256,8 @@ def _foreseen(out: Path, scale: slices.Scale) -> Iterator[tuple[str, str | None,
         yield cell.name, None, {**cell.given, "free": 0}
     for offload in (False, True):
         name, given = slices.aimed_row(scale, offload)
+        yield name, None, {**given, "free": 0}
+    for name, given in slices.joint_steps(scale):
         yield name, None, {**given, "free": 0}
     for one in measured:
         if one["given"].get("system") == "lora_lab":

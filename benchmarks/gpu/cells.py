@@ -257,7 +257,8 @@ def plan(given: Found, place: Place) -> Found:
     """GiB of each phase as `lora-lab plan` foresees them on a card: a dry run on any machine, of a base without weights.
 
     Args:
-        given: `free`: bytes on the card before the run; 0: of no card that is known.
+        given: `free`: bytes on the card before the run; 0: of no card that is known. `members`: of a sweep that share the pass, each with
+            such rows.
     """
     from lora_lab.config import compose
     from lora_lab.plan import on_card
@@ -277,7 +278,8 @@ def plan(given: Found, place: Place) -> Found:
         device = prepared.load.torch_device(config.hardware)
         setup = prepared.assemble(config, found, data, task, device, prepared.Stages())
         work = foresee(config, task, data.train, data.held_out)
-        phases = on_card.of_setup(setup, work.largest, work.evaluation, given["free"]).phases
+        members = given.get("members", 1)
+        phases = on_card.of_setup(setup, work.largest, work.evaluation, given["free"], members).phases
     return {name: size / 2**30 for name, size in phases.items()}
 
 

@@ -41,6 +41,18 @@ Made by `make bench-gpu`. {state}
 - *not measured*: nobody has run it. *absent*: the other tool was not installed. *failed*: with the reason below the table.
 """
 
+_NOT_BUILT = """## Not built
+
+| what | why |
+|---|---|
+| offloaded activations on a stream of their own | transformers copies them on the stream that computes, which is slower and in order. Whether two streams wait for each other shows on a card alone, and where they do not, numbers are wrong without a word |
+| Liger's rotary embedding | [speed.md](speed.md#what-was-tried-and-left-out) |
+| a kernel of our own that dequantizes 4 bits | a gain over bitsandbytes' kernel must be measured first |
+| `quant=int8` without its wait in each layer | bitsandbytes looks for outliers there; `quant=nf4` waits for nothing and takes half the memory |
+| paged states for adapters | they are small: no preset takes `optim=paged_adamw_8bit`, which waits for the card after each tensor. `optim=adamw` and `optim=adamw_8bit` do not |
+| the gated MLP in tiles where members share a pass | each has tokens of its own there, and such passes are short (`sweep.joint_tokens`) |
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Of:
@@ -95,7 +107,7 @@ def page(out: Path, scale: Scale) -> str:
             number: {cell["name"]: cell for cell in cells if cell["card"] == card} for number, cells in written.items()
         }
         lines += _of_card(_Of(scale, card, own, plans), [cell for cell in every if cell["card"] == card])
-    lines += _travelling(targets(out))
+    lines += [_NOT_BUILT, *_travelling(targets(out))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -216,12 +228,14 @@ def _fastest(of: _Of, size: tuple[int, int], system: str) -> float | None:
 
 
 def _joint_aim(of: _Of) -> list[str]:
-    members, tokens = (8, 256) if 8 in of.scale.members else (of.scale.members[-1], of.scale.member_tokens[-1])
+    tokens, members = slices.joint_aim(of.scale)
     joint, turns = (of.found(4, f"{tokens:,} tokens: {members} {how}") for how in ("joint", "in turns"))
     got = NOT_MEASURED
     if joint and turns:
         got = f"{joint['tokens_per_second'] / turns['tokens_per_second']:.2f}, {joint['peak_gib']:.1f} GiB"
-    return [f"{members} members, a row of {tokens} tokens each: times turns", ">= 1.4, within 20 GiB", got, "–"]
+    plan = of.plan(f"{tokens:,} tokens: {members} joint")[0]
+    dry = _NOT_RUN if plan is None else f"{plan:.2f} GiB"
+    return [f"{members} members, a row of {tokens} tokens each: times turns", ">= 1.4, within 20 GiB", got, dry]
 
 
 def _plan_aim(of: _Of) -> list[str]:
@@ -374,9 +388,10 @@ def _joint(of: _Of) -> list[str]:
                     f"{speed / other:.2f}" if speed and other else "–",
                     f"{speed / single:.2f}" if speed and single else "–",
                     *(of.figure(4, joint, key) for key in ("peak_gib", "peak_reserved_gib")),
+                    "–" if (plan := of.plan(joint)[0]) is None else f"{plan:.2f}",
                 ]
             )  # fmt: skip
-    header = [f"members x tokens of a row ({of.scale.main})", "joint, tokens/s", "in turns", "one run", "joint / turns", "joint / one run", "allocated", "reserved"]  # fmt: skip
+    header = [f"members x tokens of a row ({of.scale.main})", "joint, tokens/s", "in turns", "one run", "joint / turns", "joint / one run", "allocated", "reserved", "dry run"]  # fmt: skip
     return _table(header, rows)
 
 

@@ -217,6 +217,19 @@ def aimed_row(scale: Scale, offload: bool) -> tuple[str, dict[str, Any]]:
     return f"{row}{' offloaded' if offload else ''}", {**_about(row), "more": more}
 
 
+def joint_steps(scale: Scale) -> list[tuple[str, dict[str, Any]]]:
+    """Of members who share a pass, rows of the length that is aimed at: the cell's name, and what is planned; the aim first."""
+    tokens, aimed = joint_aim(scale)
+    row = dataclasses.replace(_single(scale), tokens=tokens, checkpointing=False)
+    counts = sorted(scale.members, key=lambda members: members != aimed)
+    return [(f"{tokens:,} tokens: {members} joint", {**_about(row), "members": members}) for members in counts]
+
+
+def joint_aim(scale: Scale) -> tuple[int, int]:
+    """Tokens of a row, and members."""
+    return (256, 8) if 8 in scale.members else (scale.member_tokens[-1], scale.members[-1])
+
+
 def _other_workloads(scale: Scale) -> list[Workload]:
     first = scale.workloads[0]
     return [dataclasses.replace(first, shape=shape) for shape in scale.others]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,13 @@ from lora_lab.export import targets
 from lora_lab.fast import apply
 from lora_lab.merge.merge import judged_on
 from lora_lab.plan import card, memory, skeletons
-from lora_lab.plan.card import CARD, Card, Precision
+from lora_lab.plan.card import CARD, Precision
 from lora_lab.plan.memory import Memory, Shards
 from lora_lab.run.setup import ADAPTER, Live, Setup
 from lora_lab.tasks import generation
 from lora_lab.tasks.base import StepBatches
 from lora_lab.training import oom
-from lora_lab.training.cohort import Share, learn
+from lora_lab.training.cohort import Share, learn, learning
 from lora_lab.verify import layers, parity
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class OwnRows:
     judged: parity.Probe  # that a merge is judged on
 
 
-def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int) -> Memory:
+def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int, members: int = 1) -> Memory:
     """`estimate`, of a run that is made ready: with the trial of packing and of the accelerations on its own rows."""
     own = setup.for_other(setup.config)  # the task remembers what was found out of its model
 
@@ -67,7 +67,7 @@ def of_setup(setup: Setup, train: Batch, evaluation: Batch | None, size: int) ->
     asks: Any = own.task  # only some tasks let a decoder answer
     answered = setup.held_out is not None and hasattr(asks, "prompt_tokens")
     rows = OwnRows(trial, asks.prompt_tokens(setup.held_out) if answered else [], judged_on(own))
-    return estimate(setup.config, setup.base, setup.kind, own.task, train, evaluation, size, rows)
+    return estimate(setup.config, setup.base, setup.kind, own.task, train, evaluation, size, rows, members)
 
 
 def estimate(
@@ -79,6 +79,7 @@ def estimate(
     evaluation: Batch | None,
     size: int = 0,
     rows: OwnRows | None = None,
+    members: int = 1,
 ) -> Memory:
     """Predict the peak memory of a training run in tensors on a card, as torch's allocator counts them.
 
@@ -89,6 +90,7 @@ def estimate(
         evaluation: the same in evaluation; None without held-out rows.
         size: bytes that are free on the card, a share of which is used to keep dequantized weights; 0: of no card that is known.
         rows: see `of_setup`; None: the accelerations are taken without trying them, nothing is generated, and a merge is its weights alone.
+        members: of a sweep, that share the pass of a step with such a batch each.
     """
     stored, unquantized = skeletons.stored(config, base, kind)
     shards = Shards.of(config.hardware, stored)
@@ -101,21 +103,26 @@ def estimate(
             torch.empty(largest, dtype=getattr(torch, config.model.dtype), device=CARD)
             if config.hardware.offload_embeddings:
                 embeddings.offload(stored)
+        more = [f"{ADAPTER}{place}" for place in range(1, members)]
         model = attach(stored, config.adapter, ADAPTER, kind, config.seed)
+        for name in more:
+            model = attach(model, config.adapter, name, kind, config.seed)
         if config.train.gradient_checkpointing:
             oom.recompute(model, config.train.recompute_every, config.train.offload_activations)
-        parameters = trainable(model)
-        frozen = sum(skeletons.nbytes(one) for one in skeletons.tensors(model) if not one.requires_grad)
-        gradients = sum(map(skeletons.nbytes, parameters.values()))
-        adapter = gradients + memory.remembered(config, model, ADAPTER)
-        optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters.values())
+        trained = _trained(model, [ADAPTER, *more])
+        parameters = [one for own in trained.values() for one in own.values()]
+        learned = set(map(id, parameters))
+        frozen = sum(skeletons.nbytes(tensor) for tensor in skeletons.tensors(model) if id(tensor) not in learned)
+        gradients = sum(map(skeletons.nbytes, parameters))
+        adapter = gradients + sum(memory.remembered(config, model, name) for name in trained)
+        optimizer = sum(memory.optimizer_bytes(config.optim.name, one.numel()) for one in parameters)
         before = there.allocated
         with there.phase("trial"):
             _try(model, config, task, train, rows, precision)
-        learner = _learner(model, config, task, there)
+        learners = [_learner(model, config, task, name, own) for name, own in trained.items()]
         with there.phase("train"):
             resting = there.allocated
-            _learn(learner, train, precision)
+            _learn(learners, train, precision)
             activations = there.peak - resting
         if evaluation is not None:
             with there.phase("evaluation"), torch.no_grad(), precision.autocast():
@@ -158,10 +165,21 @@ def _try(
         task.accelerate(model, batch, prove=False)
 
 
-def _learner(model: PeftModel, config: RunConfig, task: AnyTask, there: Card) -> Any:
+def _trained(model: PeftModel, names: Sequence[str]) -> dict[str, dict[str, torch.nn.Parameter]]:
+    """What each adapter learns; the last one is active."""
+    found = {}
+    for name in names:
+        if len(names) > 1:
+            model.set_adapter(name)
+        found[name] = trainable(model)
+    return found
+
+
+def _learner(
+    model: PeftModel, config: RunConfig, task: AnyTask, name: str, parameters: dict[str, torch.nn.Parameter]
+) -> Any:
     """What stands for a member of a cohort in the middle of its training: its optimizer has its moments, and the gradients of earlier
     micro-batches are there."""
-    parameters = trainable(model)
     moments = [
         torch.empty(memory.optimizer_bytes(config.optim.name, one.numel()), dtype=torch.uint8, device=CARD)
         for one in parameters.values()
@@ -169,19 +187,29 @@ def _learner(model: PeftModel, config: RunConfig, task: AnyTask, there: Card) ->
     if memory.several_passes(config, task):
         for one in parameters.values():
             one.grad = torch.zeros_like(one)
-    return SimpleNamespace(config=config, model=model, task=task, parameters=parameters, moments=moments)
+    return SimpleNamespace(
+        name=name,
+        config=config,
+        model=model,
+        task=task,
+        parameters=parameters,
+        moments=moments,
+        active=contextlib.nullcontext,
+    )
 
 
-def _learn(learner: Any, batch: Batch, precision: Precision) -> None:
-    """A forward and a backward pass, and what the adapter's method does about an update."""
-    config, model = learner.config, learner.model
+def _learn(learners: Sequence[Any], batch: Batch, precision: Precision) -> None:
+    """A forward and a backward pass that all of them share, and what the adapter's method does about an update."""
+    model, task = learners[0].model, learners[0].task
     model.train()
-    share = Share(learner, [], StepBatches([batch], batch.weight), batch.weight, None)
-    with learner.task.forward.segments(model):
-        learn([share], 0, precision)
-    step = Step(model, ADAPTER, learner.parameters, 1, _STEPS)
-    config.adapter.before_update(step)
-    config.adapter.after_update(step)
+    generator = torch.Generator() if len(learners) > 1 else None
+    shares = [Share(one, [], StepBatches([batch], batch.weight), batch.weight, generator) for one in learners]
+    with task.forward.segments(model), learning(learners):
+        learn(shares, 0, precision)
+    for one in learners:
+        step = Step(model, one.name, one.parameters, 1, _STEPS)
+        one.config.adapter.before_update(step)
+        one.config.adapter.after_update(step)
     model.zero_grad()
 
 

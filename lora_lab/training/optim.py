@@ -24,9 +24,11 @@ def build_optimizer(
     import bitsandbytes
     import torch
 
+    from lora_lab.training.adamw_8bit import AdamW8bit
+
     classes = {
         "adamw": torch.optim.AdamW,
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "adamw_8bit": AdamW8bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     options = {"fused": True} if config.name == "adamw" else {}  # one kernel for all tensors

@@ -93,14 +93,7 @@ def _adversarial(gradient: torch.Tensor, epsilon: float, batch: Batch) -> torch.
     """FGM (arXiv:1605.07725): the step of L2 norm epsilon, for each row, that raises its loss most. [B, T, D]"""
     squares = gradient.float().square().sum(-1)  # [B, T]
     if isinstance(batch, PackedBatch):
-        owner = torch.repeat_interleave(
-            torch.arange(len(batch.lengths), device=squares.device),
-            torch.tensor(batch.lengths, device=squares.device),
-            output_size=squares.shape[1],  # without it a GPU is waited for
-        )
-        norms = (
-            torch.zeros(len(batch.lengths), device=squares.device).index_add(0, owner, squares[0]).sqrt()[owner][None]
-        )
+        norms = _over_rows(batch, squares[0]).sqrt()[None]
     else:
         norms = squares.sum(1, keepdim=True).sqrt()
     return (epsilon * gradient.float() / norms.clamp_min(1e-30).unsqueeze(-1)).to(gradient.dtype)
@@ -112,5 +105,11 @@ def _lengths(batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
         mask = batch.inputs["attention_mask"]
         own = mask if embedded.shape[1] == mask.shape[1] else torch.ones(embedded.shape[:2], device=embedded.device)
         return own.sum(1)[:, None, None].float()
-    lengths = torch.tensor(batch.lengths, device=embedded.device)
-    return torch.repeat_interleave(lengths, lengths, output_size=embedded.shape[1])[None, :, None].float()
+    assert isinstance(batch, PackedBatch)  # the only other kind
+    return _over_rows(batch, torch.ones(embedded.shape[1], device=embedded.device))[None, :, None]
+
+
+def _over_rows(batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
+    """[T] -> [T]: for each token the sum over the tokens of its row. Rows are found where the tokens are, so a GPU is not waited for."""
+    owner = (batch.position_ids[0] == 0).cumsum(0) - 1
+    return values.new_zeros(len(batch.lengths)).index_add(0, owner, values)[owner]

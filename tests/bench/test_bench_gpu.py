@@ -154,6 +154,25 @@ def test_dry_runs_stand_in_the_page_as_such(tmp_path):
     assert f"| lora_lab | not measured | – | – | not measured | not measured | {found['train']:.2f} | – |" in page
 
 
+@pytest.mark.long
+def test_a_dry_run_of_members_stands_beside_what_is_measured(tmp_path):
+    [(name, given)] = slices.joint_steps(TINY)
+    place = cells.Place(tmp_path, "cpu", 100)
+    found, alone = (
+        cells.measured("plan", {**given, "free": 0, "members": count}, place)["found"]
+        for count in (given["members"], 1)
+    )
+    assert found["train"] > alone["train"]
+    one = {"name": name, "card": None, "commit": "abc", "versions": {}, "when": "now"}
+    runner.write(tmp_path / "plans.json", [{**one, "found": found}])
+    page = report.page(tmp_path, TINY)
+    assert (
+        f"| 2 members, a row of 32 tokens each: times turns | >= 1.4, within 20 GiB | not measured | {found['train']:.2f} GiB |"
+        in page
+    )
+    assert f"| not measured | not measured | {found['train']:.2f} |" in page
+
+
 # -- bases and rows -----------------------------------------------------------------------------------------------------
 
 

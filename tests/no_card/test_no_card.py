@@ -41,7 +41,9 @@ _OPTIONS = {
     "always": ["quant=nf4", "speed.dequantize=always"],
     "micro-batches": ["quant=nf4", "train.micro_batch_size=2"],
     "dora": ["quant=nf4", "adapter=dora"],
-    "adamw_8bit": ["quant=nf4", "optim.name=adamw_8bit"],
+    "adamw_8bit": ["quant=nf4", "optim.name=adamw_8bit", "adapter.r=64"],
+    "neftune": ["quant=nf4", "train.neftune_alpha=5"],
+    "fgm": ["quant=nf4", "train.fgm_epsilon=0.5"],
     "rdrop": ["quant=nf4", "adapter.lora_dropout=0.1", "train.rdrop_alpha=0.5"],
 }
 
@@ -109,7 +111,7 @@ def test_every_option(config_on, name):
     with loaded(config) as dry:
         dry.train(steps=2)
         dry.measure()
-        if name not in ("int8", "offloading", "adamw_8bit"):  # these wait by what they are
+        if name not in ("int8", "offloading"):  # these wait by what they are
             assert_few_waits(dry)
 
 

@@ -47,9 +47,14 @@ def config_on(tmp_path, middle):
     return compose_it
 
 
-def _equal(config):
-    found = _planned(config)
-    with loaded(config) as dry:
+def _equal(config, *others):
+    """
+    Args:
+        others: members of its cohort, who share passes.
+    """
+    found = _planned(config, 1 + len(others))
+    with loaded(config, *others) as dry:
+        dry.live.setup.task.forward.members = 1 + len(others)
         dry.train(steps=2)
         dry.measure()
     planned = {name: found.phases[name] - PRODUCTS_BYTES for name in _PHASES}
@@ -85,6 +90,14 @@ def test_the_plan_is_what_a_run_takes(config_on):
 )
 def test_the_plan_is_what_a_run_takes_with(config_on, more):
     _equal(config_on(*more))
+
+
+@pytest.mark.long
+def test_the_plan_of_members_is_what_their_shared_pass_takes(config_on, tmp_path):
+    first, *others = (
+        config_on("train.batch_size=2", f"seed={seed}", f"run_dir={tmp_path}/{seed}") for seed in range(4)
+    )
+    _equal(first, *others)
 
 
 def described(folder, **shape):
@@ -167,10 +180,10 @@ def test_offloaded_embeddings_take_no_room(config_on, middle):
         assert here.phases[phase] - there.phases[phase] == pytest.approx(table, rel=0.1), phase
 
 
-def _planned(config):
+def _planned(config, members=1):
     setup = made_ready(config)
     work = plan.foresee(config, setup.task, setup.training_rows(), setup.held_out)
-    return on_card.of_setup(setup, work.largest, work.evaluation, _SIZE)
+    return on_card.of_setup(setup, work.largest, work.evaluation, _SIZE, members)
 
 
 @pytest.mark.long

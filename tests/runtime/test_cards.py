@@ -222,6 +222,18 @@ def test_what_is_free_of_a_capped_card_is_what_the_cap_leaves(monkeypatch, asked
     assert layers.free_on(card) == memory.free_bytes(card)
 
 
+def test_peaks_are_those_of_the_runs_own_card(monkeypatch):
+    """Of a run on cuda:1 while another card is the current one."""
+    allocated, reserved, forgotten = {0: 9.0, 1: 2.0}, {0: 10.0, 1: 2.5}, []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda card=None: allocated[card.index] * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda card=None: reserved[card.index] * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda card=None: forgotten.append(card.index))
+    card = torch.device("cuda", 1)
+    memory.forget_peaks(card)
+    assert (memory.peak_gib(card), memory.peak_reserved_gib(card), forgotten) == (2.0, 2.5, [1])
+    assert memory.peak_reserved_gib(torch.device("cpu")) is None
+
+
 def test_more_memory_than_the_card_has(monkeypatch):
     _pretend(monkeypatch)
     with pytest.raises(ConfigError, match=r"hardware\.memory_gib=24: Card has 12\.0 GiB"):

@@ -345,6 +345,29 @@ def test_8bit_optimizers_learn_and_resume(config_of, tmp_path, name):
     assert relative_gap(adapter_of(model), finished) == 0
 
 
+def test_8bit_updates_are_the_librarys_to_the_byte():
+    """Without its wait for each tensor: states in 8 bits, in 32 (small tensors), and none where there is no gradient."""
+    import bitsandbytes
+
+    from lora_lab.training.adamw_8bit import AdamW8bit
+
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((64, 96), (8, 8), (4, 4))]
+    twins = [[torch.nn.Parameter(one.clone()) for one in start] for _ in range(2)]
+    kinds = (bitsandbytes.optim.AdamW8bit, AdamW8bit)
+    plain, own = (kind(params, lr=0.01, weight_decay=0.1) for kind, params in zip(kinds, twins, strict=True))
+    for _ in range(4):
+        for one, other in zip(*(params[:2] for params in twins), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        plain.step()
+        own.step()
+    assert all(map(torch.equal, *twins))
+    assert [len(own.state[one]) for one in twins[1]] == [len(plain.state[one]) for one in twins[0]]
+    assert own.state[twins[1][0]]["state1"].dtype == torch.uint8
+    assert own.step(lambda: 2.5) == 2.5
+
+
 def test_unpackable_architecture_is_refused_or_runs_unpacked(tmp_path, config_of, capsys):
     """Soft-capped attention (Gemma 2) is not done per segment: rows go one by one then, and to demand packing is refused."""
     from transformers import Gemma2Config, Gemma2ForCausalLM

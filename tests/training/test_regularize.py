@@ -1,5 +1,7 @@
 """What NEFTune and FGM compute of packed rows, on tensors without content: nothing there depends on values, so a card is not waited for."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,7 +15,8 @@ LENGTHS = (5, 3, 9)
 
 def test_packed_rows_are_told_apart_without_waiting_for_a_card():
     batch = pack([Example(np.arange(length), np.ones(length, dtype=np.float32), "row") for length in LENGTHS])
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
+        batch = dataclasses.replace(batch, position_ids=mode.from_tensor(batch.position_ids))
         embedded = torch.empty(1, sum(LENGTHS), 8)
         assert regularize._lengths(batch, embedded).shape == (1, sum(LENGTHS), 1)
         assert regularize._adversarial(embedded, 0.5, batch).shape == embedded.shape
