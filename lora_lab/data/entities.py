@@ -29,7 +29,7 @@ def finders(names: Sequence[str], model: str | None) -> Mapping[str, personal.Fi
 
     Args:
         names: such as PERSON, LOCATION, IP_ADDRESS.
-        model: a package of spaCy's; None: no names and places, patterns alone.
+        model: an installed package of spaCy's; None: no names and places, patterns alone.
 
     Raises:
         ConfigError: presidio or the model is not installed, or an entity is not found with it.
@@ -60,9 +60,11 @@ def _analyzer(model: str | None) -> tuple[AnalyzerEngine, str]:
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import SpacyNlpEngine
 
-    if model is not None and not spacy.util.is_package(model):
+    installed = spacy.util.get_installed_models()
+    if model is not None and model not in installed:
+        there = f"There are {', '.join(installed)}." if installed else "There is none."
         raise ConfigError(
-            f"serve.presidio_model={model}: no package of spaCy's that is installed, such as en_core_web_sm. Install it with pip."
+            f"serve.presidio_model={model}: no model of spaCy's that is installed. {there} Install it: python -m spacy download {model}"
         )
     pipeline: Any = spacy.blank(_OF_NO_MODEL) if model is None else spacy.load(model)
     language = str(pipeline.lang)

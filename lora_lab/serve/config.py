@@ -70,7 +70,7 @@ class ServeConfig:
         Field(description="personal data that the model does not see: marks such as [EMAIL] stand in its place"),
     ] = dataclasses.field(default_factory=list)
     presidio: Annotated[
-        list[Annotated[str, Field(pattern="[A-Z][A-Z0-9_]*")]],
+        list[Annotated[str, Field(pattern="^[A-Z][A-Z0-9_]*$")]],
         Field(
             description="what presidio finds is masked too, as [PERSON]: PERSON, LOCATION, IP_ADDRESS and other entities of its"
         ),
@@ -78,7 +78,7 @@ class ServeConfig:
     presidio_model: Annotated[
         str | None,
         Field(
-            pattern="[a-z][a-z0-9_]*",
+            pattern="^[a-z][a-z0-9_]*$",
             description="spaCy's package by which presidio finds names and places; null: patterns alone",
         ),
     ] = None

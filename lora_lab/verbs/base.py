@@ -172,6 +172,7 @@ def quiet_libraries() -> None:
         "huggingface_hub",
         "torchao",
         "lm_eval",
+        "presidio-analyzer",
         "torch.utils._pytree",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

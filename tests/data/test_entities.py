@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 import pytest
 
@@ -15,18 +14,12 @@ MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_sm_
 
 
 @pytest.fixture
-def quiet():
-    """presidio says each entity that it does not map."""
-    if importlib.util.find_spec("presidio_analyzer") is None:
-        pytest.skip("needs pip install 'lora-lab[presidio]'")
-    before = logging.getLogger("presidio-analyzer").level
-    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
-    yield
-    logging.getLogger("presidio-analyzer").setLevel(before)
+def presidio():
+    pytest.importorskip("presidio_analyzer", reason="needs pip install 'lora-lab[presidio]'")
 
 
 @pytest.fixture
-def model(quiet) -> str:
+def model(presidio) -> str:
     found = next((name for name in MODELS if importlib.util.find_spec(name) is not None), None)
     if found is None:
         pytest.skip(f"none of spaCy's packages {', '.join(MODELS)} is installed")
@@ -39,7 +32,7 @@ def test_without_presidio_it_says_what_to_install(monkeypatch):
         entities.finders(["PERSON"], None)
 
 
-def test_patterns_need_no_model(quiet):
+def test_patterns_need_no_model(presidio):
     found = entities.finders(["IP_ADDRESS"], None)
     text, counts = personal.masked(TEXT, ["email"], found)
     assert text == "Anna Berger of Graz wrote from [IP_ADDRESS] and [EMAIL]."
@@ -61,9 +54,10 @@ def test_names_are_found_by_a_model(model):
         (["PERSON"], None, "Names and places need a model"),
         (["IP_ADRESS"], None, "Did you mean 'IP_ADDRESS'"),
         (["URL"], None, "serve.presidio=URL: not found"),  # it would ask the network for a list
-        (["PERSON"], "xx_no_such", "serve.presidio_model=xx_no_such: no package of spaCy's"),
+        (["PERSON"], "xx_no_such", "serve.presidio_model=xx_no_such: no model of spaCy's"),
+        (["PERSON"], "torch", "serve.presidio_model=torch: no model of spaCy's"),
     ],
 )
-def test_what_cannot_be_found_is_refused(quiet, names, model, why):
+def test_what_cannot_be_found_is_refused(presidio, names, model, why):
     with pytest.raises(ConfigError, match=why):
         entities.finders(names, model)
