@@ -1,7 +1,8 @@
 """Personal data in texts: where it is, and texts without it. Data cleaning and the server mask by the same rules.
 
-What has a form of its own is found: e-mail addresses, phone numbers, cards, IBANs, ID numbers. Names and addresses are not. Checksums and
-numbering plans are those of python-stdnum and phonenumbers (Google's libphonenumber), which come with the extras `text` and `serve`.
+What has a form of its own is found: e-mail addresses, phone numbers, cards, IBANs, ID numbers. Names and addresses are not, unless
+somebody else finds them (`entities.py`). Checksums and numbering plans are those of python-stdnum and phonenumbers (Google's
+libphonenumber), which come with the extras `text` and `serve`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import importlib.util
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 Kind = Literal["email", "iban", "id_number", "card", "phone"]
@@ -20,9 +21,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 NAMES: dict[str, str] = {
     "email": "e-mail addresses", "iban": "IBANs", "id_number": "ID numbers", "card": "card numbers", "phone": "phone numbers",
 }  # fmt: skip
-MARKS: dict[Kind, str] = {
+MARKS: dict[str, str] = {
     "email": "[EMAIL]", "iban": "[IBAN]", "id_number": "[ID]", "card": "[CARD]", "phone": "[PHONE]",
 }  # fmt: skip
+Finder = Callable[[str], Iterator[tuple[int, int]]]  # of a text: begin and end of each find
+_NONE: Mapping[str, Finder] = {}
 PACKAGES = ("stdnum", "phonenumbers")
 
 # Where national numbers are dialled: the numbering plans of the languages that texts here are mostly in. Numbers with + are of anywhere.
@@ -60,7 +63,7 @@ class Span:
 
     start: int
     end: int
-    kind: Kind
+    kind: str
 
 
 def missing() -> list[str]:
@@ -68,14 +71,18 @@ def missing() -> list[str]:
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def spans(text: str, kinds: Collection[str] = KINDS) -> list[Span]:
-    """What is personal in a text, in order, none beside another twice. `missing` is empty."""
+def spans(text: str, kinds: Collection[str] = KINDS, further: Mapping[str, Finder] = _NONE) -> list[Span]:
+    """What is personal in a text, in order, none beside another twice. `missing` is empty.
+
+    Args:
+        further: other kinds, of what is left then.
+    """
     plain = _plain(text)
     found: list[Span] = []
-    for kind in KINDS:
-        if kind not in kinds:
-            continue
-        for start, end in _FINDERS[kind](plain):
+    finders: dict[str, Finder] = {kind: _FINDERS[kind] for kind in KINDS if kind in kinds}
+    finders |= further
+    for kind, find in finders.items():
+        for start, end in find(plain):
             if not any(start < one.end and one.start < end for one in found):
                 found.append(Span(start, end, kind))
         for one in found:
@@ -83,22 +90,26 @@ def spans(text: str, kinds: Collection[str] = KINDS) -> list[Span]:
     return sorted(found, key=lambda one: one.start)
 
 
-def masked(text: str, kinds: Collection[str] = KINDS) -> tuple[str, collections.Counter[str]]:
-    """The text with `MARKS` in the place of what is personal, and how much of each kind that was."""
-    found, pieces, end = spans(text, kinds), [], 0
+def masked(
+    text: str, kinds: Collection[str] = KINDS, further: Mapping[str, Finder] = _NONE
+) -> tuple[str, collections.Counter[str]]:
+    """The text with marks in the place of what is personal, and how much of each kind that was; see `spans`."""
+    found, pieces, end = spans(text, kinds, further), list[str](), 0
     for one in found:
-        pieces += [text[end : one.start], MARKS[one.kind]]
+        pieces += [text[end : one.start], MARKS.get(one.kind, f"[{one.kind}]")]
         end = one.end
     return "".join([*pieces, text[end:]]), collections.Counter(one.kind for one in found)
 
 
-def masked_within(value: Any, kinds: Collection[str] = KINDS) -> tuple[Any, collections.Counter[str]]:
+def masked_within(
+    value: Any, kinds: Collection[str] = KINDS, further: Mapping[str, Finder] = _NONE
+) -> tuple[Any, collections.Counter[str]]:
     """The same for all texts in lists and mappings; keys stay."""
     counts: collections.Counter[str] = collections.Counter()
 
     def inside(one: Any) -> Any:
         if isinstance(one, str):
-            text, own = masked(one, kinds)
+            text, own = masked(one, kinds, further)
             counts.update(own)
             return text
         if isinstance(one, dict):
@@ -224,6 +235,6 @@ def _is_dialled(text: str, start: int, number: str) -> bool:
     return number[0] == "0" or bool(re.fullmatch("1[3-9][0-9]{9}", number)) or bool(_SAID.search(before))
 
 
-_FINDERS: dict[Kind, Callable[[str], Iterator[tuple[int, int]]]] = {
+_FINDERS: dict[Kind, Finder] = {
     "email": _emails, "iban": _ibans, "id_number": _ids, "card": _cards, "phone": _phones,
 }  # fmt: skip

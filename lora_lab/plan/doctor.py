@@ -49,6 +49,7 @@ EXTRAS = {
     "torchao": "torchao's int8 weights (quant=torchao_int8)",
     "liger": "faster kernels on CUDA cards",
     "serve": "an HTTP server (lora-lab serve), and runs in a browser (lora-lab ui)",
+    "presidio": "names and places masked before a served model (serve.presidio)",
     "sentences": "a proof that merged embedding models load in sentence-transformers",
     "lm-eval": "published benchmarks by lm-eval (evaluate.suite)",
     "docs": "the documents as a site (make docs)",

@@ -9,7 +9,7 @@ import functools
 import math
 import struct
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -48,6 +48,8 @@ class Answers(Protocol):
 
     @property
     def alive(self) -> bool: ...
+    @property
+    def stopping(self) -> bool: ...
     def at_once(self, served: Served, wish: Wish) -> bool: ...
     def row(self, served: Served, ids: list[int], wish: Wish, send: Callable[[Event], None]) -> Any: ...
     def write(self, served: Served, rows: Sequence[Any]) -> None: ...
@@ -62,15 +64,22 @@ class Service:
     """What the routes are asked of."""
 
     def __init__(
-        self, shelf: Shelf, engine: Answers, config: ServeConfig, metrics: Metrics, overrides: Sequence[str] = ()
+        self,
+        shelf: Shelf,
+        engine: Answers,
+        config: ServeConfig,
+        metrics: Metrics,
+        overrides: Sequence[str] = (),
+        finders: Mapping[str, personal.Finder] | None = None,
     ):
         """
         Args:
             overrides: with which runs are opened that come later.
+            finders: of what is masked beside `config.mask`.
         """
         self.shelf, self.engine, self.config, self.metrics = shelf, engine, config, metrics
         self.training: Training | None = None
-        self._overrides = list(overrides)
+        self._overrides, self._finders = list(overrides), finders or {}
         self._loading = asyncio.Lock()  # one adapter after another
 
     def routes(self) -> list[Route]:
@@ -170,9 +179,9 @@ class Service:
 
     async def _masked(self, request: Request, said: T) -> T:
         """What the model is given of it (`serve.mask`)."""
-        if not self.config.mask:
+        if not (self.config.mask or self._finders):
             return said
-        found, counts = await asyncio.to_thread(personal.masked_within, said, self.config.mask)
+        found, counts = await asyncio.to_thread(personal.masked_within, said, self.config.mask, self._finders)
         self.metrics.count_masked("model", counts)
         note(request, masked=counts.total())
         return cast("T", found)
@@ -415,6 +424,8 @@ class Service:
         served = self._named(request.path_params["name"])
         if served.name == BASE_NAME:
             raise RequestError(400, "The base cannot be taken away.")
+        if self.config.replicas > 1:  # it would go from this process alone
+            raise RequestError(400, "Adapters neither come nor go with serve.replicas: name all of them at the start.")
         await asyncio.wrap_future(self.engine.remove(served))
         return JSONResponse({"id": served.name, "object": "model", "deleted": True}, headers=self._headers(served))
 

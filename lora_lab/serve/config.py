@@ -28,6 +28,10 @@ class ServeConfig:
         str | None,
         Field(min_length=1, description="folder below which adapters may be loaded while serving; null: none may"),
     ] = None
+    replicas: Annotated[
+        int,
+        Field(ge=1, le=256, description="processes that answer at the port, each with base and adapters of its own"),
+    ] = 1
     training: Annotated[
         bool, Field(description="train over the base too, by the Tinker API; checkpoints lie below serve.root")
     ] = False
@@ -52,7 +56,10 @@ class ServeConfig:
     max_rows: Annotated[int, Field(ge=1, le=4096, description="answers that are written together")] = 32
     cache_gib: Annotated[
         float | None,
-        Field(gt=0, description="memory for keys and values of open answers; null: half of what is free at the start"),
+        Field(
+            gt=0,
+            description="memory for keys and values of open answers; null: half of what is free at the start, shared by all replicas",
+        ),
     ] = None
     max_waiting: Annotated[int, Field(ge=1, description="requests that wait; further ones are refused")] = 512
     max_tokens: Annotated[int, Field(ge=1, description="most tokens of an answer that a request may ask for")] = 4096
@@ -62,6 +69,19 @@ class ServeConfig:
         list[Kind],
         Field(description="personal data that the model does not see: marks such as [EMAIL] stand in its place"),
     ] = dataclasses.field(default_factory=list)
+    presidio: Annotated[
+        list[Annotated[str, Field(pattern="^[A-Z][A-Z0-9_]*$")]],
+        Field(
+            description="what presidio finds is masked too, as [PERSON]: PERSON, LOCATION, IP_ADDRESS and other entities of its"
+        ),
+    ] = dataclasses.field(default_factory=list)
+    presidio_model: Annotated[
+        str | None,
+        Field(
+            pattern="^[a-z][a-z0-9_]*$",
+            description="spaCy's package by which presidio finds names and places; null: patterns alone",
+        ),
+    ] = None
     requests_per_minute: Annotated[int | None, Field(ge=1, description="of one key; null: no limit")] = None
     tokens_per_minute: Annotated[
         int | None, Field(ge=1, description="of one key, prompts and answers; null: no limit")

@@ -38,13 +38,22 @@ _PROMPT_TOKENS = 4096  # read between two tokens of the others, about and at mos
 class Engine:
     """See above."""
 
-    def __init__(self, shelf: Shelf, max_rows: int, max_waiting: int, metrics: Metrics, cache_gib: float | None = None):
+    def __init__(
+        self,
+        shelf: Shelf,
+        max_rows: int,
+        max_waiting: int,
+        metrics: Metrics,
+        cache_gib: float | None = None,
+        processes: int = 1,
+    ):
         """
         Args:
             cache_gib: for keys and values; None: half of what is free now, because they are copied when rows join.
+            processes: that share what is free.
         """
         self.shelf, self._max_rows, self._max_waiting, self._metrics = shelf, max_rows, max_waiting, metrics
-        self._cache = free_bytes(shelf.device) // 2 if cache_gib is None else int(cache_gib * 2**30)
+        self._cache = free_bytes(shelf.device) // 2 // processes if cache_gib is None else int(cache_gib * 2**30)
         self._cached = 0  # bytes that are reserved
         self._changed = threading.Condition()
         self._rows: collections.deque[tuple[Served, Row]] = collections.deque()  # these four under the condition

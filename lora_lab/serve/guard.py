@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,8 @@ class Guard:
         if route == "/healthz":
             return
         line = {"method": asked.scope["method"], "route": route, "status": asked.status, "seconds": round(seconds, 4)}
+        if self._config.replicas > 1:
+            line["process"] = os.getpid()
         span.end(line | asked.notes)
         logs.say(self._metrics, "request", json.dumps(line | asked.notes))
 

@@ -1,8 +1,9 @@
-"""uvicorn's server, which says where it listens, and tells who answers that it is to stop."""
+"""uvicorn's server, which says where it listens, and tells who answers that it is to stop; and an address for several of them."""
 
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from lora_lab.errors import ConfigError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
+
+QUIET: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}  # of uvicorn's `Config`
+_BACKLOG = 2048  # connections that nobody has taken yet; uvicorn's
 
 
 class Server(uvicorn.Server):
@@ -68,14 +72,28 @@ def listen(
         app,
         host=host,
         port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=stop_seconds,
+        **QUIET,
         **options,
     )
     try:
         Server(config, listens, stopping).run()
     except SystemExit as error:  # uvicorn's way to say that it could not begin
-        fits = ", or the certificate that fits its key" if "ssl_certfile" in options else ""
-        raise ConfigError(f"{key}={port}: {host} cannot be listened on there. Choose another port{fits}.") from error
+        raise _taken(host, port, key) from error
+
+
+def bound(host: str, port: int, key: str) -> socket.socket:
+    """A socket that listens, for several processes to answer at. Who connects before one of them does waits.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise _taken(host, port, key) from error
+
+
+def _taken(host: str, port: int, key: str) -> ConfigError:
+    return ConfigError(f"{key}={port}: {host} cannot be listened on there. Choose another port.")

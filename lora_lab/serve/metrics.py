@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics:
-    """Of one server."""
+    """Of one server, which may be several processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None):
+        """
+        Args:
+            folder: where all processes of the server count, PROMETHEUS_MULTIPROC_DIR since this one began; None: it is the only one.
+        """
         own = self.registry = CollectorRegistry()
+        self._folder = folder
+        self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self.requests = Counter("lora_lab_requests", "Requests that were answered", ("route", "status"), registry=own)
         self.seconds = Histogram(
             "lora_lab_request_seconds", "Until a request was answered", ("route",), buckets=_SECONDS, registry=own
@@ -32,8 +41,19 @@ class Metrics:
         self.masked = Counter("lora_lab_masked", "Personal data that was masked", ("kind", "where"), registry=own)
         self._gauge("lora_lab_memory_bytes", "Memory of the process", lambda: psutil.Process().memory_info().rss)
 
-    def _gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
-        Gauge(name, meaning, registry=self.registry).set_function(value)
+    def _gauge(
+        self, name: str, meaning: str, value: Callable[[], float], together: Literal["livesum", "livemax"] = "livesum"
+    ) -> None:
+        """
+        Args:
+            together: what it is of several processes.
+        """
+        self._watched.append((Gauge(name, meaning, registry=self.registry, multiprocess_mode=together), value))
+
+    def look(self) -> None:
+        """Let what is watched be told as it is now."""
+        for gauge, value in self._watched:
+            gauge.set(value())
 
     def count_masked(self, where: str, counts: Mapping[str, int]) -> None:
         """`where`: log, or model."""
@@ -54,8 +74,13 @@ class Metrics:
         self._gauge("lora_lab_cache_limit_bytes", "That may be reserved for keys and values", lambda: cache)
         self._gauge("lora_lab_waiting", "Requests that wait", waiting)
         self._gauge("lora_lab_writing", "Answers that are being written", writing)
-        self._gauge("lora_lab_adapters", "Adapters that are served", adapters)
+        self._gauge("lora_lab_adapters", "Adapters that are served", adapters, "livemax")
 
     def text(self) -> bytes:
-        """In Prometheus's format."""
-        return generate_latest(self.registry)
+        """In Prometheus's format. Of other processes, what is watched is as they told it last (`look`)."""
+        self.look()
+        if self._folder is None:
+            return generate_latest(self.registry)
+        every = CollectorRegistry()
+        MultiProcessCollector(every, str(self._folder))
+        return generate_latest(every)

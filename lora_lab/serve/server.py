@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import signal
-from collections.abc import Sequence
+import ssl
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.config import compose
 from lora_lab.config.compose import chosen, parse_override
 from lora_lab.config.run import all_keys, with_defaults
-from lora_lab.data import personal
+from lora_lab.data import entities, personal
 from lora_lab.errors import ConfigError
 from lora_lab.runtime import console
 from lora_lab.serve.config import ServeConfig
@@ -20,6 +22,7 @@ from lora_lab.serve.keys import Keys
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
     from lora_lab.serve.app import Service
+    from lora_lab.serve.guard import Guard
 
 _NEEDED = ("starlette", "uvicorn", "prometheus_client", *personal.PACKAGES)
 
@@ -68,12 +71,40 @@ def check(config: ServeConfig) -> Keys | None:
         file = getattr(config, name)
         if file is not None and not Path(file).expanduser().is_file():
             raise ConfigError(f"serve.{name}={file}: no such file.")
+    if config.presidio_model is not None and not config.presidio:
+        raise ConfigError("serve.presidio_model: no effect without serve.presidio. Drop it.")
+    check_certificate(config)
     check_engine(config)
+    check_replicas(config)
     if config.training:
         check_training(config)
     if config.root is not None and not Path(config.root).expanduser().is_dir():
         raise ConfigError(f"serve.root={config.root}: no such folder.")
     return keys
+
+
+def check_certificate(config: ServeConfig) -> None:
+    """
+    Raises:
+        ConfigError: the files are not a certificate and its key.
+    """
+    files = tls(config)
+    try:
+        if files:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files["ssl_certfile"], files["ssl_keyfile"])
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"serve.certificate={config.certificate}: is not the PEM file of a certificate, or serve.certificate_key="
+            f"{config.certificate_key} not the one of its private key."
+        ) from error
+
+
+def tls(config: ServeConfig) -> dict[str, str]:
+    """uvicorn's options for certificates; none: it speaks plain HTTP."""
+    if config.certificate is None or config.certificate_key is None:
+        return {}
+    files = {"ssl_certfile": config.certificate, "ssl_keyfile": config.certificate_key}
+    return {name: str(Path(file).expanduser()) for name, file in files.items()}
 
 
 def check_training(config: ServeConfig) -> None:
@@ -104,31 +135,62 @@ def check_engine(config: ServeConfig) -> None:
         raise ConfigError(*(f"serve.{name}: no effect {beside}. Drop it." for name in lost))
 
 
+_ALONE = {  # keys that would hold in one of several processes alone, and why
+    "engine": "that program has processes and threads of its own",
+    "training": "what clients train is in the memory of one",
+    "root": "an adapter that comes would come to one; name all of them at the start",
+    "requests_per_minute": "each would count by itself; a balancer before them can limit",
+    "tokens_per_minute": "each would count by itself",
+    "concurrent_requests": "each would count by itself; a balancer before them can limit",
+}
+
+
+def check_replicas(config: ServeConfig) -> None:
+    """
+    Raises:
+        ConfigError: something that only one process can do is asked of several.
+    """
+    if config.replicas == 1:
+        return
+    lost = [(name, why) for name, why in _ALONE.items() if getattr(config, name)]
+    if lost:
+        raise ConfigError(
+            *(
+                f"serve.{name}: not beside serve.replicas={config.replicas}: {why}. Drop one of the two."
+                for name, why in lost
+            )
+        )
+
+
 def base_config(base: str, overrides: Sequence[str]) -> RunConfig:
     """What a base alone is served with."""
     return compose.compose(["model=hub", f"model.path={base}", "quant=none", "data.train=none", *overrides])
 
 
-def prepared(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], serve: ServeConfig) -> Service:
+def prepared(
+    paths: Sequence[str], config: RunConfig, overrides: Sequence[str], serve: ServeConfig, folder: Path | None = None
+) -> Service:
     """Everything loaded, and the thread that answers at work.
 
     Args:
         paths: of runs; none: the base alone.
         config: the first run's, or the base's.
         overrides: of the command line.
+        folder: of `Metrics`.
     """
     from lora_lab.serve.app import Service
     from lora_lab.serve.engine import Engine
     from lora_lab.serve.metrics import Metrics
     from lora_lab.serve.shelf import Shelf, open_base, open_run
 
-    metrics = Metrics()
+    metrics = Metrics(folder)
+    finders = entities.finders(serve.presidio, serve.presidio_model) if serve.presidio else {}
     opened = [open_run(path, overrides, name) for path, name in zip(paths, names(paths), strict=True)]
     base = open_base(opened[0].config if opened else config)
     if serve.engine is not None:
         from lora_lab.serve.external.engine import started
 
-        return Service(*started(opened, base, serve, metrics), serve, metrics, overrides)
+        return Service(*started(opened, base, serve, metrics), serve, metrics, overrides, finders)
     shelf = Shelf(base)
     for one in opened:
         shelf.check(one)
@@ -136,8 +198,8 @@ def prepared(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], 
     for one in opened:
         served = shelf.ready(one)()
         console.say("adapter", f"{served.name}: {served.exactness}; probes: {served.probes}")
-    engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics, serve.cache_gib)
-    service = Service(shelf, engine, serve, metrics, overrides)
+    engine = Engine(shelf, serve.max_rows, serve.max_waiting, metrics, serve.cache_gib, serve.replicas)
+    service = Service(shelf, engine, serve, metrics, overrides, finders)
     if serve.training:
         from lora_lab.serve.tinker.routes import Training
 
@@ -165,26 +227,26 @@ def names(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> None:
+def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str], quiet: Callable[[], None]) -> None:
     """Serve until a signal comes.
+
+    Args:
+        quiet: keeps libraries quiet, in each process that loads them.
 
     Raises:
         LoraLabError: whatever stands against it, before it listens.
     """
-    from lora_lab.serve import logs
-    from lora_lab.serve.app import build
     from lora_lab.serve.listening import listen
 
     told = settings(config, overrides)
     keys = check(told)
-    service = prepared(paths, config, overrides, told)
-    options: dict[str, Any] = {}
-    if told.certificate is not None and told.certificate_key is not None:
-        options = {
-            "ssl_certfile": str(Path(told.certificate).expanduser()),
-            "ssl_keyfile": str(Path(told.certificate_key).expanduser()),
-        }
-    logs.attach(service.metrics)
+    options: dict[str, Any] = {**tls(told)}
+    made = functools.partial(_application, paths, config, overrides, told, keys, quiet)
+    if told.replicas > 1:
+        from lora_lab.serve import replicas
+
+        replicas.keep(made, told, options)  # until a signal ends it
+    app, service = made()
 
     def listens(port: int) -> None:
         console.say("serving", f"{'https' if options else 'http'}://{told.host}:{port}")
@@ -196,7 +258,7 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
 
     try:
         listen(
-            build(service, keys),
+            app,
             told.host,
             told.port,
             listens,
@@ -210,3 +272,22 @@ def serve(paths: Sequence[str], config: RunConfig, overrides: Sequence[str]) -> 
         service.engine.join(10)
         if service.training is not None:
             service.training.close()
+
+
+def _application(
+    paths: Sequence[str],
+    config: RunConfig,
+    overrides: Sequence[str],
+    told: ServeConfig,
+    keys: Keys | None,
+    quiet: Callable[[], None],
+    folder: Path | None = None,
+) -> tuple[Guard, Service]:
+    """Everything loaded, behind its checks; see `prepared`."""
+    quiet()  # before the libraries are there
+    from lora_lab.serve import logs
+    from lora_lab.serve.app import build
+
+    service = prepared(paths, config, overrides, told, folder)
+    logs.attach(service.metrics)
+    return build(service, keys), service

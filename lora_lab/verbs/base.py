@@ -175,6 +175,7 @@ def before_libraries() -> None:
         "huggingface_hub",
         "torchao",
         "lm_eval",
+        "presidio-analyzer",
         "torch.utils._pytree",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -51,8 +51,7 @@ def _run(told: Told) -> int:
     server.check(serve)
     if serve.engine is not None:
         _check_engine(serve.engine, said[0], told.overrides)
-    before_libraries()
-    server.serve(paths, config, told.overrides)
+    server.serve(paths, config, told.overrides, before_libraries)
     return 0
 
 

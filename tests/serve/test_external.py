@@ -21,7 +21,7 @@ from lora_lab.runtime import storage
 from lora_lab.serve.app import Service
 from lora_lab.serve.external import proof
 from lora_lab.serve.external.dialects import VLLM, Llama
-from lora_lab.serve.external.program import HOST
+from lora_lab.serve.external.program import _IDLE_SECONDS, HOST, Idle
 from lora_lab.serve.words import Wish
 from tests.conftest import make_base
 from tests.serve.conftest import client_of, said, serving, stop, until
@@ -87,6 +87,24 @@ def test_a_program_that_ends_is_told_with_its_last_lines_masked(exported, capsys
     assert "no such thing: [EMAIL]" in told
     assert cli.main(["serve", f"run={exported}", *words[:2], "serve.engine_command=[no-such-program]"]) == 2
     assert "no-such-program" in capsys.readouterr().err
+
+
+def test_a_program_that_hangs_is_told_and_ended(exported, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.serve.external.program._IDLE_SECONDS", 0.0)
+    hangs = "import signal; print('waiting for ann@example.org', flush=True); signal.pause()  # a test's"
+    words = ["serve.engine=llama", f"serve.engine_base={exported}/config.yaml"]
+    words.append(f"serve.engine_command={json.dumps([sys.executable, '-c', hangs])}")
+    assert cli.main(["serve", f"run={exported}", *words]) == 2
+    assert "does not answer, and has computed for less than 5 s in the last 0 s" in capsys.readouterr().err
+    every = psutil.Process().children(recursive=True)
+    assert not [one for one in every if any("a test's" in word for word in one.cmdline())]
+
+
+def test_a_slow_start_is_not_taken_for_one_that_hangs():
+    idle = Idle(0.0, 0.0)
+    seconds = [idle.seconds(now, now / 100) for now in range(0, 3600, 60)]  # a hundredth of a processor
+    assert max(seconds) < _IDLE_SECONDS
+    assert idle.seconds(7200.0, 36.0) >= _IDLE_SECONDS
 
 
 def test_an_export_that_was_changed_is_refused(exported, capsys):

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from lora_lab.data import entities
 from lora_lab.serve import logs
 from lora_lab.serve.app import Service
 from lora_lab.serve.batch import Batch
@@ -112,6 +113,19 @@ def test_what_is_masked_is_not_seen_by_a_model(service, read):
     assert after == {"email": 2, "phone": 2, "card": 0, "iban": 0, "id_number": 0}
 
 
+def test_what_presidio_finds_is_masked_too(service, read):
+    pytest.importorskip("presidio_analyzer", reason="needs pip install 'lora-lab[presidio]'")
+    config = ServeConfig(mask=["email"], presidio=["IP_ADDRESS"])
+    found = entities.finders(config.presidio, config.presidio_model)
+    own = Service(service.shelf, service.engine, config, service.metrics, finders=found)
+    with client_of(own) as client:
+        body = {"model": "0", "messages": said(f"from 10.20.30.40 by {SECRETS['email']}"), "max_tokens": 2}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    seen = service.shelf.served["0"].setup.encoder.tokenizer.decode(read[0])
+    assert "from [IP_ADDRESS] by [EMAIL]" in seen
+    assert count(service, "IP_ADDRESS", "model") == 1
+
+
 def test_the_number_of_masks_is_in_the_log(service, capfd):
     with client_of(masking(service, "card")) as client:
         client.post("/v1/chat/completions", json={"model": "0", "messages": said(TEXT), "max_tokens": 1})
@@ -139,7 +153,10 @@ def test_what_libraries_log_is_masked_and_errors_are_kinds_alone(service, capfd)
 
 
 def test_a_kind_that_there_is_not_is_refused(sweep, capsys):
-    assert "serve.mask" in fails(["serve", f"run={sweep}/0", "serve.mask=[emails]"], capsys)
+    run = f"run={sweep}/0"
+    assert "serve.mask" in fails(["serve", run, "serve.mask=[emails]"], capsys)
+    assert "serve.presidio" in fails(["serve", run, "serve.presidio=[person]"], capsys)
+    assert "no effect without serve.presidio" in fails(["serve", run, "serve.presidio_model=en_core_web_sm"], capsys)
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class Process:
         self._reader.start()
         until(lambda: self.said("http://") or self.own.poll() is not None, 120)
         assert self.own.poll() is None, self.lines
-        self.port = self.said("http://").rpartition(":")[2].strip()
+        self.port = re.search(r"http://\S+:(\d+)", self.said("http://"))[1]
 
     def _read(self) -> None:
         for line in self.own.stdout:

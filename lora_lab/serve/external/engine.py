@@ -106,6 +106,11 @@ class ExternalEngine:
     def alive(self) -> bool:
         return self._program.alive
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it takes nothing new."""
+        return self._stop_at is not None
+
     def at_once(self, served: Served, wish: Wish) -> bool:
         """Never."""
         return False

@@ -15,6 +15,8 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from lora_lab.data import personal
 from lora_lab.errors import RunError
 from lora_lab.runtime import children, console
@@ -22,6 +24,12 @@ from lora_lab.runtime import children, console
 HOST = "127.0.0.1"
 _LINES = 30  # of what it says last
 _SAID_EVERY = 15.0  # seconds between two lines while it starts
+_IDLE_SECONDS = (
+    600.0  # of a program that does not answer and computes nothing, which is no slow one but one that never will
+)
+_WORK_SECONDS = (
+    5.0  # of processors, that count as computing; what it takes to be asked whether it is healthy is far below
+)
 _STOP_SECONDS = 10.0
 _MOST_LINE = 2**22  # bytes of a line of its answers
 
@@ -32,6 +40,23 @@ class Refused(Exception):
     def __init__(self, status: int, told: str):
         super().__init__(f"{status}: {told}")
         self.status = status
+
+
+class Idle:
+    """Since when a program has computed nothing to speak of. So a start may take any time on a slow machine, and ends where it hangs."""
+
+    def __init__(self, now: float, worked: float):
+        """
+        Args:
+            worked: seconds of processors until now.
+        """
+        self._since, self._worked = now, worked
+
+    def seconds(self, now: float, worked: float) -> float:
+        """For how long; `worked` becomes less where a process of it has ended."""
+        if abs(worked - self._worked) >= _WORK_SECONDS:
+            self._since, self._worked = now, worked
+        return now - self._since
 
 
 class Program:
@@ -76,22 +101,39 @@ class Program:
         """Until it says that it is healthy.
 
         Raises:
-            RunError: it has ended before.
+            RunError: it has ended before, or does nothing any more.
         """
         began = said = time.monotonic()
+        idle = Idle(began, self._worked())
         while not self._healthy():
             if not self.alive:
                 self._listener.join(_STOP_SECONDS)  # its last lines come
-                told = "\n  ".join(personal.masked("\n".join(self._said))[0].splitlines())
-                raise RunError(
-                    f"serve.engine: {self.command[0]} ended with code {self._own.returncode} before it answered. It was started by\n"
-                    f"  {' '.join(self.command)}\nand said last\n  {told}"
-                )
+                raise self._failed(f"ended with code {self._own.returncode} before it answered")
             now = time.monotonic()
+            if idle.seconds(now, self._worked()) >= _IDLE_SECONDS:
+                raise self._failed(
+                    f"does not answer, and has computed for less than {_WORK_SECONDS:g} s in the last {_IDLE_SECONDS:g} s"
+                )
             if now - said >= _SAID_EVERY:
                 said = now
                 console.say("engine", f"is starting, for {now - began:.0f} s")
             time.sleep(0.05)
+
+    def _worked(self) -> float:
+        """Seconds that processors have computed for it and what it has started."""
+        total = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self._own.pid)
+            for one in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    total += one.cpu_times().user + one.cpu_times().system
+        return total
+
+    def _failed(self, how: str) -> RunError:
+        told = "\n  ".join(personal.masked("\n".join(self._said))[0].splitlines())
+        return RunError(
+            f"serve.engine: {self.command[0]} {how}. It was started by\n  {' '.join(self.command)}\nand said last\n  {told}"
+        )
 
     def _healthy(self) -> bool:
         try:
