@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from lora_lab.data.collate import pack
 from lora_lab.data.encode import Example
 from lora_lab.errors import BaseModelError, TrainingError
 from lora_lab.fast.forward import Forward
+from lora_lab.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,6 +27,24 @@ if TYPE_CHECKING:
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, "int8": 0.1}
 
 _SPREAD = 4  # rows of different lengths that are padded to see what that changes
+
+
+def reason_against(check: Callable[[], None]) -> str:
+    """Why rows cannot share a pass, as a check of this file finds it; empty: they can.
+
+    Raises:
+        BaseModelError: the model's outputs are not finite.
+    """
+    try:
+        check()
+    except BaseModelError:
+        raise
+    except Exception as error:  # whatever a model of another make raises here is about packing alone
+        if is_out_of_memory(error):
+            raise
+        reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
+        return reason.strip().partition("\n")[0]
+    return ""
 
 
 def check_isolation(model: PeftModel, examples: list[Example]) -> None:

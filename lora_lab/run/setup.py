@@ -29,11 +29,11 @@ from lora_lab.config.train import SpeedConfig
 from lora_lab.data import build
 from lora_lab.data.dataset import Dataset, Stream, first_examples
 from lora_lab.data.encode import Encoder, Example
-from lora_lab.errors import BaseModelError, ConfigError, NoRoomError, TrainingError
+from lora_lab.errors import ConfigError, NoRoomError
 from lora_lab.fast import apply, isolation
 from lora_lab.run import base_scores, teacher
 from lora_lab.runtime import console, memory, pages, ranks
-from lora_lab.runtime.memory import attempts, is_out_of_memory
+from lora_lab.runtime.memory import attempts
 from lora_lab.tasks.base import AnyTask, EvalResult
 from lora_lab.training.batches import plan_of
 
@@ -319,28 +319,23 @@ class Live:
             console.say("packing", f"rows one by one: {adapter.label}: {adapter.against_packing}")
         if data is None or not task.forward.together:
             return
-        try:
-            with self.autocast():
-                if task.config.packed:
-                    isolation.check_isolation(self.model.eval(), first_examples(data, 2))
-                else:
-                    isolation.check_padding(
-                        cast("PaddedTask[Any, Any]", task), self.model.eval(), first_examples(data, _PADDED_ROWS)
-                    )
+        with self.autocast():
+            reason = isolation.reason_against(lambda: self._check_packing(data))
+        if not reason:
             return
-        except BaseModelError:
-            raise
-        except Exception as error:  # whatever a model of another make raises here is about packing alone
-            if is_out_of_memory(error):
-                raise
-            shard.reset(self.model)
-            reason = str(error) if isinstance(error, TrainingError) else f"{type(error).__name__}: {error}"
-        reason = reason.strip().partition("\n")[0]
+        shard.reset(self.model)
         if self.setup.config.train.packing or task.config.compares_rows:
             way_out = "Choose another base" if task.config.compares_rows else "Set train.packing=false"
             raise ConfigError(f"train.packing: {reason} {way_out}.")
         task.forward.part_rows()
         console.say("packing", f"rows one by one: {reason}")
+
+    def _check_packing(self, data: Dataset | Stream) -> None:
+        task, model = self.setup.task, self.model.eval()
+        if task.config.packed:
+            isolation.check_isolation(model, first_examples(data, 2))
+        else:
+            isolation.check_padding(cast("PaddedTask[Any, Any]", task), model, first_examples(data, _PADDED_ROWS))
 
     def begin(self, name: str, config: RunConfig) -> None:
         """Give a fresh adapter what it begins with, where that is made of the base or of rows.

@@ -28,9 +28,9 @@ from lora_lab.data.collate import pack
 from lora_lab.data.dataset import Dataset
 from lora_lab.data.encode import Encoder, Example
 from lora_lab.data.soft_targets import Part
-from lora_lab.errors import BaseModelError, ConfigError, DataError, NoRoomError, RunError, TrainingError
+from lora_lab.errors import BaseModelError, ConfigError, DataError, NoRoomError, RunError
+from lora_lab.fast import isolation
 from lora_lab.fast.forward import Forward
-from lora_lab.fast.isolation import check_isolation
 from lora_lab.run import takes
 from lora_lab.run.trained import open_trained
 from lora_lab.runtime import console, memory, pages, ranks, storage
@@ -244,13 +244,11 @@ class Teacher:
 
     def _isolated(self, model: Any, examples: list[Example]) -> bool:
         """Whether rows can lie end to end in a pass of this model."""
-        try:
-            with self._autocast():
-                check_isolation(model, examples)
-        except TrainingError as error:
-            console.say("teacher", f"reads rows one by one: {error}")
-            return False
-        return True
+        with self._autocast():
+            reason = isolation.reason_against(lambda: isolation.check_isolation(model, examples))
+        if reason:
+            console.say("teacher", f"reads rows one by one: {reason}")
+        return not reason
 
 
 class _Reader:

@@ -536,6 +536,11 @@ def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (forth + back).sum(-1) / 2
 
 
+def another(text: Any) -> str:
+    """As short a text as there is that is another than the one given: for rows that are read with two."""
+    return "?" if str(text).strip() == "." else "."
+
+
 def eval_batches(lengths: np.ndarray, together: bool, tokens: int = _EVAL_TOKENS) -> list[list[int]]:
     """Places of the examples that evaluation puts together: of like length, as many as fit into so many tokens (at least one)."""
     batches: list[list[int]] = []

@@ -16,13 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_lab.data.collate import Batch
 from lora_lab.data.encode import Example
 from lora_lab.errors import ConfigError
+from lora_lab.fast import isolation
 from lora_lab.runtime import console
-from lora_lab.tasks.base import AnyTask
+from lora_lab.tasks.base import AnyTask, eval_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TOKENS = 512  # of a pass, unless a row has more: more takes memory, and is hardly faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +120,30 @@ class Stack:
                 handle.remove()
 
 
+def passes(model: PreTrainedModel, task: AnyTask, examples: Sequence[Example]) -> list[list[Example]]:
+    """The rows of each pass, in which they lie end to end where two of them prove that the model reads each as it would alone."""
+    reason = isolation.reason_against(
+        lambda: isolation.check_isolation(model, list(examples))  # type: ignore[arg-type]  # no adapter lies on it
+    )
+    task.forward.together = not reason
+    if reason:
+        console.say("packing", f"rows one by one: {reason}")
+    lengths = np.array([example.num_tokens for example in examples])
+    return [[examples[place] for place in places] for places in eval_batches(lengths, not reason, _TOKENS)]
+
+
 def choose(
-    model: PreTrainedModel, stack: Stack, task: AnyTask, examples: Sequence[Example], count: int | None, limit: float
+    model: PreTrainedModel,
+    stack: Stack,
+    task: AnyTask,
+    parts: Sequence[list[Example]],
+    count: int | None,
+    limit: float,
 ) -> Layers:
     """The layers that go, the first that goes first.
 
     Args:
-        examples: to measure on; not held-out ones.
+        parts: to measure on, see `passes`; not held-out ones.
         count: how many; None: as many as `limit` allows.
         limit: how far the loss may rise in all, where `count` is None.
     """
@@ -132,9 +153,9 @@ def choose(
     gone: list[int] = []
     found: list[Choice] = []
     whole = 0.0
-    with console.steps("layers", most * len(examples)) as steps:
+    with console.steps("layers", most * sum(map(len, parts))) as steps:
         for place in range(rounds):
-            now, losses = without_each(model, stack, task, examples, gone, steps.advance)
+            now, losses = without_each(model, stack, task, parts, gone, steps.advance)
             whole = now if place == 0 else whole
             best = min(losses, key=lambda number: losses[number])
             if count is None and not losses[best] - whole <= limit:
@@ -149,7 +170,7 @@ def without_each(
     model: PreTrainedModel,
     stack: Stack,
     task: AnyTask,
-    examples: Sequence[Example],
+    parts: Sequence[list[Example]],
     gone: Sequence[int],
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, dict[int, float]]:
@@ -161,13 +182,21 @@ def without_each(
     left = [number for number in range(len(stack.layers)) if number not in gone]
     passed: dict[int, torch.Tensor | None] = dict.fromkeys(gone)
     sums = np.zeros((len(left) + 1, 2))
-    for example in examples:
+    for part in parts:
+        [batch] = task.step(model, [part], np.random.default_rng(0)).batches  # type: ignore[arg-type]  # no adapter lies on it
+        batch = batch.to(model.device)
         with stack.given(passed), stack.noted() as seen:
-            sums[0] += task.losses_of(model, [example])[0]  # type: ignore[arg-type]  # no adapter lies on it
+            sums[0] += _summed(model, task, batch)
         for place, number in enumerate(left, 1):
             before: dict[int, torch.Tensor | None] = dict.fromkeys(left[: place - 1])
             with stack.given({**passed, **before, number: seen[number]}):
-                sums[place] += task.losses_of(model, [example])[0]  # type: ignore[arg-type]
-        advance(len(left))
+                sums[place] += _summed(model, task, batch)
+        advance(len(left) * len(part))
     means = sums[:, 0] / sums[:, 1]
     return float(means[0]), dict(zip(left, means[1:].tolist(), strict=True))
+
+
+def _summed(model: PreTrainedModel, task: AnyTask, batch: Batch) -> np.ndarray:
+    """[2] the summed loss of a pass, and the weight by which the mean divides."""
+    found = task.loss(model, batch)  # type: ignore[arg-type]
+    return np.array([found.loss.item(), found.weight])

@@ -213,7 +213,8 @@ def _cut_layers(
         stack = Stack(model.get_submodule(layers.name_of(model)))  # type: ignore[arg-type]
         rows = _calibration(setup.training_rows(), config.trim.calibration_rows)
         count = None if config.trim.layers == "auto" else config.trim.layers
-        chosen = layers.choose(model, stack, setup.task, rows, count, config.trim.max_loss_increase)
+        parts = layers.passes(model, setup.task, rows)
+        chosen = layers.choose(model, stack, setup.task, parts, count, config.trim.max_loss_increase)
         report["layers"] = {
             "before": chosen.total,
             "after": len(chosen.kept),

@@ -1,6 +1,9 @@
 """What the machine's cards are found to be, from what torch and the system answer about cards that are not here."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -290,3 +293,46 @@ def test_segments_expand_unless_the_user_said_otherwise(monkeypatch, told, capsy
     assert set_ == (
         {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if told is None else {told: "max_split_size_mb:128"}
     )
+
+
+def test_few_kernels_are_kept_unless_the_user_said_otherwise(monkeypatch, capsys):
+    one, other = environment._KERNELS
+    for name in environment._KERNELS:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.delenv(other)
+    assert cli.main(["methods"]) == 0
+    assert (os.environ[one], os.environ[other]) == ("7", environment._KEPT_KERNELS)
+
+
+_LENGTHS = """
+import ctypes, os, re, sys
+from lora_lab.runtime import environment
+sys.argv[1:] and environment.before_torch()
+import torch
+from torch.nn.functional import linear
+
+def held() -> int:
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(re.search(r"Anonymous:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1])
+
+rows, weight = (torch.ones(size, 576, dtype=torch.bfloat16) for size in (400, 1536))
+for length in range(4, 400):
+    linear(rows[:length], weight)
+    if length == 180:
+        before = held()
+print(held() - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is free cannot be told from what is kept")
+def test_a_process_does_not_grow_with_each_length_of_rows():
+    """KiB that 220 further lengths take, with what torch is told and without."""
+    others = {name: value for name, value in os.environ.items() if name not in environment._KERNELS}
+    told, untold = (
+        int(subprocess.run([sys.executable, "-c", _LENGTHS, *more], env=others, capture_output=True, check=True).stdout)
+        for more in (["told"], [])
+    )
+    if untold < 50_000:
+        pytest.skip("this CPU keeps no large kernels for bfloat16")
+    assert told < untold / 10

@@ -22,7 +22,7 @@ from lora_lab.base import load
 from lora_lab.config import compose
 from lora_lab.data import build, sources, store
 from lora_lab.errors import LoraLabError
-from lora_lab.run import pipeline, prepared, run_dir
+from lora_lab.run import answering, pipeline, prepared, run_dir
 from lora_lab.tasks import TASKS, metrics
 from lora_lab.tasks.base import StepBatches
 from lora_lab.training import regularize
@@ -1047,6 +1047,25 @@ def test_what_is_predicted_without_labels_is_what_evaluation_counts(case, start,
     with pytest.raises(LoraLabError, match="row 2"):
         run.predict([good, {"text": 3}])
     run.unload()
+
+
+def test_a_reward_is_of_one_answer_that_may_fill_the_limit(start):
+    """Nothing else is read beside it, and no room is left for anything."""
+    live = prepared.prepare(compose.compose(start("reward", "data.max_tokens=32", rows=6))).loaded()
+    task, model, seen = live.setup.task, live.model.eval(), []
+    row = {"prompt": "red cat", "completion": " ".join(["dog"] * 27)}  # and five tokens of the prompt and its marks
+    [example] = answering.unlabelled(live.setup, row, 1)
+    assert example.num_tokens == 32
+    handle = model.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    [(_, said)] = task.predict(model, [example])
+    handle.remove()
+    expected = task.tokenizer(row["prompt"], row["completion"], return_tensors="pt")
+    assert [{name: one.tolist() for name, one in given.items()} for given in seen] == [
+        {name: one.tolist() for name, one in expected.items()}
+    ]
+    assert said["reward"] == pytest.approx(model(**expected).logits.item(), rel=1e-6)
+    with pytest.raises(LoraLabError, match="33 tokens, more than data.max_tokens=32"):
+        answering.unlabelled(live.setup, {**row, "completion": f"{row['completion']} dog"}, 1)
 
 
 @pytest.mark.long

@@ -22,7 +22,17 @@ from lora_lab.data.encode import Encoded, Encoder, Example, Told
 from lora_lab.data.formats import Message, Record, RowError, promised
 from lora_lab.errors import BaseModelError, ConfigError
 from lora_lab.tasks import bm25, metrics
-from lora_lab.tasks.base import TRIED_TOKENS, EvalResult, LossSum, PaddedTask, Pass, Predictions, is_encoder, logits_at
+from lora_lab.tasks.base import (
+    TRIED_TOKENS,
+    EvalResult,
+    LossSum,
+    PaddedTask,
+    Pass,
+    Predictions,
+    another,
+    is_encoder,
+    logits_at,
+)
 from lora_lab.tasks.embedding.looks import look
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.reranker.config import RerankerConfig
@@ -274,8 +284,7 @@ class Reranker(PaddedTask[RerankerConfig, CandidatesBatch]):
         document = row.get("document", row.get("positive"))
         if row.get("query") is None or document is None:
             raise RowError("empty", f"has the columns {', '.join(row)}; give query and document.")
-        other = next(text for text in (".", "?") if text != str(document).strip())
-        return {"query": row["query"], "positive": document, "negatives": [other]}
+        return {"query": row["query"], "positive": document, "negatives": [another(document)]}
 
     def without_label(self, example: Example) -> Example:
         """The first pair alone."""

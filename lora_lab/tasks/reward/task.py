@@ -16,7 +16,7 @@ from lora_lab.data.collate import PaddedBatch
 from lora_lab.data.columns import TOKENS
 from lora_lab.data.encode import Encoded, Encoder, Example
 from lora_lab.data.formats import Message, Record, RowError, promised
-from lora_lab.tasks.base import TRIED_TOKENS, EvalResult, PaddedTask, Pass, Predictions
+from lora_lab.tasks.base import TRIED_TOKENS, EvalResult, PaddedTask, Pass, Predictions, another
 from lora_lab.tasks.metrics import reports
 from lora_lab.tasks.preference.config import PreferenceConfig
 from lora_lab.tasks.preference.task import PreferenceEncoder
@@ -129,17 +129,22 @@ class Reward(PaddedTask[RewardConfig, PaddedBatch]):
         """`messages`, or `prompt` and `completion`: an answer, beside another that the encoder wants to see."""
         if isinstance(row.get("messages"), list) and row["messages"]:
             *before, last = row["messages"]
-            other = [*before, {**last, "content": f"{last.get('content')} ."}] if isinstance(last, dict) else before
+            other = [*before, {**last, "content": another(last.get("content"))}] if isinstance(last, dict) else before
             return {"chosen": row["messages"], "rejected": other}
         if not {"prompt", "completion"} <= row.keys():
             raise RowError("empty", f"has the columns {', '.join(row)}; give messages, or prompt and completion.")
-        return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion']} ."}
+        return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": another(row["completion"])}
+
+    def without_label(self, example: Example) -> Example:
+        """The answer alone."""
+        own = {**example.own, "second_ids": example["second_ids"][:0], "starts": example["starts"][:1]}
+        return dataclasses.replace(example, own=own, own_tokens=0)
 
     @torch.no_grad()
     def predict(self, model: PeftModel, examples: list[Example]) -> list[tuple[float, dict[str, Any]]]:
         """`reward`: the score of the answer; only differences between answers to one prompt mean something."""
-        batch = self.collate(examples, np.random.default_rng(0)).to(model.device)
-        scores = model(**batch.inputs).logits[:, 0].float()[: len(examples)]
+        inputs = self.inputs([one.input_ids for one in examples], [int(one["starts"][0]) for one in examples])
+        scores = model(**{name: one.to(model.device) for name, one in inputs.items()}).logits[:, 0].float()
         return [(1.0, {"reward": score}) for score in scores.tolist()]
 
     explains = "score of the better answer minus that of the worse one"
