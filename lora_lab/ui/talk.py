@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import ConfigError, LoraLabError
@@ -57,7 +59,7 @@ class Talk:
         async with self._turn:
             paths = tuple(runs.values())
             if paths != self._paths or self._service is None:
-                await asyncio.to_thread(self._load, paths)
+                await _apart(lambda: self._load(paths))
             assert self._service is not None, "it was loaded"
             from lora_lab.serve.app import build
 
@@ -89,6 +91,11 @@ class Talk:
                     "lora-lab predict asks the others."
                 )
 
+    def stop(self, seconds: float) -> None:
+        """Take nothing new; answers that are being written may go on for so many seconds."""
+        if self._service is not None:
+            self._service.engine.stop(seconds)
+
     def close(self) -> None:
         """Let the models go."""
         if self._service is not None:
@@ -96,6 +103,23 @@ class Talk:
             self._service.engine.join(10)
             self._service, self._paths = None, ()
             gc.collect()
+
+
+async def _apart(call: Callable[[], None]) -> None:
+    """Call in a thread of its own, which the end of the process does not wait for, as it does for those of `asyncio.to_thread`."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        done.set_running_or_notify_cancel()
+        try:
+            call()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="lora_lab load", daemon=True).start()
+    await asyncio.wrap_future(done)
 
 
 def turns_of(text: str, models: int) -> list[Turn]:

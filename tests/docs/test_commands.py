@@ -196,11 +196,12 @@ def small(words: list[str]) -> list[str]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in PAGES if run_here(page)], ids=name)
 def test_blocks_run(page, folder, tmp_path, monkeypatch, reload_here):
-    """In a copy of the folder; each command must end well, and each Python block too."""
+    """In a copy of the folder; each command must end well, and each Python block too. All that do not are told at the end."""
     place = tmp_path / "here"
     shutil.copytree(folder, place)
     monkeypatch.chdir(place)
     names: dict[str, object] = {}
+    failed = []
     for kind, text in run_here(page):
         if kind == "python":
             with contextlib.redirect_stdout(None):
@@ -209,4 +210,6 @@ def test_blocks_run(page, folder, tmp_path, monkeypatch, reload_here):
         for words in commands(text):
             told = small(words[1:])
             code = cli.main(told)
-            assert code == 0, f"{page.name}: {shlex.join(words)} (run as {shlex.join(told)}): exit code {code}"
+            if code != 0:
+                failed.append(f"{shlex.join(words)} (run as {shlex.join(told)}): exit code {code}")
+    assert not failed, "\n".join(failed)
