@@ -104,6 +104,7 @@ def test_what_is_not_there_is_named(tmp_path, config_of):
     for told, said in {
         ("evaluate.limit=3",): "evaluate.limit=3: no effect without evaluate.suite",
         ("evaluate.suite=[a]", "task=classification"): "does not say that",
+        ("evaluate.suite=[a]", "task=seq2seq"): "the model of task=seq2seq does not say that",
         ("evaluate.suite=[a]", "task=completion", "evaluate.chat_template=true"): "whose model reads plain texts",
     }.items():
         with pytest.raises(lora_lab.errors.ConfigError, match=said):
@@ -257,3 +258,6 @@ def test_lm_evals_own_tasks_need_the_hub(runs, capsys):
         ["evaluate", run, "evaluate.suite=[hellaswagg]"], capsys
     )
     assert "evaluate.tasks_dir=DIR" in fails(["evaluate", run, "evaluate.suite=[hellaswag]"], capsys)
+    groups = {"ai2_arc": "[arc_challenge,arc_easy]", "mmlu": "57 tasks", "bbh_cot_zeroshot": "27 tasks"}
+    for group, said in groups.items():
+        assert said in fails(["evaluate", run, f"evaluate.suite=[{group}]"], capsys)
