@@ -161,6 +161,6 @@ def _pareto(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> list[Pi
         for place in ordered:
             drawn.append(Dot(place["name"], place[key], place["metric"], sign * place["metric"] < best))
             best = min(best, sign * place["metric"])
-        says = "Runs on the line: none that costs less is as good."
+        says = "On the line: no run that costs less is as good."
         found.append(pictures.dots(f"{_title(result)} against {key}", unit, result["metric"], drawn, says))
     return found

@@ -124,9 +124,15 @@ def _rows(place: Path) -> None:
     write_jsonl(place / "texts.jsonl", [{"text": row["text"]} for row in labels])
     write_jsonl(place / "unlabelled.jsonl", [{"text": row["text"]} for row in labels])
     write_jsonl(place / "documents.jsonl", [{"document": row["positive"]} for row in pairs])
-    for file in ("texts.txt", "held_out.txt"):
+    (place / "data/wikitext2_valid_test").mkdir(parents=True)
+    for file in (
+        "texts.txt",
+        "held_out.txt",
+        "data/wikitext2_valid_test/validation.txt",
+        "data/wikitext2_valid_test/test.txt",
+    ):
         (place / file).write_text("\n".join(row["text"] for row in labels))
-    (place / "pairs.tsv").write_text("text\ttext_pair\tlabel\n" + "".join(f"{a}\t{b}\t{i % 5}\n" for i, (a, b) in enumerate(itertools.pairwise(words))))  # fmt: skip
+    (place / "pairs.tsv").write_text("text\ttext_pair\tlabel\n" + "".join(f"{a} {i}\t{b}\t{i % 5}\n" for i, (a, b) in enumerate(itertools.pairwise(words))))  # fmt: skip
     tagged = "".join("".join(f"{word} {'B-COLOUR' if i == 0 else 'O'}\n" for i, word in enumerate(text.split())) + "\n" for text in words)  # fmt: skip
     for file in ("train.conll", "test.conll"):
         (place / file).write_text(tagged)
@@ -185,11 +191,15 @@ def small(words: list[str]) -> list[str]:
     named = "model.path" in said or ("--config-dir" in rest and said["recipe"] != "own")  # init has named one
     base = [] if named else [f"model.path={'bert' if encoder else 'tiny'}"]
     steps = "4" if "-m" in rest else "2"
+    rest = [{"trim.layers=6": "trim.layers=2"}.get(text, text) for text in rest]  # the small base has six
+    asked = (
+        ["task.yes_word=y", "task.no_word=n"] if said.get("task.score") == "yes_no" else []
+    )  # each one of its tokens
     less = [f"train.max_steps={steps}", "export.targets=[]"] if verb in ("train", "plan") else []
     less += (
         ["data.train=reviews.csv", "data.eval=null", "data.columns=null"] if said.get("recipe") == "sentiment" else []
     )
-    return [verb, *rest, *base, *(_SMALL if verb != "trim" else _SMALL[1:3]), *less]
+    return [verb, *rest, *base, *(_SMALL if verb != "trim" else _SMALL[1:3]), *less, *asked]
 
 
 @pytest.mark.long

@@ -392,9 +392,10 @@ def browse():
     connection.request("POST", "/chat", said, {**cookie, "Content-Type": "application/x-www-form-urlencoded"})
     loads.wait()
     os.kill(os.getpid(), signal.SIGTERM)
+    print(connection.getresponse().read().decode(), flush=True)
 
 Talk._load = never_ends
-threading.Thread(target=browse, daemon=True).start()
+threading.Thread(target=browse).start()
 sys.exit(cli.main(["ui", sys.argv[1], "port=0"]))
 """
 
@@ -402,10 +403,13 @@ sys.exit(cli.main(["ui", sys.argv[1], "port=0"]))
 def test_a_base_that_is_being_loaded_does_not_hold_up_the_end(place):
     """However long it takes: here it never ends."""
     line = [sys.executable, "-c", LOADING, str(place)]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+    with subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
         try:
-            program.stdin.write(program.stdout.readline())
-            program.stdin.flush()
-            assert program.wait(120) == 143
+            said, complained = program.communicate(program.stdout.readline(), timeout=120)
         finally:
             program.kill()
+    assert program.returncode == 143, complained
+    assert "ended while the base was being loaded" in said
+    assert "Traceback" not in complained
