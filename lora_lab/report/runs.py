@@ -209,7 +209,9 @@ def show(runs: Sequence[Listed], folder: str, metric: str | None) -> None:
         ]
         for run in runs
     ]
-    console.show_table(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {folder}", header, rows, slice(5, None))
+    title = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {folder}"
+    spare = ("minutes", "parameters", "base", "task", "steps", "state")  # --json has all
+    console.show_table(title, header, rows, slice(5, None), spare)
 
 
 def minutes_of(run: Listed) -> str:

@@ -224,11 +224,20 @@ def setting(key: str, value: str, note: str) -> None:
 
 
 def show_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: slice = slice(1, None)
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: slice = slice(1, None),
+    spare: Sequence[str] = (),
 ) -> None:
-    """Print a table under a line of text; the columns in `numbers` are aligned right."""
+    """Print a table under a line of text.
+
+    Args:
+        numbers: the columns that are aligned right.
+        spare: columns that are left out, one after the other, where the terminal has no room for all.
+    """
     for console in (out, *_log):
-        _print_table(console, title, header, rows, numbers)
+        _print_table(console, title, header, rows, numbers, spare)
 
 
 def show_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -247,16 +256,31 @@ def show_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def _print_table(
-    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: slice
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: slice,
+    spare: Sequence[str] = (),
 ) -> None:
     right = range(len(header))[numbers]
-    table = Table()  # for each console, because widths depend on what its encoding has
-    for index, name in enumerate(header):
-        table.add_column(_cell(name, console.encoding), justify="right" if index in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value, console.encoding) for value in row))
+    # For each console, because widths depend on what its encoding has
+    cells = [[_cell(value, console.encoding) for value in row] for row in (header, *rows)]
+    widths = [3 + max(row[place].cell_len for row in cells) for place in range(len(header))]
+    places, left_out = list(range(len(header))), list[str]()
+    for name in spare:
+        if 1 + sum(widths[place] for place in places) > console.width:
+            left_out.append(name)
+            places.remove(header.index(name))
+    table = Table()
+    for place in places:
+        table.add_column(cells[0][place], justify="right" if place in right else "left", overflow="fold")
+    for row in cells[1:]:
+        table.add_row(*(row[place] for place in places))
     console.print(shown(title), style="bold", markup=False)
     console.print(table, soft_wrap=False)
+    if left_out:
+        console.print(f"no room for: {', '.join(left_out)}", style="dim", markup=False)
 
 
 def _cell(value: Any, encoding: str) -> Text:

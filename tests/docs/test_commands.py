@@ -25,6 +25,10 @@ from tests.tasks.test_tasks import make_bert, make_t5
 
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.*?) -->\n)?^```(?P<kind>bash|python)\n(?P<text>.*?)^```", re.M | re.S)
 _COMPOSE = ("train", "plan", "trim", "config", "data")  # verbs that make a configuration
+_ROWS_OF = {  # recipes whose own rows are too long for the small base
+    "sentiment": ["data.train=reviews.csv", "data.eval=null", "data.columns=null"],
+    "rerank": ["data.train=judged.jsonl", "data.eval=judged.jsonl"],
+}
 _SMALL = ("quant=none", "model.dtype=float32", "hardware=cpu", "tracker=none", "data.check=warn")
 
 
@@ -196,9 +200,7 @@ def small(words: list[str]) -> list[str]:
         ["task.yes_word=y", "task.no_word=n"] if said.get("task.score") == "yes_no" else []
     )  # each one of its tokens
     less = [f"train.max_steps={steps}", "export.targets=[]"] if verb in ("train", "plan") else []
-    less += (
-        ["data.train=reviews.csv", "data.eval=null", "data.columns=null"] if said.get("recipe") == "sentiment" else []
-    )
+    less += _ROWS_OF.get(said.get("recipe", ""), [])
     return [verb, *rest, *base, *(_SMALL if verb != "trim" else _SMALL[1:3]), *less, *asked]
 
 

@@ -34,6 +34,25 @@ def test_numbers_of_a_step_are_whole_where_a_bar_has_no_room(screen):
         assert len(last) <= width
 
 
+def test_columns_that_can_be_spared_go_one_after_the_other(screen):
+    header, rows = (
+        ["run", "base", "loss", "minutes"],
+        [["runs/a", "b" * 30, 0.5, 1.5], ["runs/b", "é" * 30, 0.25, None]],
+    )
+    for width, kept, note in (
+        (80, header, []),
+        (60, ["run", "base", "loss"], ["no room for: minutes"]),
+        (40, ["run", "loss"], ["no room for: minutes, base"]),
+    ):
+        shown = screen(width)
+        console.show_table("title", header, rows, spare=("minutes", "base"))
+        lines = shown()
+        [named] = [line for line in lines if "run" in line and "loss" in line]
+        assert re.findall(r"[a-z]+", named) == kept
+        assert [line for line in lines if line.startswith("no room")] == note
+        assert max(map(len, lines)) <= width
+
+
 def test_texts_that_have_no_room_side_by_side_stand_one_below_the_other(screen):
     header, row = ["question", "expected", "base", "tuned"], [f"{word} " * 12 for word in ("a", "b", "c", "d")]
     shown = screen(80)
