@@ -27,7 +27,7 @@ _BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.*?) -->\n)?^```(?P<kind>bash|py
 _COMPOSE = ("train", "plan", "trim", "config", "data")  # verbs that make a configuration
 _ROWS_OF = {  # recipes whose own rows are too long for the small base
     "sentiment": ["data.train=reviews.csv", "data.eval=null", "data.columns=null"],
-    "rerank": ["data.train=judged.jsonl", "data.eval=judged.jsonl"],
+    "rerank": ["data.train=judged.jsonl", "data.eval=judged.jsonl", "data.max_tokens=512"],
 }
 _SMALL = ("quant=none", "model.dtype=float32", "hardware=cpu", "tracker=none", "data.check=warn")
 
