@@ -111,6 +111,15 @@ def test_what_is_not_there_is_named(tmp_path, config_of):
             config_of(*told)
 
 
+def test_members_of_a_sweep_are_named_one_by_one(tmp_path, capsys):
+    suite = "evaluate.suite=[kept]"
+    assert f"{suite}: no effect on train" in fails(["train", "-m", "recipe=demo", "adapter.r=2,4", suite], capsys)
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/0/config.yaml").write_text("name: a\n")
+    message = fails(["evaluate", f"run={tmp_path}/sweep", suite], capsys)
+    assert f"a sweep. Name one of its runs: run={tmp_path}/sweep/0" in message
+
+
 @pytest.mark.skipif(not ABSENT, reason="lm-eval is installed")
 def test_without_lm_eval_its_extra_is_named():
     from lora_lab.errors import ConfigError
