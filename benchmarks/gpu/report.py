@@ -15,7 +15,7 @@ from benchmarks.gpu import runner, slices
 from benchmarks.gpu.slices import Cell, Scale, Workload
 
 NOT_MEASURED, _NOT_RUN = "not measured", "not run"
-_LARGE = ("numpy", "scipy", "pandas", "pyarrow", "matplotlib")  # most of what travels where they are not there
+_LARGE = ("numpy", "scipy", "pandas", "pyarrow")  # most of what travels where they are not there
 Known = Mapping[str, Mapping[str, Any]]  # name of a cell -> what is written of it
 
 _HEAD = """# On a card

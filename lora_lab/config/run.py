@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from lora_lab.adapters import ADAPTERS
 from lora_lab.adapters.methods.lora import LoraAdapter
+from lora_lab.config import quoting
 from lora_lab.config.data import DataConfig, Source
 from lora_lab.config.evaluate import EvaluateConfig
 from lora_lab.config.merge import ExportConfig, MergeConfig, ShrinkConfig
@@ -34,6 +35,7 @@ from lora_lab.schema.sections import (
     sorted_out,
     unreadable,
     validate,
+    values_of,
 )
 from lora_lab.serve.config import ServeConfig
 from lora_lab.tasks import TASKS
@@ -76,6 +78,11 @@ class RunConfig:
     trim: TrimConfig = dataclasses.field(default_factory=TrimConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        told = [(key, value) for key, value, default in values_of(self) if value != default]
+        return "\n".join(["RunConfig, beside defaults:", *(f"  {key}={quoting.written(value)}" for key, value in told)])
 
 
 _ADAPTER = adapter_of(RunConfig)

@@ -95,11 +95,15 @@ def overview(data: Dataset, encoder: Encoder, rows: int) -> Overview:
 
 
 def _bins(lengths: np.ndarray) -> list[Bin]:
-    counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max(_BINS, int(lengths.max()) + 1)))
-    edges = np.ceil(edges).astype(int)
+    """At most `_BINS` of a round width, from the shortest to the longest."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    widths = (step * 10**power for power in itertools.count() for step in (1, 2, 5))
+    width = next(one for one in widths if longest // one - shortest // one < _BINS)
+    places, first = lengths // width, shortest // width
+    counts = np.bincount(places - first)
     return [
-        Bin(int(start), int(end) - 1, int(count), count / counts.max())
-        for start, end, count in zip(edges, edges[1:], counts, strict=False)
+        Bin(width * (first + place), width * (first + place + 1) - 1, int(count), count / counts.max())
+        for place, count in enumerate(counts)
     ]
 
 
@@ -135,7 +139,14 @@ def _show_counts(data: Overview) -> None:
 
 
 def _show_lengths(data: Overview, limit: int) -> None:
-    bars = [[f"{b.start}-{b.end}", b.count, "█" * round(30 * b.share) or ("▏" if b.count else "")] for b in data.bins]
+    bars = [
+        [
+            f"{b.start}-{b.end}" if b.end > b.start else f"{b.start}",
+            b.count,
+            "█" * round(30 * b.share) or ("▏" if b.count else ""),
+        ]
+        for b in data.bins
+    ]
     marks = ", ".join(f"{name} {value}" for name, value in data.percentiles.items())
     title = f"{data.key}: tokens of {data.examples} examples ({marks}; data.max_tokens={limit})"
     console.show_table(title, ["tokens", "examples", ""], bars, numbers=slice(1, 2))

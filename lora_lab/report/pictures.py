@@ -1,6 +1,6 @@
 """Drawings for pages, as SVG whose colours are the page's own, so that they follow it into the dark.
 
-A page defines the variables --ink, --dim, --line, --bar, --on-bar and --error, and for curves --line-1 to --line-6. Texts are escaped here.
+A page defines the variables --ink, --dim, --line, --card, --bar, --on-bar and --error, and for curves --line-1 to --line-6. Texts are escaped here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ _DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2", "1 2 6 2")  # of the lines, whic
 _WIDTH, _HEIGHT = 420, 280  # of a plot
 _ROW = 20  # of a bar
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 42  # around its frame
+_CELL, _CELL_HEIGHT = 64, 34  # of a heat map
+_FULL = 0.72  # share from which a cell is dark enough for light letters
+_AXIS, _LEVELS = 120, 10  # between two axes of parallel coordinates; most that are named on one
+_OVER = "; paint-order: stroke; stroke: var(--card); stroke-width: 3px"  # letters that lines go through
+_LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # numbers from, what they are divided by, its letter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +175,7 @@ class Line:
     points: Mapping[int, float]
     faint: bool = False  # behind the others, without an entry of its own
     dots: bool = False
+    band: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)  # around the points
 
 
 def lines(title: str, unit: str, drawn: Sequence[Line], says: str = "") -> Picture | None:
@@ -188,6 +194,13 @@ def lines(title: str, unit: str, drawn: Sequence[Line], says: str = "") -> Pictu
         number = names.index(line.name) % len(_DASHES)
         colour = f"stroke: var(--line-{number + 1}); fill: none"
         dash = f' stroke-dasharray="{_DASHES[number]}"' if _DASHES[number] and not line.faint else ""
+        if line.band:
+            edges = [(step, low) for step, (low, _) in sorted(line.band.items())]
+            edges += [(step, high) for step, (_, high) in sorted(line.band.items(), reverse=True)]
+            around = " ".join(
+                f"{plot.x(step):.1f},{plot.y(min(max(value, up[0]), up[-1])):.1f}" for step, value in edges
+            )
+            parts.append(f'<polygon points="{around}" style="fill: var(--line-{number + 1})" fill-opacity="0.15"/>')
         points = [(plot.x(step), plot.y(min(max(value, up[0]), up[-1]))) for step, value in _thinned(line.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         weight = 'stroke-width="1" stroke-opacity="0.3"' if line.faint else 'stroke-width="2"'
@@ -210,10 +223,158 @@ def lines(title: str, unit: str, drawn: Sequence[Line], says: str = "") -> Pictu
     return Picture(title, _svg(_WIDTH, height + 2, parts, f"{title}. {says}"), says)
 
 
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """Something that has a price and a value."""
+
+    name: str
+    x: float
+    y: float
+    ahead: bool  # nothing that costs less is as good
+
+
+def dots(title: str, x_unit: str, y_unit: str, drawn: Sequence[Dot], says: str = "") -> Picture:
+    """Values against prices, and the line of those that are ahead. The prices differ."""
+    across = _around(min(dot.x for dot in drawn), max(dot.x for dot in drawn), 5)
+    up = _around(min(dot.y for dot in drawn), max(dot.y for dot in drawn))
+    plot = _Plot((across[0], across[-1]), (up[0], up[-1]), x_unit, y_unit)
+    front = " ".join(f"{plot.x(dot.x):.1f},{plot.y(dot.y):.1f}" for dot in sorted(drawn, key=_price) if dot.ahead)
+    parts = [
+        plot.frame(across, up),
+        f'<polyline points="{front}" style="stroke: var(--bar); fill: none" stroke-width="2"/>',
+    ]
+    for dot in sorted(drawn, key=lambda one: one.ahead):
+        x, y, colour = plot.x(dot.x), plot.y(dot.y), "bar" if dot.ahead else "dim"
+        told = _safe(f"{dot.name}: {dot.x:.4g}, {dot.y:.4g}")
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4.5 if dot.ahead else 3.5}" style="fill: var(--{colour})"><title>{told}</title></circle>'
+        )
+        on_the_right = x < _WIDTH - _RIGHT - 24
+        side, anchor = (x + 6, "start") if on_the_right else (x - 6, "end")
+        parts.append(
+            _label(side, y - 4, _short(dot.name), "ink" if dot.ahead else "dim", anchor, size=11, title=dot.name)
+        )
+    return Picture(title, _svg(_WIDTH, _HEIGHT, parts, f"{title}. {says}"), says)
+
+
+def _price(dot: Dot) -> tuple[float, float]:
+    return dot.x, dot.y
+
+
+def heat_map(
+    title: str,
+    down: tuple[str, Sequence[str]],
+    across: tuple[str, Sequence[str]],
+    cells: np.ndarray,
+    lower_is_better: bool,
+    says: str,
+) -> Picture:
+    """The better, the fuller.
+
+    Args:
+        down: what the rows differ in, and their names; `across`: the columns.
+        cells: of rows and columns; nan: there is none.
+    """
+    names = [[_short(name) for name in axis[1]] for axis in (down, across)]
+    left, top = 30 + 7 * max(map(_columns, names[0])), 42
+    cell = max(_CELL, 14 + 7 * max(map(_columns, names[1])))
+    width = left + cell * len(names[1]) + 6
+    parts = [
+        _label(left + cell * len(names[1]) / 2, 14, across[0], "dim"),
+        _label(12, top + _CELL_HEIGHT * len(names[0]) / 2, down[0], "dim", turn=-90),
+    ]
+    parts += [_label(left + cell * (place + 0.5), top - 8, name) for place, name in enumerate(names[1])]
+    parts += [
+        _label(left - 8, top + _CELL_HEIGHT * (place + 0.5) + 4, name, anchor="end")
+        for place, name in enumerate(names[0])
+    ]
+    shares = _shares(cells, lower_is_better)
+    for (row, column), value in np.ndenumerate(cells):
+        x, y, share = left + cell * column, top + _CELL_HEIGHT * row, shares[row, column]
+        is_there = math.isfinite(value)
+        colour, full = ("bar", 0.08 + 0.92 * share) if is_there else ("line", 0.35)
+        parts.append(
+            f'<rect x="{x + 1}" y="{y + 1}" width="{cell - 2}" height="{_CELL_HEIGHT - 2}" rx="3" style="fill: var(--{colour})" '
+            f'fill-opacity="{full:.3f}"/>'
+        )
+        if is_there:
+            ink = "on-bar" if share > _FULL else "ink"
+            parts.append(_label(x + cell / 2, y + _CELL_HEIGHT / 2 + 4, f"{value:.4f}", ink))
+    drawing = _svg(width, top + _CELL_HEIGHT * len(names[0]) + 6, parts, f"{title}. {says}")
+    return Picture(title, drawing, says, width > _WIDTH)
+
+
+def _shares(values: np.ndarray, lower_is_better: bool) -> np.ndarray:
+    """From 0, the worst, to 1, the best."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    shares = (values - low) / (high - low) if high > low else np.ones_like(values)
+    return 1 - shares if lower_is_better and high > low else shares
+
+
+def parallel(
+    title: str,
+    axes: Sequence[tuple[str, Sequence[str]]],
+    drawn: Sequence[tuple[Sequence[int], float]],
+    lower_is_better: bool,
+    says: str,
+) -> Picture:
+    """Each as a line through what it has of each axis, and at last its value; the better, the stronger, and the best in a colour of its own.
+
+    Args:
+        axes: what they differ in, and the names of its levels, the lowest first.
+        drawn: the level on each axis, and the value.
+    """
+    values = np.array([value for _, value in drawn])
+    shares, low, high = _shares(values, lower_is_better), float(values.min()), float(values.max())
+    top, bottom, last = 16, _HEIGHT - 34, len(axes)
+    width = 24 + _AXIS * last + 64
+
+    def y(share: float) -> float:
+        return bottom - share * (bottom - top)
+
+    parts = []
+    for place in range(last + 1):
+        x = 14 + _AXIS * place
+        parts.append(f'<line x1="{x}" y1="{top}" x2="{x}" y2="{bottom}" style="stroke: var(--line)" stroke-width="2"/>')
+    best = int(np.argmax(shares))
+    for one in sorted(range(len(drawn)), key=lambda number: (number == best, shares[number])):
+        levels, value = drawn[one]
+        heights = [
+            level / (len(axis[1]) - 1) if len(axis[1]) > 1 else 0.5 for level, axis in zip(levels, axes, strict=True)
+        ]
+        heights.append((value - low) / (high - low) if high > low else 0.5)
+        path = " ".join(f"{14 + _AXIS * place},{y(height):.1f}" for place, height in enumerate(heights))
+        colour = "line-2" if one == best else "bar"
+        weight = (
+            'stroke-width="2.5"'
+            if one == best
+            else f'stroke-width="1.5" stroke-opacity="{0.15 + 0.6 * shares[one]:.2f}"'
+        )
+        parts.append(
+            f'<polyline points="{path}" style="stroke: var(--{colour}); fill: none" stroke-linejoin="round" {weight}/>'
+        )
+    for place, (key, names) in enumerate(axes):
+        x = 14 + _AXIS * place
+        parts.append(_label(x, _HEIGHT - 10, key, "dim", "start" if place == 0 else "middle"))
+        for number, level in list(enumerate(names))[:: math.ceil(len(names) / _LEVELS)]:
+            height = number / (len(names) - 1) if len(names) > 1 else 0.5
+            parts.append(_label(x + 5, y(height) - 4, _short(level), anchor="start", size=11, title=level, style=_OVER))
+    x = 14 + _AXIS * last
+    parts += [
+        _label(x + 5, y(share) - 4, f"{value:.4g}", anchor="start", size=11, style=_OVER)
+        for share, value in ((0.0, low), (1.0, high))
+    ]
+    parts.append(_label(x, _HEIGHT - 10, title, "dim"))
+    return Picture(
+        "Parallel coordinates", _svg(width, _HEIGHT, parts, f"Parallel coordinates. {says}"), says, width > _WIDTH + 60
+    )
+
+
 def _around(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers from below the lowest to above the highest value."""
     if not high > low:
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+        least = 0.0 if low >= 0 else -math.inf  # no share is below 0
+        low, high = max(least, low - (abs(low) or 1.0) / 2), high + (abs(high) or 1.0) / 2
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most - 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -304,11 +465,19 @@ class _Plot:
             parts.append(
                 f'<line x1="{_LEFT}" y1="{self.y(value):.1f}" x2="{_WIDTH - _RIGHT}" y2="{self.y(value):.1f}" style="stroke: var(--line)"/>'
             )
-            parts.append(_label(_LEFT - 6, self.y(value) + 4, f"{value:g}", "dim", "end", size=11))
-        parts += [_label(self.x(value), _HEIGHT - _BOTTOM + 15, f"{value:g}", "dim", size=11) for value in across]
+            parts.append(_label(_LEFT - 6, self.y(value) + 4, _number(value), "dim", "end", size=11))
+        parts += [_label(self.x(value), _HEIGHT - _BOTTOM + 15, _number(value), "dim", size=11) for value in across]
         parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, self.x_title, "dim"))
         parts.append(_label(11, (_TOP + _HEIGHT - _BOTTOM) / 2, self.y_title, "dim", turn=-90))
         return "".join(parts)
+
+
+def _number(value: float) -> str:
+    """At an axis: no 1e+06."""
+    for least, unit, letter in _LARGE:
+        if abs(value) >= least:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
 
 
 def _ticks(most: float) -> list[float]:
@@ -331,11 +500,12 @@ def _label(
     turn: int = 0,
     size: int = 12,
     title: str = "",
+    style: str = "",
 ) -> str:
     turned = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
     hint = f"<title>{_safe(title)}</title>" if title and title != text else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" style="fill: var(--{colour})"{turned}>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" style="fill: var(--{colour}){style}"{turned}>'
         f"{_safe(text)}{hint}</text>"
     )
 

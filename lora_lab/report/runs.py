@@ -205,11 +205,20 @@ def show(runs: Sequence[Listed], folder: str, metric: str | None) -> None:
             run.steps,
             *(_change(run, str(name)) for name in names),
             "" if run.parameters is None else f"{run.parameters:,}",
-            "" if run.seconds is None else f"{run.seconds / 60:.1f}",
+            minutes_of(run),
         ]
         for run in runs
     ]
-    console.show_table(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {folder}", header, rows, slice(5, None))
+    title = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {folder}"
+    spare = ("minutes", "parameters", "base", "task", "steps", "state")  # --json has all
+    console.show_table(title, header, rows, slice(5, None), spare)
+
+
+def minutes_of(run: Listed) -> str:
+    """Of training; two digits of those below one."""
+    if run.seconds is None:
+        return ""
+    return f"{run.seconds / 60:.1f}" if run.seconds >= 60 else f"{run.seconds / 60:.2g}"
 
 
 def base_of(config: dict[str, Any]) -> str:

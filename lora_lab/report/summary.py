@@ -33,7 +33,7 @@ def show_samples(answers: dict[str, list[Answer]], count: int = 3) -> None:
         [_shorten(text) for text in (each[0].question, each[0].reference, *(one.text for one in each))]
         for each in list(zip(*given.values(), strict=True))[:count]
     ]
-    console.show_table("held-out answers", ["question", "expected", *given], rows, numbers=slice(0, 0))
+    console.show_texts("held-out answers", ["question", "expected", *given], rows)
 
 
 def show_details(details: dict[str, Any], most: int = 20) -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lora_lab.report import pages
+from lora_lab.report import pages, pictures
 from lora_lab.report.curves import Curve, smoothed
+from lora_lab.report.pictures import Dot, Line, Picture
 from lora_lab.runtime import console, storage
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_INK = "#010203"  # stands for the page's own colour of text, light or dark
-_MARK = "#1b6ca8"  # the same for what stands out
-_FONT = ["Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "sans-serif"]
+_CURVES = len(pictures.COLOURS)  # that are drawn together
+_FILLED = 0.5  # cells of a heat map that have a run, at least
+_APART = 0.1  # costs that are nearer to each other than this share say nothing
 
 
 def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
@@ -33,48 +28,29 @@ def write(file: Path, result: dict[str, Any], curves: Sequence[Curve]) -> None:
         result: what `ranking.json` says.
     """
     places = [place for place in result["ranking"] if place["metric"] is not None]
-    plots: list[tuple[str, Callable[[], Figure | None]]] = [
-        ("Heat map", lambda: _heat_map(places, result)),
-        ("Parallel coordinates", lambda: _parallel(places, result)),
+    drawings: list[tuple[str, Callable[[], Sequence[Picture | None]]]] = [
+        ("Heat map", lambda: [_heat_map(places, result)]),
+        ("Parallel coordinates", lambda: [_parallel(places, result)]),
         ("Losses", lambda: _curves(curves)),
-        (f"{result['metric']} against cost", lambda: _pareto(places, result)),
+        (f"{_title(result)} against cost", lambda: _pareto(places, result)),
     ]
     notes = [note for curve in curves for note in curve.notes]
-    drawn = []
-    for title, draw in plots:
+    drawn: list[Picture] = []
+    for title, draw in drawings:
         try:
-            figure = draw()
-            drawn += [] if figure is None else [(title, _svg(figure))]
+            drawn += [picture for picture in draw() if picture is not None]
         except Exception as error:  # values can be anything; the other drawings and the table are worth having
             notes.append(f"{title}: cannot be drawn of these runs ({error}).")
     for note in notes:
         console.say("damaged", note)
     keys = list(dict.fromkeys(key for place in result["ranking"] for key in place["values"]))
-    page = pages.render("sweep.html.jinja", result=result, keys=keys, figures=drawn, notes=notes)
+    page = pages.render("sweep.html.jinja", result=result, keys=keys, pictures=drawn, notes=notes)
     storage.write_text(file, page)
 
 
-def _figure(width: float, height: float) -> Figure:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the page's reader has fonts of their own
-    mpl.rcParams["font.family"] = "sans-serif"
-    mpl.rcParams["font.sans-serif"] = _FONT
-    mpl.rcParams["text.parse_math"] = False  # a value with two $ is no formula
-    mpl.rcParams["svg.hashsalt"] = "lora_lab"
-    for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
-        mpl.rcParams[part] = _INK
-    mpl.rcParams["svg.fonttype"] = "none"
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: Figure) -> str:
-    """The drawing in the page's colours, not narrower than its texts can be read at."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    text = file.getvalue()[file.getvalue().index("<svg") :].replace(_INK, "var(--ink)").replace(_MARK, "var(--mark)")
-    return text.replace("<svg", f'<svg style="min-width: {60 * figure.get_figwidth():.0f}px"', 1)
+def _title(result: dict[str, Any]) -> str:
+    metric: str = result["metric"]
+    return metric[:1].upper() + metric[1:]
 
 
 def _short(key: str) -> str:
@@ -102,13 +78,12 @@ def _varying(places: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if len(_levels(places, key)) > 1]
 
 
-def _colours(result: dict[str, Any]) -> str:
-    """The colour map in which the best is bright."""
-    return "viridis_r" if result["lower_is_better"] else "viridis"
+def _best(result: dict[str, Any]) -> str:
+    return f"the {'lowest' if result['lower_is_better'] else 'highest'} {result['metric']}"
 
 
-def _heat_map(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure | None:
-    """The two first values that vary, rank and learning rate before others; the mean over all others."""
+def _heat_map(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Picture | None:
+    """The two first values that vary, rank and learning rate before others; the mean over all others. None: they are no grid."""
     keys = sorted(_varying(places), key=lambda key: (key != "adapter.r", key != "optim.lr"))
     if len(keys) < 2:
         return None
@@ -120,136 +95,72 @@ def _heat_map(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figur
                 p["metric"] for p in places if (p["values"].get(keys[0]), p["values"].get(keys[1])) == (first, second)
             ]
             cells[row, column] = statistics.fmean(found) if found else np.nan
-    figure = _figure(1.8 + 1.1 * len(across), 1.6 + 0.55 * len(down))
-    ax = figure.subplots()
-    ax.imshow(cells, cmap=_colours(result), aspect="auto")
-    middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-    for (row, column), value in np.ndenumerate(cells):
-        if math.isfinite(value):
-            ax.text(
-                column,
-                row,
-                f"{value:.4f}",
-                ha="center",
-                va="center",
-                color="black" if (value <= middle) == result["lower_is_better"] else "white",
-            )
-    ax.set_xticks(range(len(across)), [_label(value) for value in across])
-    ax.set_yticks(range(len(down)), [_label(value) for value in down])
-    ax.set_xlabel(keys[1])
-    ax.set_ylabel(keys[0])
-    ax.set_title(f"{result['metric']}, the best is bright", fontsize=10)
-    return figure
+    if np.isfinite(cells).mean() < _FILLED:
+        return None
+    others = f", the mean over {', '.join(keys[2:])}" if len(keys) > 2 else ""
+    rows, columns = (keys[0], list(map(_label, down))), (keys[1], list(map(_label, across)))
+    title = f"{_title(result)} by {_short(keys[0])} and {_short(keys[1])}"
+    says = f"The fullest has {_best(result)}{others}."
+    return pictures.heat_map(title, rows, columns, cells, result["lower_is_better"], says)
 
 
-def _parallel(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure | None:
+def _parallel(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Picture | None:
+    """Of three values that vary, or more; of two where there is no heat map, which says the same."""
     keys = _varying(places)
-    if not keys or len(places) < 2:
+    if len(keys) < 2 or (len(keys) == 2 and _heat_map(places, result) is not None):
         return None
-    import matplotlib as mpl
-
-    figure = _figure(2 + 1.8 * len(keys), 3.6)
-    ax = figure.subplots()
-    metrics = [place["metric"] for place in places]
-    scale = mpl.colors.Normalize(min(metrics), max(metrics))
     levels = {key: _levels(places, key) for key in keys}
-    for place in reversed(places):  # the best is drawn last
-        heights = [_height(levels[key].index(place["values"].get(key)), len(levels[key])) for key in keys]
-        heights.append(float(scale(place["metric"])))
-        ax.plot(
-            range(len(heights)),
-            heights,
-            "o-",
-            color=mpl.colormaps[_colours(result)](scale(place["metric"])),
-            lw=1.6,
-            ms=4,
-        )
-    for x, key in enumerate(keys):
-        ax.axvline(x, color="#bbbbbb", lw=1, zorder=0)
-        for number, value in enumerate(levels[key]):
-            ax.text(x + 0.03, _height(number, len(levels[key])), _label(value), fontsize=8, va="bottom")
-    ax.axvline(len(keys), color="#bbbbbb", lw=1, zorder=0)
-    for share in (0.0, 1.0):
-        ax.text(len(keys) + 0.03, share, f"{scale.inverse(share):.4f}", fontsize=8, va="bottom")
-    ax.set_xticks(range(len(keys) + 1), [*map(_short, keys), result["metric"]])
-    ax.set_yticks([])
-    ax.set_xlim(-0.1, len(keys) + 0.5)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    return figure
+    drawn = [([levels[key].index(place["values"].get(key)) for key in keys], place["metric"]) for place in places]
+    axes = [(_short(key), list(map(_label, levels[key]))) for key in keys]
+    says = f"Each line is a run; that with {_best(result)} stands out, and of the others the better ones."
+    return pictures.parallel(result["metric"], axes, drawn, result["lower_is_better"], says)
 
 
-def _height(number: int, count: int) -> float:
-    return number / (count - 1) if count > 1 else 0.5
+def _curves(curves: Sequence[Curve]) -> list[Picture | None]:
+    some = curves[:_CURVES]
+    says = f"The {len(some)} best of {len(curves)} runs." if len(some) < len(curves) else ""
+    if any(len(one.train) > 1 for one in some):
+        says += " With several seeds: the mean, and one standard deviation around it."
+    return [
+        pictures.lines(
+            "Training loss, smoothed",
+            "loss",
+            [_line(one, [smoothed(seed) for seed in one.train]) for one in some],
+            says.strip(),
+        ),
+        pictures.lines("Held-out loss", "loss", [_line(one, one.held_out, dots=True) for one in some], says.strip()),
+    ]
 
 
-def _curves(curves: Sequence[Curve], most: int = 8) -> Figure | None:
-    if not any(curve.train and curve.train[0] for curve in curves):
-        return None
-    axes = [("training loss, smoothed", True)]
-    if any(
-        len(one) > 1 for curve in curves[:most] for one in curve.held_out
-    ):  # a point is no curve; the ranking has it
-        axes.append(("held-out loss", False))
-    figure = _figure(1.5 + 4.8 * len(axes), 3.8)
-    panels = figure.subplots(1, len(axes), squeeze=False)[0]
-    for number, curve in enumerate(curves[:most]):
-        colour = f"C{number}"
-        label = _shortened(curve.title, 60)
-        for (_, is_train), ax in zip(axes, panels, strict=True):
-            if is_train:
-                _draw(ax, [smoothed(one) for one in curve.train], colour, label)
-            else:
-                _draw(ax, curve.held_out, colour, label, marker="o")
-    more = f" (the {most} best of {len(curves)})" if len(curves) > most else ""
-    for (title, _), ax in zip(axes, panels, strict=True):
-        ax.set_title(title + more, fontsize=10)
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False)
-    return figure
-
-
-def _draw(ax: Axes, seeds: Sequence[dict[int, float]], colour: str, label: str, marker: str = "") -> None:
+def _line(curve: Curve, seeds: Sequence[dict[int, float]], dots: bool = False) -> Line:
     """The mean over the seeds, and one standard deviation around it."""
     steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
-    if not steps:
-        return
-    values = np.array([[one[step] for step in steps] for one in seeds])
-    mean = values.mean(0)
-    ax.plot(steps, mean, color=colour, label=label, lw=1.4, marker=marker, ms=3)
-    if len(seeds) > 1:
-        spread = values.std(0, ddof=1)
-        ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+    values = {step: [one[step] for one in seeds] for step in steps}
+    means = {step: statistics.fmean(found) for step, found in values.items()}
+    spread = {step: statistics.stdev(found) for step, found in values.items()} if len(seeds) > 1 else {}
+    band = {step: (means[step] - one, means[step] + one) for step, one in spread.items()}
+    return Line(curve.title, means, dots=dots, band=band)
 
 
-def _pareto(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> Figure | None:
-    costs = [
-        (key, label)
-        for key, label in (
-            ("parameters", "adapter, parameters"),
-            ("memory", "memory of its own, MiB"),
-            ("seconds", "training, seconds"),
-        )
-        if len({place[key] for place in places if place[key] is not None}) > 1
-    ]
-    if not costs or len(places) < 2:
-        return None
-    from matplotlib.ticker import EngFormatter
-
+def _pareto(places: Sequence[dict[str, Any]], result: dict[str, Any]) -> list[Picture | None]:
+    """Against each cost in which runs differ by more than chance."""
+    costs = {
+        "parameters": "parameters of the adapter",
+        "memory": "memory of its own, MiB",
+        "seconds": "seconds of training",
+    }
     sign = 1 if result["lower_is_better"] else -1
-    figure = _figure(4 * len(costs), 3.6)
-    for (key, label), ax in zip(costs, figure.subplots(1, len(costs), squeeze=False)[0], strict=True):
-        points = sorted(
-            (place[key], sign * place["metric"], place["name"]) for place in places if place[key] is not None
-        )
-        front = [point for i, point in enumerate(points) if all(point[1] < other[1] for other in points[:i])]
-        ax.scatter([x for x, _, _ in points], [sign * y for _, y, _ in points], color="#8c8c8c", s=18)
-        ax.plot([x for x, _, _ in front], [sign * y for _, y, _ in front], "o-", color=_MARK, ms=5)
-        for x, y, name in points:
-            ax.annotate(name, (x, sign * y), textcoords="offset points", xytext=(4, 3), fontsize=8)
-        ax.set_xlabel(label)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set_ylabel(result["metric"])
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure
+    found: list[Picture | None] = []
+    for key, unit in costs.items():
+        some = [place for place in places if place[key]]
+        prices = [place[key] for place in some]
+        if len(some) < 2 or min(prices) > (1 - _APART) * max(prices):
+            continue
+        ordered = sorted(some, key=lambda place: (place[key], sign * place["metric"]))
+        best, drawn = math.inf, []
+        for place in ordered:
+            drawn.append(Dot(place["name"], place[key], place["metric"], sign * place["metric"] < best))
+            best = min(best, sign * place["metric"])
+        says = "On the line: no run that costs less is as good."
+        found.append(pictures.dots(f"{_title(result)} against {key}", unit, result["metric"], drawn, says))
+    return found

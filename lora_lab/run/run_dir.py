@@ -173,6 +173,9 @@ def open_existing(path: str) -> RunDir:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"run={path}: cannot be read ({reason}). Name a folder that lora-lab train made.") from error
     if not there:
+        member = run.path / "0"
+        if (member / "config.yaml").is_file():
+            raise RunError(f"run={path}: a sweep. Name one of its runs: run={member}")
         raise RunError(f"run={path}: no run there (no config.yaml). Name a folder that lora-lab train made.")
     refuse_links(run.path)
     return run

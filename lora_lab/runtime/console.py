@@ -20,7 +20,15 @@ from typing import Any, TextIO
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +38,8 @@ from lora_lab.runtime import storage
 
 _PIPED_WIDTH = 160  # for tables; lines of text keep their length
 _LINE_SECONDS = 10  # between lines of progress where no bar can be drawn
+_TEXT_COLUMN = 30  # letters that a column of texts takes at least
+_BAR_WIDTH = 120  # of a terminal that has room for a bar beside its numbers
 
 # Characters that a terminal obeys instead of showing them (C0 but newline and tab, C1), that reorder or hide their neighbours
 # (bidi marks, embeddings, overrides and isolates, tags), that end a line unseen, and halves of characters, which no file can hold.
@@ -214,20 +224,63 @@ def setting(key: str, value: str, note: str) -> None:
 
 
 def show_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: slice = slice(1, None)
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: slice = slice(1, None),
+    spare: Sequence[str] = (),
 ) -> None:
-    """Print a table under a line of text; the columns in `numbers` are aligned right."""
-    right = range(len(header))[numbers]
+    """Print a table under a line of text.
+
+    Args:
+        numbers: the columns that are aligned right.
+        spare: columns that are left out, one after the other, where the terminal has no room for all.
+    """
     for console in (out, *_log):
-        table = Table()  # for each, because widths depend on what its encoding has
-        for index, name in enumerate(header):
-            table.add_column(
-                _cell(name, console.encoding), justify="right" if index in right else "left", overflow="fold"
-            )
-        for row in rows:
-            table.add_row(*(_cell(value, console.encoding) for value in row))
+        _print_table(console, title, header, rows, numbers, spare)
+
+
+def show_texts(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of texts; where its columns would be too narrow to read, each row's texts one below the other."""
+    for console in (out, *_log):
+        if console.width >= _TEXT_COLUMN * len(header):
+            _print_table(console, title, header, rows, slice(0, 0))
+            continue
         console.print(shown(title), style="bold", markup=False)
-        console.print(table, soft_wrap=False)
+        for row in rows:
+            grid = Table.grid("name", "text", padding=(0, 2))
+            for name, text in zip(header, row, strict=True):
+                grid.add_row(Text(f"{shown(name):>9}", style="cyan"), _cell(text, console.encoding))
+            console.print(grid, soft_wrap=False)
+            console.print()
+
+
+def _print_table(
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: slice,
+    spare: Sequence[str] = (),
+) -> None:
+    right = range(len(header))[numbers]
+    # For each console, because widths depend on what its encoding has
+    cells = [[_cell(value, console.encoding) for value in row] for row in (header, *rows)]
+    widths = [3 + max(row[place].cell_len for row in cells) for place in range(len(header))]
+    places, left_out = list(range(len(header))), list[str]()
+    for name in spare:
+        if 1 + sum(widths[place] for place in places) > console.width:
+            left_out.append(name)
+            places.remove(header.index(name))
+    table = Table()
+    for place in places:
+        table.add_column(cells[0][place], justify="right" if place in right else "left", overflow="fold")
+    for row in cells[1:]:
+        table.add_row(*(row[place] for place in places))
+    console.print(shown(title), style="bold", markup=False)
+    console.print(table, soft_wrap=False)
+    if left_out:
+        console.print(f"no room for: {', '.join(left_out)}", style="dim", markup=False)
 
 
 def _cell(value: Any, encoding: str) -> Text:
@@ -262,10 +315,11 @@ def steps(title: str, total: int, done: int = 0) -> Iterator[Steps]:
     if not out.is_terminal:
         yield Steps(None, title, total, done)
         return
-    columns = (
-        TextColumn("{task.description:>9} ", style="bold cyan", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+    bar = [BarColumn(bar_width=24)] if out.width >= _BAR_WIDTH else []  # numbers say more, and they are cut otherwise
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description:>9} ", style="bold cyan", markup=False), *bar, MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}", markup=False), *([TimeElapsedColumn()] if bar else []), TimeRemainingColumn(), TextColumn("left"),
+    ]  # fmt: skip
     with Progress(*columns, console=out, transient=False) as progress:
         yield Steps(progress, title, total, done)
 

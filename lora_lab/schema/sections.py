@@ -144,6 +144,21 @@ def default_of(section: Any, key: str) -> Any:
     return type(section).__pydantic_fields__[last].get_default(call_default_factory=True)
 
 
+def values_of(section: Any, tag: tuple[str, str] = ("", "")) -> Iterator[tuple[str, Any, Any]]:
+    """Every key of a section, and of those within it, with its value and with what it has where nothing is said.
+
+    Args:
+        tag: the section's field that says which variant it is, and the variant that is the default.
+    """
+    for name, info in type(section).__pydantic_fields__.items():
+        value, variants = getattr(section, name), variants_of(info)
+        if dataclasses.is_dataclass(value):
+            inside = values_of(value, (variants.by, variants.default) if variants else ("", ""))
+            yield from ((f"{name}.{key}", one, default) for key, one, default in inside)
+        else:
+            yield name, value, tag[1] if name == tag[0] else default_of(section, name)
+
+
 def sorted_out(of: type[Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """A tree in which each section says which variant it is and has no key of another, and a sentence for each key that was taken out
     for that."""

@@ -19,10 +19,13 @@ from lora_lab.runtime import console, reading
 from lora_lab.suites import folder
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
     from lora_lab.run.setup import Live
 
 _RESAMPLES, _SEED = 1000, 0
 _CONFIDENCE = 0.95
+_NAMED = 6  # tasks of a group, in its message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ def load(config: EvaluateConfig) -> dict[str, Any]:
     with _as_we_run_it():
         manager = TaskManager(include_defaults=chosen is None)
         if chosen is None:
-            _check_known(config.suite, manager.all_tasks)
+            _check_known(config.suite, manager)
         specs: list[Any] = config.suite if chosen is None else [_with_rows(task) for task in chosen]
         for spec in specs:
             _check_own(spec)
@@ -141,15 +144,34 @@ def interval(one: Compared) -> str:
     return f"{one.tuned - one.base:+.3g}{between}"
 
 
-def _check_known(names: list[str], known: list[str]) -> None:
+def _check_known(names: list[str], manager: TaskManager) -> None:
     from lora_lab.errors import nearest
 
+    known, several = manager.all_tasks, {*manager.all_groups, *manager.all_tags}
     for name in names:
         if name not in known:
             raise DataError(
                 f"evaluate.suite: lm-eval has no task {name!r}.{nearest(name, known, 0.8)} Or name a folder with tasks of your own: "
                 "evaluate.tasks_dir=DIR"
             )
+        if name in several:
+            found = sorted(_tasks_in(manager, name))
+            raise DataError(
+                f"evaluate.suite: {name!r} is a group of {len(found)} tasks, and a group has no rows of its own that could be compared. Name its tasks: "
+                f"evaluate.suite=[{','.join(found[:_NAMED])}{',...' if len(found) > _NAMED else ''}]"
+            )
+
+
+def _tasks_in(manager: TaskManager, name: str) -> set[str]:
+    """The names of the tasks below a group or a tag of lm-eval."""
+    entry = manager.task_index.get(name)
+    if entry is None:  # the group's own file defines it
+        return {name}
+    below = entry.cfg.get("task") if entry.cfg else entry.tags
+    if not isinstance(below, list | set):
+        return {name}
+    names = [one.get("group", one.get("task")) if isinstance(one, dict) else one for one in below]
+    return set().union(*(_tasks_in(manager, str(one)) for one in names))
 
 
 def _with_rows(task: dict[str, Any]) -> dict[str, Any]:

@@ -229,13 +229,14 @@ def _title(place: Place) -> str:
 def _show(places: Sequence[Place], name: str) -> None:
     keys = list(dict.fromkeys(key for place in places for key in place.values))
     seeds = any(len(place.metrics) > 1 for place in places)
+    notes = any(place.note for place in places)
     header = [
         "run",
         *(key.rpartition(".")[2] for key in keys),
         name,
         *(["seeds: mean", "spread"] if seeds else []),
         "parameters",
-        "",
+        *([""] if notes else []),
     ]
     rows = [
         [
@@ -244,7 +245,7 @@ def _show(places: Sequence[Place], name: str) -> None:
             place.metric,
             *([place.mean if len(place.metrics) > 1 else None, _spread(place)] if seeds else []),
             f"{place.parameters:,}" if place.parameters else None,
-            place.note.partition(". ")[0],
+            *([place.note.partition(". ")[0]] if notes else []),
         ]
         for place in places
     ]

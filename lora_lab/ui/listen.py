@@ -12,7 +12,9 @@ from lora_lab.ui.door import ENTER
 from lora_lab.ui.talk import Talk
 
 _HOST = "127.0.0.1"
-_STOP_SECONDS = 2  # a page that is being made is finished
+_STOP_SECONDS = (
+    2  # a page and an answer that are being made are finished; a base that is being loaded is not waited for
+)
 
 
 def serve(root: Path, port: int) -> None:
@@ -36,6 +38,7 @@ def serve(root: Path, port: int) -> None:
 
     def stopping(number: signal.Signals, again: bool) -> None:
         console.say("stopping", f"by {number.name}")
+        talk.stop(0 if again else _STOP_SECONDS)
 
     talk = Talk()
     door = app.build(root, lambda path: console.say("opened", f"for another browser: {address}{path}"), talk)

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import gc
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import ConfigError, LoraLabError
@@ -43,6 +45,7 @@ class Talk:
         self._paths: tuple[str, ...] = ()
         self._service: Service | None = None
         self._turn = asyncio.Lock()  # one after another; the engine takes the rows of one together
+        self._loading: Future[None] = Future()
 
     async def answers(self, runs: Mapping[str, str], turns: Sequence[Turn], said: str) -> list[str]:
         """What the base and each run answer, in this order.
@@ -57,7 +60,7 @@ class Talk:
         async with self._turn:
             paths = tuple(runs.values())
             if paths != self._paths or self._service is None:
-                await asyncio.to_thread(self._load, paths)
+                await self._loaded(paths)
             assert self._service is not None, "it was loaded"
             from lora_lab.serve.app import build
 
@@ -72,6 +75,22 @@ class Talk:
                 if isinstance(one, BaseException):
                     raise one
             return [str(one) for one in found]
+
+    async def _loaded(self, paths: tuple[str, ...]) -> None:
+        """Load them in a thread that the end of the process does not wait for, as it does for those of `asyncio.to_thread`."""
+        loading = self._loading = Future()
+
+        def load() -> None:
+            error: BaseException | None = None
+            try:
+                self._load(paths)
+            except BaseException as failed:
+                error = failed
+            with contextlib.suppress(InvalidStateError):  # it was stopped
+                loading.set_exception(error) if error is not None else loading.set_result(None)
+
+        threading.Thread(target=load, name="lora_lab load", daemon=True).start()
+        await asyncio.wrap_future(loading)
 
     def _load(self, paths: tuple[str, ...]) -> None:
         self.close()
@@ -88,6 +107,13 @@ class Talk:
                     f"{served.name}: is not asked in messages (task={served.setup.config.task.name}). Choose runs of a chat model with a chat task; "
                     "lora-lab predict asks the others."
                 )
+
+    def stop(self, seconds: float) -> None:
+        """Take nothing new; answers that are being written may go on for so many seconds, a base is no longer waited for."""
+        with contextlib.suppress(InvalidStateError):
+            self._loading.set_exception(LoraLabError("lora-lab ui ended while the base was being loaded."))
+        if self._service is not None:
+            self._service.engine.stop(seconds)
 
     def close(self) -> None:
         """Let the models go."""

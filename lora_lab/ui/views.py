@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_lab.report import curves, evaluation_report, runs
 from lora_lab.report.evaluation_report import Said
 from lora_lab.report.runs import Listed
 from lora_lab.runtime import reading
-from lora_lab.schema.sections import default_of
+from lora_lab.schema.sections import values_of
 from lora_lab.tasks import metrics
 from lora_lab.ui.folder import PAGES, RANKING, Folder, Found, Missing
 from lora_lab.ui.talk import MOST_RUNS, Turn, text_of
@@ -96,7 +96,7 @@ def line(name: str, run: Listed, names: Sequence[str]) -> dict[str, Any]:
         "steps": run.steps,
         "figures": [Change.of(run, one) for one in names],
         "parameters": "" if run.parameters is None else f"{run.parameters:,}",
-        "minutes": "" if run.seconds is None else f"{run.seconds / 60:.1f}",
+        "minutes": runs.minutes_of(run),
         "begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.begun)),
         "place": run.place,
     }
@@ -201,19 +201,10 @@ class Setting:
 def _settings(config: Any) -> list[Setting]:
     """Every value, and what it would be by default where it is not."""
     found = []
-    for key, value, default in _values(config, config):
+    for key, value, default in values_of(config):
         other = "" if default is PydanticUndefined else _json(default)
         found.append(Setting(key, _json(value), None if value == default else other))
     return found
-
-
-def _values(whole: Any, section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for field in dataclasses.fields(section):
-        value, key = getattr(section, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _values(whole, value, f"{key}.")
-        else:
-            yield key, value, default_of(whole, key)
 
 
 def _json(value: Any) -> str:
@@ -321,6 +312,7 @@ def sweep(folder: Folder, found: Found, name: str) -> dict[str, Any]:
         "keys": keys,
         "headings": [(key, "") for key in keys],
         "ranking": ranking,
+        "several": any(place["seeds"] > 1 for place in ranking),
         "pages": [(where, page, PAGES[page]) for where, page in folder.pages(name)],
     }
 
@@ -336,7 +328,7 @@ def _place(sweep: str, place: Mapping[str, Any], found: Found) -> dict[str, Any]
         "seeds": len(seeds),
         "mean": _figure(sum(seeds) / len(seeds)) if len(seeds) > 1 else "",
         "parameters": f"{place['parameters']:,}" if place["parameters"] else "",
-        "seconds": f"{place['seconds']:.0f}" if place["seconds"] else "",
+        "seconds": f"{place['seconds']:.3g}" if place["seconds"] else "",
         "note": str(place["note"] or ""),
     }
 

@@ -326,8 +326,8 @@ def test_a_drawing_that_cannot_be_made_costs_only_itself(folder, monkeypatch, ca
     monkeypatch.setattr(sweep_report, "_pareto", fails)
     assert cli.main(["resume", f"sweep={folder}"]) == 0
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "loss against cost: cannot be drawn of these runs (no such colour)." in page
-    assert "<h2>Losses</h2>" in page
+    assert "Loss against cost: cannot be drawn of these runs (no such colour)." in page
+    assert "<h2>Training loss, smoothed</h2>" in page
     assert "no such colour" in capsys.readouterr().out
 
 

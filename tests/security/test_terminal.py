@@ -144,9 +144,15 @@ def test_errors_are_safe(overrides, tmp_path, capsys, debug):
 def test_a_page_of_a_sweep_is_safe(tmp_path):
     from lora_lab.report import sweep_report
 
-    place = {"metrics": [1.0], "parameters": 1, "memory": 1.0, "seconds": 1.0, "steps": 1, "note": HOSTILE}
+    place = {"metrics": [1.0], "memory": 1.0, "seconds": 1.0, "steps": 1, "note": HOSTILE}
     places = [
-        {"name": name, "metric": metric, "values": {"task.prefix": f"{HOSTILE}{name}$x^$", "optim.lr": metric}, **place}
+        {
+            "name": f"{HOSTILE}{name}",
+            "metric": metric,
+            "parameters": metric,
+            "values": {"task.prefix": f"{HOSTILE}{name}$x^$", "optim.lr": metric, HOSTILE: metric},
+            **place,
+        }
         for name, metric in (("0", 1.0), ("1", 2.0))
     ]
     curves = [sweep_report.Curve("0", HOSTILE, [{1: 1.0, 2: 0.5}], [{2: 0.5}], [HOSTILE])]
@@ -162,7 +168,7 @@ def test_a_page_of_a_sweep_is_safe(tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert_told(text)
     assert "<script" not in text
-    assert text.count("<svg") >= 3
+    assert text.count("<svg") == 4  # heat map, parallel coordinates, losses, and against the parameters
     assert_told(pages.render("data.html.jinja", name=HOSTILE, overviews=[], findings=[HOSTILE], config=None))
 
 

@@ -104,10 +104,20 @@ def test_what_is_not_there_is_named(tmp_path, config_of):
     for told, said in {
         ("evaluate.limit=3",): "evaluate.limit=3: no effect without evaluate.suite",
         ("evaluate.suite=[a]", "task=classification"): "does not say that",
+        ("evaluate.suite=[a]", "task=seq2seq"): "the model of task=seq2seq does not say that",
         ("evaluate.suite=[a]", "task=completion", "evaluate.chat_template=true"): "whose model reads plain texts",
     }.items():
         with pytest.raises(lora_lab.errors.ConfigError, match=said):
             config_of(*told)
+
+
+def test_members_of_a_sweep_are_named_one_by_one(tmp_path, capsys):
+    suite = "evaluate.suite=[kept]"
+    assert f"{suite}: no effect on train" in fails(["train", "-m", "recipe=demo", "adapter.r=2,4", suite], capsys)
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/0/config.yaml").write_text("name: a\n")
+    message = fails(["evaluate", f"run={tmp_path}/sweep", suite], capsys)
+    assert f"a sweep. Name one of its runs: run={tmp_path}/sweep/0" in message
 
 
 @pytest.mark.skipif(not ABSENT, reason="lm-eval is installed")
@@ -257,3 +267,6 @@ def test_lm_evals_own_tasks_need_the_hub(runs, capsys):
         ["evaluate", run, "evaluate.suite=[hellaswagg]"], capsys
     )
     assert "evaluate.tasks_dir=DIR" in fails(["evaluate", run, "evaluate.suite=[hellaswag]"], capsys)
+    groups = {"ai2_arc": "[arc_challenge,arc_easy]", "mmlu": "57 tasks", "bbh_cot_zeroshot": "27 tasks"}
+    for group, said in groups.items():
+        assert said in fails(["evaluate", run, f"evaluate.suite=[{group}]"], capsys)

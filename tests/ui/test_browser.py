@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from lora_lab import cli
 from tests.ui.test_ui import PAGES
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright axe-playwright-python")
@@ -114,4 +115,34 @@ def test_a_received_page_runs_nothing(browser, address, cookies):
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address.partition("/enter")[0] + "/page?name=received&file=evaluation.html")
     assert len(asked) == 1
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def reports(place, tmp_path_factory):
+    """The pages that verbs write beside runs."""
+    config = (place / "sweep/0/config.yaml").read_text(encoding="utf-8")
+    rows = re.search(r"train: *(\S+\.jsonl)", config)[1]
+    base = re.search(r"path: *(\S+)", config)[1]
+    data = tmp_path_factory.mktemp("pages") / "data.html"
+    told = ["model=hub", f"model.path={base}", "quant=none", "hardware=cpu", f"data.train={rows}", "data.check=warn"]
+    assert cli.main(["data", *told, "--html", str(data)]) == 0
+    assert cli.main(["inspect", f"run={place}/sweep/0", "among=4"]) == 0
+    return [data, *(place / name for name in ("sweep/report.html", "sweep/0/evaluation.html", "sweep/0/inspect.html"))]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_of_verbs_are_read_by_everybody(browser, reports, width, scheme):
+    view = {"width": width, "height": 900}
+    context = browser.new_context(viewport=view, color_scheme=scheme, bypass_csp=True)  # axe is a script
+    page = context.new_page()
+    for file in reports:
+        page.goto(file.as_uri())
+        found = [(one["id"], one["impact"]) for one in axe.Axe().run(page).response["violations"]]
+        assert found == [], file.name
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, file.name
+        broken = page.eval_on_selector_all("td, th", "cells => cells.filter(one => one.offsetHeight > 200).length")
+        assert broken == 0, file.name  # a word that is broken letter by letter
     context.close()

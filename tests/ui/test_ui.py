@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html import unescape
 from html.parser import HTMLParser
 from urllib.parse import quote, urlsplit
@@ -363,3 +365,51 @@ def test_mistakes_are_sentences(told, sentence, place, capsys):
 def test_without_the_extra_the_way_to_it_is_said(place, capsys, monkeypatch):
     monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
     assert "lora-lab ui needs starlette, uvicorn. pip install 'lora-lab[serve]'" in fails(["ui", str(place)], capsys)
+
+
+LOADING = """
+import http.client, os, re, signal, sys, threading
+from urllib.parse import urlencode, urlsplit
+from lora_lab import cli
+from lora_lab.ui.talk import Talk
+
+loads = threading.Event()
+
+def never_ends(self, paths):
+    loads.set()
+    threading.Event().wait()
+
+def browse():
+    link = urlsplit(re.search(r"http://\\S+", sys.stdin.readline())[0])
+    connection = http.client.HTTPConnection(link.netloc)
+    connection.request("GET", f"{link.path}?{link.query}")
+    answer = connection.getresponse()
+    answer.read()
+    cookie = {"Cookie": answer.headers["set-cookie"].partition(";")[0], "Origin": f"http://{link.netloc}"}
+    connection.request("GET", "/chat?run=sweep/0", headers=cookie)
+    form = re.search(r'name="form" value="([^"]*)"', connection.getresponse().read().decode())[1]
+    said = urlencode({"form": form, "run": "sweep/0", "turns": "[]", "said": "hello"})
+    connection.request("POST", "/chat", said, {**cookie, "Content-Type": "application/x-www-form-urlencoded"})
+    loads.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(connection.getresponse().read().decode(), flush=True)
+
+Talk._load = never_ends
+threading.Thread(target=browse).start()
+sys.exit(cli.main(["ui", sys.argv[1], "port=0"]))
+"""
+
+
+def test_a_base_that_is_being_loaded_does_not_hold_up_the_end(place):
+    """However long it takes: here it never ends."""
+    line = [sys.executable, "-c", LOADING, str(place)]
+    with subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        try:
+            said, complained = program.communicate(program.stdout.readline(), timeout=120)
+        finally:
+            program.kill()
+    assert program.returncode == 143, complained
+    assert "ended while the base was being loaded" in said
+    assert "Traceback" not in complained

@@ -68,6 +68,14 @@ def test_a_run_says_what_its_folder_says(run):
     assert repr(again) == f"Run('{run.path}')"
 
 
+def test_a_configuration_prints_what_is_not_a_default(run):
+    title, *lines = repr(run.config).splitlines()
+    assert title == "RunConfig, beside defaults:"
+    assert "  adapter.r=4" in lines
+    assert not any(line.startswith(("  seed=", "  task.name=")) for line in lines)
+    assert "  task.name='classification'" in repr(lora_lab.load_config("recipe=spam", "run_dir=x")).splitlines()
+
+
 def test_a_notebook_shows_what_it_reached(run):
     shown = run._repr_html_()
     assert f"{run.result['tuned']['loss']:.4g}" in shown
