@@ -150,8 +150,8 @@ def _generate(
     ids, mask = ids.to(model.device), mask.to(model.device)
     with generating():
         if len(rows) > 1 and leaving.possible(base_of(model), settings):
-            done = leaving.generate(model, ids, mask, settings)
+            answers = leaving.generate(model, ids, mask, settings)
         else:
             made = model.generate(input_ids=ids, attention_mask=mask, **settings)
-            done = list(made if encoder_decoder else made[:, ids.shape[1] :])
-    return tokenizer.batch_decode(done, skip_special_tokens=True)
+            answers = list(made if encoder_decoder else made[:, ids.shape[1] :])
+    return tokenizer.batch_decode([answer.tolist() for answer in answers], skip_special_tokens=True)

@@ -65,7 +65,7 @@ def generate(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor, settings: 
         )
         ended = torch.isin(made.sequences[:, told.answered :], ends).any(1)
         over = made.sequences.shape[1] >= most
-        cache = getattr(made, "past_key_values", None)
+        cache: Any = getattr(made, "past_key_values", None)
         if not over and cache is None:  # a cache of another make: from the beginning, all to the end
             half = False
             continue
@@ -150,4 +150,4 @@ def _cut(answer: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
 def _first_token(base: PreTrainedModel) -> int:
     """What an encoder-decoder's answers begin with."""
     first = getattr(base.generation_config, "decoder_start_token_id", None)
-    return base.config.decoder_start_token_id if first is None else first
+    return int(base.config.decoder_start_token_id if first is None else first)
