@@ -24,12 +24,10 @@ from lora_lab.runtime import children, console
 HOST = "127.0.0.1"
 _LINES = 30  # of what it says last
 _SAID_EVERY = 15.0  # seconds between two lines while it starts
-_IDLE_SECONDS = (
-    600.0  # of a program that does not answer and computes nothing, which is no slow one but one that never will
-)
-_WORK_SECONDS = (
-    5.0  # of processors, that count as computing; what it takes to be asked whether it is healthy is far below
-)
+# A program that does not answer, and computes nothing to speak of for so long, is not slow but hangs. What it takes to be asked whether it
+# is healthy is far below.
+_IDLE_SECONDS, _WORK_SECONDS = 600.0, 5.0
+_LOOK_SECONDS = 1.0  # between two looks at what it computes, which read all processes of the machine
 _STOP_SECONDS = 10.0
 _MOST_LINE = 2**22  # bytes of a line of its answers
 
@@ -103,17 +101,19 @@ class Program:
         Raises:
             RunError: it has ended before, or does nothing any more.
         """
-        began = said = time.monotonic()
+        began = said = looked = time.monotonic()
         idle = Idle(began, self._worked())
         while not self._healthy():
             if not self.alive:
                 self._listener.join(_STOP_SECONDS)  # its last lines come
                 raise self._failed(f"ended with code {self._own.returncode} before it answered")
             now = time.monotonic()
-            if idle.seconds(now, self._worked()) >= _IDLE_SECONDS:
-                raise self._failed(
-                    f"does not answer, and has computed for less than {_WORK_SECONDS:g} s in the last {_IDLE_SECONDS:g} s"
-                )
+            if now - looked >= _LOOK_SECONDS:
+                looked = now
+                if idle.seconds(now, self._worked()) >= _IDLE_SECONDS:
+                    raise self._failed(
+                        f"does not answer, and has computed for less than {_WORK_SECONDS:g} s in the last {_IDLE_SECONDS:g} s"
+                    )
             if now - said >= _SAID_EVERY:
                 said = now
                 console.say("engine", f"is starting, for {now - began:.0f} s")
