@@ -1,8 +1,8 @@
 """What every adapter method can do, measured: python -m benchmarks.methods [--only METHOD,...] [--speed] [--write]
 
 Each method trains on three tiny models (decoder, encoder, encoder-decoder) that are stored as float32, NF4 and int8, also where its
-section says that it cannot: a section that has become wrong shows. Then it is merged, onto the published weights and, of a quantized
-base, onto the dequantized ones. With --speed all methods train in turns with LoRA on the default base. Results are kept in
+section says that it cannot: a section that has become wrong shows. In float32 it trains for other tasks too. Then it is merged, onto the
+published weights and, of a quantized base, onto the dequantized ones. With --speed all methods train in turns with LoRA on the default base. Results are kept in
 benchmarks/results/methods.json as they come, and docs/methods.md is written from them.
 """
 
@@ -14,6 +14,7 @@ import importlib.metadata
 import io
 import json
 import os
+import random
 import shutil
 import tempfile
 import warnings
@@ -47,6 +48,7 @@ from lora_lab.training.loop import fit
 from tests import families
 from tests.adapters.test_adapters import FITTING
 from tests.conftest import write_jsonl
+from tests.tasks.test_tasks import CASES
 from tests.training.test_resume import stop_at
 
 _RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
@@ -56,10 +58,13 @@ MODELS = {
     "encoder": ("classification", "bert"),
     "encoder-decoder": ("seq2seq", "t5"),
 }
+# Other tasks, on such models in float32, with the options and rows of their cases in the tests of tasks
+OTHER_TASKS = {"embedding": "encoder", "reranker": "encoder", "distillation": "decoder"}
 FORMATS = {
     "decoder": ("none", "nf4", "fp4", "int8", "torchao_int8"),
     "encoder": ("none", "nf4", "int8", "torchao_int8"),
     "encoder-decoder": ("none", "nf4", "int8", "torchao_int8"),
+    **dict.fromkeys(OTHER_TASKS, ("none",)),
 }
 _STEPS = 4
 _ROUNDING = 1e-4  # of a logit
@@ -72,6 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--speed", action="store_true", help="measure parameters, time and memory on the default base instead"
     )
+    parser.add_argument("--tasks", action="store_true", help="measure anew what other tasks make of the methods alone")
     parser.add_argument("--write", action="store_true", help="only write the page from the results that there are")
     told = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -82,8 +88,10 @@ def main() -> None:
     only = list(filter(None, told.only.split(",")))
     if not told.write:
         for method in only or ADAPTERS:
-            if not told.speed and (only or method not in known["methods"]):
-                known["methods"][method] = row(method)
+            if not told.speed and (only or told.tasks or method not in known["methods"]):
+                known["methods"][method] = (
+                    known["methods"][method] | _other_tasks(method) if told.tasks else row(method)
+                )
                 storage.write_text(_RESULTS, storage.dump_json(known))
                 print(method, json.dumps(known["methods"][method]), flush=True)
         if told.speed:
@@ -100,10 +108,22 @@ def row(method: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for model, formats in FORMATS.items():
         for quant in formats:
-            with tempfile.TemporaryDirectory() as folder, _promised(method), _silent():
-                found[f"{model} {quant}"] = cell(method, model, quant, Path(folder))
+            found |= _cell(method, model, quant)
     with tempfile.TemporaryDirectory() as folder, _silent():
         found["run"] = as_run(method, Path(folder))
+    return found
+
+
+def _cell(method: str, model: str, quant: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, _promised(method), _silent():
+        return {f"{model} {quant}": cell(method, model, quant, Path(folder))}
+
+
+def _other_tasks(method: str) -> dict[str, Any]:
+    """`row`, of the other tasks alone."""
+    found: dict[str, Any] = {}
+    for task in OTHER_TASKS:
+        found |= _cell(method, task, "none")
     return found
 
 
@@ -146,21 +166,33 @@ def cell(method: str, model: str, quant: str, folder: Path) -> dict[str, Any]:
 
 
 def _config(method: str, model: str, quant: str, folder: Path, *more: str) -> RunConfig:
-    task, family = MODELS[model]
-    family = "starcoder2" if method == "beft" and model == "decoder" else family  # whose layers have a bias
+    made_for = OTHER_TASKS.get(model, model)
+    task, family = MODELS[made_for]
+    family = "starcoder2" if method == "beft" and made_for == "decoder" else family  # whose layers have a bias
     base, rows = folder / "base", [folder / "train.jsonl", folder / "eval.jsonl"]
     if not base.exists():
         base.mkdir()
         families.make(task, family, base)
         for number, file in enumerate(rows):
-            write_jsonl(file, families._rows(task, 12 - 8 * number, number))
-    own = FITTING.get(method, [])
+            write_jsonl(file, _rows(model, task, 12 - 8 * number, number))
+    own, options = FITTING.get(method, []), families.TASKS[task][2]
+    if model in OTHER_TASKS:
+        task, options = model, CASES[model][0]
+    if method == "trainable_tokens" and made_for == "encoder":  # which has 64
+        own = [f"adapter.token_indices={list(range(5, 60))}".replace(" ", "")]
     told = [
         "model=hub", f"model.path={base}", "model.dtype=float32", f"quant={quant}", "tracker=none", "hardware=cpu", f"task={task}",
         f"data.train={rows[0]}", f"data.eval={rows[1]}", "data.max_tokens=64", "data.check=warn", "optim.lr=0.003", f"adapter={method}",
-        *own, "train.batch_size=2", f"train.max_steps={_STEPS}", "export.dtype=float32", f"run_dir={folder}/run", *families.TASKS[task][2],
+        *own, "train.batch_size=2", f"train.max_steps={_STEPS}", "export.dtype=float32", f"run_dir={folder}/run", *options,
     ]  # fmt: skip
     return compose.compose([*told, *more])
+
+
+def _rows(model: str, task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    if model not in OTHER_TASKS:
+        return families._rows(task, count, seed)
+    draw = random.Random(seed)
+    return [CASES[model][2](draw) for _ in range(count)]
 
 
 def _trained(live: Live, config: RunConfig) -> dict[str, Any]:
@@ -338,17 +370,39 @@ def page(known: dict[str, Any]) -> str:
         "merged so, or a fresh one is not the base; what is promised by a method is what works on all three.",
         "",
     ]
-    names = [f"{model} {quant}" for model, formats in FORMATS.items() for quant in formats]
-    lines += ["| adapter= | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    lines += _marks(known, {f"{model} {quant}": f"{model} {quant}" for model in MODELS for quant in FORMATS[model]})
+    tasks = {f"{model} none": task for model, (task, _) in MODELS.items()} | {
+        f"{name} none": name for name in OTHER_TASKS
+    }
     lines += [
-        f"| {method} | " + " | ".join(_mark(found[name], ADAPTERS[method]()) for name in names) + " |"
-        for method, found in known["methods"].items()
+        "",
+        "## By task",
+        "",
+        "Trained for a task in float32 and merged: embedding and reranker on the encoder, distillation on the decoder, the others as above. "
+        "Classification and reranker have a head of their own, embedding has none.",
+        "",
+        *_marks(known, tasks),
+        "",
+        "## What stands against it",
+        "",
     ]
-    lines += ["", "## What stands against it", ""]
     for method in known["methods"]:
         told = _against(ADAPTERS[method]())
         lines += [f"- **{method}**: {'; '.join(told)}."] if told else []
     return "\n".join(lines) + "\n"
+
+
+def _marks(known: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """A table of what works.
+
+    Args:
+        columns: cell -> heading.
+    """
+    rows = [
+        f"| {method} | " + " | ".join(_mark(found[name], ADAPTERS[method]()) for name in columns) + " |"
+        for method, found in known["methods"].items()
+    ]
+    return ["| adapter= | " + " | ".join(columns.values()) + " |", "|" + "---|" * (len(columns) + 1), *rows]
 
 
 def _cells(method: str, found: dict[str, Any], speed: dict[str, float] | None) -> list[str]:

@@ -267,7 +267,7 @@ def test_each_of_pefts_types_is_trained_or_said_why_not():
 
 def test_the_documented_table_is_what_the_methods_say():
     """`docs/methods.md` is made of these measurements: a method that promises more, or less, than was measured shows here."""
-    from benchmarks.methods import MODELS, works
+    from benchmarks.methods import MODELS, OTHER_TASKS, works
 
     measured = json.loads((CONF.parents[1] / "benchmarks/results/methods.json").read_text())["methods"]
     assert measured.keys() == ADAPTERS.keys()
@@ -282,6 +282,10 @@ def test_the_documented_table_is_what_the_methods_say():
                 assert all(shown), (name, quant, cells)
             elif len(cells) == len(MODELS):
                 assert not all(shown), f"adapter={name} could be trained on {quant}"
+        for task, model in OTHER_TASKS.items():
+            works_there, works_so = (works(measured[name][f"{one} none"], own) for one in (model, task))
+            assert works_so or own.against_task(TASKS[task]()) or not works_there, (name, task)
+            assert not (works_so and own.against_task(TASKS[task]())), (name, task)
     for name, section in ADAPTERS.items():
         row, plain = measured[name], measured[name]["decoder none"]
         assert (plain["fresh"] > 1e-4) == bool(section().fresh_differs), name
