@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.errors import ConfigError, RunError
-from lora_lab.runtime import launch
+from lora_lab.runtime import environment, launch
 
 if TYPE_CHECKING:
     from lora_lab.config.run import RunConfig
@@ -59,6 +59,7 @@ def train(config: RunConfig) -> Run:
             f"hardware.processes={config.hardware.processes}: a Python program is one process. Start it with torchrun, or train with "
             "lora-lab train hardware.processes=N and open the run with lora_lab.open_run."
         )
+    environment.before_torch()  # without effect where the program has computed something before
     from lora_lab.config.run import parse
 
     config = parse(dataclasses.asdict(config))  # it may have been changed since it was composed
@@ -73,6 +74,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     Raises:
         RunError: there is none, or its `config.yaml` was edited.
     """
+    environment.before_torch()
     from lora_lab.run import run_dir
 
     return Run(run_dir.open_existing(os.fspath(path)))
