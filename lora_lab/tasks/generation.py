@@ -153,5 +153,5 @@ def _generate(
             answers = leaving.generate(model, ids, mask, settings)
         else:
             made = model.generate(input_ids=ids, attention_mask=mask, **settings)
-            answers = list(made if encoder_decoder else made[:, ids.shape[1] :])
-    return tokenizer.batch_decode([answer.tolist() for answer in answers], skip_special_tokens=True)
+            answers = (made if encoder_decoder else made[:, ids.shape[1] :]).tolist()
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -6,6 +6,7 @@ ended, and goes on with the rest and their part of the key-value cache. A row's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,7 @@ def possible(model: PreTrainedModel, settings: dict[str, Any]) -> bool:
     return greedy and not counted and not getattr(model, "_is_stateful", False)
 
 
-def generate(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> list[torch.Tensor]:
+def generate(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]) -> list[list[int]]:
     """The tokens of each answer, its end among them.
 
     Args:
@@ -51,33 +52,35 @@ def generate(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor, settings: 
         mask: [B, T], 0 where padding is.
         settings: of transformers' `generate`, for which this is `possible`.
     """
-    answers: list[torch.Tensor] = [ids[:0]] * len(ids)
+    answers: list[list[int]] = [[] for _ in ids]
     rows = list(range(len(ids)))  # that are still in the batch
-    ends = torch.tensor(settings["eos_token_id"], device=ids.device)
+    ends = settings["eos_token_id"]
     told = _Told(model, ids, mask)
     most = told.answered + settings["max_new_tokens"]
     half = True
     while rows:
-        stop = StoppingCriteriaList([_HalfEnded(ends, told.answered)] if half and len(rows) > 1 else [])
+        stop = [_HalfEnded(torch.tensor(ends, device=ids.device), told.answered)] if half and len(rows) > 1 else []
         limit = {"max_new_tokens": most - told.length}
         made: Any = model.generate(
-            **told.inputs(), stopping_criteria=stop, return_dict_in_generate=True, **settings | limit
+            **told.inputs(),
+            stopping_criteria=StoppingCriteriaList(stop),
+            return_dict_in_generate=True,
+            **settings | limit,
         )
-        ended = torch.isin(made.sequences[:, told.answered :], ends).any(1)
-        over = made.sequences.shape[1] >= most
         cache: Any = getattr(made, "past_key_values", None)
+        over = made.sequences.shape[1] >= most
         if not over and cache is None:  # a cache of another make: from the beginning, all to the end
             half = False
             continue
-        for place, row in enumerate(rows):
-            if over or ended[place]:
-                answers[row] = _cut(made.sequences[place, told.answered :], ends)
-        if over or ended.all():
+        found = [_cut(row, ends) for row in made.sequences[:, told.answered :].tolist()]
+        left = [place for place, row in enumerate(found) if row[-1] not in ends]
+        for row, answer in zip(rows, found, strict=True):
+            answers[row] = answer
+        if over or not left:
             break
         half = _selectable(cache)
-        stay = (~ended).nonzero().flatten() if half else torch.arange(len(rows), device=ids.device)
-        rows = [rows[place] for place in stay.tolist()]
-        told.go_on(made.sequences, cache, stay if half else None)
+        rows = [rows[place] for place in left] if half else rows
+        told.go_on(made.sequences, cache, torch.tensor(left, device=ids.device) if half else None)
     return answers
 
 
@@ -141,10 +144,9 @@ def _selectable(cache: Cache) -> bool:
     return all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
-def _cut(answer: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _cut(answer: list[int], ends: Sequence[int]) -> list[int]:
     """An answer up to its first end."""
-    found = torch.isin(answer, ends).nonzero()
-    return answer[: int(found[0, 0]) + 1] if len(found) else answer
+    return answer[: next((place + 1 for place, token in enumerate(answer) if token in ends), None)]
 
 
 def _first_token(base: PreTrainedModel) -> int:
