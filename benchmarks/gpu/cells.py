@@ -210,7 +210,7 @@ def profile(given: Found, place: Place) -> Found:
     card, plain = place.device != "cpu", loop._log
     watched = (ProfilerActivity.CPU, ProfilerActivity.CUDA) if card else (ProfilerActivity.CPU,)
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=_PROFILED, repeat=1)
-    with torch.profiler.profile(activities=watched, schedule=schedule) as watch:
+    with torch.profiler.profile(activities=watched, schedule=schedule, acc_events=True) as watch:
 
         def stepped(*told: Any) -> None:
             plain(*told)

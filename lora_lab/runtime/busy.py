@@ -10,6 +10,7 @@ torch is loaded. No number of a run depends on it.
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import psutil
@@ -51,6 +52,8 @@ def choose_waiting() -> None:
     """Let the threads of a torch that is loaded later sleep while they wait, if there are fewer free cores than threads."""
     global _chosen
     taken, cores = _watch.taken() if _watch else None, usable_cores()
+    if "torch" in sys.modules:  # a program that has loaded it, so that its threads are there
+        return
     if taken is None or taken < _TAKEN or any(name in os.environ for name in _SAID):
         return
     if _threads(cores) <= cores - taken:

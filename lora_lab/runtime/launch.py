@@ -12,6 +12,7 @@ import re
 import signal
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lora_lab.errors import ConfigError
 from lora_lab.runtime import children
@@ -123,6 +124,12 @@ def take() -> None:
 # -- processes of this machine ------------------------------------------------------------------------------------------
 
 
+def _ending_in(config: type, timeout: float) -> dict[str, Any]:
+    """What tells torch's launcher how many seconds processes have to end; torch 2.11 takes none, and waits 30."""
+    known = any(one.name == "shutdown_timeout" for one in dataclasses.fields(config))
+    return {"shutdown_timeout": max(1, round(timeout))} if known else {}
+
+
 def run_here(command: Sequence[str], processes: int, timeout: float) -> int:
     """Run a command in so many processes of this machine, by torch's own launcher; the exit code.
 
@@ -154,7 +161,7 @@ def run_here(command: Sequence[str], processes: int, timeout: float) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(str(folder)),
             signals_to_handle="SIGTERM,SIGINT,SIGHUP",
-            shutdown_timeout=max(1, round(timeout)),
+            **_ending_in(LaunchConfig, timeout),
         )
         try:
             elastic_launch(config, tied[0])(*tied[1:])

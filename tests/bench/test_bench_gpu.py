@@ -99,7 +99,7 @@ def test_slices_at_tiny_shapes(tmp_path, reload_here):
     for number in (2, 3, 4, 5):
         assert list(told(own, number)) == [cell.name for cell in slices.of(number, TINY)]
         for cell in told(own, number).values():
-            assert cell["versions"]["torch"] == torch.__version__
+            assert cell["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
             assert {"card", "driver", "commit", "sources", "when"} <= cell.keys()
 
     rows = json.loads((tmp_path / "work" / TINY.workloads[0].rows / "spec.json").read_text())["rows"]
@@ -389,7 +389,7 @@ def test_every_cell_of_the_full_size_has_a_name_of_its_own_and_can_be_prepared()
 def test_a_process_of_its_own_is_ended_with_its_time(tmp_path):
     launch = runner.by_process(tmp_path, "cpu", sys.executable, {})
     found = launch("stamp", {}, 60, "own")["found"]
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["card"] is None
     assert launch("no such kind", {}, 60, "own") == {"error": "KeyError: 'no such kind'"}
     assert launch("stamp", {}, 0.01, "own") == {"error": "stopped after 0 s"}

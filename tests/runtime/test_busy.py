@@ -72,6 +72,7 @@ def test_threads_sleep_only_where_they_are_more_than_the_free_cores(monkeypatch,
     if threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(busy, "usable_cores", lambda: cores)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(busy, "_watch", _Taken(taken))
     monkeypatch.setattr(busy, "_chosen", None)
     busy.choose_waiting()
@@ -81,8 +82,21 @@ def test_threads_sleep_only_where_they_are_more_than_the_free_cores(monkeypatch,
 
 def test_what_the_user_says_of_waiting_holds(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(busy, "_watch", _Taken(float(usable_cores())))
     monkeypatch.setattr(busy, "_chosen", None)
     busy.choose_waiting()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert busy.chosen() is None
+
+
+def test_threads_that_are_there_stay_as_they_are(monkeypatch):
+    for name in (*busy._SAID, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "torch", object())
+    monkeypatch.setattr(busy, "_watch", _Taken(float(usable_cores())))
+    monkeypatch.setattr(busy, "_chosen", None)
+    busy.choose_waiting()
+    assert "OMP_WAIT_POLICY" not in os.environ
     assert busy.chosen() is None
