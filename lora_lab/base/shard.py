@@ -50,6 +50,19 @@ class _Gather:
         return work[0]
 
 
+def check_torch() -> None:
+    """
+    Raises:
+        ConfigError: this torch gathers no weights as it is done here; it also shards no integers, which weights of 4 bits are.
+    """
+    import torch.distributed as dist
+
+    if not hasattr(dist, "all_gather_single"):
+        raise ConfigError(
+            f"hardware.shard=true: torch {torch.__version__} is too old to share a base. Install torch 2.13 or newer, or set it false."
+        )
+
+
 def shard(
     model: nn.Module, frozen: Collection[nn.Parameter], run: Callable[[], object], device: torch.device
 ) -> tuple[int, int]:

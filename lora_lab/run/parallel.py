@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lab.base import load
+from lora_lab.base import load, shard
 from lora_lab.config.compose import leaves
 from lora_lab.config.run import RunConfig
 from lora_lab.config.train import HardwareConfig
@@ -217,7 +217,12 @@ def elsewhere(hardware: HardwareConfig, command: Callable[[], Sequence[str]]) ->
 
     Args:
         command: gives what each of them is told, beginning with the verb.
+
+    Raises:
+        ConfigError: this torch cannot share a base among them.
     """
+    if hardware.shard:
+        shard.check_torch()
     if hardware.processes in (None, 1) or launch.place() is not None:
         return None
     assert hardware.processes is not None

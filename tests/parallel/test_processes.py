@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from benchmarks.parallel import ROOT, SHARDED, Sources, gaps, train_kind
 from lora_lab import cli
 from lora_lab.runtime import launch
+from tests.conftest import fails
 
 WORKER = Path(__file__).parent / "worker.py"
 # float32 sums in another order; the optimizer divides by their size, so that a number whose gradient is about zero may move more
 LOSS, ADAPTER = 1e-5, 2e-6
 SHARDED_ADAPTER = 1e-5  # one process has accelerations that a sharded base goes without, and they round otherwise
 SHARDED_4BIT = 1e-6  # which are fewer on 4 bits
+SHARDS = hasattr(torch.distributed, "all_gather_single")  # see `shard.check_torch`
 
 
 @pytest.fixture
@@ -54,13 +56,14 @@ def close(found: dict, alone: dict, adapter: float = ADAPTER) -> None:
 def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
     kinds = ["cohort of 3"]
     # once a base is sharded, processes keep step, and so they do when one of them dies
-    found = run(2, *kinds, "short_of_memory", "unlike", "fails", "sharded", "unguarded", "dies")
+    found = run(2, *kinds, "short_of_memory", "unlike", "fails", *(("sharded", "unguarded") if SHARDS else ()), "dies")
     for kind in kinds:
         close(found[kind], train_kind(kind, sources, tmp_path / kind))
     alone = train_kind("packed, micro-batches of 2", sources, tmp_path / "whole", ["adapter.lora_dropout=0"])
     close(found["short_of_memory"], alone)
-    close(found["sharded"], train_kind("NF4", sources, tmp_path / "nf4"))
-    if has_avx512bf16():  # elsewhere nothing is repacked
+    if SHARDS:
+        close(found["sharded"], train_kind("NF4", sources, tmp_path / "nf4"))
+    if SHARDS and has_avx512bf16():  # elsewhere nothing is repacked
         assert "hardware.shard=true: a sharded layer of this base is not what it was before" in found["unguarded"]
     assert "process 1" in found["unlike"]
     assert "has another optim.lr than process 0" in found["unlike"]
@@ -70,6 +73,13 @@ def test_two_processes_are_one_and_agree(run, sources, tmp_path, capfd):
     assert "process 1" in found["dies"]["said"]
     assert "has ended, so process 0" in found["dies"]["said"]
     assert found["dies"]["saved"] == ["step-2"]  # the last step that all of them made
+
+
+def test_a_torch_that_cannot_share_a_base_is_told(overrides, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(torch.distributed, "all_gather_single", raising=False)
+    said = fails(["train", *overrides, "hardware.processes=2", "hardware.shard=true"], capsys)
+    assert f"hardware.shard=true: torch {torch.__version__} is too old" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long
