@@ -11,6 +11,7 @@ Importing this module loads neither torch nor Hydra. What the user can mend is a
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,11 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
         ConfigError: with everything that is wrong.
     """
     from lora_lab.config import compose
+    from lora_lab.verbs import VERBS
+    from lora_lab.verbs.base import Told
     from lora_lab.verbs.train import refuse_upload
 
+    Told.of("train", VERBS["train"], overrides, argparse.Namespace()).refuse_foreign()
     config = compose.compose(overrides, None if config_dir is None else os.fspath(config_dir))
     refuse_upload(config.export.push_to_hub, overrides)
     return config

@@ -44,6 +44,11 @@ def test_a_program_is_set_up_as_the_command_line_is(monkeypatch):
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == os.environ["LRU_CACHE_CAPACITY"] == "128"
 
 
+def test_what_means_nothing_to_training_is_refused():
+    with pytest.raises(ConfigError, match="evaluate.suite=arc_easy: no effect on train. It is for lora-lab evaluate"):
+        lora_lab.load_config("recipe=demo", "evaluate.suite=arc_easy")
+
+
 def test_unknown_names_are_told():
     with pytest.raises(AttributeError, match="'lora_lab' has no attribute 'trian'"):
         lora_lab.trian  # noqa: B018
