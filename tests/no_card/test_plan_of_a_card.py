@@ -144,6 +144,7 @@ _CHECKPOINTED = "train.gradient_checkpointing=true"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # one minute of a core that is free
 @pytest.mark.parametrize(
     ("shape", "rows", "tokens", "more"),
     [
