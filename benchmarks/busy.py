@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.sources import ROOT, commit, now
 from benchmarks.tasks import _machine, _versions
-from lora_lab.runtime.busy import _SAID
+from lora_lab.runtime.busy import SAID
 
 _OUT = Path(__file__).parent / "results" / "busy.json"
 WAYS: dict[str, dict[str, str]] = {
@@ -72,7 +72,7 @@ def _taken_core() -> Iterator[None]:
 
 
 def _tokens_per_second(said: dict[str, str]) -> float:
-    environment = {name: text for name, text in os.environ.items() if name not in (*_SAID, "OMP_NUM_THREADS")}
+    environment = {name: text for name, text in os.environ.items() if name not in (*SAID, "OMP_NUM_THREADS")}
     with tempfile.TemporaryDirectory(prefix="lora_lab_busy_") as folder:
         command = [
             *(

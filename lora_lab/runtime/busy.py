@@ -13,11 +13,9 @@ import os
 import sys
 import time
 
-import psutil
-
 from lora_lab.runtime.environment import usable_cores
 
-_SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how a user tells OpenMP the same
+SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how a user tells OpenMP the same
 _LEAST = 0.1  # seconds; the system counts in hundredths
 _TAKEN = 0.5  # of a core; what takes less is a program that is looked at now and then
 
@@ -48,15 +46,19 @@ def begin() -> None:
     _watch = Watch()
 
 
-def choose_waiting() -> None:
-    """Let the threads of a torch that is loaded later sleep while they wait, if there are fewer free cores than threads."""
+def choose_waiting(threads: int | None = None) -> None:
+    """Let the threads of a torch that is loaded later sleep while they wait, if there are fewer free cores than threads.
+
+    Args:
+        threads: that it is told to compute with; None: as many as the environment says.
+    """
     global _chosen
     taken, cores = _watch.taken() if _watch else None, usable_cores()
     if "torch" in sys.modules:  # a program that has loaded it, so that its threads are there
         return
-    if taken is None or taken < _TAKEN or any(name in os.environ for name in _SAID):
+    if taken is None or taken < _TAKEN or any(name in os.environ for name in SAID):
         return
-    if _threads(cores) <= cores - taken:
+    if (threads or _threads(cores)) <= cores - taken:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     _chosen = (
@@ -71,13 +73,15 @@ def chosen() -> str | None:
 
 
 def _threads(cores: int) -> int:
-    """Those that torch will start, as far as the environment says."""
+    """Those that torch starts by what the environment says."""
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(said) if said.isdigit() else cores
 
 
 def _busy() -> float:
     """Seconds that the cores of this process have worked for anybody, but for programs of a lower priority, which make way."""
+    import psutil  # not on the way to --help
+
     cores = psutil.cpu_times(percpu=True)
     if hasattr(os, "sched_getaffinity"):
         cores = [cores[index] for index in os.sched_getaffinity(0) if index < len(cores)]

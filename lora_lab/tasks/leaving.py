@@ -1,7 +1,8 @@
 """Greedy answers to many prompts at once, in which rows whose answer has ended leave the batch.
 
 transformers' `generate` computes every row to the end of the longest answer. Here it is stopped each time that half of its rows have
-ended, and goes on with the rest and their part of the key-value cache. A row's numbers do not depend on the rows beside it.
+ended, and goes on with the rest and their part of the key-value cache. A row's numbers depend on no other row, but for the rounding of
+products of fewer rows, as in any batch.
 """
 
 from __future__ import annotations

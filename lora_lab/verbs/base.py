@@ -159,13 +159,17 @@ def run_folder(told: Told) -> str:
     return named[0]
 
 
-def before_libraries() -> None:
+def before_libraries(threads: int | None = None) -> None:
     """What other libraries are told before they are loaded: how threads wait, and to keep advice to their developers off the user's
-    terminal. Errors still come through."""
+    terminal. Errors still come through.
+
+    Args:
+        threads: of the configuration.
+    """
     import logging
     import warnings
 
-    busy.choose_waiting()
+    busy.choose_waiting(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are tokenized on all cores
     for name in (
         "bitsandbytes",

@@ -43,7 +43,7 @@ def _run(told: Told) -> int:
 
     config = compose.compose(told.overrides, told.options.config_dir)
     refuse_upload(config.export.push_to_hub, told.overrides)
-    before_libraries()
+    before_libraries(config.hardware.threads)
     from lora_lab.run import parallel, pipeline
 
     code = parallel.elsewhere(config.hardware, lambda: _command(told))
@@ -91,7 +91,7 @@ def _multirun(told: Told) -> int:
     with contextlib.ExitStack() as processes:
 
         def check(configs: list[RunConfig]) -> None:
-            before_libraries()
+            before_libraries(configs[0].hardware.threads)
             from lora_lab.data import sources
 
             sources.check_there(configs)

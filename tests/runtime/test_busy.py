@@ -34,7 +34,7 @@ finally:
     not sys.platform.startswith("linux") or usable_cores() < 2, reason="one thread waits for nobody; GNU's OpenMP"
 )
 def test_beside_other_programs_threads_sleep_while_they_wait():
-    environment = {name: text for name, text in os.environ.items() if name not in (*busy._SAID, "OMP_NUM_THREADS")}
+    environment = {name: text for name, text in os.environ.items() if name not in (*busy.SAID, "OMP_NUM_THREADS")}
     command = [sys.executable, "-c", _LOADED]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment | {"OMP_DISPLAY_ENV": "TRUE"}
@@ -53,6 +53,7 @@ class _Taken:
         return self.cores
 
 
+@pytest.mark.parametrize("configured", [False, True])
 @pytest.mark.parametrize(
     ("taken", "cores", "threads", "sleep"),
     [
@@ -65,17 +66,23 @@ class _Taken:
         (9.0, 16, "8,2", True),
     ],
 )
-def test_threads_sleep_only_where_they_are_more_than_the_free_cores(monkeypatch, taken, cores, threads, sleep):
-    for name in (*busy._SAID, "OMP_NUM_THREADS"):
+def test_threads_sleep_only_where_they_are_more_than_the_free_cores(
+    monkeypatch, taken, cores, threads, sleep, configured
+):
+    """Told by the configuration or by the environment."""
+    for name in (*busy.SAID, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever is done with it here
         monkeypatch.delenv(name)
-    if threads is not None:
+    own = None
+    if threads is not None and configured:
+        own = int(threads.partition(",")[0])
+    elif threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(busy, "usable_cores", lambda: cores)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(busy, "_watch", _Taken(taken))
     monkeypatch.setattr(busy, "_chosen", None)
-    busy.choose_waiting()
+    busy.choose_waiting(own)
     assert ("OMP_WAIT_POLICY" in os.environ) is sleep
     assert (busy.chosen() is not None) is sleep
 
@@ -91,7 +98,7 @@ def test_what_the_user_says_of_waiting_holds(monkeypatch):
 
 
 def test_threads_that_are_there_stay_as_they_are(monkeypatch):
-    for name in (*busy._SAID, "OMP_NUM_THREADS"):
+    for name in (*busy.SAID, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "torch", object())
