@@ -1,7 +1,7 @@
 """Personal data in texts: where it is, and texts without it. Data cleaning and the server mask by the same rules.
 
 What has a form of its own is found: e-mail addresses, phone numbers, cards, IBANs, ID numbers. Names and addresses are not, unless
-somebody else finds them (`entities.py`). Checksums and numbering plans are those of python-stdnum and phonenumbers (Google's
+somebody else finds them (`serve/presidio.py`). Checksums and numbering plans are those of python-stdnum and phonenumbers (Google's
 libphonenumber), which come with the extras `text` and `serve`.
 """
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.config import compose
 from lora_lab.config.compose import chosen, parse_override
 from lora_lab.config.run import all_keys, with_defaults
-from lora_lab.data import entities, personal
+from lora_lab.data import personal
 from lora_lab.errors import ConfigError
 from lora_lab.runtime import console
+from lora_lab.serve import presidio
 from lora_lab.serve.config import ServeConfig
 from lora_lab.serve.keys import Keys
 
@@ -184,7 +185,7 @@ def prepared(
     from lora_lab.serve.shelf import Shelf, open_base, open_run
 
     metrics = Metrics(folder)
-    finders = entities.finders(serve.presidio, serve.presidio_model) if serve.presidio else {}
+    finders = presidio.finders(serve.presidio, serve.presidio_model) if serve.presidio else {}
     opened = [open_run(path, overrides, name) for path, name in zip(paths, names(paths), strict=True)]
     base = open_base(opened[0].config if opened else config)
     if serve.engine is not None:

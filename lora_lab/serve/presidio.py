@@ -1,4 +1,4 @@
-"""What presidio finds in texts beside what has a form of its own (`personal.py`): names and places by a spaCy model, and further patterns.
+"""What presidio finds in texts beside what has a form of its own (`data/personal.py`): names and places by a spaCy model, and further patterns.
 
 Nothing is downloaded: the model is a package that is installed, and presidio's recognizers that ask the network are left out.
 """
